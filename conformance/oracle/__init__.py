@@ -1,0 +1,1 @@
+"""The oracle: proved values, honest error bounds, and the case families of the golden corpus."""

@@ -1,0 +1,160 @@
+"""Ball arithmetic on NumPy object arrays, and the correct rounding of balls to float64.
+
+The arrays are containers only: every operation on their elements is python-flint's ``arb``, which
+carries a proved error with each value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import flint
+import numpy as np
+
+from conformance.oracle.style import Style
+
+Array = Any
+FIRST_PRECISION, LAST_PRECISION = 256, 4096
+
+
+class PrecisionExhausted(ArithmeticError):
+    """A ball did not round to one float64 at the largest working precision."""
+
+
+class NotRounded(ArithmeticError):
+    """A ball does not round to one float64 at the present precision."""
+
+
+class BallArithmetic:
+    """The arithmetic of `formulas`: exact up to a proved error, no rounding contract."""
+
+    mixes = False
+
+    def __init__(self, style: Style | None = None):
+        self.style = style or Style()
+
+    @staticmethod
+    def constant(value: Any) -> flint.arb:
+        return flint.arb(value)
+
+    @staticmethod
+    def array(values: np.ndarray) -> Array:
+        """Exact balls of float values (any float dtype; all of them are float64 exactly)."""
+        flat = np.asarray(values).astype(np.float64).reshape(-1)
+        balls = np.empty(flat.shape, dtype=object)
+        balls[:] = [flint.arb(float(v)) for v in flat]
+        return balls.reshape(np.shape(values))
+
+    exp = staticmethod(np.frompyfunc(lambda a: a.exp(), 1, 1))
+    log = staticmethod(np.frompyfunc(lambda a: a.log(), 1, 1))
+    sqrt = staticmethod(np.frompyfunc(lambda a: a.sqrt(), 1, 1))
+    sigmoid = staticmethod(np.frompyfunc(lambda a: 1 / (1 + (-a).exp()), 1, 1))
+    is_zero = staticmethod(np.frompyfunc(lambda a: a.is_zero(), 1, 1))
+
+    def sum(self, a: Array, axis: int) -> Array:
+        if a.shape[axis] == 0:
+            return np.full(np.delete(a.shape, axis), flint.arb(0), dtype=object)
+        return np.add.reduce(a, axis=axis)
+
+    def contract(self, a: Array, b: Array, projection: bool = False) -> Array:
+        del projection
+        if 0 in (*a.shape, *b.shape):
+            return np.full((a.shape[0], b.shape[1]), flint.arb(0), dtype=object)
+        left, right = flint.arb_mat(a.tolist()), flint.arb_mat(b.tolist())
+        product = np.empty((a.shape[0], b.shape[1]), dtype=object)
+        product[:] = (left * right).tolist()
+        return product
+
+    @staticmethod
+    def maximum_along(a: Array, axis: int) -> Array:
+        """A shift: any value gives the same result, so the midpoints decide, exactly."""
+        if a.size == 0:
+            return np.expand_dims(np.empty(np.delete(a.shape, axis), dtype=object), axis)
+        index = np.argmax(_midpoints(a), axis=axis)
+        return np.take_along_axis(a, np.expand_dims(index, axis), axis)
+
+    @staticmethod
+    def at_least(a: Array, floor: flint.arb) -> tuple[Array, Array]:
+        above = np.frompyfunc(lambda v: _decide(v, floor), 1, 1)(a).astype(bool)
+        return np.where(above, a, floor), above
+
+    def sum_exp(self, level: Array, axis: int) -> Array:
+        return np.expand_dims(self.sum(self.exp(level), axis), axis)
+
+    def log_softmax(self, logits: Array, axis: int) -> Array:
+        return logits - self.log(self.sum_exp(logits, axis))
+
+    def act(self, a: Array) -> Array:
+        return a
+
+    mix = store = weight = logits = product = act
+
+    @staticmethod
+    def add_parts(parts: list[Array]) -> Array:
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+
+def _decide(value: flint.arb, floor: flint.arb) -> bool:
+    if value > floor:
+        return True
+    if value <= floor:
+        return False
+    raise NotRounded("a guarded sum can't be told from its floor")
+
+
+def _midpoints(a: Array) -> np.ndarray:
+    """Midpoints as floats; only used to choose a shift, never stored."""
+    return np.frompyfunc(float, 1, 1)(a).astype(np.float64)
+
+
+def _rounded(ball: flint.arb) -> float:
+    """The one float64 that every point of the ball rounds to, ties to even."""
+    if ball.rad().is_zero():
+        return _exact_to_float(ball)
+    low, high = _exact_to_float(ball.lower()), _exact_to_float(ball.upper())
+    if low != high or math.isnan(low):
+        raise NotRounded(f"{ball} doesn't round to one float64")
+    return low
+
+
+def _exact_to_float(point: flint.arb) -> float:
+    mantissa, exponent = (int(v) for v in point.mid().man_exp())
+    if -1000 < exponent and mantissa.bit_length() + exponent < 1000 and abs(exponent) < 900:
+        # One division of integers, correctly rounded; a scaling by a power of two that stays normal is exact.
+        return mantissa / (1 << -exponent) if exponent < 0 else float(mantissa << exponent)
+    return float(Fraction(mantissa) * Fraction(2) ** exponent)
+
+
+def to_float64(a: Array) -> np.ndarray:
+    """Correctly rounded float64 of every element; `NotRounded` where the balls are too wide."""
+    flat = np.asarray(a, dtype=object).reshape(-1)
+    return np.array([_rounded(v) for v in flat], dtype=np.float64).reshape(np.shape(a))
+
+
+def certified(evaluate: Callable[[], dict[str, Array]], what: str) -> dict[str, np.ndarray]:
+    """Evaluates at rising precision until every ball rounds to one float64.
+
+    Raises:
+        PrecisionExhausted: at `LAST_PRECISION` bits some value is still undecided.
+    """
+    precision = FIRST_PRECISION
+    before = flint.ctx.prec
+    try:
+        while True:
+            flint.ctx.prec = precision
+            try:
+                return {name: to_float64(value) for name, value in evaluate().items()}
+            except NotRounded as error:
+                if precision >= LAST_PRECISION:
+                    raise PrecisionExhausted(
+                        f"{what}: undecided at {LAST_PRECISION} bits, the largest working precision: {error}"
+                    ) from error
+            precision *= 2
+    finally:
+        flint.ctx.prec = before

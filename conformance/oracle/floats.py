@@ -1,0 +1,192 @@
+"""Rounded arithmetic for the honest ensemble: the same on every machine.
+
+Only elementwise IEEE operations, sums in an explicit order and correctly rounded exp and log: no BLAS,
+no libm result that is kept unchecked, no framework.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flint
+import ml_dtypes
+import numpy as np
+
+from conformance.oracle.style import Style
+
+NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def correctly_rounded(name: str, a: np.ndarray) -> np.ndarray:
+    """exp or log of ``a``, correctly rounded to its dtype (float32 or float64)."""
+    flat = a.reshape(-1)
+    if a.dtype == np.float32:
+        # float64 libm is right to a few units of 2^-52. Where a slack of 2^-44 can't change the rounding to
+        # float32 the result is certain, on any libm; elsewhere ball arithmetic decides.
+        with np.errstate(all="ignore"):
+            wide = getattr(np, name)(flat.astype(np.float64))
+            slack = np.abs(wide) * 2.0**-44
+            low, high = (wide - slack).astype(np.float32), (wide + slack).astype(np.float32)
+        result, doubtful = wide.astype(np.float32), np.flatnonzero(~(low == high))
+    else:
+        result, doubtful = np.empty_like(flat), np.arange(flat.size)
+    for index in doubtful:
+        result[index] = _by_balls(name, float(flat[index]), a.dtype)
+    return result.reshape(a.shape)
+
+
+def _by_balls(name: str, value: float, dtype: np.dtype) -> float:
+    if value == -np.inf and name == "exp":
+        return 0.0
+    if value == 0.0:
+        return 1.0 if name == "exp" else -np.inf
+    if name == "log" and value == 1.0:
+        return 0.0
+    precision, before = 96, flint.ctx.prec
+    try:
+        while True:
+            flint.ctx.prec = precision
+            ball = getattr(flint.arb(value), name)()
+            low, high = dtype.type(float(ball.lower())), dtype.type(float(ball.upper()))
+            if low == high:
+                return low
+            if precision > 4096:
+                raise ArithmeticError(f"{name}({value!r}) is undecided at {precision} bits")
+            precision *= 2
+    finally:
+        flint.ctx.prec = before
+
+
+class FloatArithmetic:
+    """The arithmetic of `formulas` in ``working`` precision with the roundings of a contract.
+
+    Args:
+        style: the honest choices.
+        contract: ``float32``, ``float64``, ``tf32``, ``mixing`` or ``activation``.
+        narrow: dtype name of x when it is ``bfloat16`` or ``float16``, else None.
+    """
+
+    def __init__(self, style: Style, contract: str, narrow: str | None):
+        self.style = style
+        self.dtype = np.dtype(np.float64 if contract == "float64" else np.float32)
+        self.narrow = NARROW[narrow] if narrow else None
+        self.acts = self.narrow is not None and contract == "activation"
+        self.mixes = self.narrow is not None and contract in ("activation", "mixing")
+        self.tf32 = contract == "tf32"
+        self.rounded = False
+        if self.acts:  # the norm's output is rounded, so it comes before the projection
+            self.style = Style(**{**vars(style), "norm_after": False})
+
+    def constant(self, value: Any) -> np.ndarray:
+        return self.dtype.type(value)
+
+    def array(self, values: np.ndarray) -> np.ndarray:
+        return np.asarray(values).astype(self.dtype)
+
+    def exp(self, a: np.ndarray) -> np.ndarray:
+        return correctly_rounded("exp", a)
+
+    def log(self, a: np.ndarray) -> np.ndarray:
+        return correctly_rounded("log", a)
+
+    def sqrt(self, a: np.ndarray) -> np.ndarray:
+        return np.sqrt(a)
+
+    def sigmoid(self, a: np.ndarray) -> np.ndarray:
+        one = self.constant(1)
+        e = self.exp(-np.abs(a))
+        return np.where(a >= 0, one, e) / (one + e)
+
+    @staticmethod
+    def is_zero(a: np.ndarray) -> np.ndarray:
+        return a == 0
+
+    def sum(self, a: np.ndarray, axis: int) -> np.ndarray:
+        return ordered_sum(a, axis, self.style.order)
+
+    def contract(self, a: np.ndarray, b: np.ndarray, projection: bool = False) -> np.ndarray:
+        if projection and self.tf32:
+            a, b = to_tf32(a), to_tf32(b)
+        return self.sum(a[:, :, None] * b[None, :, :], 1)
+
+    def maximum_along(self, a: np.ndarray, axis: int) -> np.ndarray:
+        return np.max(a, axis=axis, keepdims=True)
+
+    def at_least(self, a: np.ndarray, floor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.maximum(a, floor), a > floor
+
+    def sum_exp(self, level: np.ndarray, axis: int) -> np.ndarray:
+        return np.expand_dims(self.sum(self.exp(level), axis), axis)
+
+    def log_softmax(self, logits: np.ndarray, axis: int) -> np.ndarray:
+        shifted = logits - self.maximum_along(logits, axis)
+        return shifted - self.log(self.sum_exp(shifted, axis))
+
+    def _narrowed(self, a: np.ndarray, when: bool) -> np.ndarray:
+        if not when:
+            return a
+        self.rounded = True
+        with np.errstate(over="ignore"):
+            return a.astype(self.narrow).astype(self.dtype)
+
+    def act(self, a: np.ndarray) -> np.ndarray:
+        return self._narrowed(a, self.acts)
+
+    def mix(self, a: np.ndarray) -> np.ndarray:
+        return self._narrowed(a, self.mixes)
+
+    def store(self, a: np.ndarray) -> np.ndarray:
+        return self._narrowed(a, self.narrow is not None)
+
+    def weight(self, a: np.ndarray) -> np.ndarray:
+        return self._narrowed(a, self.acts and self.style.round_weights)
+
+    def logits(self, a: np.ndarray) -> np.ndarray:
+        return self._narrowed(a, self.acts and self.style.round_logits)
+
+    def product(self, a: np.ndarray) -> np.ndarray:
+        return self._narrowed(a, self.mixes and self.style.round_products)
+
+    def add_parts(self, parts: list[np.ndarray]) -> np.ndarray:
+        total = np.zeros_like(parts[0])
+        for part in parts if self.style.order != "backward" else reversed(parts):
+            total = total + self._narrowed(part, self.narrow is not None and self.style.round_parts)
+        return total
+
+
+def to_tf32(a: np.ndarray) -> np.ndarray:
+    """float32 rounded to 10 stored bits of mantissa, ties to even, as tensor cores read it."""
+    bits = np.ascontiguousarray(a).view(np.uint32)
+    odd = (bits >> np.uint32(13)) & np.uint32(1)
+    return ((bits + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def ordered_sum(a: np.ndarray, axis: int, order: str) -> np.ndarray:
+    """Sum along ``axis`` in a stated order, each addition rounded to the dtype of ``a``."""
+    a = np.moveaxis(a, axis, -1)
+    count = a.shape[-1]
+    if count == 0:
+        return np.zeros(a.shape[:-1], a.dtype)
+    if order == "pairwise":
+        while a.shape[-1] > 1:
+            if a.shape[-1] % 2:
+                a = np.concatenate([a, np.zeros((*a.shape[:-1], 1), a.dtype)], -1)
+            a = a[..., 0::2] + a[..., 1::2]
+        return a[..., 0]
+    if order.startswith("lanes"):
+        lanes = int(order[5:])
+        if count > lanes:
+            padded = np.zeros((*a.shape[:-1], -count % lanes), a.dtype)
+            rows = np.concatenate([a, padded], -1).reshape(*a.shape[:-1], -1, lanes)
+            return ordered_sum(_running(rows, -2), -1, "pairwise")
+        order = "forward"
+    if order == "backward":
+        a = a[..., ::-1]
+    elif order == "scattered":
+        a = a[..., np.argsort([(7919 * (k + 1)) % 10007 for k in range(count)], kind="stable")]
+    return _running(a, -1)
+
+
+def _running(a: np.ndarray, axis: int) -> np.ndarray:
+    """A sequential sum: ``accumulate`` is defined as one addition after the other."""
+    return np.take(np.add.accumulate(a, axis=axis, dtype=a.dtype), -1, axis=axis)

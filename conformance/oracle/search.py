@@ -1,0 +1,73 @@
+"""Finds the logits that N - 1 iterations get most wrong: ``python -m conformance.oracle.search``.
+
+Objective: the largest entry of |H after N - after N - 1 iterations|, rows first, no guard, over logits on
+the bfloat16 grid with |logit| <= 20. Hill climbing from two nearly decoupled blocks, seeded; the result is
+stored in ``slowest.json`` and frozen there, since the search itself runs in machine arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+STORE = Path(__file__).with_name("slowest.json")
+LARGEST = 20.0
+
+
+def difference(logits: np.ndarray, iterations: int) -> float:
+    """max |H_N - H_{N-1}| for one ``[n, n]`` of logits."""
+    value = np.exp(logits - logits.max(-1, keepdims=True))
+    value /= value.sum(-1, keepdims=True)
+    value = value / value.sum(-2, keepdims=True)
+    for _ in range(iterations - 1):
+        before, value = value, value / value.sum(-1, keepdims=True)
+        value = value / value.sum(-2, keepdims=True)
+    return float(np.abs(value - before).max())
+
+
+def grid(logits: np.ndarray) -> np.ndarray:
+    return np.clip(logits, -LARGEST, LARGEST).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def search(streams: int, iterations: int, seed: int = 0, restarts: int = 12, steps: int = 2500) -> np.ndarray:
+    generator = np.random.Generator(np.random.PCG64(seed))
+    best, best_value = np.zeros((streams, streams)), 0.0
+    for _ in range(restarts):
+        blocks = np.arange(streams) < max(1, streams // 2)
+        start = np.where(blocks[:, None] == blocks[None, :], 0.0, -generator.uniform(2, 8))
+        logits = grid(start + generator.normal(size=start.shape) * 2)
+        value, width = difference(logits, iterations), 4.0
+        for step in range(steps):
+            move = generator.normal(size=logits.shape) * (generator.random(logits.shape) < 0.4) * width
+            trial = grid(logits + move)
+            trial_value = difference(trial, iterations)
+            if trial_value > value:
+                logits, value = trial, trial_value
+            elif step % 100 == 99:
+                width = max(0.05, width * 0.85)
+        if value > best_value:
+            best, best_value = logits, value
+    return best
+
+
+def main() -> None:
+    found = {}
+    for streams in (2, 3, 4, 8):
+        for iterations in (10, 20):
+            logits = search(streams, iterations)
+            found[f"n{streams}-N{iterations}"] = logits.tolist()
+            print(f"n={streams} N={iterations}: {difference(logits, iterations):.2e}", flush=True)
+    temporary = STORE.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        json.dump(found, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(STORE)
+
+
+if __name__ == "__main__":
+    main()

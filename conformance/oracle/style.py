@@ -1,0 +1,49 @@
+"""Honest ways to evaluate the same layer: what a careful implementation is free to choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ORDERS = ("forward", "backward", "pairwise", "lanes4", "lanes8", "scattered")
+
+
+@dataclass(frozen=True)
+class Style:
+    """One honest evaluation. The value in exact arithmetic is the same for all of them.
+
+    Attributes:
+        order: order of summation, one of `ORDERS`.
+        log_domain: Sinkhorn and softmax on logarithms.
+        norm_after: the norm is divided out after the projection.
+        reciprocal: a division is a multiplication by the reciprocal.
+        round_logits: where coefficients are kept in the activations' dtype, the logits are too.
+        round_weights: there, weights are used, and their gradients made, in that dtype.
+        round_products: narrow products are rounded before they are summed in a gradient.
+        round_parts: the parts of a gradient are rounded before they are added.
+    """
+
+    order: str = "forward"
+    log_domain: bool = False
+    norm_after: bool = False
+    reciprocal: bool = False
+    round_logits: bool = False
+    round_weights: bool = False
+    round_products: bool = False
+    round_parts: bool = False
+
+
+def ensemble() -> tuple[Style, ...]:
+    """The sixteen members, a fixed design: each choice meets each other choice."""
+    return tuple(
+        Style(
+            order=ORDERS[k % len(ORDERS)],
+            log_domain=k % 4 == 3,
+            norm_after=(k // 2) % 2 == 1,
+            reciprocal=(k // 3) % 2 == 1,
+            round_logits=(k // 4) % 2 == 1,
+            round_weights=k % 2 == 1,
+            round_products=(k // 2 + k) % 2 == 1,
+            round_parts=(k // 8 + k) % 2 == 1,
+        )
+        for k in range(16)
+    )

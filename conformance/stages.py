@@ -1,0 +1,74 @@
+"""The stages of the layer: what each takes, what it returns, and in which dtype.
+
+One table that the oracle, the case files and the comparison share. Dtype roles are resolved per variant:
+``x`` is the dtype of the activations, ``weights`` that of the parameters, ``coefficients`` that of the
+gates and of H (mathematics.md, "Precision").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ACTIVATION, WEIGHT, COEFFICIENT = "x", "weights", "coefficients"
+
+PROJECTIONS = ("pre", "post", "res")
+LAYER_WEIGHTS = (
+    "mhc_norm.scale",
+    *(f"{part}_{kind}" for part in PROJECTIONS for kind in ("alpha", "alpha_scale", "beta")),
+)
+HEAD_WEIGHTS = ("head_fn", "head_base", "head_scale")
+BRANCHES = ("attention", "mlp_dense", "mlp_moe")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. ``inputs`` and ``outputs`` map a name to its dtype role.
+
+    ``constants`` are inputs of the test's own branch: they are handed over, never differentiated.
+    """
+
+    name: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    constants: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+
+
+_BRANCH = {"norm_scale": ACTIVATION, "branch_scale": ACTIVATION}
+_ROUTER = {"load_balance_loss": "float32", "moe_bias_updates": "float32"}
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("expand", {"embedding": ACTIVATION}, {"out": ACTIVATION}),
+        Stage("reduce", {"x": ACTIVATION}, {"out": ACTIVATION}),
+        Stage("head", {"x": ACTIVATION}, {"out": ACTIVATION}, weights=HEAD_WEIGHTS),
+        Stage("residual_matrix", {"logits": COEFFICIENT}, {"H": COEFFICIENT}),
+        Stage(
+            "coefficients",
+            {"x": ACTIVATION},
+            {"pre": COEFFICIENT, "post": COEFFICIENT, "H": COEFFICIENT},
+            weights=LAYER_WEIGHTS,
+        ),
+        Stage("pre", {"x": ACTIVATION}, {"u": ACTIVATION}, weights=LAYER_WEIGHTS),
+        Stage(
+            "post",
+            {"y": ACTIVATION, "x": ACTIVATION, "post": COEFFICIENT, "H": COEFFICIENT},
+            {"out": ACTIVATION},
+        ),
+        Stage(
+            "layer",
+            {"x": ACTIVATION, **_BRANCH, **_ROUTER},
+            {"out": ACTIVATION, **_ROUTER},
+            constants=("norm_scale", "branch_scale"),
+            weights=LAYER_WEIGHTS,
+        ),
+        Stage(
+            "stack",
+            {"embedding": ACTIVATION, **_BRANCH},
+            {"out": ACTIVATION},
+            constants=("norm_scale", "branch_scale"),
+            weights=LAYER_WEIGHTS,
+        ),
+    )
+}
