@@ -115,6 +115,8 @@ def _midpoints(a: Array) -> np.ndarray:
 
 def _rounded(ball: flint.arb) -> float:
     """The one float64 that every point of the ball rounds to, ties to even."""
+    if not ball.is_finite():
+        raise NotRounded(f"{ball} isn't finite")
     if ball.rad().is_zero():
         return _exact_to_float(ball)
     low, high = _exact_to_float(ball.lower()), _exact_to_float(ball.upper())

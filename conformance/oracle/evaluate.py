@@ -31,10 +31,10 @@ def evaluate(
     Returns:
         ``<output>``, ``d/<input>`` and ``m/<input>`` (sums of magnitudes of parts), before any last rounding.
     """
-    lead = next(tensors[k] for k in ("x", "embedding", "logits") if k in tensors).shape
-    lead = lead[: len(lead) - {"embedding": 1}.get("x" if "x" in tensors else "embedding", 2)]
     if "logits" in tensors:
         lead = tensors["logits"].shape[: -1 if parameters["residual"] == "permutations" else -2]
+    else:
+        lead = tensors["x"].shape[:-2] if "x" in tensors else tensors["embedding"].shape[:-1]
     tokens = math.prod(lead)
     per_token = {"x", "y", "post", "H", "logits", "embedding"}
     a = {

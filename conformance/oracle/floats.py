@@ -177,7 +177,7 @@ def ordered_sum(a: np.ndarray, axis: int, order: str) -> np.ndarray:
         lanes = int(order[5:])
         if count > lanes:
             padded = np.zeros((*a.shape[:-1], -count % lanes), a.dtype)
-            rows = np.concatenate([a, padded], -1).reshape(*a.shape[:-1], -1, lanes)
+            rows = np.concatenate([a, padded], -1).reshape(*a.shape[:-1], -(-count // lanes), lanes)
             return ordered_sum(_running(rows, -2), -1, "pairwise")
         order = "forward"
     if order == "backward":

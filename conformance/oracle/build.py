@@ -1,0 +1,211 @@
+"""From a family's wishes to one complete case: data, weights, stages and variants."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conformance.oracle import data
+from conformance.stages import HEAD_WEIGHTS, STAGES
+
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
+CORE = ("float32-float32", "bfloat16-float32", "float16-float32", "float64-float64")
+PURE = ("bfloat16-bfloat16", "float16-float16", "float64-float32")
+PROJECTING = ("coefficients", "pre", "head", "layer")
+LOGIT_SCALE = 1.4
+
+
+def dialects() -> dict[str, dict[str, Any]]:
+    """Each dialect's parameters, from ``fixtures/dialects.json``."""
+    rows = json.loads((FIXTURES / "dialects.json").read_text())["dialects"]
+    return {name: {k: v["value"] for k, v in row["parameters"].items()} for name, row in rows.items()}
+
+
+@dataclass
+class Case:
+    """Everything a case file holds except what the oracle adds."""
+
+    id: str
+    family: str
+    why: str
+    clause: str
+    dialect: str
+    overrides: dict[str, Any]
+    parameters: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
+    variants: list[dict[str, Any]]
+    tensors: dict[str, np.ndarray]
+    cotangents: dict[str, dict[str, np.ndarray]]
+    layout: str = "contiguous"
+    quick: bool = False
+    exact: bool = False
+    gradients: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Wish:
+    """What a family asks for; the rest has the generic values.
+
+    Attributes:
+        stages: names, or (name, options) pairs.
+        fine: x and the projections keep all of float32's bits (then no narrow variants).
+        weights: arrays that replace generated ones.
+        tensors: inputs that replace generated ones.
+    """
+
+    family: str
+    why: str
+    clause: str
+    dialect: str
+    label: str = ""
+    streams: int = 4
+    dim: int = 8
+    lead: tuple[int, ...] = (3, 4)
+    stages: Sequence[str | tuple[str, dict[str, Any]]] = ()
+    variants: Sequence[str] = CORE
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    x_scale: float = 1.0
+    weights: Mapping[str, np.ndarray | float] = field(default_factory=dict)
+    tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
+    logit_deviation: float = 2.0
+    fine: bool = False
+    tf32: bool = False
+    layers: int = 0
+    layout: str = "contiguous"
+    quick: bool = False
+    exact: bool = False
+    gradients: bool = True
+
+    @property
+    def id(self) -> str:
+        return "-".join(part for part in (self.family, self.label, self.dialect) if part)
+
+
+def layer_weights(wish: Wish, p: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Weights of order 1: alphas 0.9, -1.3, 1.7; a norm weight of powers of two that isn't 1."""
+    n, width = p["streams"], p["streams"] * p["dim"]
+    columns = {"pre": n, "post": n, "res": math.factorial(n) if p["residual"] == "permutations" else n * n}
+    if p["residual"] == "identity":
+        del columns["res"]
+    snap = (lambda v: np.asarray(v).astype(np.float32)) if wish.fine else data.shared_grid
+    found: dict[str, np.ndarray] = {}
+    for k, m in columns.items():
+        found[f"{k}_alpha"] = snap(data.normal(f"{wish.id}/{k}_alpha", (width, m)) * (LOGIT_SCALE / math.sqrt(width)))
+        found[f"{k}_alpha_scale"] = data.shared_grid(np.array([{"pre": 0.9, "post": -1.3, "res": 1.7}[k]]))
+        shape = (n, n) if k == "res" and p["residual"] == "sinkhorn" else (m,)
+        found[f"{k}_beta"] = data.shared_grid(data.normal(f"{wish.id}/{k}_beta", shape))
+    if p["norm_weight"]:
+        found["mhc_norm.scale"] = data.powers_of_two(f"{wish.id}/norm", (width,), -1, 1)
+    for name, value in wish.weights.items():
+        if name in found:
+            found[name] = data.shared_grid(np.broadcast_to(np.asarray(value), found[name].shape))
+    if wish.layers:
+        found = {k: np.stack([_vary(wish, k, v, index) for index in range(wish.layers)]) for k, v in found.items()}
+    return found
+
+
+def _vary(wish: Wish, name: str, value: np.ndarray, index: int) -> np.ndarray:
+    """The weights of layer ``index``: the same scales, other numbers."""
+    if name.endswith("_alpha_scale") or name == "mhc_norm.scale":
+        return value
+    noise = data.normal(f"{wish.id}/{name}/{index}", value.shape)
+    spread = float(np.sqrt(np.mean(np.square(value.astype(np.float64))))) if value.size else 0.0
+    return data.shared_grid(noise * data.shared_grid(np.array(spread)))
+
+
+def build(wish: Wish) -> Case:
+    """All tensors of a case, except post's own inputs where they come from the oracle (`generate`)."""
+    p = {**dialects()[wish.dialect], **wish.overrides, "streams": wish.streams, "dim": wish.dim}
+    n, width, label = p["streams"], p["streams"] * p["dim"], wish.id
+    names = [s if isinstance(s, str) else s[0] for s in wish.stages]
+    options = {s if isinstance(s, str) else s[0]: {} if isinstance(s, str) else dict(s[1]) for s in wish.stages}
+    snap = (lambda v: np.asarray(v).astype(np.float32)) if wish.fine else data.shared_grid
+    per_stream = np.array([1, 0.25, 4, 0.5, 2, 1, 0.125, 1])[:n, None]
+    scale = data.normal(f"{label}/token", (*wish.lead, 1, 1)) * 0.25 + 1
+    x = snap(data.normal(f"{label}/x", (*wish.lead, n, p["dim"])) * per_stream * scale * wish.x_scale)
+    matrix = (math.factorial(n),) if p["residual"] == "permutations" else (n, n)
+    coefficient_grid = data.shared_grid if p["coefficients"] == "activation" else np.float32
+    made: dict[str, np.ndarray] = {
+        "x": x,
+        "embedding": snap(data.normal(f"{label}/embedding", (*wish.lead, p["dim"])) * wish.x_scale),
+        "y": snap(data.normal(f"{label}/y", (*wish.lead, p["dim"])) * wish.x_scale),
+        "logits": coefficient_grid(
+            data.shared_grid(data.normal(f"{label}/logits", (*wish.lead, *matrix)) * wish.logit_deviation)
+        ),
+        "norm_scale": data.powers_of_two(f"{label}/norm_scale", (p["dim"],), -1, 1),
+        "branch_scale": data.powers_of_two(f"{label}/branch_scale", (p["dim"],), -1, 1)
+        * np.where(np.arange(p["dim"]) % 2, -1, 1).astype(np.float32),
+        "load_balance_loss": np.array(0.375, np.float32),
+        "moe_bias_updates": np.array([0.5, -0.25, 0.125], np.float32),
+    }
+    made.update(wish.tensors)
+    made.update(layer_weights(wish, p))
+    head = {
+        "head_fn": snap(data.normal(f"{label}/head_fn", (width, n)) * (LOGIT_SCALE / math.sqrt(width))),
+        "head_base": data.shared_grid(data.normal(f"{label}/head_base", (n,))),
+        "head_scale": data.shared_grid(np.array([1.3])),
+    }
+    made.update({k: data.shared_grid(np.asarray(wish.weights[k])) if k in wish.weights else v for k, v in head.items()})
+
+    stages, cotangents = {}, {}
+    outputs_shape = {
+        "out": {"expand": (n, p["dim"]), "layer": (n, p["dim"]), "post": (n, p["dim"])},
+        "pre": (n,),
+        "post": (n,),
+        "H": (n, n),
+        "u": (p["dim"],),
+    }
+    for name in names:
+        spec = STAGES[name]
+        inputs = [k for k in spec.inputs if k not in ("load_balance_loss", "moe_bias_updates")]
+        outputs = [k for k in spec.outputs if k not in ("load_balance_loss", "moe_bias_updates")]
+        if options[name].get("branch") == "mlp_moe":
+            inputs, outputs = list(spec.inputs), list(spec.outputs)
+        weights = [k for k in spec.weights if k in made and (k in HEAD_WEIGHTS) == (name == "head")]
+        stages[name] = {"inputs": inputs, "weights": weights, "outputs": outputs, "options": options[name]}
+        shapes = {}
+        for output in outputs:
+            if output in ("load_balance_loss", "moe_bias_updates"):
+                shapes[output] = made[output].shape
+            elif output == "out":
+                tail = outputs_shape["out"].get(name, (p["dim"],))
+                tail = (n, p["dim"]) if options[name].get("reduce") == "none" else tail
+                shapes[output] = (*wish.lead, *tail)
+            else:
+                shapes[output] = (*wish.lead, *outputs_shape[output])
+        cotangents[name] = {k: data.shared_grid(data.normal(f"{label}/{name}/{k}", s)) for k, s in shapes.items()}
+    variants = [v for name in wish.variants for v in _variant(name, names, p, False)]
+    if wish.tf32:
+        variants += _variant("float32-float32", names, p, True)
+    return Case(
+        id=label, family=wish.family, why=wish.why, clause=wish.clause, dialect=wish.dialect,
+        overrides=dict(wish.overrides), parameters=p, stages=stages, variants=variants, tensors=made,
+        cotangents=cotangents, layout=wish.layout, quick=wish.quick, exact=wish.exact, gradients=wish.gradients,
+    )  # fmt: skip
+
+
+def _variant(name: str, stages: list[str], p: Mapping[str, Any], tf32: bool) -> list[dict[str, Any]]:
+    """The stages that a pair of dtypes tells something new about; none where nothing would be left."""
+    x, weights = name.split("-")
+    narrow = x in ("bfloat16", "float16")
+    pure = weights != ("float64" if x == "float64" else "float32")
+    contract = "float64" if x == "float64" else "tf32" if tf32 else "float32"
+    if not tf32 and x != "float64" and p["mixing"] == "activation":
+        contract = "activation" if p["coefficients"] == "activation" else "mixing"
+    chosen = [
+        s
+        for s in stages
+        if not (pure and not STAGES[s].weights)
+        and not (tf32 and s not in PROJECTING)
+        and not (s == "residual_matrix" and narrow and p["coefficients"] == "float32")
+    ]
+    if not chosen:
+        return []
+    return [{"name": name + ("-tf32" if tf32 else ""), "x": x, "weights": weights, "contract": contract, "stages": chosen}]

@@ -1,0 +1,247 @@
+"""The case families of the golden corpus (conformance.md, "Case families")."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conformance.oracle import data
+from conformance.oracle.build import CORE, PURE, Wish, dialects
+
+SLOWEST = json.loads(Path(__file__).with_name("slowest.json").read_text())
+NARROW = ("bfloat16-float32", "float16-float32")
+F32 = ("float32-float32",)
+F32_BF16 = ("float32-float32", "bfloat16-float32")
+EVERY_CONTRACT = ("paper", "maxtext", "deepseek-v4-transformers", "megatron")
+MATRIX = ("residual_matrix", "coefficients")
+
+
+def wishes() -> Iterator[Wish]:
+    """Every case of the corpus, in a fixed order."""
+    for name, parameters in dialects().items():
+        yield from _whole_layers(name, parameters)
+        yield from _sizes(name, parameters)
+        if parameters["residual"] != "identity":
+            yield from _matrices(name, parameters)
+        yield from _activations(name, parameters)
+        yield from _plumbing(name, parameters)
+    yield from _exact()
+    yield from _other_parameters()
+
+
+def _reductions(p: dict[str, Any]) -> list[Any]:
+    """``head`` where the dialect has one (MaxText may have either), and the plain reduction."""
+    how = p["reduce"] if p["reduce"] in ("sum", "mean") else "sum"
+    with_head = p["reduce"] == "head" or (p["norm_weight"] and p["pre_eps"] > 0)
+    return [("reduce", {"how": how}), *(["head"] if with_head else [])]
+
+
+def _matrix_stage(p: dict[str, Any]) -> list[str]:
+    return [] if p["residual"] == "identity" else ["residual_matrix"]
+
+
+def _whole_layers(name: str, p: dict[str, Any]) -> Iterator[Wish]:
+    every = [
+        "expand", *_reductions(p), *_matrix_stage(p), "coefficients", "pre", "post", ("layer", {"branch": "mlp_dense"}),
+    ]  # fmt: skip
+    yield Wish(
+        "smoke", "the smallest complete case: if it fails, suspect the harness", "Forward", name,
+        streams=2, dim=2, lead=(1, 2), stages=every, variants=F32, quick=True,
+    )  # fmt: skip
+    yield Wish(
+        "generic", "swapped slices, transposes, an ignored norm weight, alpha on the bias", "Forward", name, "n4",
+        stages=every, variants=CORE + (PURE if name in EVERY_CONTRACT else ()), tf32=True,
+        quick=name in EVERY_CONTRACT,
+    )  # fmt: skip
+    yield Wish(
+        "initial", "the values that training starts from", "Initial values (MaxText)", name,
+        stages=["coefficients", "pre", ("layer", {"branch": "mlp_dense"})],
+        weights={
+            "pre_alpha_scale": 0.01, "post_alpha_scale": 0.01, "res_alpha_scale": 0.01,
+            "pre_beta": 0.0, "post_beta": 0.0, "res_beta": 0.0, "mhc_norm.scale": 1.0,
+        },
+    )  # fmt: skip
+
+
+def _sizes(name: str, p: dict[str, Any]) -> Iterator[Wish]:
+    for streams in (1, 2, 3, 5, 8):
+        if p["residual"] == "permutations" and streams > 5:
+            continue
+        yield Wish(
+            "generic", "a transposition shows only for three streams and more", "Forward", name, f"n{streams}",
+            streams=streams, stages=["coefficients", "post", ("layer", {"branch": "mlp_dense"})],
+            variants=CORE if streams == 3 else F32_BF16,
+        )  # fmt: skip
+    if name in EVERY_CONTRACT:
+        yield Wish(
+            "generic", "a width at which the order of summation matters", "Forward", name, "n4-dim64", dim=64,
+            stages=["coefficients", "pre", ("layer", {"branch": "mlp_dense"})], variants=(*F32, *NARROW), tf32=True,
+        )  # fmt: skip
+        yield Wish(
+            "generic", "x and the projections with all of float32's bits: an operand rounded to fewer shows",
+            "Precision", name, "fine", dim=16, fine=True, tf32=True,
+            stages=["coefficients", "pre", "post", ("layer", {"branch": "mlp_dense"})],
+            variants=("float32-float32", "float64-float64"),
+        )  # fmt: skip
+
+
+def _matrices(name: str, p: dict[str, Any]) -> Iterator[Wish]:
+    n = 4
+    clause = "The residual matrix"
+    near = np.full((n, n), 0.0)
+    near[np.arange(n), [1, 2, 3, 0]] = 9.0
+    sinkhorn = p["residual"] == "sinkhorn"
+    if sinkhorn:
+        yield _matrix_wish("permutation", "orientation, rows that have not converged", name, p, near, 1.0)
+    yield Wish("wide", "logits of deviation 5: rows that have not converged, wrong gradients", clause, name,
+               stages=MATRIX, logit_deviation=5.0, weights={"res_alpha_scale": 3.0})  # fmt: skip
+    offsets = (120.0, 9984.0)
+    for offset in offsets:
+        shape = (3, 4, n, n) if sinkhorn else (3, 4, 24)
+        rows = data.uniform(f"overflow/{offset}", shape[:-1] + (1,), -1, 1) * offset
+        noise = data.normal(f"overflow/noise/{name}/{offset}", shape) * 2
+        grid = data.shared_grid if p["coefficients"] == "activation" else (lambda v: np.asarray(v, np.float32))
+        yield Wish("overflow", "a missing shift by the maximum", clause, name, f"{offset:.0f}",
+                   stages=["residual_matrix"], tensors={"logits": grid(rows + np.round(noise * 64) / 64)})  # fmt: skip
+    if not sinkhorn:
+        return
+    blocks = np.array([[0, 1, -5, -6], [2, 0, -6, -5], [-6, -5, 1, 0], [-5, -7, 0, 3]], float)
+    yield _matrix_wish("slow", "nearly decoupled blocks: 19 against 20 iterations, order, ending on rows",
+                       name, p, blocks, 0.25)  # fmt: skip
+    for streams in (2, 3, 4, 8):
+        logits = np.array(SLOWEST[f"n{streams}-N20"])
+        yield _matrix_wish("slowest", "searched: the largest change from iteration N - 1 to N", name, p, logits, 0.0)
+    floor = np.zeros((n, n))
+    floor[:, 2] = -13.0
+    yield _matrix_wish("eps-floor", "one column 13 below the rest: eps added against clipped, or missing",
+                       name, p, floor, 1.0)  # fmt: skip
+
+
+def _matrix_wish(family: str, why: str, name: str, p: dict[str, Any], logits: np.ndarray, noise: float) -> Wish:
+    """Logits through both doors: as the input of residual_matrix, and as b_res of the coefficients."""
+    n = logits.shape[0]
+    jitter = data.normal(f"{family}/{name}/{n}", (3, 4, n, n)) * noise
+    grid = data.shared_grid
+    label = f"n{n}" if family == "slowest" else ""
+    return Wish(
+        family, why, "The residual matrix", name, label, streams=n, stages=MATRIX if n == 4 else MATRIX[:1],
+        variants=CORE if n == 4 else ("float32-float32", "float64-float64", *NARROW),
+        tensors={"logits": grid(logits + jitter)},
+        weights={"res_beta": logits, "res_alpha_scale": 2.0**-7 if noise < 0.5 else 0.5},
+    )  # fmt: skip
+
+
+def _activations(name: str, p: dict[str, Any]) -> Iterator[Wish]:
+    stages = ["coefficients", "pre", ("layer", {"branch": "mlp_dense"})]
+    yield Wish("tiny", "x at 1e-3: the norm's eps, inside or outside the root", "Forward", name,
+               stages=stages, x_scale=2.0**-10, variants=CORE)  # fmt: skip
+    yield Wish("big", "x at 200: overflow of squares in float16", "Forward", name, stages=stages, x_scale=200.0)
+    if p["norm_eps"] > 0:
+        base = data.shared_grid(data.normal(f"zero/{name}", (3, 4, 4, 8)))
+        base[1, 2] = 0.0
+        yield Wish("zero", "a token of zeros: the norm's eps and its gradient", "Forward", name,
+                   stages=stages, tensors={"x": base},  # with eps outside the root, 1e6 times a cotangent
+                   variants=CORE if p["norm_eps_position"] == "mean" else F32_BF16)  # fmt: skip
+    yield Wish("closed-gate", "pre bias -18: only pre_eps is left", "Forward", name,
+               stages=["pre"], weights={"pre_beta": -18.0})  # fmt: skip
+    eps = {k: v for k, v in {"norm_eps": 0.0625, "eps": 0.03125, "pre_eps": 0.046875, "post_eps": 0.015625}.items()
+           if p[k]}  # fmt: skip
+    if eps:
+        yield Wish("big-eps", "every eps of the dialect at 1e-2 to 1e-1: one missing or misplaced", "Forward", name,
+                   stages=[*_matrix_stage(p), "coefficients", ("layer", {"branch": "mlp_dense"})],
+                   overrides=eps, variants=F32_BF16)  # fmt: skip
+    width, m = 32, {"sinkhorn": 16, "permutations": 24, "identity": 0}[p["residual"]]
+    alternate = np.where(np.arange(width) % 2, -1.0, 1.0)[:, None]
+    large = {
+        f"{k}_alpha": alternate * 24 + data.normal(f"cancel/{name}/{k}", (width, count)) * 0.25
+        for k, count in (("pre", 4), ("post", 4), ("res", m))
+    }
+    ones = data.shared_grid(1 + data.normal(f"cancel/{name}/x", (3, 4, 4, 8)) / 64)
+    yield Wish("cancel-projection", "large terms of opposite sign in flat @ phi: accumulation in bfloat16, TF32",
+               "Precision", name, stages=["coefficients"], tensors={"x": ones},
+               weights={**large, "pre_alpha_scale": 0.25, "post_alpha_scale": -0.25, "res_alpha_scale": 0.25},
+               tf32=True)  # fmt: skip
+
+
+def _plumbing(name: str, p: dict[str, Any]) -> Iterator[Wish]:
+    clause = "Forward"
+    layer = [("layer", {"branch": "mlp_dense"})]
+    shapes = (
+        ("zero-tokens", {"lead": (1, 0)}, F32),
+        ("one-token", {"lead": (1, 1)}, ("bfloat16-float32",)),
+        ("dim1", {"dim": 1, "lead": (2, 3)}, F32),
+        ("dim7", {"dim": 7, "lead": (2, 3)}, ("bfloat16-float32",)),
+        ("dim129", {"dim": 129, "lead": (1, 2)}, F32),
+        ("strided", {"layout": "strided"}, F32_BF16),
+    )
+    for label, wish, variants in shapes:
+        yield Wish("shape", "indexing, padding, contiguity", clause, name, label, stages=layer, variants=variants,
+                   quick=label == "zero-tokens" and name == "paper", **wish)  # fmt: skip
+    for branch in ("attention", "mlp_moe"):
+        yield Wish("branch", "what the branch is handed and what it returns", clause, name, branch.replace("_", "-"),
+                   stages=[("layer", {"branch": branch})], variants=F32_BF16)  # fmt: skip
+    yield _cancel_branch(name, p)
+    (_, options), *head = _reductions(p)
+    other = {"how": "sum" if options["how"] == "mean" else "mean"}
+    yield Wish("head", "the other reduction; a head with one gate closed", "Forward", name,
+               stages=[("reduce", other), *head], x_scale=3.0,
+               weights={"head_base": np.array([-18.0, 0.5, -1.0, 1.0])})  # fmt: skip
+    how = p["reduce"] if p["reduce"] in ("sum", "mean", "none") else "sum"
+    # Small gates' slopes and branches: 24 layers of order-1 gradients would overflow float16, and float32 soon after.
+    yield Wish("stack", "24 layers: growth of error", clause, name, stages=[("stack", {"layers": 24, "reduce": how})],
+               layers=24, lead=(1, 3), variants=F32_BF16,
+               weights={"pre_alpha_scale": 0.125, "post_alpha_scale": -0.125, "res_alpha_scale": 0.25},
+               tensors={"branch_scale": data.powers_of_two(f"stack/{name}", (8,), -5, -3)})  # fmt: skip
+
+
+def _cancel_branch(name: str, p: dict[str, Any]) -> Wish:
+    """Constant post and H make the cancelling y easy to write down: y = -(sum of x)/n - a little."""
+    x = data.shared_grid(data.normal(f"cancel-branch/{name}", (3, 4, 4, 8)) * 4)
+    H = np.full((3, 4, 4, 4), 0.25) + np.round(data.normal(f"cancel-branch/H/{name}", (3, 4, 4, 4)) * 4) / 64
+    H = np.broadcast_to(np.eye(4), H.shape) if p["residual"] == "identity" else H
+    grid = data.shared_grid
+    H, post = grid(H), np.full((3, 4, 4), 1.0, np.float32)
+    weight = H[..., 0] if p["mix"] == "in-out" else H[..., 0, :]  # of each input stream in output stream 0
+    mixed = np.sum(weight[..., None].astype(np.float64) * x, axis=-2)
+    return Wish("cancel-branch", "the branch cancels the mixed residual: a second rounding of out shows", "Precision",
+                name, stages=["post"], tensors={"x": x, "H": H, "post": post, "y": grid(-mixed)})  # fmt: skip
+
+
+def _exact() -> Iterator[Wish]:
+    zero = {f"{k}_alpha": 0.0 for k in ("pre", "post", "res")} | {f"{k}_beta": 0.0 for k in ("pre", "post", "res")}
+    small = data.uniform("exact/x", (3, 4, 4, 8), -8, 8).astype(np.float32)
+    for name in ("paper", "transformer-engine"):
+        yield Wish("exact", "small integers and uniform gates: zero tolerance", "Forward", name, "uniform",
+                   stages=["expand", ("reduce", {"how": "mean"}), "residual_matrix", "coefficients", "pre",
+                           ("layer", {"branch": "mlp_dense"})],
+                   tensors={"x": small, "logits": np.zeros((3, 4, 4, 4), np.float32)}, weights=zero, exact=True,
+                   gradients=False, quick=name == "paper")  # fmt: skip
+    matrices = np.eye(4, dtype=np.float32)[
+        np.argsort(data.uniform("exact/order", (3, 4, 4), 0, 10**6), axis=-1, kind="stable")
+    ]
+    for name, p in dialects().items():
+        H = np.broadcast_to(np.eye(4, dtype=np.float32), matrices.shape) if p["residual"] == "identity" else matrices
+        yield Wish("exact", "permutation matrices: zero tolerance", "Forward", name, "permutation", stages=["post"],
+                   tensors={"x": small, "y": small[..., 1, :] * 2, "H": np.ascontiguousarray(H),
+                            "post": np.exp2(data.uniform(f"exact/post/{name}", (3, 4, 4), -1, 1)).astype(np.float32)},
+                   exact=True, gradients=False)  # fmt: skip
+
+
+def _other_parameters() -> Iterator[Wish]:
+    """Parameters that no published dialect combines: each must work on its own."""
+    stages = ["residual_matrix", "coefficients", ("layer", {"branch": "mlp_dense"})]
+    combinations = (
+        ("paper", "columns-first", {"order": "columns-first"}),
+        ("deepseek-v4", "columns-first", {"order": "columns-first", "mix": "out-in"}),
+        ("megatron", "columns-first", {"order": "columns-first"}),
+        ("paper", "one-iteration", {"iterations": 1}),
+        ("paper", "three-iterations", {"iterations": 3, "guard": "clip", "eps": 0.25, "post_scale": 1.5}),
+        ("transformer-engine", "norm-weight", {"norm_weight": True, "pre_eps": 0.125, "post_eps": 0.0625}),
+    )
+    for name, label, overrides in combinations:
+        yield Wish("parameters", "a combination that no dialect has", "Dialects", name, label,
+                   stages=stages, overrides=overrides, variants=F32_BF16)  # fmt: skip

@@ -1,0 +1,262 @@
+"""Writes the golden corpus: expected values from ball arithmetic, bounds from the honest ensemble."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import load, save
+
+from conformance.oracle.balls import BallArithmetic, certified
+from conformance.oracle.build import Case, build
+from conformance.oracle.evaluate import evaluate
+from conformance.oracle.families import wishes
+from conformance.oracle.floats import FloatArithmetic
+from conformance.oracle.style import Style, ensemble
+
+CASE_FORMAT, MANIFEST_FORMAT = "mhc-conformance-case/1", "mhc-conformance-manifest/1"
+GATES = ("pre", "post", "H")
+K_FLOAT32, K_ROUNDED = 32.0, 4.0
+"""Multiples of the honest error: K_ROUNDED where narrow intermediates dominate it (conformance.md, "The bound")."""
+
+
+def case_ids() -> list[str]:
+    ids = [wish.id for wish in wishes()]
+    repeated = {i for i in ids if ids.count(i) > 1}
+    if repeated:
+        raise ValueError(f"case ids must be unique, these are not: {sorted(repeated)}")
+    return ids
+
+
+def complete(case: Case) -> bytes:
+    """One case as the bytes of its file."""
+    _inputs_from_oracle(case)
+    tensors: dict[str, np.ndarray] = {}
+    bounds: dict[str, Any] = {}
+    for stage, entry in case.stages.items():
+        given = {k: case.tensors[k] for k in (*entry["inputs"], *entry["weights"])}
+        cotangents = case.cotangents[stage]
+        routed = {k: v for k, v in cotangents.items() if k not in ("load_balance_loss", "moe_bias_updates")}
+
+        def run(A: Any, stage: str = stage, given: Any = given, routed: Any = routed, entry: Any = entry) -> Any:
+            found = evaluate(stage, given, routed, case.parameters, entry["options"], A)
+            return {k: v for k, v in found.items() if case.gradients or "/" not in k}
+
+        expected = certified(lambda run=run: run(BallArithmetic()), f"{case.id}, stage {stage}")
+        for name, value in expected.items():
+            kind, _, tensor = name.rpartition("/")
+            tensors[f"{ {'': 'expected', 'd': 'gradient', 'm': 'magnitude'}[kind] }/{stage}/{tensor}"] = value
+        for name in set(cotangents) - set(routed):  # handed through by the layer
+            tensors[f"expected/{stage}/{name}"] = case.tensors[name].astype(np.float64)
+            if case.gradients:
+                tensors[f"gradient/{stage}/{name}"] = cotangents[name].astype(np.float64)
+        tensors.update({f"cotangent/{stage}/{k}": v for k, v in cotangents.items()})
+        bounds[stage] = _bounds(case, stage, expected, run)
+        for name in set(cotangents) - set(routed):
+            for row in bounds[stage].values():
+                row[name] = row[f"d/{name}"] = {"bound": 0.0, "honest": 0.0, "K": 0.0, "scale": 1.0}
+    used_inputs = {k for entry in case.stages.values() for k in entry["inputs"]}
+    used_weights = {k for entry in case.stages.values() for k in entry["weights"]}
+    tensors.update({f"input/{k}": _stored(k, case) for k in used_inputs})
+    tensors.update({f"weight/{k}": case.tensors[k].astype(np.float32) for k in used_weights})
+    described = {
+        k: getattr(case, k)
+        for k in ("id", "family", "why", "clause", "dialect", "overrides", "parameters", "layout", "quick", "stages",
+                  "variants")
+    }  # fmt: skip
+    metadata = {"format": CASE_FORMAT, "case": json.dumps({**described, "bounds": bounds}, sort_keys=True)}
+    ordered = {k: np.ascontiguousarray(tensors[k]).reshape(tensors[k].shape) for k in sorted(tensors)}
+    return canonical_bytes(ordered, metadata)
+
+
+def canonical_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """safetensors bytes that depend on the content alone: the header is written again, with sorted keys."""
+    raw = save(tensors, metadata=None)
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    text = json.dumps({"__metadata__": metadata, **header}, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + raw[8 + size :]
+
+
+def _stored(name: str, case: Case) -> np.ndarray:
+    """x-like inputs as bfloat16 where they fit, everything else as float32."""
+    value = case.tensors[name].astype(np.float32)
+    narrow = value.astype(ml_dtypes.bfloat16)
+    fits = np.array_equal(narrow.astype(np.float32), value) and any(
+        v["x"] in ("bfloat16", "float16") for v in case.variants
+    )
+    return narrow if fits and name in ("x", "y", "embedding", "norm_scale", "branch_scale") else value
+
+
+def _inputs_from_oracle(case: Case) -> None:
+    """post's own inputs are the oracle's gates and H for this x, rounded to the grid of the coefficients."""
+    if "post" not in case.stages or "H" in case.tensors:
+        return
+    weights = case.stages["coefficients"]["weights"]
+    given = {"x": case.tensors["x"], **{k: case.tensors[k] for k in weights}}
+    cotangents = case.cotangents["coefficients"]
+    found = certified(
+        lambda: {
+            k: v
+            for k, v in evaluate("coefficients", given, cotangents, case.parameters, {}, BallArithmetic()).items()
+            if k in ("post", "H")
+        },
+        f"{case.id}, inputs of post",
+    )
+    for name, value in found.items():
+        value = value.astype(np.float32)
+        if case.parameters["coefficients"] == "activation":
+            value = value.astype(ml_dtypes.bfloat16).astype(np.float32)
+            value = np.where(np.abs(value) < 2.0**-16, np.float32(0), value)
+        case.tensors[name] = value
+
+
+def _bounds(case: Case, stage: str, expected: dict[str, np.ndarray], run: Callable[[Any], Any]) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    measured: dict[tuple[str, str | None], tuple[dict[str, float], bool]] = {}
+    for variant in case.variants:
+        if stage not in variant["stages"]:
+            continue
+        narrow = variant["x"] if variant["x"] in ("bfloat16", "float16") else None
+        contract = variant["contract"] if narrow or variant["contract"] in ("float64", "tf32") else "float32"
+        key = (contract, narrow)
+        if narrow and key not in measured:
+            probe = FloatArithmetic(Style(round_weights=True, round_logits=True), contract, narrow)
+            run(probe)
+            if not probe.rounded:  # nothing narrow happens before the last rounding: the float32 figures
+                measured[key] = _honest(expected, run, "float32", None)
+        if key not in measured:
+            measured[key] = _honest(expected, run, contract, narrow)
+        honest, rounded = measured[key]
+        rows[variant["name"]] = {
+            name: _row(name, expected[name], error, rounded, contract, case) for name, error in honest.items()
+        }
+    return rows
+
+
+def _row(name: str, expected: np.ndarray, honest: float, rounded: bool, contract: str, case: Case) -> dict[str, float]:
+    scale = 1.0 if name in GATES else float(np.max(np.abs(expected), initial=0.0))
+    factor = K_ROUNDED if rounded else K_FLOAT32
+    if case.exact:
+        if honest:
+            raise ValueError(f"{case.id}: {name} is declared exact, yet an honest evaluation misses it by {honest:g}")
+        return {"bound": 0.0, "honest": 0.0, "K": 0.0, "scale": scale}
+    floor = (2.0**-53 if contract == "float64" else 2.0**-24) * scale
+    return {"bound": factor * max(honest, floor), "honest": honest, "K": factor, "scale": scale}
+
+
+def _honest(
+    expected: dict[str, np.ndarray], run: Callable[[Any], Any], contract: str, narrow: str | None
+) -> tuple[dict[str, float], bool]:
+    """Largest error of the ensemble for each output and gradient, and whether narrow roundings took part."""
+    worst = {name: 0.0 for name in expected if not name.startswith("m/")}
+    rounded = False
+    for style in ensemble():
+        arithmetic = FloatArithmetic(style, contract, narrow)
+        found = run(arithmetic)
+        rounded |= arithmetic.rounded
+        for name in worst:
+            error = np.abs(found[name].astype(np.float64) - expected[name])
+            if not np.isfinite(error).all():
+                raise ValueError(f"{name} isn't finite in {contract}, {narrow or 'wide'}, {style}")
+            worst[name] = max(worst[name], float(np.max(error, initial=0.0)))
+    return worst, rounded
+
+
+def _make(index: int) -> tuple[str, bytes]:
+    wish = _WISHES[index]
+    try:
+        return wish.id, complete(build(wish))
+    except Exception as error:
+        raise RuntimeError(f"{wish.id}: {error}") from error
+
+
+_WISHES = list(wishes())
+
+
+def regenerate(target: Path, jobs: int = 2, check: bool = False, progress: Callable[[int, int], None] | None = None):
+    """Rewrites the corpus in ``target`` and says what changed.
+
+    Args:
+        target: the folder of golden files.
+        jobs: worker processes.
+        check: only compare, write nothing.
+        progress: called with (done, all) after each case.
+
+    Returns:
+        One line for each file added, removed or changed (with the largest difference).
+    """
+    ids = case_ids()
+    made: dict[str, bytes] = {}
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(jobs) as pool:
+        for done, (name, content) in enumerate(pool.imap_unordered(_make, range(len(ids)), chunksize=4), 1):
+            made[f"{name}.safetensors"] = content
+            if progress:
+                progress(done, len(ids))
+    files = {
+        name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        for name, content in sorted(made.items())
+    }
+    manifest = {"format": MANIFEST_FORMAT, "count": len(files), "files": files}
+    made["MANIFEST.json"] = (json.dumps(manifest, indent=1) + "\n").encode()
+    target.mkdir(parents=True, exist_ok=True)
+    changes = []
+    for name in sorted({p.name for p in target.iterdir()} | set(made)):
+        path, content = target / name, made.get(name)
+        before = path.read_bytes() if path.exists() else None
+        if before == content:
+            continue
+        changes.append(_change(name, before, content))
+        if check:
+            continue
+        if content is None:
+            path.unlink()
+        else:
+            write(path, content)
+    return changes
+
+
+def write(path: Path, content: bytes) -> None:
+    """All of the file or none of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _change(name: str, before: bytes | None, after: bytes | None) -> str:
+    if before is None:
+        return f"added    {name}"
+    if after is None:
+        return f"removed  {name}"
+    if not name.endswith(".safetensors"):
+        return f"changed  {name}"
+    try:
+        old, new = load(before), load(after)
+    except Exception as error:
+        return f"changed  {name}: the old file can't be read ({error})"
+    names = sorted(set(old) ^ set(new))
+    largest, where = 0.0, ""
+    for tensor in set(old) & set(new):
+        if old[tensor].shape != new[tensor].shape or old[tensor].dtype != new[tensor].dtype:
+            names.append(tensor)
+            continue
+        difference = np.abs(old[tensor].astype(np.float64) - new[tensor].astype(np.float64)).max(initial=0.0)
+        if difference > largest:
+            largest, where = float(difference), f" in {tensor}"
+    other = f"; tensors added, removed or reshaped: {', '.join(names[:5])}" if names else ""
+    return f"changed  {name}: largest difference {largest:.3g}{where}{other}"
