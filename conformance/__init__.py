@@ -1,0 +1,1 @@
+"""Conformance suite for Manifold-Constrained Hyper-Connections. Importing it imports no framework."""

@@ -1,0 +1,1 @@
+"""Implementations plugged into the suite: ours, exactly like a stranger's, and other packages' own classes."""

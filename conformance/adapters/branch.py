@@ -1,0 +1,50 @@
+"""The sub-layer of the layer and stack cases, and the shapes in memory: the same for every framework.
+
+Only operators are used, so that NumPy, JAX and PyTorch arrays all pass through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from conformance.stages import HEAD_WEIGHTS, LAYER_WEIGHTS
+
+
+def in_memory(weights: Mapping[str, Any], streams: int, dim: int, lead: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Flat weights ``[n*C, m]`` as ``[n, C, m]``; the flat axis is streams first, dim second."""
+    shaped = {}
+    for name, value in weights.items():
+        if name == "mhc_norm.scale":
+            value = value.reshape(*lead, streams, dim)
+        elif name.endswith("_alpha") or name == "head_fn":
+            value = value.reshape(*lead, streams, dim, value.shape[-1])
+        shaped[name] = value
+    return shaped
+
+
+def split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(inputs, weights) of what a stage is handed."""
+    names = {*LAYER_WEIGHTS, *HEAD_WEIGHTS}
+    return {k: v for k, v in inputs.items() if k not in names}, {k: v for k, v in inputs.items() if k in names}
+
+
+def norm_fn(inputs: Mapping[str, Any]) -> Callable[[Any], Any]:
+    return lambda u: u * inputs["norm_scale"]
+
+
+def branch_fn(kind: str, inputs: Mapping[str, Any]) -> Callable[..., Any]:
+    """The branch that fixtures/README.md describes: products with powers of two."""
+    scale = inputs["branch_scale"]
+
+    def attention(inputs_q: Any, inputs_kv: Any) -> Any:
+        return scale * (0.5 * inputs_q + 0.5 * inputs_kv), None
+
+    def mlp_dense(inputs: Any) -> Any:
+        return scale * inputs
+
+    def mlp_moe(inputs: Any) -> Any:
+        return scale * inputs, router["load_balance_loss"], router["moe_bias_updates"]
+
+    router = inputs
+    return {"attention": attention, "mlp_dense": mlp_dense, "mlp_moe": mlp_moe}[kind]

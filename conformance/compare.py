@@ -1,0 +1,124 @@
+"""The comparison rule and the verdicts (conformance.md, "The bound" and "Verdicts")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from conformance.cases import DTYPES, Item
+
+UNIT_ROUNDOFF = {DTYPES["bfloat16"]: 2.0**-8, DTYPES["float16"]: 2.0**-11}
+ABSOLUTE = {DTYPES["float16"]: 2.0**-25}
+PARTS = 3.0
+"""Separately rounded parts of a gradient: their magnitudes count three times."""
+MARGINAL = 0.5
+GOOD = ("passed", "marginal")
+
+
+@dataclass
+class Check:
+    """The verdict on one tensor of one item.
+
+    ``ratio`` is the largest error beyond the unavoidable last rounding, as a fraction of the bound.
+    """
+
+    tensor: str
+    verdict: str
+    ratio: float = 0.0
+    error: float = 0.0
+    bound: float = 0.0
+    message: str = ""
+    worst: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def allowance(dtype: np.dtype, contract: str, expected: np.ndarray, magnitude: np.ndarray | None) -> np.ndarray:
+    """What the last rounding to ``dtype`` may cost, elementwise; 0 where the bound already has that precision."""
+    roundoff = UNIT_ROUNDOFF.get(dtype, 0.0)
+    if contract == "float64" and dtype == DTYPES["float32"]:  # float32 weights under a float64 x
+        roundoff = 2.0**-24
+    if not roundoff:
+        return np.zeros_like(expected)
+    size = np.abs(expected) if magnitude is None else PARTS * magnitude
+    return 1.01 * roundoff * size + ABSOLUTE.get(dtype, 0.0) * (1 if magnitude is None else PARTS)
+
+
+def compare(
+    tensor: str,
+    actual: Any,
+    expected: np.ndarray,
+    dtype: np.dtype,
+    contract: str,
+    bound: float,
+    magnitude: np.ndarray | None,
+    inputs: Mapping[str, np.ndarray],
+) -> Check:
+    """One tensor against its true value.
+
+    Args:
+        actual: what the implementation returned.
+        expected: float64 true values.
+        dtype: the dtype it must have.
+        contract: the variant's, ``float64`` among them.
+        bound: allowed error beyond the last rounding; 0 demands equality.
+        magnitude: sums of magnitudes of a gradient's parts, where there are several.
+        inputs: to recognise an output that is one of them.
+    """
+    if not isinstance(actual, np.ndarray):
+        return Check(tensor, "wrong-dtype", message=f"expected a NumPy array, got {type(actual).__name__}")
+    if actual.shape != expected.shape:
+        return Check(tensor, "wrong-shape", message=f"expected {list(expected.shape)}, got {list(actual.shape)}")
+    if actual.dtype != dtype:
+        return Check(tensor, "wrong-dtype", message=f"expected {dtype}, got {actual.dtype}")
+    value = actual.astype(np.float64)
+    if not np.isfinite(value).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
+        return Check(tensor, "non-finite", message=f"first at {list(where)}: {value[where]}")
+    if expected.size == 0:
+        return Check(tensor, "passed", bound=bound)
+    error = np.abs(value - expected)
+    excess = np.maximum(0.0, error - allowance(dtype, contract, expected, magnitude))
+    largest = float(excess.max())
+    ratio = largest / bound if bound > 0 else (np.inf if largest > 0 else 0.0)
+    order = np.argsort(excess, axis=None)[::-1][:4]
+    worst = [
+        {"index": [int(i) for i in index], "actual": float(value[index]), "expected": float(expected[index]),
+         "error": float(error[index])}
+        for index in (np.unravel_index(k, expected.shape) for k in order)
+    ]  # fmt: skip
+    verdict = "failed" if ratio > 1 else "marginal" if ratio > MARGINAL else "passed"
+    check = Check(tensor, verdict, ratio, float(error.max()), bound, worst=worst)
+    if verdict == "failed":
+        if not value.any():
+            check.verdict, check.message = "mistrusted", "all zeros where the expected values are not"
+        for name, given in inputs.items():
+            if given.shape == value.shape and np.array_equal(given.astype(np.float64), value):
+                check.verdict, check.message = "mistrusted", f"equal to the input {name}, where the expected is not"
+    return check
+
+
+def check_item(item: Item, outputs: Mapping[str, Any], gradients: Mapping[str, Any], claimed: Any) -> list[Check]:
+    """Every expected tensor of an item; ``claimed`` are the implementation's capabilities."""
+    inputs, checks = item.inputs(), []
+    partial = claimed.outputs.get(item.stage)
+    for tensor, expected in item.expected.items():
+        gradient = tensor.startswith("d/")
+        name = tensor.removeprefix("d/")
+        if gradient and (not claimed.gradients or partial is not None):
+            continue
+        if not gradient and partial is not None and name not in partial:
+            continue
+        found = (gradients if gradient else outputs).get(name)
+        if found is None:
+            checks.append(Check(tensor, "wrong-shape", message=f"expected {list(expected.shape)}, got nothing"))
+            continue
+        dtype = inputs[name].dtype if gradient else item.output_dtype(name)
+        bound = item.bounds[tensor]["bound"]
+        parts = item.magnitude(tensor) if gradient else None
+        checks.append(compare(tensor, found, expected, dtype, item.variant.contract, bound, parts, inputs))
+    return checks

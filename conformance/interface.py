@@ -1,0 +1,71 @@
+"""What the suite knows of an implementation: arrays in, arrays out.
+
+An implementation is any object with ``name``, ``capabilities`` and one method per claimed stage::
+
+    def residual_matrix(self, inputs, config, cotangents):
+        return {"H": H}, {"logits": gradient}
+
+``inputs`` maps the stage's inputs and weights (`stages.STAGES`; weights flat, as in the file) to NumPy arrays,
+bfloat16 by ml_dtypes. ``config`` holds the parameters of ``fixtures/dialects.json`` with ``streams``, ``dim``,
+``dialect`` and the stage's options (``how``, ``branch``, ``layers``, ``reduce``). ``cotangents`` maps each
+output to its cotangent, or is None where gradients aren't claimed. Expected values are never handed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an implementation claims; everything else is skipped, with the reason.
+
+    Attributes:
+        stages: names of `stages.STAGES`.
+        dialects: names of ``fixtures/dialects.json``.
+        dtypes: dtypes of x.
+        weights: ``"float32"`` (the wide dtype of the variant), ``"x"`` (weights in the dtype of x).
+        gradients: whether vector-Jacobian products come back.
+        overrides: parameters in which it may depart from a dialect; None for any.
+        contracts: precisions kept; ``"tf32"`` takes the place of ``"float32"`` where the two differ.
+        outputs: for a stage, the outputs returned if not all of them.
+        streams: numbers of streams, None for any.
+    """
+
+    stages: frozenset[str]
+    dialects: frozenset[str]
+    dtypes: frozenset[str] = frozenset({"float32"})
+    weights: tuple[str, ...] = ("float32", "x")
+    gradients: bool = True
+    overrides: frozenset[str] | None = frozenset()
+    contracts: frozenset[str] = frozenset({"float32", "mixing", "activation", "float64"})
+    outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    streams: frozenset[int] | None = None
+    device: str = "cpu"
+    description: str = ""
+
+
+class Implementation(Protocol):
+    """Structural type of an implementation; the stage methods are looked up by name."""
+
+    name: str
+    capabilities: Capabilities
+
+
+class SetupError(RuntimeError):
+    """An implementation could not be set up."""
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+Result = tuple[dict[str, Any], dict[str, Any]]

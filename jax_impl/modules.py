@@ -1,0 +1,169 @@
+"""The layer and the head as Flax NNX modules."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.core.spmd import get_logical_axis_rules
+from jax import Array
+from jaxtyping import Float
+
+from jax_impl import functional, weights
+from jax_impl.config import MHCConfig
+
+ALPHA_SCALE = 0.01  # MaxText's initial gating scalars
+
+
+class HyperConnectionType(enum.Enum):
+    """What the wrapped sub-layer is: decides what it is handed and what it returns."""
+
+    ATTENTION = "attention"
+    MLP_DENSE = "mlp_dense"
+    MLP_MOE = "mlp_moe"
+
+
+def _attribute(name: str) -> str:
+    """A parameter's attribute: canonical names have a dot, attributes can't."""
+    return name.replace(".", "_")
+
+
+def logical_axes(name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """MaxText's logical axis names of a weight; streams are never sharded."""
+    if name == "mhc_norm.scale":
+        return (None, "norm")
+    return (None, "activation_embed", None) if len(shape) == 3 else (None,) * len(shape)
+
+
+def _places_parameters() -> bool:
+    """Whether new parameters go to their shards at once: under a mesh, with rules for the logical names."""
+    return not jax.sharding.get_abstract_mesh().empty and bool(get_logical_axis_rules())
+
+
+class _Weighted(nnx.Module):
+    """Parameters of given names and shapes, MaxText's initial values, canonical files in and out."""
+
+    def __init__(
+        self,
+        config: MHCConfig,
+        shapes: dict[str, tuple[int, ...]],
+        rngs: nnx.Rngs,
+        param_dtype: Any,
+        precision: jax.lax.PrecisionLike,
+    ):
+        self.config = config
+        self.precision = precision
+        self._names = tuple(shapes)
+        deviation = (config.streams * config.dim) ** -0.5
+        for name, shape in shapes.items():
+            if name.endswith("_alpha") or name == "head_fn":
+                value = jax.random.normal(rngs.params(), shape, param_dtype) * jnp.asarray(deviation, param_dtype)
+            else:
+                constant = 1.0 if name == "mhc_norm.scale" else ALPHA_SCALE if name.endswith("_scale") else 0.0
+                value = jnp.full(shape, constant, param_dtype)
+            parameter = nnx.Param(value, out_sharding=logical_axes(name, shape), eager_sharding=_places_parameters())
+            setattr(self, _attribute(name), parameter)
+
+    def weights(self) -> dict[str, Array]:
+        """The parameters' values under their canonical names."""
+        return {name: getattr(self, _attribute(name))[...] for name in self._names}
+
+    def load_weights(self, path: str | Path, prefix: str = "") -> None:
+        """Fills the parameters from a canonical safetensors file (`weights.load_weights`)."""
+        shapes = {name: value.shape for name, value in self.weights().items()}
+        for name, value in weights.load_weights(path, self.config, prefix, shapes).items():
+            parameter = getattr(self, _attribute(name))
+            parameter[...] = value.astype(parameter[...].dtype)
+
+    def save_weights(self, path: str | Path, prefix: str = "") -> None:
+        """Writes the parameters as a canonical safetensors file (`weights.save_weights`)."""
+        weights.save_weights(path, self.weights(), self.config, prefix)
+
+
+class ManifoldConstrainedHyperConnections(_Weighted):
+    """The residual connection of n streams around one sub-layer (mathematics.md, "Forward").
+
+    Args:
+        config: the layer's parameters.
+        rngs: its ``params`` stream makes the initial values.
+        param_dtype: of the parameters; the coefficients are computed in float32 or wider whatever it is.
+        precision: of the projections (`functional`).
+    """
+
+    def __init__(
+        self,
+        config: MHCConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+    ):
+        super().__init__(config, functional.weight_shapes(config), rngs, param_dtype, precision)
+
+    def pre(self, x: Float[Array, "... streams dim"]) -> tuple[Float[Array, "... dim"], functional.Context]:
+        """u for the sub-layer, and the context that `post` takes."""
+        return functional.pre(x, self.weights(), self.config, precision=self.precision)
+
+    def post(
+        self, y: Float[Array, "... dim"], context: functional.Context
+    ) -> Float[Array, "... streams dim"]:
+        """The sub-layer's output spread over the mixed streams."""
+        return functional.post(y, context)
+
+    def __call__(
+        self,
+        norm_fn: Callable[[Array], Array],
+        branch_fn: Callable[..., Any],
+        x: Float[Array, "batch seq streams dim"],
+        mhc_type: HyperConnectionType,
+        **kwargs: Any,
+    ) -> tuple[Float[Array, "batch seq streams dim"], dict[str, Any]]:
+        """The whole layer around ``branch_fn``.
+
+        Args:
+            norm_fn: the sub-layer's own pre-norm.
+            branch_fn: ATTENTION: called with ``inputs_q`` and ``inputs_kv``, returns ``(y, _)``; MLP_DENSE: with
+                ``inputs``, returns y; MLP_MOE: with ``inputs``, returns ``(y, load_balance_loss, moe_bias_updates)``.
+            kwargs: handed to ``branch_fn``.
+
+        Returns:
+            The streams, and metadata: for MLP_MOE ``load_balance_loss`` and ``moe_bias_updates``, else empty.
+
+        Raises:
+            ValueError: x isn't ``[batch, seq, streams, dim]``.
+        """
+        if x.ndim != 4:
+            raise ValueError(f"x must be [batch, seq, streams, dim], got {list(x.shape)}")
+        mhc_type = HyperConnectionType(mhc_type)
+        u, context = self.pre(x)
+        inputs = norm_fn(u)
+        metadata: dict[str, Any] = {}
+        if mhc_type is HyperConnectionType.ATTENTION:
+            y, _ = branch_fn(inputs_q=inputs, inputs_kv=inputs, **kwargs)
+        elif mhc_type is HyperConnectionType.MLP_DENSE:
+            y = branch_fn(inputs=inputs, **kwargs)
+        else:
+            y, metadata["load_balance_loss"], metadata["moe_bias_updates"] = branch_fn(inputs=inputs, **kwargs)
+        return self.post(y, context), metadata
+
+
+class HyperHead(_Weighted):
+    """The learned reduction of the streams to one."""
+
+    def __init__(
+        self,
+        config: MHCConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+    ):
+        super().__init__(config, functional.head_shapes(config), rngs, param_dtype, precision)
+
+    def __call__(self, x: Float[Array, "... streams dim"]) -> Float[Array, "... dim"]:
+        return functional.head(x, self.weights(), self.config, precision=self.precision)

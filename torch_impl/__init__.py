@@ -1,0 +1,42 @@
+"""mHC in PyTorch: plain functions and modules. Nothing here imports JAX or the conformance suite."""
+
+from torch_impl.config import MHCConfig
+from torch_impl.functional import (
+    Context,
+    coefficients,
+    expand,
+    head,
+    permutations,
+    post,
+    post_mix,
+    pre,
+    pre_mix,
+    reduce,
+    residual_matrix,
+    rms_norm,
+    sinkhorn,
+)
+from torch_impl.modules import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections
+from torch_impl.weights import load_weights, save_weights
+
+__all__ = [
+    "Context",
+    "HyperConnectionType",
+    "HyperHead",
+    "MHCConfig",
+    "ManifoldConstrainedHyperConnections",
+    "coefficients",
+    "expand",
+    "head",
+    "load_weights",
+    "permutations",
+    "post",
+    "post_mix",
+    "pre",
+    "pre_mix",
+    "reduce",
+    "residual_matrix",
+    "rms_norm",
+    "save_weights",
+    "sinkhorn",
+]

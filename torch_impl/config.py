@@ -1,0 +1,153 @@
+"""The parameters of the layer: every dialect is a row of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+CHOICES = {
+    "norm_eps_position": ("mean", "root"),
+    "residual": ("sinkhorn", "permutations", "identity"),
+    "order": ("rows-first", "columns-first"),
+    "guard": ("none", "add", "clip"),
+    "mix": ("in-out", "out-in", "identity"),
+    "coefficients": ("float32", "activation"),
+    "mixing": ("float32", "activation"),
+    "reduce": ("sum", "mean", "head", "none"),
+}
+MOST_PERMUTED = 5  # 6! = 720 columns of the projection are out of proportion
+SINKHORN = {"order": "rows-first", "guard": "none", "eps": 0.0, "iterations": 20}
+
+
+@dataclasses.dataclass(frozen=True)
+class MHCConfig:
+    """Parameters of one layer; the defaults are the paper's (arXiv:2512.24880).
+
+    The meaning of each is mathematics.md's. ``order``, ``guard``, ``eps`` and ``iterations`` belong to
+    ``residual="sinkhorn"`` and stay None for the others; ``mix`` and ``mixing`` follow from ``residual`` and
+    ``coefficients`` where they aren't given.
+
+    Args:
+        streams: residual streams n, at least 1.
+        dim: width C of one stream, at least 1.
+
+    Raises:
+        ValueError: for a value or a combination that no layer can have.
+    """
+
+    streams: int
+    dim: int
+    _: dataclasses.KW_ONLY
+    norm_weight: bool = False
+    norm_eps: float = 0.0
+    norm_eps_position: str = "mean"
+    residual: str = "sinkhorn"
+    order: str | None = None
+    guard: str | None = None
+    eps: float | None = None
+    iterations: int | None = None
+    pre_eps: float = 0.0
+    post_scale: float = 2.0
+    post_eps: float = 0.0
+    mix: str | None = None
+    coefficients: str = "float32"
+    mixing: str | None = None
+    reduce: str = "sum"
+
+    def __post_init__(self) -> None:
+        if self.residual == "sinkhorn":
+            for name, value in SINKHORN.items():
+                self._default(name, value)
+        self._default("mix", "identity" if self.residual == "identity" else "in-out")
+        self._default("mixing", self.coefficients)
+        self._check()
+
+    def _default(self, name: str, value: Any) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def _check(self) -> None:
+        for name in ("streams", "dim", *(("iterations",) if self.residual == "sinkhorn" else ())):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if type(self.norm_weight) is not bool:
+            raise ValueError(f"norm_weight must be True or False, got {self.norm_weight!r}")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not (value is None and name in SINKHORN and self.residual != "sinkhorn"):
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        for name in ("norm_eps", "pre_eps", "post_scale", "post_eps", *(("eps",) if self.eps is not None else ())):
+            value = getattr(self, name)
+            real = isinstance(value, int | float) and not isinstance(value, bool)
+            if not real or not math.isfinite(value) or value < 0 or (name == "post_scale" and value == 0):
+                kind = "positive" if name == "post_scale" else "non-negative"
+                raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")
+        if self.residual != "sinkhorn":
+            given = [name for name in SINKHORN if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"{', '.join(given)} must be None for residual={self.residual!r}: only Sinkhorn has them")
+        elif (self.guard == "none") != (self.eps == 0):
+            raise ValueError(f"eps must be 0 with guard 'none' and positive with any other, got {self.eps!r} with {self.guard!r}")
+        if self.residual == "permutations" and self.streams > MOST_PERMUTED:
+            raise ValueError(f"streams must be at most {MOST_PERMUTED} for residual='permutations', got {self.streams}")
+        if (self.mix == "identity") != (self.residual == "identity"):
+            raise ValueError(f"mix='identity' goes with residual='identity' alone, got {self.mix!r} with {self.residual!r}")
+        if self.coefficients == "activation" and self.mixing != "activation":
+            raise ValueError(f"mixing must be 'activation' where coefficients is, got {self.mixing!r}")
+
+    @property
+    def residual_columns(self) -> int:
+        """Columns of the residual projection: n*n, n! or none."""
+        if self.residual == "identity":
+            return 0
+        return math.factorial(self.streams) if self.residual == "permutations" else self.streams**2
+
+    def parameters(self) -> dict[str, Any]:
+        """All parameters as a plain dict; `from_parameters` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_parameters(cls, parameters: dict[str, Any]) -> MHCConfig:
+        """The configuration with these parameters, as a checkpoint's metadata states them.
+
+        Raises:
+            ValueError: an unknown or a missing name, or an invalid value.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown, missing = sorted(set(parameters) - known), sorted({"streams", "dim"} - set(parameters))
+        if unknown or missing:
+            raise ValueError(f"parameters: unknown {unknown or 'none'}, missing {missing or 'none'}; known are {sorted(known)}")
+        return cls(**parameters)
+
+    @classmethod
+    def from_dialect(cls, name: str, *, streams: int, dim: int, **overrides: Any) -> MHCConfig:
+        """The configuration of a published dialect (mathematics.md, "Dialects").
+
+        Args:
+            name: a row of ``fixtures/dialects.json``.
+            overrides: parameters that depart from it.
+
+        Raises:
+            ValueError: an unknown dialect, or an invalid combination.
+        """
+        rows = dialects()
+        if name not in rows:
+            raise ValueError(f"dialect must be one of {', '.join(rows)}, got {name!r}")
+        return cls.from_parameters({**rows[name], **overrides, "streams": streams, "dim": dim})
+
+
+@functools.cache
+def dialects() -> dict[str, dict[str, Any]]:
+    """The parameters of every published dialect, from the fixtures beside this package."""
+    home = Path(__file__).resolve().parent.parent
+    places = [home / "fixtures" / "dialects.json", home / "mhc_fixtures" / "dialects.json"]
+    for place in places:
+        if place.is_file():
+            rows = json.loads(place.read_text())["dialects"]
+            return {name: {k: v["value"] for k, v in row["parameters"].items()} for name, row in rows.items()}
+    raise FileNotFoundError(f"dialects.json is neither at {places[0]} nor at {places[1]}: reinstall the package")
