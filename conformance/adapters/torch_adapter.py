@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +94,8 @@ class TorchImplementation:
     def _stage(self, name: str, function: Callable[..., Any], inputs: Any, config: Any, cotangents: Any) -> Result:
         c = configuration(config)
         key = f"{name}/{sorted(config.items())}"
-        body = self._run(key, lambda values: function(values, c, config))
+        told = {**config, "module": _module(c)} if name == "layer" else config
+        body = self._run(key, lambda values: function(values, c, told))
         return vector_jacobian(name, body, inputs, cotangents)
 
     def expand(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
@@ -123,7 +125,8 @@ class TorchImplementation:
     def stack(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         """The layer compiled alone and called in a loop, as deep models are compiled."""
         c = configuration({**config, "reduce": "sum"})
-        one = self._run(f"layer/{sorted(config.items())}", lambda values: _layer(values, c, {"branch": "mlp_dense"})["out"])
+        told = {"branch": "mlp_dense", "module": _module(c)}
+        one = self._run(f"stack/{sorted(config.items())}", lambda values: _layer(values, c, told)["out"])
 
         def body(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             given, weights = branch.split(values)
@@ -170,21 +173,17 @@ def _post(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torch
 
 
 def _layer(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torch.Tensor]:
-    module = _module(c)
     named = {k.replace(".", "_"): v for k, v in _weights(values, c).items()}
     kind = torch_impl.HyperConnectionType(options["branch"])
     call = (branch.norm_fn(values), branch.branch_fn(options["branch"], values), values["x"], kind)
-    out, metadata = torch.func.functional_call(module, named, call)
+    out, metadata = torch.func.functional_call(options["module"], named, call)
     return {"out": out, **metadata}
 
 
-_MODULES: dict[torch_impl.MHCConfig, torch_impl.ManifoldConstrainedHyperConnections] = {}
-
-
+@functools.cache
 def _module(c: torch_impl.MHCConfig) -> torch_impl.ManifoldConstrainedHyperConnections:
-    if c not in _MODULES:
-        _MODULES[c] = torch_impl.ManifoldConstrainedHyperConnections(c, device="meta")
-    return _MODULES[c]
+    """A module without memory: its parameters are handed over at each call."""
+    return torch_impl.ManifoldConstrainedHyperConnections(c, device="meta")
 
 
 def eager() -> TorchImplementation:

@@ -1,0 +1,94 @@
+"""The result as files: JSON lines for programs, JUnit for CI systems; whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from conformance.corpus import corpus_hash
+from conformance.runner import Outcome
+
+FORMAT = "mhc-conformance-report/1"
+PACKAGES = ("mhc-conformance", "numpy", "jax", "jaxlib", "flax", "torch", "transformers", "safetensors", "ml_dtypes")
+
+
+def header() -> dict[str, Any]:
+    """What one must know to read the figures: corpus, versions, machine."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "kind": "header",
+        "format": FORMAT,
+        "corpus": corpus_hash(),
+        "versions": versions,
+        "python": sys.version.split()[0],
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": os.cpu_count(),
+        "tf32": os.environ.get("NVIDIA_TF32_OVERRIDE", "off unless an implementation claims it"),
+        "x64": "on for float64 items",
+    }
+
+
+def write_jsonl(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Header, one line per check or skip, footer with the count: without it the file was cut off."""
+    lines = [header()]
+    for o in outcomes:
+        shared = {"implementation": o.implementation, "case": o.case, "stage": o.stage, "variant": o.variant,
+                  "dialect": o.dialect, "seconds": round(o.seconds, 6)}  # fmt: skip
+        if o.skipped:
+            lines.append({"kind": "skip", **shared, "reason": o.skipped})
+        lines += [{"kind": "check", **shared, **_finite(check.as_dict())} for check in o.checks]
+    lines.append({"kind": "footer", "lines": len(lines) - 1, "failed": sum(bool(o.failed) for o in outcomes)})
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _finite(check: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: a ratio over a bound of 0 becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in check.items()}
+
+
+def write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """One suite per implementation, one test case per item."""
+    root = ElementTree.Element("testsuites")
+    for name in dict.fromkeys(o.implementation for o in outcomes):
+        mine = [o for o in outcomes if o.implementation == name]
+        suite = ElementTree.SubElement(
+            root, "testsuite", name=name, tests=str(len(mine)), failures=str(sum(bool(o.failed) for o in mine)),
+            skipped=str(sum(bool(o.skipped) for o in mine)),
+        )  # fmt: skip
+        for o in mine:
+            test = ElementTree.SubElement(
+                suite, "testcase", classname=f"{name}.{o.stage}", name=f"{o.case}[{o.variant}]", time=f"{o.seconds:.4f}"
+            )
+            if o.skipped:
+                ElementTree.SubElement(test, "skipped", message=o.skipped)
+            for check in o.failed:
+                message = f"{check.tensor}: {check.verdict}, {check.ratio:.3g} of the bound. {check.message}"
+                ElementTree.SubElement(test, "failure", message=message)
+    write_text(path, ElementTree.tostring(root, encoding="unicode", xml_declaration=True))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A temporary file beside the target, synced, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,131 @@
+"""The result on a terminal: a live line, a table of worst figures, every failure with a line that repeats it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from conformance.runner import Outcome
+from conformance.stages import STAGES
+
+MOST_FAILURES = 40
+
+
+def reproduce(outcome: Outcome) -> str:
+    """One command that runs this item alone."""
+    return (
+        f"mhc-conformance run --impl {outcome.implementation} --case {outcome.case} "
+        f"--stage {outcome.stage} --dtype {outcome.x}"
+    )
+
+
+class Report:
+    """Collects outcomes; shows them."""
+
+    def __init__(self, expected: int, live: bool, console: Console | None = None):
+        self.console = console or Console(soft_wrap=True)
+        self.expected, self.outcomes = expected, []
+        self.crossed: list[str] = []
+        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if live else None
+
+    def __enter__(self) -> Report:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def add(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        if self._live:
+            failures = sum(bool(o.failed) for o in self.outcomes)
+            self._live.update(
+                Text(f"{len(self.outcomes)}/{self.expected}  {failures} failed  {outcome.implementation} "
+                     f"{outcome.case} {outcome.stage} {outcome.variant}")
+            )  # fmt: skip
+
+    def show(self) -> None:
+        self.console.print(self.table())
+        for line in self.crossed:
+            self.console.print(line, markup=False, highlight=False)
+        skipped = Counter((o.implementation, o.skipped) for o in self.outcomes if o.skipped)
+        for (name, reason), count in sorted(skipped.items()):
+            self.console.print(f"skipped: {name}: {count} x {reason}", markup=False, highlight=False)
+        failures = [o for o in self.outcomes if o.failed]
+        for outcome in failures[:MOST_FAILURES]:
+            self._failure(outcome)
+        if len(failures) > MOST_FAILURES:
+            self.console.print(f"… and {len(failures) - MOST_FAILURES} more items failed")
+        verdicts = Counter(c.verdict for o in self.outcomes for c in o.checks)
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "nothing checked"
+        ran = sum(not o.skipped for o in self.outcomes)
+        self.console.print(f"{ran} items ran, {len(failures)} failed; checks: {counts}", highlight=False)
+
+    def table(self) -> Table:
+        """Implementation x stage: the worst error as a fraction of its bound, or the number of failed items."""
+        worst: dict[tuple[str, str], float] = defaultdict(float)
+        failed: Counter[tuple[str, str]] = Counter()
+        for o in self.outcomes:
+            if not o.skipped:
+                key = (o.implementation, o.stage)
+                worst[key] = max(worst[key], o.ratio)
+                failed[key] += bool(o.failed)
+        table = Table(title="worst error as a fraction of its bound")
+        table.add_column("implementation")
+        stages = [s for s in STAGES if any(stage == s for _, stage in worst)]
+        for stage in stages:
+            table.add_column(stage, justify="right")
+        for name in dict.fromkeys(o.implementation for o in self.outcomes):
+            cells = []
+            for stage in stages:
+                key = (name, stage)
+                if key not in worst:
+                    cells.append("-")
+                elif failed[key]:
+                    cells.append(f"[red]{failed[key]} failed[/red]")
+                else:
+                    cells.append(f"{worst[key]:.2f}")
+            table.add_row(name, *cells)
+        return table
+
+    def _failure(self, outcome: Outcome) -> None:
+        out = lambda text: self.console.print(text, markup=False, highlight=False)  # noqa: E731
+        out(f"\n{outcome.implementation}: {outcome.case}, stage {outcome.stage}, {outcome.variant}")
+        for check in outcome.failed[:6]:
+            figure = f" {check.ratio:.3g} x the bound {check.bound:.3g}" if check.worst else ""
+            out(f"  {check.verdict}: {check.tensor}{figure} {check.message}".rstrip())
+            for element in check.worst[:3]:
+                out(f"    {element['index']}: got {element['actual']:.9g}, expected {element['expected']:.9g}, "
+                    f"off by {element['error']:.3g}")  # fmt: skip
+        out(f"  {reproduce(outcome)}")
+
+
+def differences(outcomes: list[Any]) -> list[str]:
+    """How far each pair of implementations is apart on the items that both ran.
+
+    Both were compared with the same true value, so |a - b| is at most the sum of both errors; a pair's figure is
+    the largest such sum as a fraction of the sum of both bounds. Above 1 the two can't both conform.
+    """
+    ratios: dict[str, dict[tuple[str, str, str, str], float]] = defaultdict(dict)
+    for o in outcomes:
+        for check in o.checks:
+            if check.worst:
+                ratios[o.implementation][(o.case, o.stage, o.variant, check.tensor)] = check.ratio
+    names, lines = list(ratios), []
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            shared = ratios[a].keys() & ratios[b].keys()
+            if shared:
+                worst = max(shared, key=lambda key: ratios[a][key] + ratios[b][key])
+                figure = (ratios[a][worst] + ratios[b][worst]) / 2
+                lines.append(f"{a} against {b}: at most {figure:.2f} of both bounds apart, over {len(shared)} tensors "
+                             f"(worst: {worst[0]}, {worst[1]}, {worst[3]})")  # fmt: skip
+    return lines

@@ -1,0 +1,47 @@
+"""Whether H is as doubly stochastic as its own iterations make it (conformance.md, "Stochasticity of H")."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from conformance.cases import DTYPES, Item
+from conformance.compare import Check
+
+ROUNDOFF = {
+    DTYPES["float64"]: 2.0**-53,
+    DTYPES["float32"]: 2.0**-24,
+    DTYPES["bfloat16"]: 2.0**-8,
+    DTYPES["float16"]: 2.0**-11,
+}
+
+
+def check_stochasticity(item: Item, H: object) -> Check | None:
+    """Entries and both axes' sums of a returned H against the oracle's; None where it doesn't apply.
+
+    The axis normalised last must have the oracle's sums (what the guard makes of 1) within (n + 2) u, the other
+    within the bound of H for each of its n entries.
+    """
+    residual = item.case.parameters["residual"]
+    if residual == "identity" or not isinstance(H, np.ndarray):
+        return None
+    expected = item.expected["H"]
+    if H.shape != expected.shape or H.dtype not in ROUNDOFF or not H.size:
+        return None
+    value = H.astype(np.float64)
+    n, u = H.shape[-1], ROUNDOFF[H.dtype]
+    if not np.isfinite(value).all():
+        return Check("H stochastic", "non-finite", message="an entry isn't finite")
+    if value.min() < 0:
+        return Check("H stochastic", "failed", np.inf, float(-value.min()), 0.0, f"an entry is negative: {value.min():g}")
+    last = -2 if item.case.parameters["order"] == "rows-first" else -1
+    rounding = (n + 2) * u
+    worst = Check("H stochastic", "passed", bound=rounding)
+    for axis in (-1, -2):
+        tight = residual == "permutations" or axis == last
+        allowed = max(rounding, 0.0 if tight else n * item.bounds["H"]["bound"] + rounding)
+        error = float(np.abs(value.sum(axis) - expected.sum(axis)).max())
+        if error / allowed > worst.ratio:
+            verdict = "failed" if error > allowed else "marginal" if error > allowed / 2 else "passed"
+            name = "rows" if axis == -1 else "columns"
+            worst = Check("H stochastic", verdict, error / allowed, error, allowed, f"sums of the {name}")
+    return worst
