@@ -93,7 +93,9 @@ class Item:
         value = self.case.tensors[tensor]
         cast = value.astype(dtype)
         if not np.array_equal(cast.astype(np.float64), value.astype(np.float64)):
-            raise CaseError(f"{self.case.path}: {tensor} must be exact in {dtype}, as variant {self.variant.name} needs")
+            raise CaseError(
+                f"{self.case.path}: {tensor} must be exact in {dtype}, as variant {self.variant.name} needs"
+            )
         return cast
 
     @property
@@ -173,7 +175,9 @@ class Case:
         return tensors
 
     def items(self) -> list[Item]:
-        return [Item(self, stage, variant) for stage in self.stages for variant in self.variants if stage in variant.stages]
+        return [
+            Item(self, stage, variant) for stage in self.stages for variant in self.variants if stage in variant.stages
+        ]
 
 
 def _strided(value: np.ndarray) -> np.ndarray:
@@ -237,12 +241,15 @@ def _check_tensors(path: Path, metadata: dict[str, Any], tensors: dict[str, np.n
         wanted |= {f"input/{k}" for k in entry["inputs"]} | {f"weight/{k}" for k in entry["weights"]}
         for output in entry["outputs"]:
             wanted |= {f"cotangent/{stage}/{output}", f"expected/{stage}/{output}"}
-        optional |= {f"{kind}/{stage}/{k}" for kind in ("gradient", "magnitude") for k in (*entry["inputs"], *entry["weights"])}
+        optional |= {
+            f"{kind}/{stage}/{k}" for kind in ("gradient", "magnitude") for k in (*entry["inputs"], *entry["weights"])
+        }
     missing, surplus = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - optional)
     if missing or surplus:
         raise CaseError(f"{path}: missing tensors {missing or 'none'}, surplus tensors {surplus or 'none'}")
     n, dim = metadata["parameters"]["streams"], metadata["parameters"]["dim"]
-    for name, value in tensors.items():
+    for name in sorted(tensors, key=lambda k: not k.startswith("input/")):  # inputs first: the rest is held to them
+        value = tensors[name]
         kind, _, rest = name.partition("/")
         stored = [np.dtype(np.float64)] if kind in ("expected", "gradient", "magnitude") else list(DTYPES.values())
         if value.dtype not in stored:
@@ -254,9 +261,13 @@ def _check_tensors(path: Path, metadata: dict[str, Any], tensors: dict[str, np.n
         if kind in ("cotangent", "expected"):
             other = tensors[f"{'expected' if kind == 'cotangent' else 'cotangent'}/{rest}"]
             if value.shape != other.shape:
-                raise CaseError(f"{path}: cotangent and expected of {rest} must agree, got {value.shape} and {other.shape}")
+                raise CaseError(
+                    f"{path}: cotangent and expected of {rest} must agree, got {value.shape} and {other.shape}"
+                )
         if kind in ("gradient", "magnitude"):
             source = rest.split("/", 1)[1]
             of = tensors.get(f"input/{source}", tensors.get(f"weight/{source}"))
             if of is not None and of.shape != value.shape:
-                raise CaseError(f"{path}: {name} must have the shape of its input, {list(of.shape)}, got {list(value.shape)}")
+                raise CaseError(
+                    f"{path}: {name} must have the shape of its input, {list(of.shape)}, got {list(value.shape)}"
+                )

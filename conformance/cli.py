@@ -13,7 +13,9 @@ app = typer.Typer(
     help="Conformance of mHC implementations to certified golden values.",
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
-fixtures_app = typer.Typer(help="The golden corpus: verify it, regenerate it.", no_args_is_help=True, rich_markup_mode=None)
+fixtures_app = typer.Typer(
+    help="The golden corpus: verify it, regenerate it.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(fixtures_app, name="fixtures")
 
 FAILED, USAGE, SETUP = 1, 2, 3

@@ -9,6 +9,7 @@ An implementation is any object with ``name``, ``capabilities`` and one method p
 bfloat16 by ml_dtypes. ``config`` holds the parameters of ``fixtures/dialects.json`` with ``streams``, ``dim``,
 ``dialect`` and the stage's options (``how``, ``branch``, ``layers``, ``reduce``). ``cotangents`` maps each
 output to its cotangent, or is None where gradients aren't claimed. Expected values are never handed over.
+A `NotImplementedError` is a refusal and counts as skipped; every other exception is a verdict, ``errored``.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Capabilities:
         contracts: precisions kept; ``"tf32"`` takes the place of ``"float32"`` where the two differ.
         outputs: for a stage, the outputs returned if not all of them.
         streams: numbers of streams, None for any.
+        empty: whether zero tokens are accepted.
     """
 
     stages: frozenset[str]
@@ -47,6 +49,7 @@ class Capabilities:
     contracts: frozenset[str] = frozenset({"float32", "mixing", "activation", "float64"})
     outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     streams: frozenset[int] | None = None
+    empty: bool = True
     device: str = "cpu"
     description: str = ""
 

@@ -68,7 +68,9 @@ def load(reference: str) -> Any:
         raise SetupError(f"{reference}: could not be set up: {describe(error)}") from error
     claimed = getattr(implementation, "capabilities", None)
     if not isinstance(claimed, Capabilities) or not getattr(implementation, "name", None):
-        raise SetupError(f"{reference}: expected a name and capabilities of type Capabilities, got {type(claimed).__name__}")
+        raise SetupError(
+            f"{reference}: expected a name and capabilities of type Capabilities, got {type(claimed).__name__}"
+        )
     unknown = sorted(set(claimed.stages) - set(STAGES))
     absent = [stage for stage in claimed.stages if not callable(getattr(implementation, stage, None))]
     if unknown or absent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ class Report:
     """Collects outcomes; shows them."""
 
     def __init__(self, expected: int, live: bool, console: Console | None = None):
-        self.console = console or Console(soft_wrap=True)
+        self.console = console or Console(width=None if sys.stdout.isatty() else 140)
         self.expected, self.outcomes = expected, []
         self.crossed: list[str] = []
         self._live = Live(console=self.console, refresh_per_second=4, transient=True) if live else None
@@ -55,10 +56,10 @@ class Report:
     def show(self) -> None:
         self.console.print(self.table())
         for line in self.crossed:
-            self.console.print(line, markup=False, highlight=False)
+            self._line(line)
         skipped = Counter((o.implementation, o.skipped) for o in self.outcomes if o.skipped)
         for (name, reason), count in sorted(skipped.items()):
-            self.console.print(f"skipped: {name}: {count} x {reason}", markup=False, highlight=False)
+            self._line(f"skipped: {name}: {count} x {reason}")
         failures = [o for o in self.outcomes if o.failed]
         for outcome in failures[:MOST_FAILURES]:
             self._failure(outcome)
@@ -68,6 +69,9 @@ class Report:
         counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "nothing checked"
         ran = sum(not o.skipped for o in self.outcomes)
         self.console.print(f"{ran} items ran, {len(failures)} failed; checks: {counts}", highlight=False)
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def table(self) -> Table:
         """Implementation x stage: the worst error as a fraction of its bound, or the number of failed items."""
@@ -79,7 +83,7 @@ class Report:
                 worst[key] = max(worst[key], o.ratio)
                 failed[key] += bool(o.failed)
         table = Table(title="worst error as a fraction of its bound")
-        table.add_column("implementation")
+        table.add_column("implementation", no_wrap=True)
         stages = [s for s in STAGES if any(stage == s for _, stage in worst)]
         for stage in stages:
             table.add_column(stage, justify="right")
@@ -97,7 +101,7 @@ class Report:
         return table
 
     def _failure(self, outcome: Outcome) -> None:
-        out = lambda text: self.console.print(text, markup=False, highlight=False)  # noqa: E731
+        out = self._line
         out(f"\n{outcome.implementation}: {outcome.case}, stage {outcome.stage}, {outcome.variant}")
         for check in outcome.failed[:6]:
             figure = f" {check.ratio:.3g} x the bound {check.bound:.3g}" if check.worst else ""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,15 +54,17 @@ def refusal(item: Item, claimed: Capabilities) -> str:
     if variant.x not in claimed.dtypes:
         return f"{variant.x} not claimed"
     wide = "float64" if variant.x == "float64" else "float32"
-    if item.case.stages[item.stage]["weights"] and ("float32" if variant.weights == wide else "x") not in claimed.weights:
-        if not (variant.x == "float64" and variant.weights == "float32"):
-            return f"weights in {variant.weights} not claimed"
+    kind = "float32" if variant.weights in (wide, "float32") else "x"
+    if case.stages[item.stage]["weights"] and kind not in claimed.weights:
+        return f"weights in {variant.weights} not claimed"
     if "tf32" in claimed.contracts and variant.name + "-tf32" in case.bounds[item.stage]:
         return "judged by the tf32 contract instead"
     if variant.contract not in claimed.contracts:
         return f"contract {variant.contract} not claimed"
     if claimed.streams is not None and case.parameters["streams"] not in claimed.streams:
         return f"{case.parameters['streams']} streams not claimed"
+    if not claimed.empty and not all(case.tensors[f"input/{k}"].size for k in case.stages[item.stage]["inputs"]):
+        return "zero tokens not claimed"
     if claimed.overrides is not None and not set(case.overrides) <= claimed.overrides:
         return f"other values of {', '.join(sorted(set(case.overrides) - claimed.overrides))} not claimed"
     return ""
@@ -71,7 +72,9 @@ def refusal(item: Item, claimed: Capabilities) -> str:
 
 def run_item(implementation: Any, item: Item) -> Outcome:
     """One call, judged. Never raises for what the implementation does."""
-    outcome = Outcome(implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect)
+    outcome = Outcome(
+        implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect
+    )
     claimed = implementation.capabilities
     outcome.skipped = refusal(item, claimed)
     if outcome.skipped:
@@ -81,6 +84,9 @@ def run_item(implementation: Any, item: Item) -> Outcome:
     started = time.perf_counter()
     try:
         outputs, gradients = getattr(implementation, item.stage)(inputs, item.config, cotangents)
+    except NotImplementedError as error:
+        outcome.skipped = f"refused: {describe(error)}"
+        return outcome
     except Exception as error:
         outcome.checks.append(Check("-", "errored", np.inf, message=describe(error)[:500]))
         return outcome
@@ -109,22 +115,20 @@ def _work(reference: str, paths: list[str], wanted: list[tuple[int, str, str]], 
     try:
         implementation = load(reference)
     except SetupError as error:
-        results.put(("setup", str(error)))
+        results.send(("setup", str(error)))
         return
-    results.put(("ready", implementation.name))
+    results.send(("ready", implementation.name))
     cases: dict[str, Any] = {}
     for index, stage, variant in wanted:
         path = paths[index]
         case = cases.get(path) or cases.setdefault(path, load_case(Path(path)))
         item = next(i for i in case.items() if i.stage == stage and i.variant.name == variant)
-        results.put(("start", (index, stage, variant)))
-        results.put(("done", run_item(implementation, item)))
-    results.put(("end", None))
+        results.send(("start", (index, stage, variant)))
+        results.send(("done", run_item(implementation, item)))
+    results.send(("end", None))
 
 
-def run(
-    references: Sequence[str], items: Sequence[Item], jobs: int = 2, stop_early: bool = False
-) -> Iterator[Outcome]:
+def run(references: Sequence[str], items: Sequence[Item], jobs: int = 2, stop_early: bool = False) -> Iterator[Outcome]:
     """Outcomes of every implementation and item, as they come.
 
     Args:
@@ -169,18 +173,21 @@ class _Worker:
         self.name = reference
         self.current: tuple[int, str, str] | None = None
         self.finished = False
-        self.results = context.Queue()
-        self.process = context.Process(target=_work, args=(reference, paths, self.remaining, self.results), daemon=True)
+        # A pipe, not a queue: what was sent is there even when the process dies in the next instruction.
+        self.results, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=_work, args=(reference, paths, self.remaining, sender), daemon=True)
         self.process.start()
+        sender.close()
 
     def collect(self, items: dict[Any, Item], timeout: float) -> Iterator[Outcome]:
         while True:
-            alive = self.process.is_alive()  # before the queue is read: what a dead worker sent is still in it
+            if not self.results.poll(timeout):
+                return
             try:
-                kind, content = self.results.get(timeout=timeout if alive else 1.0)
-            except queue.Empty:
-                if not alive:
-                    yield from self._died(items)
+                kind, content = self.results.recv()
+            except EOFError:
+                self.process.join()
+                yield from self._died(items)
                 return
             if kind == "setup":
                 raise SetupError(content)
@@ -208,6 +215,3 @@ class _Worker:
             self.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect,
             [Check("-", "errored", np.inf, message=message)],
         )  # fmt: skip
-
-
-Progress = Callable[[Outcome], None]

@@ -32,7 +32,9 @@ def check_stochasticity(item: Item, H: object) -> Check | None:
     if not np.isfinite(value).all():
         return Check("H stochastic", "non-finite", message="an entry isn't finite")
     if value.min() < 0:
-        return Check("H stochastic", "failed", np.inf, float(-value.min()), 0.0, f"an entry is negative: {value.min():g}")
+        return Check(
+            "H stochastic", "failed", np.inf, float(-value.min()), 0.0, f"an entry is negative: {value.min():g}"
+        )
     last = -2 if item.case.parameters["order"] == "rows-first" else -1
     rounding = (n + 2) * u
     worst = Check("H stochastic", "passed", bound=rounding)

@@ -162,12 +162,12 @@ def permutations(logits: Float[Array, "... factorial"], config: MHCConfig) -> Fl
     orders = np.array(list(itertools.permutations(range(config.streams))))
     matrices = np.eye(config.streams)[orders]
     weight = jax.nn.softmax(logits.astype(_wide(logits.dtype)), axis=-1)
-    return jnp.einsum(
-        "...p,pij->...ij", weight, jnp.asarray(matrices, weight.dtype), precision=HIGHEST
-    ).astype(logits.dtype)
+    return jnp.einsum("...p,pij->...ij", weight, jnp.asarray(matrices, weight.dtype), precision=HIGHEST).astype(
+        logits.dtype
+    )
 
 
-def residual_matrix(logits: Float[Array, "..."], config: MHCConfig) -> Float[Array, "... n n"]:
+def residual_matrix(logits: Float[Array, ...], config: MHCConfig) -> Float[Array, "... n n"]:
     """H from its logits, ``[..., n, n]`` for Sinkhorn and ``[..., n!]`` for permutations.
 
     Raises:

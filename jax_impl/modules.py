@@ -109,9 +109,7 @@ class ManifoldConstrainedHyperConnections(_Weighted):
         """u for the sub-layer, and the context that `post` takes."""
         return functional.pre(x, self.weights(), self.config, precision=self.precision)
 
-    def post(
-        self, y: Float[Array, "... dim"], context: functional.Context
-    ) -> Float[Array, "... streams dim"]:
+    def post(self, y: Float[Array, "... dim"], context: functional.Context) -> Float[Array, "... streams dim"]:
         """The sub-layer's output spread over the mixed streams."""
         return functional.post(y, context)
 

@@ -1,4 +1,4 @@
-"""Canonical safetensors: one prefix per site, projections flat as ``[n*C, m]`` (mathematics.md, "Checkpoint layouts")."""
+"""Canonical safetensors: a prefix per site, projections flat ``[n*C, m]`` (mathematics.md, "Checkpoint layouts")."""
 
 from __future__ import annotations
 

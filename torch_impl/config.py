@@ -90,13 +90,19 @@ class MHCConfig:
         if self.residual != "sinkhorn":
             given = [name for name in SINKHORN if getattr(self, name) is not None]
             if given:
-                raise ValueError(f"{', '.join(given)} must be None for residual={self.residual!r}: only Sinkhorn has them")
+                raise ValueError(
+                    f"{', '.join(given)} must be None for residual={self.residual!r}: only Sinkhorn has them"
+                )
         elif (self.guard == "none") != (self.eps == 0):
-            raise ValueError(f"eps must be 0 with guard 'none' and positive with any other, got {self.eps!r} with {self.guard!r}")
+            raise ValueError(
+                f"eps must be 0 with guard 'none' and positive with any other, got {self.eps!r} with {self.guard!r}"
+            )
         if self.residual == "permutations" and self.streams > MOST_PERMUTED:
             raise ValueError(f"streams must be at most {MOST_PERMUTED} for residual='permutations', got {self.streams}")
         if (self.mix == "identity") != (self.residual == "identity"):
-            raise ValueError(f"mix='identity' goes with residual='identity' alone, got {self.mix!r} with {self.residual!r}")
+            raise ValueError(
+                f"mix='identity' goes with residual='identity' alone, got {self.mix!r} with {self.residual!r}"
+            )
         if self.coefficients == "activation" and self.mixing != "activation":
             raise ValueError(f"mixing must be 'activation' where coefficients is, got {self.mixing!r}")
 
@@ -121,7 +127,9 @@ class MHCConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown, missing = sorted(set(parameters) - known), sorted({"streams", "dim"} - set(parameters))
         if unknown or missing:
-            raise ValueError(f"parameters: unknown {unknown or 'none'}, missing {missing or 'none'}; known are {sorted(known)}")
+            raise ValueError(
+                f"parameters: unknown {unknown or 'none'}, missing {missing or 'none'}; known are {sorted(known)}"
+            )
         return cls(**parameters)
 
     @classmethod

@@ -154,7 +154,7 @@ def permutations(logits: Float[Tensor, "... factorial"], config: MHCConfig) -> F
     return torch.einsum("...p,pij->...ij", weight, chosen).to(logits.dtype)
 
 
-def residual_matrix(logits: Float[Tensor, "..."], config: MHCConfig) -> Float[Tensor, "... n n"]:
+def residual_matrix(logits: Float[Tensor, ...], config: MHCConfig) -> Float[Tensor, "... n n"]:
     """H from its logits, ``[..., n, n]`` for Sinkhorn and ``[..., n!]`` for permutations.
 
     Raises:

@@ -94,9 +94,7 @@ class ManifoldConstrainedHyperConnections(_Weighted):
         """u for the sub-layer, and the context that `post` takes."""
         return functional.pre(x, self.weights(), self.config)
 
-    def post(
-        self, y: Float[Tensor, "... dim"], context: functional.Context
-    ) -> Float[Tensor, "... streams dim"]:
+    def post(self, y: Float[Tensor, "... dim"], context: functional.Context) -> Float[Tensor, "... streams dim"]:
         """The sub-layer's output spread over the mixed streams."""
         return functional.post(y, context)
 

@@ -1,4 +1,4 @@
-"""Canonical safetensors: one prefix per site, projections flat as ``[n*C, m]`` (mathematics.md, "Checkpoint layouts")."""
+"""Canonical safetensors: a prefix per site, projections flat ``[n*C, m]`` (mathematics.md, "Checkpoint layouts")."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def load_weights(
     for name, value in found.items():
         expected = _flat(name, shapes[name])
         if value.dtype not in DTYPES:
-            raise ValueError(f"{path}: {present[name]} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+            raise ValueError(
+                f"{path}: {present[name]} must be float64, float32, bfloat16 or float16, got {value.dtype}"
+            )
         if tuple(value.shape) != expected:
             raise ValueError(f"{path}: {present[name]} must be {list(expected)}, got {list(value.shape)}")
         if not torch.isfinite(value).all():

@@ -42,7 +42,9 @@ class BallArithmetic:
 
     @staticmethod
     def array(values: np.ndarray) -> Array:
-        """Exact balls of float values (any float dtype; all of them are float64 exactly)."""
+        """Exact balls of float values (any float dtype; all of them are float64 exactly); balls stay as they are."""
+        if np.asarray(values).dtype == object:
+            return values
         flat = np.asarray(values).astype(np.float64).reshape(-1)
         balls = np.empty(flat.shape, dtype=object)
         balls[:] = [flint.arb(float(v)) for v in flat]
@@ -127,7 +129,7 @@ def _rounded(ball: flint.arb) -> float:
 
 def _exact_to_float(point: flint.arb) -> float:
     mantissa, exponent = (int(v) for v in point.mid().man_exp())
-    if -1000 < exponent and mantissa.bit_length() + exponent < 1000 and abs(exponent) < 900:
+    if exponent > -1000 and mantissa.bit_length() + exponent < 1000 and abs(exponent) < 900:
         # One division of integers, correctly rounded; a scaling by a power of two that stays normal is exact.
         return mantissa / (1 << -exponent) if exponent < 0 else float(mantissa << exponent)
     return float(Fraction(mantissa) * Fraction(2) ** exponent)

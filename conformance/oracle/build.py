@@ -208,4 +208,6 @@ def _variant(name: str, stages: list[str], p: Mapping[str, Any], tf32: bool) -> 
     ]
     if not chosen:
         return []
-    return [{"name": name + ("-tf32" if tf32 else ""), "x": x, "weights": weights, "contract": contract, "stages": chosen}]
+    return [
+        {"name": name + ("-tf32" if tf32 else ""), "x": x, "weights": weights, "contract": contract, "stages": chosen}
+    ]

@@ -102,7 +102,7 @@ def _matrices(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     offsets = (120.0, 9984.0)
     for offset in offsets:
         shape = (3, 4, n, n) if sinkhorn else (3, 4, 24)
-        rows = data.uniform(f"overflow/{offset}", shape[:-1] + (1,), -1, 1) * offset
+        rows = data.uniform(f"overflow/{offset}", (*shape[:-1], 1), -1, 1) * offset
         noise = data.normal(f"overflow/noise/{name}/{offset}", shape) * 2
         grid = data.shared_grid if p["coefficients"] == "activation" else (lambda v: np.asarray(v, np.float32))
         yield Wish("overflow", "a missing shift by the maximum", clause, name, f"{offset:.0f}",
@@ -146,8 +146,10 @@ def _activations(name: str, p: dict[str, Any]) -> Iterator[Wish]:
         yield Wish("zero", "a token of zeros: the norm's eps and its gradient", "Forward", name,
                    stages=stages, tensors={"x": base},  # with eps outside the root, 1e6 times a cotangent
                    variants=CORE if p["norm_eps_position"] == "mean" else F32_BF16)  # fmt: skip
-    yield Wish("closed-gate", "pre bias -18: only pre_eps is left", "Forward", name,
-               stages=["pre"], weights={"pre_beta": -18.0})  # fmt: skip
+    for streams, bias in ((4, -18.0), (3, -17.0), (2, -20.0)):
+        yield Wish("closed-gate", "pre bias -17 to -20: only pre_eps is left", "Forward", name,
+                   "" if streams == 4 else f"n{streams}", streams=streams, stages=["pre"],
+                   variants=CORE if streams == 4 else CORE[:3], weights={"pre_beta": bias})  # fmt: skip
     eps = {k: v for k, v in {"norm_eps": 0.0625, "eps": 0.03125, "pre_eps": 0.046875, "post_eps": 0.015625}.items()
            if p[k]}  # fmt: skip
     if eps:

@@ -6,14 +6,16 @@ import hashlib
 import json
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
+from conformance.cases import CaseError, read_tensors
 from conformance.oracle.balls import BallArithmetic, certified
 from conformance.oracle.build import Case, build
 from conformance.oracle.evaluate import evaluate
@@ -238,6 +240,11 @@ def write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _tensors(path: Path, content: bytes) -> dict[str, np.ndarray]:
+    path.write_bytes(content)
+    return read_tensors(path)
+
+
 def _change(name: str, before: bytes | None, after: bytes | None) -> str:
     if before is None:
         return f"added    {name}"
@@ -246,8 +253,9 @@ def _change(name: str, before: bytes | None, after: bytes | None) -> str:
     if not name.endswith(".safetensors"):
         return f"changed  {name}"
     try:
-        old, new = load(before), load(after)
-    except Exception as error:
+        with tempfile.TemporaryDirectory() as folder:
+            old, new = (_tensors(Path(folder) / k, content) for k, content in (("old", before), ("new", after)))
+    except CaseError as error:
         return f"changed  {name}: the old file can't be read ({error})"
     names = sorted(set(old) ^ set(new))
     largest, where = 0.0, ""

@@ -1,0 +1,114 @@
+"""Small implementations that behave, and that misbehave, for tests of the runner."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from conformance.interface import Capabilities
+
+CLAIMED = Capabilities(stages=frozenset({"reduce"}), dialects=frozenset({"paper", "glm-5"}), gradients=True)
+
+
+class Honest:
+    """reduce alone, in NumPy: sum and mean over the streams, in float32."""
+
+    name = "honest"
+    capabilities = CLAIMED
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        x = inputs["x"]
+        share = np.float32(1 / config["streams"] if config["how"] == "mean" else 1)
+        gradient = np.repeat((cotangents["out"] * share)[..., None, :], config["streams"], axis=-2)
+        return {"out": x.sum(-2) * share}, {"x": gradient.astype(x.dtype)}
+
+
+class Raises(Honest):
+    name = "raises"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        raise RuntimeError("no such\nkernel")
+
+
+class WrongShape(Honest):
+    name = "wrong-shape"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        outputs, gradients = super().reduce(inputs, config, cotangents)
+        return {"out": outputs["out"][..., None]}, gradients
+
+
+class WrongDtype(Honest):
+    name = "wrong-dtype"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        outputs, gradients = super().reduce(inputs, config, cotangents)
+        return {"out": outputs["out"].astype(np.float64)}, gradients
+
+
+class NotANumber(Honest):
+    name = "not-a-number"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        outputs, gradients = super().reduce(inputs, config, cotangents)
+        return {"out": outputs["out"] * np.float32(np.nan)}, gradients
+
+
+class Zeros(Honest):
+    name = "zeros"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        outputs, gradients = super().reduce(inputs, config, cotangents)
+        return {"out": np.zeros_like(outputs["out"])}, gradients
+
+
+class ReturnsInput(Honest):
+    """Its gradient of x is x itself."""
+
+    name = "returns-input"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        outputs, _ = super().reduce(inputs, config, cotangents)
+        return outputs, {"x": inputs["x"].copy()}
+
+
+class Mutates(Honest):
+    name = "mutates"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        found = super().reduce(inputs, config, cotangents)
+        inputs["x"][...] += 1
+        return found
+
+
+class SlightlyOff(Honest):
+    name = "slightly-off"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        outputs, gradients = super().reduce(inputs, config, cotangents)
+        return {"out": outputs["out"] * np.float32(1 + 1e-4)}, gradients
+
+
+class Refuses(Honest):
+    name = "refuses"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        raise NotImplementedError("use another backend")
+
+
+class Dies(Honest):
+    """Ends its process in the cases of one dialect, and goes on with the others."""
+
+    name = "dies"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        if config["dialect"] == "glm-5":
+            os._exit(9)
+        return super().reduce(inputs, config, cotangents)
+
+
+class NoMethod:
+    name = "no-method"
+    capabilities = Capabilities(stages=frozenset({"head"}), dialects=frozenset({"paper"}))

@@ -1,0 +1,129 @@
+"""Bad case files are told in one line; the corpus is checked to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from conformance import corpus
+from conformance.cases import CaseError, load_case
+
+SOURCE = corpus.fixtures() / "golden" / "smoke-paper.safetensors"
+
+
+def rewritten(tmp_path, change):
+    """The smoke case with its header changed by ``change(header, data)``."""
+    raw = SOURCE.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + size]), bytearray(raw[8 + size :])
+    change(header, data)
+    text = json.dumps(header).encode()
+    target = tmp_path / "case.safetensors"
+    target.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
+    return target
+
+
+def described(header, **changes):
+    case = json.loads(header["__metadata__"]["case"])
+    case.update(changes)
+    header["__metadata__"]["case"] = json.dumps(case)
+
+
+def poison(header, data):
+    start = header["input/x"]["data_offsets"][0]
+    data[start : start + 2] = b"\xff\xff" if header["input/x"]["dtype"] == "BF16" else b"\x00\x00"
+    data[start : start + 4] = (
+        np.float32(np.nan).tobytes() if header["input/x"]["dtype"] == "F32" else data[start : start + 4]
+    )
+
+
+def surplus(header, data):
+    header["extra/tensor"] = {"dtype": "F32", "shape": [1], "data_offsets": [len(data), len(data) + 4]}
+    data.extend(bytes(4))
+
+
+def missing(header, data):
+    stated = header.pop("input/x")
+    header["input/z"] = stated
+
+
+def shape(header, data):
+    header["input/x"]["shape"] = header["input/x"]["shape"][::-1]
+
+
+def dtype(header, data):
+    header["expected/pre/u"]["dtype"] = "I64"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (poison, "input/x must be finite"),
+        (surplus, "surplus tensors"),
+        (missing, "missing tensors"),
+        (shape, "input/x must end in"),
+        (dtype, "expected/pre/u must be float64"),
+        (lambda h, d: h["__metadata__"].update(format="other"), "expected format"),
+        (lambda h, d: h["__metadata__"].update(case="{"), "isn't JSON"),
+        (lambda h, d: described(h, stages={"nonsense": {}}), "unknown stage"),
+        (lambda h, d: described(h, variants=[{"x": "int8", "weights": "float32"}]), "unknown dtype"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(tmp_path, change, said):
+    with pytest.raises(CaseError, match=said) as caught:
+        _ = load_case(rewritten(tmp_path, change)).tensors
+    assert "\n" not in str(caught.value) and "case.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", SOURCE.read_bytes()[:-1]])
+def test_a_truncated_or_foreign_file_is_refused(tmp_path, content):
+    target = tmp_path / "case.safetensors"
+    target.write_bytes(content)
+    with pytest.raises(CaseError, match="whole safetensors file"):
+        load_case(target)
+
+
+@pytest.fixture
+def small_corpus(tmp_path):
+    names = ["smoke-paper.safetensors", "smoke-liger.safetensors"]
+    files = {}
+    for name in names:
+        shutil.copy(SOURCE.with_name(name), tmp_path)
+        content = (tmp_path / name).read_bytes()
+        files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    manifest = {"format": corpus.MANIFEST_FORMAT, "count": 2, "files": files}
+    (tmp_path / "MANIFEST.json").write_text(json.dumps(manifest))
+    return tmp_path
+
+
+def test_one_flipped_bit_is_named(small_corpus):
+    assert corpus.verify(small_corpus) == []
+    path = small_corpus / "smoke-liger.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    (problem,) = corpus.verify(small_corpus)
+    assert problem.startswith("altered  smoke-liger.safetensors")
+
+
+def test_missing_and_extra_files_are_named_and_fewer_cases_fail(small_corpus):
+    (small_corpus / "smoke-paper.safetensors").rename(small_corpus / "other.safetensors")
+    assert corpus.verify(small_corpus) == ["missing  smoke-paper.safetensors", "extra    other.safetensors"]
+    with pytest.raises(CaseError, match="1 are missing"):
+        corpus.load_corpus(small_corpus)
+
+
+def test_the_committed_corpus_is_whole_and_small_enough():
+    assert corpus.verify() == []
+    assert sum(int(str(f["bytes"])) for f in corpus.manifest().values()) < 25e6
+
+
+def test_dialects_keep_their_schema():
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    rows = json.loads((corpus.fixtures() / "dialects.json").read_text())
+    jsonschema.validate(rows, json.loads((corpus.fixtures() / "dialects.schema.json").read_text()))
+    assert len(rows["dialects"]) == 11
