@@ -1,0 +1,60 @@
+"""Every dialect is accepted, every combination that no layer can have is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from jax_impl import MHCConfig
+from jax_impl.config import dialects
+
+INVALID = [
+    ({"streams": 0}, "streams must be an integer of at least 1"),
+    ({"streams": True}, "streams"),
+    ({"dim": 0}, "dim must be"),
+    ({"dim": 2.0}, "dim must be"),
+    ({"iterations": 0}, "iterations must be"),
+    ({"guard": "maybe", "eps": 1e-6}, "guard must be one of none, add, clip"),
+    ({"order": "diagonal"}, "order must be one of"),
+    ({"residual": "cayley"}, "residual must be one of"),
+    ({"norm_eps_position": "after"}, "norm_eps_position"),
+    ({"mix": "sideways"}, "mix must be one of"),
+    ({"reduce": "max"}, "reduce must be one of"),
+    ({"coefficients": "int8"}, "coefficients must be one of"),
+    ({"norm_weight": 1}, "norm_weight must be True or False"),
+    ({"norm_eps": -1e-6}, "norm_eps must be a finite non-negative"),
+    ({"pre_eps": float("nan")}, "pre_eps must be"),
+    ({"post_eps": float("inf")}, "post_eps must be"),
+    ({"post_scale": 0.0}, "post_scale must be a finite positive"),
+    ({"eps": 1e-6}, "eps must be 0 with guard 'none'"),
+    ({"guard": "add"}, "eps must be 0 with guard 'none' and positive"),
+    ({"residual": "permutations", "streams": 6}, "streams must be at most 5"),
+    ({"residual": "permutations", "iterations": 20}, "iterations must be None"),
+    ({"residual": "identity", "guard": "add", "eps": 1e-6}, "guard, eps must be None"),
+    ({"mix": "identity"}, "mix='identity' goes with residual='identity'"),
+    ({"residual": "identity", "mix": "in-out"}, "mix='identity' goes with"),
+    ({"coefficients": "activation", "mixing": "float32"}, "mixing must be 'activation'"),
+]
+
+
+@pytest.mark.parametrize("changes, said", INVALID)
+def test_an_invalid_combination_is_refused_by_name(changes, said):
+    with pytest.raises(ValueError, match=said):
+        MHCConfig(**{"streams": 4, "dim": 8, **changes})
+
+
+def test_defaults_are_the_paper():
+    assert MHCConfig(streams=4, dim=8) == MHCConfig.from_dialect("paper", streams=4, dim=8)
+
+
+@pytest.mark.parametrize("name", dialects())
+def test_every_dialect_is_a_configuration_and_survives_its_own_parameters(name):
+    config = MHCConfig.from_dialect(name, streams=4, dim=8)
+    assert MHCConfig.from_parameters(config.parameters()) == config
+    assert hash(config) == hash(MHCConfig.from_parameters(config.parameters()))
+
+
+def test_unknown_dialects_and_parameters_are_named():
+    with pytest.raises(ValueError, match=r"dialect must be one of paper.*got 'nobody'"):
+        MHCConfig.from_dialect("nobody", streams=4, dim=8)
+    with pytest.raises(ValueError, match=r"unknown \['typo'\]"):
+        MHCConfig.from_dialect("paper", streams=4, dim=8, typo=1)

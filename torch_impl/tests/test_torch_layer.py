@@ -1,0 +1,207 @@
+"""The layer against a float64 NumPy evaluation, under PyTorch's own transformations, and its checks of shapes."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import torch_impl
+from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig
+from torch_impl.config import dialects
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def layer(name="deepseek-v4", n=3, dim=5, dtype=torch.float32, **overrides):
+    torch.manual_seed(0)
+    config = MHCConfig.from_dialect(name, streams=n, dim=dim, **overrides)
+    module = ManifoldConstrainedHyperConnections(config, dtype=dtype)
+    with torch.no_grad():
+        for key, value in module.weights().items():
+            if key.endswith("_alpha_scale"):
+                value.fill_(1.3)
+            elif key.endswith("_beta"):
+                value.normal_()
+    return module
+
+
+def streams(n=3, dim=5, dtype=torch.float32, lead=(2, 4)):
+    return torch.randn(*lead, n, dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def run(module, x, kind=HyperConnectionType.MLP_DENSE):
+    return module(lambda u: u, lambda inputs: 2 * inputs, x, kind)[0]
+
+
+def in_numpy(module, x):
+    """Sinkhorn dialects of the in-out mix in float64, written from mathematics.md."""
+    c, w = module.config, {k: v.detach().double().numpy() for k, v in module.weights().items()}
+    x = x.detach().double().numpy()
+    n = c.streams
+    flat = x.reshape(*x.shape[:-2], -1)
+    rms = np.sqrt((flat**2).mean(-1, keepdims=True) + c.norm_eps)
+    h = {k: flat / rms @ w[f"{k}_alpha"].reshape(n * c.dim, -1) for k in ("pre", "post", "res")}
+    z = {k: w[f"{k}_alpha_scale"] * h[k] + w[f"{k}_beta"].reshape(-1) for k in h}
+    pre = 1 / (1 + np.exp(-z["pre"])) + c.pre_eps
+    post = c.post_scale / (1 + np.exp(-z["post"])) + c.post_eps
+    H = z["res"].reshape(*z["res"].shape[:-1], n, n)
+    H = np.exp(H - H.max(-1, keepdims=True))
+    H = H / H.sum(-1, keepdims=True) + c.eps
+    H = H / (H.sum(-2, keepdims=True) + c.eps)
+    for _ in range(c.iterations - 1):
+        H = H / (H.sum(-1, keepdims=True) + c.eps)
+        H = H / (H.sum(-2, keepdims=True) + c.eps)
+    u = (pre[..., None] * x).sum(-2)
+    return post[..., None] * (2 * u)[..., None, :] + np.swapaxes(H, -1, -2) @ x
+
+
+@pytest.mark.parametrize("name", ["paper", "deepseek-v4"])
+def test_the_layer_is_mathematics_md(name):
+    module, x = layer(name, dtype=torch.float64), streams(dtype=torch.float64)
+    np.testing.assert_allclose(run(module, x).detach().numpy(), in_numpy(module, x), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", dialects())
+def test_every_dialect_runs_in_every_dtype_with_finite_gradients(name, dtype):
+    module, x = layer(name), streams(dtype=dtype).requires_grad_()
+    out = run(module, x)
+    assert out.dtype == dtype and out.shape == x.shape and out.isfinite().all()
+    out.float().square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(w.grad.isfinite().all() and w.grad.dtype == w.dtype for w in module.weights().values())
+
+
+def test_gradients_are_those_of_the_iterations_as_written():
+    module, x = layer(dtype=torch.float64), streams(dtype=torch.float64, lead=(1, 2)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: run(module, x), (x,))
+
+
+def test_the_norm_may_follow_the_projection():
+    module, x = layer("paper", dtype=torch.float64), streams(dtype=torch.float64)
+    scaled = x * torch.rand(2, 4, 1, 1, dtype=torch.float64).add(0.5)
+    for one, other in zip(
+        torch_impl.coefficients(x, module.weights(), module.config),
+        torch_impl.coefficients(scaled, module.weights(), module.config),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_logits_of_ten_thousand_stay_finite():
+    config = MHCConfig(streams=3, dim=1)
+    logits = (torch.randn(5, 3, 3) + torch.tensor([1e4, -1e4, 0.0])[:, None]).requires_grad_()
+    H = torch_impl.residual_matrix(logits, config)
+    (gradient,) = torch.autograd.grad((H * torch.randn(5, 3, 3)).sum(), logits)
+    assert H.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (0, 4), (2, 1, 3)])
+def test_functions_take_any_leading_shape(lead):
+    module, x = layer(), streams(lead=lead)
+    u, context = torch_impl.pre(x, module.weights(), module.config)
+    assert u.shape == (*lead, 5) and torch_impl.post(u, context).shape == x.shape
+
+
+def test_halves_equal_the_whole_and_strides_do_not_matter():
+    module, x = layer(), streams()
+    u, context = module.pre(x)
+    whole = run(module, x)
+    assert torch.equal(module.post(2 * u, context), whole)
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strided.is_contiguous() and torch.allclose(run(module, strided), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_branches_are_handed_what_maxtext_hands_them():
+    module, x = layer(), streams()
+
+    def attention(inputs_q, inputs_kv, deterministic):
+        assert inputs_q is inputs_kv and deterministic
+        return inputs_q, "cache"
+
+    out, metadata = module(lambda u: u, attention, x, HyperConnectionType.ATTENTION, deterministic=True)
+    assert metadata == {} and out.shape == x.shape
+    moe = lambda inputs: (inputs, torch.tensor(0.5), "updates")  # noqa: E731
+    _, metadata = module(lambda u: u, moe, x, HyperConnectionType.MLP_MOE)
+    assert metadata == {"load_balance_loss": torch.tensor(0.5), "moe_bias_updates": "updates"}
+
+
+@pytest.mark.parametrize("name", ["paper", "maxtext", "mhc-lite", "hunyuan-v4"])
+def test_compiles_as_one_graph(name):
+    module, x = layer(name), streams()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(module, x), run(module, x), rtol=1e-5, atol=1e-6)
+
+
+def test_vmap_vjp_and_checkpoint_agree_with_plain_calls():
+    module, x = layer(), streams()
+    weights = {k: v.detach() for k, v in module.weights().items()}
+    one = lambda x: torch_impl.pre(x, weights, module.config)[0]  # noqa: E731
+    torch.testing.assert_close(torch.func.vmap(one)(x), one(x), rtol=1e-5, atol=1e-6)
+    _, pullback = torch.func.vjp(one, x)
+    assert pullback(torch.ones(2, 4, 5))[0].shape == x.shape
+    x = x.requires_grad_()
+    plain = torch.autograd.grad(run(module, x).square().sum(), x)[0]
+    again = torch.autograd.grad(checkpoint(run, module, x, use_reentrant=False).square().sum(), x)[0]
+    torch.testing.assert_close(again, plain)
+
+
+def test_autocast_leaves_the_coefficients_alone():
+    module, x = layer(), streams(dtype=torch.bfloat16)
+    plain = torch_impl.coefficients(x, module.weights(), module.config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = torch_impl.coefficients(x, module.weights(), module.config)
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(plain, cast, strict=True))
+
+
+def test_state_dict_deepcopy_and_meta_construction():
+    module, x = layer("maxtext"), streams()
+    twin = ManifoldConstrainedHyperConnections(module.config)
+    twin.load_state_dict(module.state_dict())
+    assert torch.equal(run(twin, x), run(module, x))
+    assert torch.equal(run(copy.deepcopy(module), x), run(module, x))
+    empty = ManifoldConstrainedHyperConnections(module.config, device="meta")
+    assert all(w.is_meta for w in empty.weights().values())
+    empty.to_empty(device="cpu").reset_parameters()
+    assert float(empty.weights()["pre_alpha_scale"].detach()) == pytest.approx(0.01)
+
+
+def test_initial_projections_have_the_variance_of_their_fan_in():
+    module = ManifoldConstrainedHyperConnections(MHCConfig(streams=4, dim=128))
+    assert module.weights()["res_alpha"].var().item() == pytest.approx(1 / 512, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda m: m.pre(torch.zeros(2, 4, 2, 5)), r"x must end in \[3, 5\], got \[2, 4, 2, 5\]"),
+        (lambda m: run(m, torch.zeros(4, 3, 5)), r"x must be \[batch, seq, streams, dim\]"),
+        (lambda m: m.post(torch.zeros(2, 4, 6), m.pre(streams())[1]), r"y must end in \[5\]"),
+        (lambda m: torch_impl.pre(streams(), {}, m.config), "weights must have pre_alpha"),
+        (lambda m: torch_impl.reduce(streams(), "max"), "how must be sum or mean"),
+        (lambda m: torch_impl.expand(streams(), 0), "streams must be at least 1"),
+        (lambda m: torch_impl.residual_matrix(torch.zeros(2, 2), m.config), r"logits must end in \[3, 3\]"),
+    ],
+)
+def test_a_wrong_shape_is_named(call, said):
+    with pytest.raises(ValueError, match=said):
+        call(layer())
+
+
+def test_head_is_a_gated_sum():
+    head = HyperHead(MHCConfig.from_dialect("deepseek-v4", streams=3, dim=5))
+    with torch.no_grad():
+        head.head_fn.zero_()
+    x = streams()
+    torch.testing.assert_close(head(x), (0.5 + 1e-6) * x.sum(-2))
+
+
+def test_importing_needs_no_jax():
+    code = "import sys, torch_impl; assert not {'jax', 'flax', 'conformance'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
