@@ -39,6 +39,11 @@ class Variant:
     contract: str
     stages: tuple[str, ...]
 
+    @property
+    def pure(self) -> bool:
+        """Whether the weights have another dtype than the usual one: x's own, or float32 under float64."""
+        return self.weights != ("float64" if self.x == "float64" else "float32")
+
 
 @dataclass(frozen=True)
 class Item:

@@ -76,7 +76,7 @@ def run(
         and (not quick or c.quick)
         and (not case or any(fnmatch.fnmatchcase(c.id, pattern) for pattern in case))
         for item in c.items()
-        if item.stage in stages and item.variant.x in dtypes
+        if item.stage in stages and item.variant.x in dtypes and not (quick and item.variant.pure)
     ]
     if not items:
         stop("nothing selected: no case has these dialects, dtypes and stages together", USAGE)

@@ -17,6 +17,8 @@ NARROW = ("bfloat16-float32", "float16-float32")
 F32 = ("float32-float32",)
 F32_BF16 = ("float32-float32", "bfloat16-float32")
 EVERY_CONTRACT = ("paper", "maxtext", "deepseek-v4-transformers", "megatron")
+QUICK_SMOKE = ("paper", "megatron", "mhc-lite", "hunyuan-v4")
+QUICK_GENERIC = ("maxtext", "deepseek-v4-transformers")
 MATRIX = ("residual_matrix", "coefficients")
 
 
@@ -50,12 +52,12 @@ def _whole_layers(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     ]  # fmt: skip
     yield Wish(
         "smoke", "the smallest complete case: if it fails, suspect the harness", "Forward", name,
-        streams=2, dim=2, lead=(1, 2), stages=every, variants=F32, quick=True,
+        streams=2, dim=2, lead=(1, 2), stages=every, variants=F32, quick=name in QUICK_SMOKE,
     )  # fmt: skip
     yield Wish(
         "generic", "swapped slices, transposes, an ignored norm weight, alpha on the bias", "Forward", name, "n4",
         stages=every, variants=CORE + (PURE if name in EVERY_CONTRACT else ()), tf32=True,
-        quick=name in EVERY_CONTRACT,
+        quick=name in QUICK_GENERIC,
     )  # fmt: skip
     yield Wish(
         "initial", "the values that training starts from", "Initial values (MaxText)", name,

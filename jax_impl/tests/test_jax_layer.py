@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.test_util import check_grads
 
 import jax_impl
 from jax_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig
@@ -78,7 +79,7 @@ def test_every_dialect_runs_in_every_dtype_with_finite_gradients(name, dtype):
 def test_gradients_are_those_of_the_iterations_as_written():
     with jax.enable_x64(True):
         module, x = layer(dtype=jnp.float64), streams(dtype=jnp.float64, lead=(1, 2))
-        jax.test_util.check_grads(lambda x: run(module, x), (x,), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+        check_grads(lambda x: run(module, x), (x,), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
 def test_logits_of_ten_thousand_stay_finite():
