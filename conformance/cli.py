@@ -104,10 +104,11 @@ def run(
                 write(path, outcomes)
             except OSError as error:
                 stop(f"{path}: can't be written ({error.strerror})", USAGE)
-    idle = [name for name in {o.implementation for o in outcomes}
-            if all(o.skipped for o in outcomes if o.implementation == name)]  # fmt: skip
-    if idle:
+    idle = {o.implementation for o in outcomes} - {o.implementation for o in outcomes if not o.skipped}
+    if idle and (impl or len(idle) == len(chosen)):
         stop(f"nothing was checked for {', '.join(sorted(idle))}: none of the selected cases is claimed", USAGE)
+    if idle:
+        typer.echo(f"nothing was checked for {', '.join(sorted(idle))}: none of the selected cases is claimed")
     raise typer.Exit(FAILED if any(o.failed for o in outcomes) else 0)
 
 
