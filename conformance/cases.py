@@ -8,25 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from conformance.casecheck import DTYPES, CaseError, check_description, check_tensors
 from conformance.stages import COEFFICIENT, STAGES, WEIGHT
 
 FORMAT = "mhc-conformance-case/1"
-DTYPES = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
-REQUIRED = ("id", "family", "why", "clause", "dialect", "overrides", "parameters", "layout", "quick", "stages",
-            "variants", "bounds")  # fmt: skip
-
-
-class CaseError(ValueError):
-    """A case file that doesn't keep the format of fixtures/README.md."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +164,7 @@ class Case:
     def tensors(self) -> dict[str, np.ndarray]:
         """Every tensor of the file, read once."""
         tensors = read_tensors(self.path)
-        _check_tensors(self.path, self.metadata, tensors)
+        check_tensors(self.path, self.metadata, tensors)
         return tensors
 
     def items(self) -> list[Item]:
@@ -226,53 +214,5 @@ def load_case(path: Path) -> Case:
         described = json.loads(metadata.get("case", ""))
     except json.JSONDecodeError as error:
         raise CaseError(f"{path}: the metadata entry 'case' isn't JSON ({error})") from error
-    missing = [k for k in REQUIRED if k not in described]
-    if missing:
-        raise CaseError(f"{path}: the case must have {', '.join(missing)}")
-    for stage in described["stages"]:
-        if stage not in STAGES:
-            raise CaseError(f"{path}: unknown stage {stage!r}, expected one of {', '.join(STAGES)}")
-    for variant in described["variants"]:
-        for role in ("x", "weights"):
-            if variant[role] not in DTYPES:
-                raise CaseError(f"{path}: unknown dtype {variant[role]!r}, expected one of {', '.join(DTYPES)}")
+    check_description(path, described)
     return Case(path, described)
-
-
-def _check_tensors(path: Path, metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    """Names, dtypes, shapes and finiteness, before anything is run."""
-    wanted, optional = set(), set()
-    for stage, entry in metadata["stages"].items():
-        wanted |= {f"input/{k}" for k in entry["inputs"]} | {f"weight/{k}" for k in entry["weights"]}
-        for output in entry["outputs"]:
-            wanted |= {f"cotangent/{stage}/{output}", f"expected/{stage}/{output}"}
-        optional |= {
-            f"{kind}/{stage}/{k}" for kind in ("gradient", "magnitude") for k in (*entry["inputs"], *entry["weights"])
-        }
-    missing, surplus = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - optional)
-    if missing or surplus:
-        raise CaseError(f"{path}: missing tensors {missing or 'none'}, surplus tensors {surplus or 'none'}")
-    n, dim = metadata["parameters"]["streams"], metadata["parameters"]["dim"]
-    for name in sorted(tensors, key=lambda k: not k.startswith("input/")):  # inputs first: the rest is held to them
-        value = tensors[name]
-        kind, _, rest = name.partition("/")
-        stored = [np.dtype(np.float64)] if kind in ("expected", "gradient", "magnitude") else list(DTYPES.values())
-        if value.dtype not in stored:
-            raise CaseError(f"{path}: {name} must be {' or '.join(map(str, stored))}, got {value.dtype}")
-        if not np.isfinite(value.astype(np.float64)).all():
-            raise CaseError(f"{path}: {name} must be finite, got NaN or infinity")
-        if name == "input/x" and value.shape[-2:] != (n, dim):
-            raise CaseError(f"{path}: {name} must end in [{n}, {dim}], got {list(value.shape)}")
-        if kind in ("cotangent", "expected"):
-            other = tensors[f"{'expected' if kind == 'cotangent' else 'cotangent'}/{rest}"]
-            if value.shape != other.shape:
-                raise CaseError(
-                    f"{path}: cotangent and expected of {rest} must agree, got {value.shape} and {other.shape}"
-                )
-        if kind in ("gradient", "magnitude"):
-            source = rest.split("/", 1)[1]
-            of = tensors.get(f"input/{source}", tensors.get(f"weight/{source}"))
-            if of is not None and of.shape != value.shape:
-                raise CaseError(
-                    f"{path}: {name} must have the shape of its input, {list(of.shape)}, got {list(value.shape)}"
-                )

@@ -46,6 +46,7 @@ def run(
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit report.")] = None,
     stop_early: Annotated[bool, typer.Option("-x", help="Stop at the first failure.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Implementations at a time, a process each.")] = 2,
+    listing: Annotated[bool, typer.Option("--list", help="Only print what would run, an item a line.")] = False,
     progress: Annotated[bool, typer.Option(help="A live line, on a terminal.")] = True,
 ) -> None:
     """Run the golden cases on implementations and judge every output and gradient.
@@ -55,6 +56,7 @@ def run(
     from conformance import registry, report_files, report_terminal
     from conformance.cases import DTYPES, CaseError
     from conformance.corpus import dialect_names, load_corpus
+    from conformance.crossframework import CrossFramework
     from conformance.interface import SetupError
     from conformance.runner import run as run_items
     from conformance.stages import STAGES
@@ -80,23 +82,29 @@ def run(
     ]
     if not items:
         stop("nothing selected: no case has these dialects, dtypes and stages together", USAGE)
+    if listing:
+        for item in items:
+            typer.echo(item.id)
+        raise typer.Exit(0)
     chosen, left = (list(impl), {}) if impl else registry.defaults()
     if not chosen:
         stop("no implementation is installed: " + "; ".join(f"{k}: {v}" for k, v in left.items()), SETUP)
     for name, reason in left.items():
         typer.echo(f"left out: {name} ({reason})")
     report = report_terminal.Report(len(items) * len(chosen), live=progress and sys.stdout.isatty())
+    crossed = CrossFramework(items)
     outcomes: list[Any] = []
     try:
         with report:
             for outcome in run_items(chosen, items, jobs, stop_early):
+                crossed.add(outcome)
                 outcomes.append(outcome)
                 report.add(outcome)
     except SetupError as error:
         stop(str(error), SETUP)
     except CaseError as error:
         stop(str(error), USAGE)
-    report.crossed = report_terminal.differences(outcomes)
+    report.crossed = crossed.lines(dict.fromkeys(o.implementation for o in outcomes))
     report.show()
     for path, write in ((jsonl, report_files.write_jsonl), (junit, report_files.write_junit)):
         if path:

@@ -70,4 +70,9 @@ def load_corpus(golden: Path | None = None) -> list[Case]:
     absent = [name for name in promised if not (golden / name).is_file()]
     if absent:
         raise CaseError(f"{golden}: expected {len(promised)} cases, {len(absent)} are missing: {', '.join(absent[:5])}")
-    return [load_case(golden / name) for name in promised]
+    known = dialect_names()
+    cases = [load_case(golden / name) for name in promised]
+    for case in cases:
+        if case.dialect not in known:
+            raise CaseError(f"{case.path}: unknown dialect {case.dialect!r}, expected one of {', '.join(known)}")
+    return cases

@@ -20,7 +20,7 @@ FORMAT = "mhc-conformance-report/1"
 PACKAGES = ("mhc-conformance", "numpy", "jax", "jaxlib", "flax", "torch", "transformers", "safetensors", "ml_dtypes")
 
 
-def header() -> dict[str, Any]:
+def header(devices: dict[str, str] | None = None) -> dict[str, Any]:
     """What one must know to read the figures: corpus, versions, machine."""
     versions = {}
     for name in PACKAGES:
@@ -34,6 +34,7 @@ def header() -> dict[str, Any]:
         "corpus": corpus_hash(),
         "versions": versions,
         "python": sys.version.split()[0],
+        "devices": devices or {},
         "machine": platform.machine(),
         "system": platform.system(),
         "threads": os.cpu_count(),
@@ -44,7 +45,7 @@ def header() -> dict[str, Any]:
 
 def write_jsonl(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Header, one line per check or skip, footer with the count: without it the file was cut off."""
-    lines = [header()]
+    lines = [header({o.implementation: o.device for o in outcomes if not o.skipped})]
     for o in outcomes:
         shared = {"implementation": o.implementation, "case": o.case, "stage": o.stage, "variant": o.variant,
                   "dialect": o.dialect, "seconds": round(o.seconds, 6)}  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -110,26 +109,3 @@ class Report:
                 out(f"    {element['index']}: got {element['actual']:.9g}, expected {element['expected']:.9g}, "
                     f"off by {element['error']:.3g}")  # fmt: skip
         out(f"  {reproduce(outcome)}")
-
-
-def differences(outcomes: list[Any]) -> list[str]:
-    """How far each pair of implementations is apart on the items that both ran.
-
-    Both were compared with the same true value, so |a - b| is at most the sum of both errors; a pair's figure is
-    the largest such sum as a fraction of the sum of both bounds. Above 1 the two can't both conform.
-    """
-    ratios: dict[str, dict[tuple[str, str, str, str], float]] = defaultdict(dict)
-    for o in outcomes:
-        for check in o.checks:
-            if check.worst:
-                ratios[o.implementation][(o.case, o.stage, o.variant, check.tensor)] = check.ratio
-    names, lines = list(ratios), []
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            shared = ratios[a].keys() & ratios[b].keys()
-            if shared:
-                worst = max(shared, key=lambda key: ratios[a][key] + ratios[b][key])
-                figure = (ratios[a][worst] + ratios[b][worst]) / 2
-                lines.append(f"{a} against {b}: at most {figure:.2f} of both bounds apart, over {len(shared)} tensors "
-                             f"(worst: {worst[0]}, {worst[1]}, {worst[3]})")  # fmt: skip
-    return lines

@@ -5,14 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from conformance.cases import Item, load_case
+from conformance.cases import CaseError, Item, load_case
 from conformance.compare import GOOD, Check, check_item
 from conformance.interface import Capabilities, SetupError, describe
 from conformance.registry import load
@@ -33,7 +33,10 @@ class Outcome:
     dialect: str
     checks: list[Check] = field(default_factory=list)
     skipped: str = ""
+    device: str = ""
     seconds: float = 0.0
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    """The arrays that were judged by their figures, for comparing implementations with one another."""
 
     @property
     def failed(self) -> list[Check]:
@@ -76,6 +79,7 @@ def run_item(implementation: Any, item: Item) -> Outcome:
         implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect
     )
     claimed = implementation.capabilities
+    outcome.device = claimed.device
     outcome.skipped = refusal(item, claimed)
     if outcome.skipped:
         return outcome
@@ -84,6 +88,9 @@ def run_item(implementation: Any, item: Item) -> Outcome:
     started = time.perf_counter()
     try:
         outputs, gradients = getattr(implementation, item.stage)(inputs, item.config, cotangents)
+        if not isinstance(outputs, Mapping) or not isinstance(gradients, Mapping):
+            kinds = f"{type(outputs).__name__} and {type(gradients).__name__}"
+            raise TypeError(f"expected two mappings, outputs and gradients, got {kinds}")
     except NotImplementedError as error:
         outcome.skipped = f"refused: {describe(error)}"
         return outcome
@@ -93,6 +100,8 @@ def run_item(implementation: Any, item: Item) -> Outcome:
     finally:
         outcome.seconds = time.perf_counter() - started
     outcome.checks = check_item(item, outputs, gradients, claimed)
+    judged = {**outputs, **{f"d/{k}": v for k, v in gradients.items()}}
+    outcome.values = {check.tensor: judged[check.tensor] for check in outcome.checks if check.worst}
     if "H" in outputs:
         stochastic = check_stochasticity(item, outputs["H"])
         if stochastic:
@@ -121,10 +130,14 @@ def _work(reference: str, paths: list[str], wanted: list[tuple[int, str, str]], 
     cases: dict[str, Any] = {}
     for index, stage, variant in wanted:
         path = paths[index]
-        case = cases.get(path) or cases.setdefault(path, load_case(Path(path)))
-        item = next(i for i in case.items() if i.stage == stage and i.variant.name == variant)
-        results.send(("start", (index, stage, variant)))
-        results.send(("done", run_item(implementation, item)))
+        try:
+            case = cases.get(path) or cases.setdefault(path, load_case(Path(path)))
+            item = next(i for i in case.items() if i.stage == stage and i.variant.name == variant)
+            results.send(("start", (index, stage, variant)))
+            results.send(("done", run_item(implementation, item)))
+        except CaseError as error:
+            results.send(("case", str(error)))
+            return
     results.send(("end", None))
 
 
@@ -138,6 +151,7 @@ def run(references: Sequence[str], items: Sequence[Item], jobs: int = 2, stop_ea
 
     Raises:
         SetupError: an implementation can't be set up.
+        CaseError: a case file doesn't keep the format.
     """
     paths = sorted({str(item.case.path) for item in items})
     index = {path: k for k, path in enumerate(paths)}
@@ -191,12 +205,15 @@ class _Worker:
                 return
             if kind == "setup":
                 raise SetupError(content)
+            if kind == "case":
+                raise CaseError(content)
             if kind == "ready":
                 self.name = content
             elif kind == "start":
                 self.current = content
             elif kind == "done":
-                self.remaining.remove(self.current)
+                if self.current is not None:
+                    self.remaining.remove(self.current)
                 self.current = None
                 yield content
             else:

@@ -112,3 +112,10 @@ class Dies(Honest):
 class NoMethod:
     name = "no-method"
     capabilities = Capabilities(stages=frozenset({"head"}), dialects=frozenset({"paper"}))
+
+
+class ReturnsNothing(Honest):
+    name = "returns-nothing"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        return None, None

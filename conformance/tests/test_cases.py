@@ -127,3 +127,39 @@ def test_dialects_keep_their_schema():
     rows = json.loads((corpus.fixtures() / "dialects.json").read_text())
     jsonschema.validate(rows, json.loads((corpus.fixtures() / "dialects.schema.json").read_text()))
     assert len(rows["dialects"]) == 11
+
+
+def parameters(header, **changes):
+    described(header, parameters={**json.loads(header["__metadata__"]["case"])["parameters"], **changes})
+
+
+def weight_shape(header, data):
+    header["weight/pre_alpha"]["shape"] = header["weight/pre_alpha"]["shape"][::-1]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (weight_shape, "weight/pre_alpha must end in"),
+        (lambda h, d: parameters(h, streams=0), "streams must be an integer of at least 1, got 0"),
+        (lambda h, d: parameters(h, dim=True), "dim must be an integer of at least 1, got True"),
+        (lambda h, d: parameters(h, iterations=0), "iterations must be an integer of at least 1, got 0"),
+        (lambda h, d: parameters(h, residual="permutations", streams=6), "at most 5 streams, got 6"),
+        (lambda h, d: described(h, layout="odd"), "unknown layout 'odd'"),
+        (lambda h, d: described(h, variants=[{"x": "float32", "weights": "float32"}]), "a variant must have"),
+        (lambda h, d: described(h, bounds={}), "must have variant float32-float32, got none"),
+        (lambda h, d: h["__metadata__"].update(case="[]"), "the case must have"),
+    ],
+)
+def test_a_bad_description_is_refused_in_one_line(tmp_path, change, said):
+    with pytest.raises(CaseError, match=said) as caught:
+        _ = load_case(rewritten(tmp_path, change)).tensors
+    assert "\n" not in str(caught.value) and "case.safetensors" in str(caught.value)
+
+
+def test_a_dialect_that_nobody_knows_is_refused(small_corpus):
+    path = small_corpus / "smoke-liger.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'\\"dialect\\":\\"liger\\"', b'\\"dialect\\":\\"ligar\\"')
+                     .replace(b'\\"dialect\\": \\"liger\\"', b'\\"dialect\\": \\"ligar\\"'))  # fmt: skip
+    with pytest.raises(CaseError, match="unknown dialect 'ligar'"):
+        corpus.load_corpus(small_corpus)

@@ -72,3 +72,14 @@ def test_help_and_import_need_no_framework():
 def test_verify_passes_on_the_committed_corpus():
     done = call("fixtures", "verify")
     assert done.returncode == 0 and "0 problems" in done.stdout
+
+
+def test_list_prints_the_items_and_runs_nothing():
+    done = call("run", "--impl", "conformance.nowhere:x", "--list", "--case", "generic-n4-paper", "--stage", "reduce")
+    assert done.returncode == 0
+    assert "generic-n4-paper::reduce::float32-float32" in done.stdout.splitlines()
+
+
+def test_x_stops_at_the_first_failure():
+    done = call("run", "--impl", "conformance.tests.strangers:SlightlyOff", "--stage", "reduce", "-x")
+    assert done.returncode == 1 and " 1 failed;" in done.stdout
