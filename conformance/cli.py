@@ -45,7 +45,7 @@ def run(
     jsonl: Annotated[Path | None, typer.Option(help="Write every check to this file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit report.")] = None,
     stop_early: Annotated[bool, typer.Option("-x", help="Stop at the first failure.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Implementations at a time, a process each.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 2,
     listing: Annotated[bool, typer.Option("--list", help="Only print what would run, an item a line.")] = False,
     progress: Annotated[bool, typer.Option(help="A live line, on a terminal.")] = True,
 ) -> None:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import itertools
 import multiprocessing
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from conformance.cases import CaseError, Item, load_case
+from conformance.cases import Case, CaseError, Item, load_case
 from conformance.compare import GOOD, Check, check_item
 from conformance.interface import Capabilities, SetupError, describe
 from conformance.registry import load
+from conformance.stages import relevant
 from conformance.stochasticity import check_stochasticity
 
-POLL = 0.5  # seconds between looks at whether a worker still lives
+POLL = 0.5  # seconds between looks at whether a second worker pays by now
+SHARED = 20.0  # seconds of work left from which it does
+COLLECTED = 32  # items between two collections of garbage
 
 
 @dataclass
@@ -113,32 +121,12 @@ def run_item(implementation: Any, item: Item) -> Outcome:
 
 
 def order(items: Iterable[Item]) -> list[Item]:
-    """Items that compile to the same graph next to one another."""
-    return sorted(items, key=lambda i: (i.stage, str(sorted(i.config.items(), key=str)), i.variant.name, i.case.id))
+    """Items that one compiled graph serves next to one another."""
+    return sorted(items, key=lambda i: (i.stage, str(relevant(i.stage, i.config)), i.variant.name, i.case.id))
 
 
-def _work(reference: str, paths: list[str], wanted: list[tuple[int, str, str]], results: Any) -> None:
-    """A worker: announces each item before it is run, so that its death can be laid at the right door."""
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
-        implementation = load(reference)
-    except SetupError as error:
-        results.send(("setup", str(error)))
-        return
-    results.send(("ready", implementation.name))
-    cases: dict[str, Any] = {}
-    for index, stage, variant in wanted:
-        path = paths[index]
-        try:
-            case = cases.get(path) or cases.setdefault(path, load_case(Path(path)))
-            item = next(i for i in case.items() if i.stage == stage and i.variant.name == variant)
-            results.send(("start", (index, stage, variant)))
-            results.send(("done", run_item(implementation, item)))
-        except CaseError as error:
-            results.send(("case", str(error)))
-            return
-    results.send(("end", None))
+Key = tuple[str, str, str]
+"""Path of the case, stage and variant of an item."""
 
 
 def run(references: Sequence[str], items: Sequence[Item], jobs: int = 2, stop_early: bool = False) -> Iterator[Outcome]:
@@ -146,89 +134,139 @@ def run(references: Sequence[str], items: Sequence[Item], jobs: int = 2, stop_ea
 
     Args:
         references: registered names or ``module:attribute``.
-        jobs: workers at a time, one implementation each.
+        jobs: worker processes at a time; an implementation gets a second one where none is waiting for its first.
         stop_early: stop at the first failure.
 
     Raises:
         SetupError: an implementation can't be set up.
         CaseError: a case file doesn't keep the format.
     """
-    paths = sorted({str(item.case.path) for item in items})
-    index = {path: k for k, path in enumerate(paths)}
-    ordered = [(index[str(i.case.path)], i.stage, i.variant.name) for i in order(items)]
-    by_key = {(index[str(i.case.path)], i.stage, i.variant.name): i for i in items}
+    by_key = {(str(i.case.path), i.stage, i.variant.name): i for i in order(items)}
+    tasks = [_Task(reference, deque(by_key)) for reference in references]
     context = multiprocessing.get_context("spawn")
-    waiting = [(reference, ordered) for reference in references]
-    active: list[_Worker] = []
+    active: dict[Connection, _Worker] = {}
     try:
-        while waiting or active:
-            while waiting and len(active) < max(1, jobs):
-                reference, remaining = waiting.pop(0)
-                active.append(_Worker(context, reference, paths, remaining))
-            for worker in list(active):
-                for outcome in worker.collect(by_key, POLL / len(active)):
+        while True:
+            while len(active) < max(1, jobs):
+                task = _next_task(tasks, [worker.task for worker in active.values()])
+                if task is None:
+                    break
+                worker = _Worker(context, task, backwards=any(w.task is task for w in active.values()))
+                active[worker.connection] = worker
+            if not active:
+                return
+            for ready in wait(list(active), timeout=POLL):
+                worker = active[cast(Connection, ready)]
+                outcome = worker.receive(by_key)
+                if worker.finished:
+                    del active[worker.connection]
+                if outcome:
                     yield outcome
                     if stop_early and outcome.failed:
                         return
-                if worker.finished:
-                    active.remove(worker)
-                    if worker.remaining:
-                        waiting.insert(0, (worker.reference, worker.remaining))
     finally:
-        for worker in active:
+        for worker in active.values():
             worker.process.kill()
 
 
-class _Worker:
-    """A process that runs one implementation over the items that remain."""
+@dataclass
+class _Task:
+    """One implementation and the items that it still has to run."""
 
-    def __init__(self, context: Any, reference: str, paths: list[str], remaining: list[tuple[int, str, str]]):
-        self.reference, self.remaining = reference, list(remaining)
-        self.name = reference
-        self.current: tuple[int, str, str] | None = None
+    reference: str
+    queue: deque[Key]
+    ran: int = 0
+    seconds: float = 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds of work left, by the pace so far; 0 where it isn't known yet."""
+        return self.seconds / self.ran * len(self.queue) if self.ran else 0.0
+
+
+def _next_task(tasks: list[_Task], running: list[_Task]) -> _Task | None:
+    """The first that has no worker; then the one with most to do, where a second worker pays."""
+    idle = [task for task in tasks if task.queue and not any(task is other for other in running)]
+    if idle:
+        return idle[0]
+    longest = max((task for task in tasks if task.queue), key=lambda task: task.left, default=None)
+    return longest if longest and longest.left > SHARED else None
+
+
+class _Worker:
+    """A process that runs one implementation, an item at a time, from either end of the task's queue."""
+
+    def __init__(self, context: Any, task: _Task, backwards: bool):
+        self.task, self.backwards = task, backwards
+        self.name = task.reference
+        self.current: Key | None = None
         self.finished = False
         # A pipe, not a queue: what was sent is there even when the process dies in the next instruction.
-        self.results, sender = context.Pipe(duplex=False)
-        self.process = context.Process(target=_work, args=(reference, paths, self.remaining, sender), daemon=True)
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_work, args=(task.reference, other), daemon=True)
         self.process.start()
-        sender.close()
+        other.close()
 
-    def collect(self, items: dict[Any, Item], timeout: float) -> Iterator[Outcome]:
-        while True:
-            if not self.results.poll(timeout):
-                return
-            try:
-                kind, content = self.results.recv()
-            except EOFError:
-                self.process.join()
-                yield from self._died(items)
-                return
-            if kind == "setup":
-                raise SetupError(content)
-            if kind == "case":
-                raise CaseError(content)
-            if kind == "ready":
-                self.name = content
-            elif kind == "start":
-                self.current = content
-            elif kind == "done":
-                if self.current is not None:
-                    self.remaining.remove(self.current)
-                self.current = None
-                yield content
-            else:
-                self.finished = True
-                self.process.join()
-                return
+    def receive(self, items: dict[Key, Item]) -> Outcome | None:
+        """Takes what the process sent and hands it its next item."""
+        try:
+            kind, content = self.connection.recv()
+        except (EOFError, ConnectionError):
+            return self._died(items)
+        if kind == "setup":
+            raise SetupError(content)
+        if kind == "case":
+            raise CaseError(content)
+        outcome = None
+        if kind == "ready":
+            self.name = content
+        else:
+            outcome = content
+            self.task.ran += 1
+            self.task.seconds += outcome.seconds
+        queue = self.task.queue
+        self.current = (queue.pop() if self.backwards else queue.popleft()) if queue else None
+        with contextlib.suppress(ConnectionError):  # it died between two items: the next receive() finds out
+            self.connection.send(self.current)
+        self.finished = self.current is None
+        return outcome
 
-    def _died(self, items: dict[Any, Item]) -> Iterator[Outcome]:
+    def _died(self, items: dict[Key, Item]) -> Outcome:
         self.finished = True
+        self.process.join()
         if self.current is None:
-            raise SetupError(f"{self.reference}: its process died with status {self.process.exitcode} outside any case")
-        self.remaining.remove(self.current)
+            raise SetupError(f"{self.name}: its process died with status {self.process.exitcode} outside any case")
         item = items[self.current]
         message = f"the process died with status {self.process.exitcode}"
-        yield Outcome(
+        return Outcome(
             self.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect,
             [Check("-", "errored", np.inf, message=message)],
         )  # fmt: skip
+
+
+def _work(reference: str, connection: Connection) -> None:
+    """The worker process: says that it is ready, then runs the items it is handed until it is handed none."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        implementation = load(reference)
+    except SetupError as error:
+        connection.send(("setup", str(error)))
+        return
+    gc.disable()  # tracing makes millions of small objects: a fifth of the time went into looking at them
+    gc.freeze()
+    connection.send(("ready", implementation.name))
+    cases: dict[str, Case] = {}
+    for count in itertools.count(1):
+        key = connection.recv()
+        if key is None:
+            return
+        path, stage, variant = key
+        try:
+            case = cases.get(path) or cases.setdefault(path, load_case(Path(path)))
+            item = next(i for i in case.items() if i.stage == stage and i.variant.name == variant)
+            connection.send(("done", run_item(implementation, item)))
+        except CaseError as error:
+            connection.send(("case", str(error)))
+            return
+        if count % COLLECTED == 0:
+            gc.collect()

@@ -19,17 +19,24 @@ LAYER_WEIGHTS = (
 HEAD_WEIGHTS = ("head_fn", "head_base", "head_scale")
 BRANCHES = ("attention", "mlp_dense", "mlp_moe")
 
+NORM = ("norm_eps", "norm_eps_position", "coefficients")
+MATRIX = ("residual", "order", "guard", "eps", "iterations")
+GATES = (*NORM, *MATRIX, "norm_weight", "pre_eps", "post_scale", "post_eps")
+MIXING = ("mix", "mixing")
+
 
 @dataclass(frozen=True)
 class Stage:
     """One stage. ``inputs`` and ``outputs`` map a name to its dtype role.
 
     ``constants`` are inputs of the test's own branch: they are handed over, never differentiated.
+    ``parameters`` are those of the configuration that the result depends on, beside streams and dim.
     """
 
     name: str
     inputs: dict[str, str]
     outputs: dict[str, str]
+    parameters: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
 
@@ -41,25 +48,28 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("expand", {"embedding": ACTIVATION}, {"out": ACTIVATION}),
-        Stage("reduce", {"x": ACTIVATION}, {"out": ACTIVATION}),
-        Stage("head", {"x": ACTIVATION}, {"out": ACTIVATION}, weights=HEAD_WEIGHTS),
-        Stage("residual_matrix", {"logits": COEFFICIENT}, {"H": COEFFICIENT}),
+        Stage("reduce", {"x": ACTIVATION}, {"out": ACTIVATION}, ("how",)),
+        Stage("head", {"x": ACTIVATION}, {"out": ACTIVATION}, (*NORM, "pre_eps"), weights=HEAD_WEIGHTS),
+        Stage("residual_matrix", {"logits": COEFFICIENT}, {"H": COEFFICIENT}, MATRIX),
         Stage(
             "coefficients",
             {"x": ACTIVATION},
             {"pre": COEFFICIENT, "post": COEFFICIENT, "H": COEFFICIENT},
+            GATES,
             weights=LAYER_WEIGHTS,
         ),
-        Stage("pre", {"x": ACTIVATION}, {"u": ACTIVATION}, weights=LAYER_WEIGHTS),
+        Stage("pre", {"x": ACTIVATION}, {"u": ACTIVATION}, GATES, weights=LAYER_WEIGHTS),
         Stage(
             "post",
             {"y": ACTIVATION, "x": ACTIVATION, "post": COEFFICIENT, "H": COEFFICIENT},
             {"out": ACTIVATION},
+            MIXING,
         ),
         Stage(
             "layer",
             {"x": ACTIVATION, **_BRANCH, **_ROUTER},
             {"out": ACTIVATION, **_ROUTER},
+            (*GATES, *MIXING, "branch"),
             constants=("norm_scale", "branch_scale"),
             weights=LAYER_WEIGHTS,
         ),
@@ -67,8 +77,14 @@ STAGES: dict[str, Stage] = {
             "stack",
             {"embedding": ACTIVATION, **_BRANCH},
             {"out": ACTIVATION},
+            (*GATES, *MIXING, "layers", "reduce"),
             constants=("norm_scale", "branch_scale"),
             weights=LAYER_WEIGHTS,
         ),
     )
 }
+
+
+def relevant(stage: str, config: dict[str, object]) -> tuple[tuple[str, object], ...]:
+    """What of a configuration the stage's result depends on; equal for two items that one compiled graph serves."""
+    return tuple((k, config.get(k)) for k in ("streams", "dim", *STAGES[stage].parameters))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from conformance.cases import DTYPES, Item
@@ -19,7 +21,8 @@ def check_stochasticity(item: Item, H: object) -> Check | None:
     """Entries and both axes' sums of a returned H against the oracle's; None where it doesn't apply.
 
     The axis normalised last must have the oracle's sums (what the guard makes of 1) within (n + 2) u, the other
-    within the bound of H for each of its n entries.
+    within the bound of H for each of its n entries. Under ``permutations`` each sum runs over all n! weights of
+    one softmax, so that (n! + 2) u takes its place, on both axes.
     """
     residual = item.case.parameters["residual"]
     if residual == "identity" or not isinstance(H, np.ndarray):
@@ -29,6 +32,7 @@ def check_stochasticity(item: Item, H: object) -> Check | None:
         return None
     value = H.astype(np.float64)
     n, u = H.shape[-1], ROUNDOFF[H.dtype]
+    terms = math.factorial(n) if residual == "permutations" else n
     if not np.isfinite(value).all():
         return Check("H stochastic", "non-finite", message="an entry isn't finite")
     if value.min() < 0:
@@ -36,12 +40,13 @@ def check_stochasticity(item: Item, H: object) -> Check | None:
             "H stochastic", "failed", np.inf, float(-value.min()), 0.0, f"an entry is negative: {value.min():g}"
         )
     last = -2 if item.case.parameters["order"] == "rows-first" else -1
-    rounding = (n + 2) * u
+    rounding = (terms + 2) * u + n * ROUNDOFF[DTYPES["float64"]] / 2  # the stored entries are rounded themselves
     worst = Check("H stochastic", "passed", bound=rounding)
     for axis in (-1, -2):
         tight = residual == "permutations" or axis == last
         allowed = max(rounding, 0.0 if tight else n * item.bounds["H"]["bound"] + rounding)
-        error = float(np.abs(value.sum(axis) - expected.sum(axis)).max())
+        both = np.concatenate([value, -expected], axis)  # added exactly: the check must not round in float64
+        error = max(abs(math.fsum(row)) for row in np.moveaxis(both, axis, -1).reshape(-1, 2 * n))
         if error / allowed > worst.ratio:
             verdict = "failed" if error > allowed else "marginal" if error > allowed / 2 else "passed"
             name = "rows" if axis == -1 else "columns"

@@ -55,6 +55,7 @@ class Wish:
 
     Attributes:
         stages: names, or (name, options) pairs.
+        only: stages that are run in fewer variants than the rest, and which.
         fine: x and the projections keep all of float32's bits (then no narrow variants).
         weights: arrays that replace generated ones.
         tensors: inputs that replace generated ones.
@@ -70,6 +71,7 @@ class Wish:
     lead: tuple[int, ...] = (3, 4)
     stages: Sequence[str | tuple[str, dict[str, Any]]] = ()
     variants: Sequence[str] = CORE
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     x_scale: float = 1.0
     weights: Mapping[str, np.ndarray | float] = field(default_factory=dict)
@@ -181,14 +183,18 @@ def build(wish: Wish) -> Case:
             else:
                 shapes[output] = (*wish.lead, *outputs_shape[output])
         cotangents[name] = {k: data.shared_grid(data.normal(f"{label}/{name}/{k}", s)) for k, s in shapes.items()}
-    variants = [v for name in wish.variants for v in _variant(name, names, p, False)]
+    variants = [v for name in wish.variants for v in _variant(name, _wanted(wish, name, names), p, False)]
     if wish.tf32:
-        variants += _variant("float32-float32", names, p, True)
+        variants += _variant("float32-float32", _wanted(wish, "float32-float32", names), p, True)
     return Case(
         id=label, family=wish.family, why=wish.why, clause=wish.clause, dialect=wish.dialect,
         overrides=dict(wish.overrides), parameters=p, stages=stages, variants=variants, tensors=made,
         cotangents=cotangents, layout=wish.layout, quick=wish.quick, exact=wish.exact, gradients=wish.gradients,
     )  # fmt: skip
+
+
+def _wanted(wish: Wish, variant: str, stages: list[str]) -> list[str]:
+    return [stage for stage in stages if variant in wish.only.get(stage, (variant,))]
 
 
 def _variant(name: str, stages: list[str], p: Mapping[str, Any], tf32: bool) -> list[dict[str, Any]]:

@@ -15,11 +15,13 @@ from conformance.oracle.build import CORE, PURE, Wish, dialects
 SLOWEST = json.loads(Path(__file__).with_name("slowest.json").read_text())
 NARROW = ("bfloat16-float32", "float16-float32")
 F32 = ("float32-float32",)
-F32_BF16 = ("float32-float32", "bfloat16-float32")
+BF16 = ("bfloat16-float32",)
+F32_BF16 = (*F32, *BF16)
 EVERY_CONTRACT = ("paper", "maxtext", "deepseek-v4-transformers", "megatron")
-QUICK_SMOKE = ("paper", "megatron", "mhc-lite", "hunyuan-v4")
+QUICK_SMOKE = ("paper", "glm-5", "megatron", "mhc-lite", "hunyuan-v4")
 QUICK_GENERIC = ("maxtext", "deepseek-v4-transformers")
 MATRIX = ("residual_matrix", "coefficients")
+DENSE = ("layer", {"branch": "mlp_dense"})
 
 
 def wishes() -> Iterator[Wish]:
@@ -48,7 +50,7 @@ def _matrix_stage(p: dict[str, Any]) -> list[str]:
 
 def _whole_layers(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     every = [
-        "expand", *_reductions(p), *_matrix_stage(p), "coefficients", "pre", "post", ("layer", {"branch": "mlp_dense"}),
+        "expand", *_reductions(p), *_matrix_stage(p), "coefficients", "pre", "post", DENSE,
     ]  # fmt: skip
     yield Wish(
         "smoke", "the smallest complete case: if it fails, suspect the harness", "Forward", name,
@@ -57,11 +59,11 @@ def _whole_layers(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     yield Wish(
         "generic", "swapped slices, transposes, an ignored norm weight, alpha on the bias", "Forward", name, "n4",
         stages=every, variants=CORE + (PURE if name in EVERY_CONTRACT else ()), tf32=True,
-        quick=name in QUICK_GENERIC,
+        only={"layer": (*CORE, "bfloat16-bfloat16")}, quick=name in QUICK_GENERIC,
     )  # fmt: skip
     yield Wish(
         "initial", "the values that training starts from", "Initial values (MaxText)", name,
-        stages=["coefficients", "pre", ("layer", {"branch": "mlp_dense"})],
+        stages=["coefficients", "pre", DENSE],
         weights={
             "pre_alpha_scale": 0.01, "post_alpha_scale": 0.01, "res_alpha_scale": 0.01,
             "pre_beta": 0.0, "post_beta": 0.0, "res_beta": 0.0, "mhc_norm.scale": 1.0,
@@ -70,23 +72,30 @@ def _whole_layers(name: str, p: dict[str, Any]) -> Iterator[Wish]:
 
 
 def _sizes(name: str, p: dict[str, Any]) -> Iterator[Wish]:
-    for streams in (1, 2, 3, 5, 8):
+    # Whoever compiles pays for each shape and dtype: every number of streams has its own, so each comes in few.
+    sizes = {
+        1: (F32, F32),
+        2: (BF16, ()),
+        3: (CORE[:3], BF16),
+        5: (F32, F32),
+        8: (F32_BF16, BF16),
+    }
+    for streams, (variants, layer) in sizes.items():
         if p["residual"] == "permutations" and streams > 5:
             continue
         yield Wish(
             "generic", "a transposition shows only for three streams and more", "Forward", name, f"n{streams}",
-            streams=streams, stages=["coefficients", "post", ("layer", {"branch": "mlp_dense"})],
-            variants=CORE if streams == 3 else F32_BF16,
+            streams=streams, stages=["coefficients", "post", *([DENSE] if layer else [])], variants=variants,
+            only={"layer": layer},
         )  # fmt: skip
     if name in EVERY_CONTRACT:
         yield Wish(
             "generic", "a width at which the order of summation matters", "Forward", name, "n4-dim64", dim=64,
-            stages=["coefficients", "pre", ("layer", {"branch": "mlp_dense"})], variants=(*F32, *NARROW), tf32=True,
+            stages=["coefficients", DENSE], variants=(*F32, *NARROW), only={"layer": BF16}, tf32=True,
         )  # fmt: skip
         yield Wish(
             "generic", "x and the projections with all of float32's bits: an operand rounded to fewer shows",
-            "Precision", name, "fine", dim=16, fine=True, tf32=True,
-            stages=["coefficients", "pre", "post", ("layer", {"branch": "mlp_dense"})],
+            "Precision", name, "fine", fine=True, tf32=True, stages=["coefficients", "pre", "post", DENSE],
             variants=("float32-float32", "float64-float64"),
         )  # fmt: skip
 
@@ -138,7 +147,7 @@ def _matrix_wish(family: str, why: str, name: str, p: dict[str, Any], logits: np
 
 
 def _activations(name: str, p: dict[str, Any]) -> Iterator[Wish]:
-    stages = ["coefficients", "pre", ("layer", {"branch": "mlp_dense"})]
+    stages = ["coefficients", "pre", DENSE]
     yield Wish("tiny", "x at 1e-3: the norm's eps, inside or outside the root", "Forward", name,
                stages=stages, x_scale=2.0**-10, variants=CORE)  # fmt: skip
     yield Wish("big", "x at 200: overflow of squares in float16", "Forward", name, stages=stages, x_scale=200.0)
@@ -148,16 +157,16 @@ def _activations(name: str, p: dict[str, Any]) -> Iterator[Wish]:
         yield Wish("zero", "a token of zeros: the norm's eps and its gradient", "Forward", name,
                    stages=stages, tensors={"x": base},  # with eps outside the root, 1e6 times a cotangent
                    variants=CORE if p["norm_eps_position"] == "mean" else F32_BF16)  # fmt: skip
-    for streams, bias in ((4, -18.0), (3, -17.0), (2, -20.0)):
-        yield Wish("closed-gate", "pre bias -17 to -20: only pre_eps is left", "Forward", name,
-                   "" if streams == 4 else f"n{streams}", streams=streams, stages=["pre"],
-                   variants=CORE if streams == 4 else CORE[:3], weights={"pre_beta": bias})  # fmt: skip
+    for bias in (18, 17, 20):
+        yield Wish("closed-gate", f"pre bias -{bias}: only pre_eps is left", "Forward", name,
+                   "" if bias == 18 else str(bias), stages=["pre"], variants=CORE if bias == 18 else CORE[:3],
+                   weights={"pre_beta": -float(bias)})  # fmt: skip
     eps = {k: v for k, v in {"norm_eps": 0.0625, "eps": 0.03125, "pre_eps": 0.046875, "post_eps": 0.015625}.items()
            if p[k]}  # fmt: skip
     if eps:
         yield Wish("big-eps", "every eps of the dialect at 1e-2 to 1e-1: one missing or misplaced", "Forward", name,
-                   stages=[*_matrix_stage(p), "coefficients", ("layer", {"branch": "mlp_dense"})],
-                   overrides=eps, variants=F32_BF16)  # fmt: skip
+                   stages=[*_matrix_stage(p), "coefficients", *_reductions(p)[1:], DENSE],
+                   overrides=eps, variants=F32_BF16, only={"layer": F32})  # fmt: skip
     width, m = 32, {"sinkhorn": 16, "permutations": 24, "identity": 0}[p["residual"]]
     alternate = np.where(np.arange(width) % 2, -1.0, 1.0)[:, None]
     large = {
@@ -173,21 +182,19 @@ def _activations(name: str, p: dict[str, Any]) -> Iterator[Wish]:
 
 def _plumbing(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     clause = "Forward"
-    layer = [("layer", {"branch": "mlp_dense"})]
     shapes = (
         ("zero-tokens", {"lead": (1, 0)}, F32),
-        ("one-token", {"lead": (1, 1)}, ("bfloat16-float32",)),
+        ("one-token-dim7", {"dim": 7, "lead": (1, 1)}, BF16),
         ("dim1", {"dim": 1, "lead": (2, 3)}, F32),
-        ("dim7", {"dim": 7, "lead": (2, 3)}, ("bfloat16-float32",)),
         ("dim129", {"dim": 129, "lead": (1, 2)}, F32),
-        ("strided", {"layout": "strided"}, F32_BF16),
+        ("strided", {"layout": "strided"}, F32),
     )
     for label, wish, variants in shapes:
-        yield Wish("shape", "indexing, padding, contiguity", clause, name, label, stages=layer, variants=variants,
+        yield Wish("shape", "indexing, padding, contiguity", clause, name, label, stages=[DENSE], variants=variants,
                    quick=label == "zero-tokens" and name == "paper", **wish)  # fmt: skip
-    for branch in ("attention", "mlp_moe"):
+    for branch, variants in (("attention", BF16), ("mlp_moe", F32)):
         yield Wish("branch", "what the branch is handed and what it returns", clause, name, branch.replace("_", "-"),
-                   stages=[("layer", {"branch": branch})], variants=F32_BF16)  # fmt: skip
+                   stages=[("layer", {"branch": branch})], variants=variants)  # fmt: skip
     yield _cancel_branch(name, p)
     (_, options), *head = _reductions(p)
     other = {"how": "sum" if options["how"] == "mean" else "mean"}
@@ -221,7 +228,7 @@ def _exact() -> Iterator[Wish]:
     for name in ("paper", "transformer-engine"):
         yield Wish("exact", "small integers and uniform gates: zero tolerance", "Forward", name, "uniform",
                    stages=["expand", ("reduce", {"how": "mean"}), "residual_matrix", "coefficients", "pre",
-                           ("layer", {"branch": "mlp_dense"})],
+                           DENSE],
                    tensors={"x": small, "logits": np.zeros((3, 4, 4, 4), np.float32)}, weights=zero, exact=True,
                    gradients=False, quick=name == "paper")  # fmt: skip
     matrices = np.eye(4, dtype=np.float32)[
@@ -237,7 +244,7 @@ def _exact() -> Iterator[Wish]:
 
 def _other_parameters() -> Iterator[Wish]:
     """Parameters that no published dialect combines: each must work on its own."""
-    stages = ["residual_matrix", "coefficients", ("layer", {"branch": "mlp_dense"})]
+    stages = ["residual_matrix", "coefficients", DENSE]
     combinations = (
         ("paper", "columns-first", {"order": "columns-first"}),
         ("deepseek-v4", "columns-first", {"order": "columns-first", "mix": "out-in"}),
@@ -248,4 +255,4 @@ def _other_parameters() -> Iterator[Wish]:
     )
     for name, label, overrides in combinations:
         yield Wish("parameters", "a combination that no dialect has", "Dialects", name, label,
-                   stages=stages, overrides=overrides, variants=F32_BF16)  # fmt: skip
+                   stages=stages, overrides=overrides, variants=F32_BF16, only={"layer": F32})  # fmt: skip
