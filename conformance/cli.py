@@ -94,6 +94,7 @@ def run(
     report = report_terminal.Report(len(items) * len(chosen), live=progress and sys.stdout.isatty())
     crossed = CrossFramework(items)
     outcomes: list[Any] = []
+    broken: tuple[str, int] | None = None
     try:
         with report:
             for outcome in run_items(chosen, items, jobs, stop_early):
@@ -101,9 +102,11 @@ def run(
                 outcomes.append(outcome)
                 report.add(outcome)
     except SetupError as error:
-        stop(str(error), SETUP)
+        broken = str(error), SETUP
     except CaseError as error:
-        stop(str(error), USAGE)
+        broken = str(error), USAGE
+    if broken and not outcomes:
+        stop(*broken)
     report.crossed = crossed.lines(dict.fromkeys(o.implementation for o in outcomes))
     report.show()
     for path, write in ((jsonl, report_files.write_jsonl), (junit, report_files.write_junit)):
@@ -112,6 +115,8 @@ def run(
                 write(path, outcomes)
             except OSError as error:
                 stop(f"{path}: can't be written ({error.strerror})", USAGE)
+    if broken:
+        stop(f"{broken[0]}; the run ended there", broken[1])
     idle = {o.implementation for o in outcomes} - {o.implementation for o in outcomes if not o.skipped}
     if idle and (impl or len(idle) == len(chosen)):
         stop(f"nothing was checked for {', '.join(sorted(idle))}: none of the selected cases is claimed", USAGE)
@@ -141,6 +146,7 @@ def verify() -> None:
 def regenerate(
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where something would change.")] = False,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Write, and exit 1 where something changed.")] = False,
 ) -> None:
     """Rewrite the corpus from the oracle and print what changed."""
     try:
@@ -158,7 +164,7 @@ def regenerate(
     for line in changes:
         typer.echo(line)
     typer.echo(f"{len(changes)} files {'would change' if check else 'changed'}")
-    raise typer.Exit(FAILED if check and changes else 0)
+    raise typer.Exit(FAILED if (check or frozen) and changes else 0)
 
 
 def main() -> None:

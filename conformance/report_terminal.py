@@ -20,7 +20,7 @@ MOST_FAILURES = 40
 def reproduce(outcome: Outcome) -> str:
     """One command that runs this item alone."""
     return (
-        f"mhc-conformance run --impl {outcome.implementation} --case {outcome.case} "
+        f"mhc-conformance run --impl {outcome.reference or outcome.implementation} --case {outcome.case} "
         f"--stage {outcome.stage} --dtype {outcome.x}"
     )
 

@@ -41,6 +41,8 @@ class Outcome:
     dialect: str
     checks: list[Check] = field(default_factory=list)
     skipped: str = ""
+    reference: str = ""
+    """What ``--impl`` was given: a registered name or ``module:attribute``."""
     device: str = ""
     seconds: float = 0.0
     values: dict[str, np.ndarray] = field(default_factory=dict)
@@ -222,6 +224,7 @@ class _Worker:
             self.name = content
         else:
             outcome = content
+            outcome.reference = self.task.reference
             self.task.ran += 1
             self.task.seconds += outcome.seconds
         queue = self.task.queue
@@ -240,7 +243,7 @@ class _Worker:
         message = f"the process died with status {self.process.exitcode}"
         return Outcome(
             self.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect,
-            [Check("-", "errored", np.inf, message=message)],
+            [Check("-", "errored", np.inf, message=message)], reference=self.task.reference,
         )  # fmt: skip
 
 

@@ -76,9 +76,9 @@ def _sizes(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     sizes = {
         1: (F32, F32),
         2: (BF16, ()),
-        3: (CORE[:3], BF16),
-        5: (F32, F32),
-        8: (F32_BF16, BF16),
+        3: (("float32-float32", "float16-float32"), F32),
+        5: (F32, ()),
+        8: (BF16, BF16),
     }
     for streams, (variants, layer) in sizes.items():
         if p["residual"] == "permutations" and streams > 5:
@@ -204,7 +204,7 @@ def _plumbing(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     how = p["reduce"] if p["reduce"] in ("sum", "mean", "none") else "sum"
     # Small gates' slopes and branches: 24 layers of order-1 gradients would overflow float16, and float32 soon after.
     yield Wish("stack", "24 layers: growth of error", clause, name, stages=[("stack", {"layers": 24, "reduce": how})],
-               layers=24, lead=(1, 3), variants=F32_BF16,
+               layers=24, lead=(1, 3), variants=F32_BF16 if name in EVERY_CONTRACT else BF16,
                weights={"pre_alpha_scale": 0.125, "post_alpha_scale": -0.125, "res_alpha_scale": 0.25},
                tensors={"branch_scale": data.powers_of_two(f"stack/{name}", (8,), -5, -3)})  # fmt: skip
 
