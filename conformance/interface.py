@@ -38,6 +38,9 @@ class Capabilities:
         outputs: for a stage, the outputs returned if not all of them.
         streams: numbers of streams, None for any.
         empty: whether zero tokens are accepted.
+        device: where it runs.
+        description: packages and versions, in a few words.
+        settings: what else the figures depend on, as found where it runs: threads, TF32, matmul precision, x64.
     """
 
     stages: frozenset[str]
@@ -52,6 +55,7 @@ class Capabilities:
     empty: bool = True
     device: str = "cpu"
     description: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Implementation(Protocol):

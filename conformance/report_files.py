@@ -18,10 +18,11 @@ from conformance.runner import Outcome
 
 FORMAT = "mhc-conformance-report/1"
 PACKAGES = ("mhc-conformance", "numpy", "jax", "jaxlib", "flax", "torch", "transformers", "safetensors", "ml_dtypes")
+ENVIRONMENT = ("XLA_FLAGS", "JAX_PLATFORMS", "NVIDIA_TF32_OVERRIDE", "TRITON_INTERPRET")
 
 
-def header(devices: dict[str, str] | None = None) -> dict[str, Any]:
-    """What one must know to read the figures: corpus, versions, machine."""
+def header(implementations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What one must know to read the figures: corpus, versions, machine, and each implementation's own settings."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -34,18 +35,17 @@ def header(devices: dict[str, str] | None = None) -> dict[str, Any]:
         "corpus": corpus_hash(),
         "versions": versions,
         "python": sys.version.split()[0],
-        "devices": devices or {},
+        "implementations": implementations,
         "machine": platform.machine(),
         "system": platform.system(),
-        "threads": os.cpu_count(),
-        "tf32": os.environ.get("NVIDIA_TF32_OVERRIDE", "off unless an implementation claims it"),
-        "x64": "on for float64 items",
+        "processors": os.cpu_count(),
+        "environment": {k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
     }
 
 
 def write_jsonl(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Header, one line per check or skip, footer with the count: without it the file was cut off."""
-    lines = [header({o.implementation: o.device for o in outcomes if not o.skipped})]
+    lines = [header({o.implementation: o.about for o in outcomes if o.about})]
     for o in outcomes:
         shared = {"implementation": o.implementation, "case": o.case, "stage": o.stage, "variant": o.variant,
                   "dialect": o.dialect, "seconds": round(o.seconds, 6)}  # fmt: skip

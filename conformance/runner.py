@@ -43,7 +43,8 @@ class Outcome:
     skipped: str = ""
     reference: str = ""
     """What ``--impl`` was given: a registered name or ``module:attribute``."""
-    device: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
+    """The implementation's device, description and settings, read in the process that ran it."""
     seconds: float = 0.0
     values: dict[str, np.ndarray] = field(default_factory=dict)
     """The arrays that were judged by their figures, for comparing implementations with one another."""
@@ -89,7 +90,7 @@ def run_item(implementation: Any, item: Item) -> Outcome:
         implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect
     )
     claimed = implementation.capabilities
-    outcome.device = claimed.device
+    outcome.about = {"device": claimed.device, "description": claimed.description, **claimed.settings}
     outcome.skipped = refusal(item, claimed)
     if outcome.skipped:
         return outcome

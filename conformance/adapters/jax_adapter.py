@@ -36,6 +36,10 @@ class JaxImplementation:
             overrides=None,
             device=jax.default_backend(),
             description=f"jax_impl, jax {jax.__version__}, {'jit' if jit else 'eager'}",
+            settings={
+                "x64": f"{jax.config.jax_enable_x64}, True for float64 items",
+                "matmul_precision": str(jax.config.jax_default_matmul_precision),
+            },
         )
 
     def _stage(

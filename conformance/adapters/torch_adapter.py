@@ -1,7 +1,7 @@
 """`torch_impl` for the suite: eager, captured by torch.compile, and compiled by its default backend.
 
 ``torch-compile`` captures every stage and its gradient as graphs (``fullgraph=True``, AOTAutograd) and runs them
-by ATen: about 1 s a graph, against 10 s with the default backend, and the suite has about 900 graphs.
+by ATen: about 1 s a graph, against 10 s with the default backend, and the suite has about 500 graphs.
 ``torch-inductor`` is that default backend; it claims the same and is run on request.
 """
 
@@ -44,6 +44,15 @@ def to_torch(value: np.ndarray) -> torch.Tensor:
 def to_numpy(value: torch.Tensor) -> np.ndarray:
     value = value.detach().cpu().contiguous()
     return value.view(torch.uint16).numpy().view(BFLOAT16) if value.dtype == torch.bfloat16 else value.numpy()
+
+
+def settings() -> dict[str, Any]:
+    """What torch's figures depend on here."""
+    return {
+        "threads": torch.get_num_threads(),
+        "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
+        "matmul_precision": torch.get_float32_matmul_precision(),
+    }
 
 
 def configuration(config: dict[str, Any]) -> torch_impl.MHCConfig:
@@ -91,6 +100,7 @@ class TorchImplementation:
             dtypes=frozenset(DTYPES),
             overrides=None,
             description=f"torch_impl, torch {torch.__version__}, {how}",
+            settings=settings(),
         )
 
     def _run(self, key: str, function: Callable[..., Any]) -> Callable[..., Any]:

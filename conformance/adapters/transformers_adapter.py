@@ -15,7 +15,7 @@ from transformers.models.deepseek_v4 import configuration_deepseek_v4, modeling_
 from transformers.models.glm5_next import configuration_glm5_next, modeling_glm5_next
 
 from conformance.adapters import branch
-from conformance.adapters.torch_adapter import vector_jacobian
+from conformance.adapters.torch_adapter import settings, vector_jacobian
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import PROJECTIONS
 
@@ -42,7 +42,8 @@ class TransformersImplementation:
             outputs={"coefficients": ("post", "H")},
             overrides=frozenset({"norm_eps", "iterations"}),
             empty=False,  # their reshape to [batch, seq, -1] is ambiguous without tokens
-            description=f"transformers {transformers.__version__}",
+            description=f"transformers {transformers.__version__}, torch {torch.__version__}",
+            settings=settings(),
         )
 
     def _settings(self, config: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +121,13 @@ def test_missing_and_extra_files_are_named_and_fewer_cases_fail(small_corpus):
 def test_the_committed_corpus_is_whole_and_small_enough():
     assert corpus.verify() == []
     assert sum(int(str(f["bytes"])) for f in corpus.manifest().values()) < 25e6
+
+
+def test_the_readme_counts_the_cases():
+    readme = Path(__file__).parents[2] / "README.md"
+    if not readme.is_file():
+        pytest.skip("an installed package has no README")
+    assert f"Each of the {len(corpus.manifest())} cases" in readme.read_text()
 
 
 def test_dialects_keep_their_schema():
