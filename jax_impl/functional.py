@@ -123,7 +123,7 @@ def rms_norm(
     return normed.astype(dtype)
 
 
-def _normalise(p: Array, axis: int, guard: str | None, eps: float | None) -> Array:
+def _normalise(p: Array, axis: int, guard: str, eps: float) -> Array:
     total = p.sum(axis, keepdims=True)
     if guard == "add":
         total = total + eps

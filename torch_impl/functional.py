@@ -124,7 +124,7 @@ def sinkhorn(logits: Float[Tensor, "... n n"], config: MHCConfig) -> Float[Tenso
         H in the dtype of the logits. The axis normalised last sums to 1 to rounding, the other need not.
     """
     first, second = (-1, -2) if config.order == "rows-first" else (-2, -1)
-    eps = config.eps
+    eps = config.eps or 0.0
 
     def normalise(p: Tensor, axis: int) -> Tensor:
         total = p.sum(axis, keepdim=True)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 import jax_impl
+import jax_impl.config
 from conformance.adapters import branch
 from conformance.cases import DTYPES
 from conformance.interface import Arrays, Capabilities, Result
@@ -20,6 +21,11 @@ from conformance.stages import STAGES, relevant
 def configuration(config: dict[str, Any]) -> jax_impl.MHCConfig:
     known = jax_impl.MHCConfig(streams=1, dim=1).parameters()
     return jax_impl.MHCConfig.from_parameters({k: v for k, v in config.items() if k in known})
+
+
+def _set(name: str) -> Any:
+    """What jax.config has; its attributes are made at run time."""
+    return getattr(jax.config, name)
 
 
 class JaxImplementation:
@@ -37,8 +43,8 @@ class JaxImplementation:
             device=jax.default_backend(),
             description=f"jax_impl, jax {jax.__version__}, {'jit' if jit else 'eager'}",
             settings={
-                "x64": f"{jax.config.jax_enable_x64}, True for float64 items",
-                "matmul_precision": str(jax.config.jax_default_matmul_precision),
+                "x64": f"{_set('jax_enable_x64')}, True for float64 items",
+                "matmul_precision": str(_set("jax_default_matmul_precision")),
             },
         )
 

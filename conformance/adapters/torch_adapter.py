@@ -14,10 +14,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from functorch.compile import default_partition, make_boxed_func
+from functorch.compile import default_partition, make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
 from torch._dynamo.backends.common import aot_autograd
 
 import torch_impl
+import torch_impl.config
 from conformance.adapters import branch
 from conformance.cases import DTYPES
 from conformance.interface import Arrays, Capabilities, Result

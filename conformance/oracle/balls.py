@@ -80,8 +80,8 @@ class BallArithmetic:
 
     @staticmethod
     def at_least(a: Array, floor: flint.arb) -> tuple[Array, Array]:
-        above = np.frompyfunc(lambda v: _decide(v, floor), 1, 1)(a).astype(bool)
-        return np.where(above, a, floor), above
+        above = np.asarray(np.frompyfunc(lambda v: _decide(v, floor), 1, 1)(a)).astype(bool)
+        return np.where(above, a, np.full(a.shape, floor, object)), above
 
     def sum_exp(self, level: Array, axis: int) -> Array:
         return np.expand_dims(self.sum(self.exp(level), axis), axis)
@@ -112,7 +112,7 @@ def _decide(value: flint.arb, floor: flint.arb) -> bool:
 
 def _midpoints(a: Array) -> np.ndarray:
     """Midpoints as floats; only used to choose a shift, never stored."""
-    return np.frompyfunc(float, 1, 1)(a).astype(np.float64)
+    return np.asarray(np.frompyfunc(float, 1, 1)(a)).astype(np.float64)
 
 
 def _rounded(ball: flint.arb) -> float:

@@ -90,13 +90,17 @@ class Wish:
         return "-".join(part for part in (self.family, self.label, self.dialect) if part)
 
 
+def _float32(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values).astype(np.float32)
+
+
 def layer_weights(wish: Wish, p: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Weights of order 1: alphas 0.9, -1.3, 1.7; a norm weight of powers of two that isn't 1."""
     n, width = p["streams"], p["streams"] * p["dim"]
     columns = {"pre": n, "post": n, "res": math.factorial(n) if p["residual"] == "permutations" else n * n}
     if p["residual"] == "identity":
         del columns["res"]
-    snap = (lambda v: np.asarray(v).astype(np.float32)) if wish.fine else data.shared_grid
+    snap = _float32 if wish.fine else data.shared_grid
     found: dict[str, np.ndarray] = {}
     for k, m in columns.items():
         found[f"{k}_alpha"] = snap(data.normal(f"{wish.id}/{k}_alpha", (width, m)) * (LOGIT_SCALE / math.sqrt(width)))
@@ -128,17 +132,17 @@ def build(wish: Wish) -> Case:
     n, width, label = p["streams"], p["streams"] * p["dim"], wish.id
     names = [s if isinstance(s, str) else s[0] for s in wish.stages]
     options = {s if isinstance(s, str) else s[0]: {} if isinstance(s, str) else dict(s[1]) for s in wish.stages}
-    snap = (lambda v: np.asarray(v).astype(np.float32)) if wish.fine else data.shared_grid
+    snap = _float32 if wish.fine else data.shared_grid
     per_stream = np.array([1, 0.25, 4, 0.5, 2, 1, 0.125, 1])[:n, None]
     scale = data.normal(f"{label}/token", (*wish.lead, 1, 1)) * 0.25 + 1
     x = snap(data.normal(f"{label}/x", (*wish.lead, n, p["dim"])) * per_stream * scale * wish.x_scale)
     matrix = (math.factorial(n),) if p["residual"] == "permutations" else (n, n)
-    coefficient_grid = data.shared_grid if p["coefficients"] == "activation" else np.float32
+    to_coefficients = data.shared_grid if p["coefficients"] == "activation" else _float32
     made: dict[str, np.ndarray] = {
         "x": x,
         "embedding": snap(data.normal(f"{label}/embedding", (*wish.lead, p["dim"])) * wish.x_scale),
         "y": snap(data.normal(f"{label}/y", (*wish.lead, p["dim"])) * wish.x_scale),
-        "logits": coefficient_grid(
+        "logits": to_coefficients(
             data.shared_grid(data.normal(f"{label}/logits", (*wish.lead, *matrix)) * wish.logit_deviation)
         ),
         "norm_scale": data.powers_of_two(f"{label}/norm_scale", (p["dim"],), -1, 1),

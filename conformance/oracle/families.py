@@ -182,7 +182,7 @@ def _activations(name: str, p: dict[str, Any]) -> Iterator[Wish]:
 
 def _plumbing(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     clause = "Forward"
-    shapes = (
+    shapes: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
         ("zero-tokens", {"lead": (1, 0)}, F32),
         ("one-token-dim7", {"dim": 7, "lead": (1, 1)}, BF16),
         ("dim1", {"dim": 1, "lead": (2, 3)}, F32),

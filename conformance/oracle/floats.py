@@ -77,7 +77,7 @@ class FloatArithmetic:
         if self.acts:  # the norm's output is rounded, so it comes before the projection
             self.style = Style(**{**vars(style), "norm_after": False})
 
-    def constant(self, value: Any) -> np.ndarray:
+    def constant(self, value: Any) -> Any:
         return self.dtype.type(value)
 
     def array(self, values: np.ndarray) -> np.ndarray:

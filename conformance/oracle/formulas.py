@@ -203,8 +203,8 @@ def coefficients(x: Array, weights: Mapping[str, Array], p: Parameters, A: Any):
         z = A.logits(A.logits(scaled) + shift)
         if k == "res":
             shape = z.shape if p["residual"] == "permutations" else (tokens, n, n)
-            values["H"], pullback = residual_matrix(z.reshape(shape), p, A)
-            pullbacks[k] = lambda g, f=pullback, shape=z.shape: f(g).reshape(shape)
+            values["H"], matrix_pullback = residual_matrix(z.reshape(shape), p, A)
+            pullbacks[k] = lambda g, f=matrix_pullback, shape=z.shape: f(g).reshape(shape)
         else:
             slope, offset = (1, p["pre_eps"]) if k == "pre" else (p["post_scale"], p["post_eps"])
             values[k], pullbacks[k] = gate(z, A.constant(slope), A.constant(offset), A)

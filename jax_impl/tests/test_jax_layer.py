@@ -112,12 +112,12 @@ def test_jit_vmap_checkpoint_and_nnx_jit_agree_with_plain_calls():
 
 def test_parameters_name_their_logical_axes_and_are_placed_under_rules():
     module = layer("maxtext")
-    assert module.pre_alpha.out_sharding == (None, "activation_embed", None)
-    assert module.mhc_norm_scale.out_sharding == (None, "norm")
+    assert vars(module)["pre_alpha"].out_sharding == (None, "activation_embed", None)
+    assert vars(module)["mhc_norm_scale"].out_sharding == (None, "norm")
     mesh = jax.make_mesh((1,), ("tensor",))
     with jax.set_mesh(mesh), nnx.logical_axis_rules((("activation_embed", "tensor"), ("norm", "tensor"))):
         placed = ManifoldConstrainedHyperConnections(module.config, rngs=nnx.Rngs(0))
-    assert placed.pre_alpha[...].sharding.spec == jax.P(None, "tensor", None)
+    assert vars(placed)["pre_alpha"][...].sharding.spec == jax.P(None, "tensor", None)
 
 
 def test_branches_are_handed_what_maxtext_hands_them():
@@ -159,7 +159,7 @@ def test_a_wrong_shape_is_named(call, said):
 
 def test_head_is_a_gated_sum():
     head = HyperHead(MHCConfig.from_dialect("deepseek-v4", streams=3, dim=5), rngs=nnx.Rngs(0))
-    head.head_fn[...] = jnp.zeros((3, 5, 3))
+    vars(head)["head_fn"][...] = jnp.zeros((3, 5, 3))
     np.testing.assert_allclose(head(streams()), (0.5 + 1e-6) * streams().sum(-2), rtol=1e-6, atol=1e-7)
 
 
