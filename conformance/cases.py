@@ -200,14 +200,19 @@ def open_file(path: Path) -> Any:
         raise CaseError(f"{path}: expected a whole safetensors file, got one that can't be read ({error})") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata in the header of a safetensors file."""
+    with open_file(path) as file:
+        return file.metadata() or {}
+
+
 def load_case(path: Path) -> Case:
     """Opens a case; its tensors are read and checked at their first use.
 
     Raises:
         CaseError: one line with the file, what was expected and what came.
     """
-    with open_file(path) as file:
-        metadata = file.metadata() or {}
+    metadata = read_metadata(path)
     if metadata.get("format") != FORMAT:
         raise CaseError(f"{path}: expected format {FORMAT!r} in the metadata, got {metadata.get('format')!r}")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from conformance.cases import Case, CaseError, load_case
 
@@ -22,6 +23,12 @@ def fixtures() -> Path:
 
 def dialect_names() -> list[str]:
     return list(json.loads((fixtures() / "dialects.json").read_text())["dialects"])
+
+
+def dialect_rows() -> dict[str, dict[str, Any]]:
+    """Each dialect's parameters."""
+    rows = json.loads((fixtures() / "dialects.json").read_text())["dialects"]
+    return {name: {k: v["value"] for k, v in row["parameters"].items()} for name, row in rows.items()}
 
 
 def manifest(golden: Path | None = None) -> dict[str, dict[str, object]]:

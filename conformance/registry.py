@@ -1,19 +1,29 @@
-"""Finds implementations: registered under an entry point, or named as ``module:attribute``."""
+"""Finds implementations: registered under an entry point, named as ``module:attribute``, or ``exec:COMMAND``."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
 from conformance.interface import Capabilities, SetupError, describe
 from conformance.stages import STAGES
 
+EXEC = "exec:"
 GROUP = "mhc_conformance.implementations"
-FRAMEWORKS = {"jax": ("jax", "flax"), "torch": ("torch",), "transformers": ("torch", "transformers")}
+MODULES = {
+    "jax": ("jax", "flax"),
+    "torch": ("torch",),
+    "transformers": ("torch", "transformers"),
+    "liger-kernel": ("torch", "triton", "liger_kernel"),
+    "hyper-connections": ("torch", "hyper_connections"),
+    "mlx-mhc": ("mlx.core", "mlx_mhc"),
+    "mhc-mlx": ("mlx.core", "mhc_mlx"),
+}
+"""What a registered implementation imports, by the beginning of its name."""
 ON_REQUEST = ("torch-inductor",)
 
 
@@ -25,17 +35,32 @@ def registered() -> dict[str, str]:
     return found
 
 
-def missing_frameworks(name: str) -> list[str]:
-    """What would have to be installed for a registered implementation, by its name's first word."""
-    wanted = FRAMEWORKS.get(name.split("-")[0], ())
-    return [module for module in wanted if importlib.util.find_spec(module) is None]
+def missing_modules(name: str) -> list[str]:
+    """What would have to be installed for a registered implementation."""
+    wanted = next((modules for prefix, modules in MODULES.items() if f"{name}-".startswith(f"{prefix}-")), ())
+    return [module for module in wanted if not _installed(module)]
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is in
+        return False
+
+
+def version_of(package: str) -> str:
+    """The installed version of a distribution, ``"?"`` where there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "?"
 
 
 def defaults() -> tuple[list[str], dict[str, str]]:
     """(the implementations that run without being named, the others with the reason)."""
     chosen, left = [], {}
     for name in registered():
-        missing = missing_frameworks(name)
+        missing = missing_modules(name)
         if name in ON_REQUEST:
             left[name] = "runs only when named by --impl"
         elif missing:
@@ -45,19 +70,26 @@ def defaults() -> tuple[list[str], dict[str, str]]:
     return chosen, left
 
 
-def load(reference: str) -> Any:
-    """The implementation behind a registered name or a ``module:attribute``.
+def load(reference: str, limit: float = 60.0) -> Any:
+    """The implementation behind a registered name, a ``module:attribute`` or an ``exec:COMMAND``.
 
     The attribute may be an instance, a class, or a function without arguments that returns an instance.
+
+    Args:
+        limit: seconds that a command has for one answer.
 
     Raises:
         SetupError: it can't be found, imported or made, or lacks a method for a stage it claims.
     """
+    if reference.startswith(EXEC):
+        from conformance.adapters.program import ProgramImplementation
+
+        return ProgramImplementation(reference.removeprefix(EXEC), limit)
     target = registered().get(reference, reference)
     module, separator, attribute = target.partition(":")
     if not separator:
         known = ", ".join(registered()) or "none"
-        raise SetupError(f"{reference}: expected a registered name ({known}) or module:attribute")
+        raise SetupError(f"{reference}: expected a registered name ({known}), module:attribute or {EXEC}COMMAND")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)

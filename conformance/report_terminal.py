@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -11,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from conformance.known import Known
 from conformance.runner import Outcome
 from conformance.stages import STAGES
 
@@ -20,7 +23,7 @@ MOST_FAILURES = 40
 def reproduce(outcome: Outcome) -> str:
     """One command that runs this item alone."""
     return (
-        f"mhc-conformance run --impl {outcome.reference or outcome.implementation} --case {outcome.case} "
+        f"mhc-conformance run --impl {shlex.quote(outcome.reference or outcome.implementation)} --case {outcome.case} "
         f"--stage {outcome.stage} --dtype {outcome.x}"
     )
 
@@ -32,6 +35,7 @@ class Report:
         self.console = console or Console(width=None if sys.stdout.isatty() else 140)
         self.expected, self.outcomes = expected, []
         self.crossed: list[str] = []
+        self.known: list[tuple[Known, int]] = []
         self._live = Live(console=self.console, refresh_per_second=4, transient=True) if live else None
 
     def __enter__(self) -> Report:
@@ -52,14 +56,16 @@ class Report:
                      f"{outcome.case} {outcome.stage} {outcome.variant}")
             )  # fmt: skip
 
-    def show(self) -> None:
+    def show(self, failures: Sequence[Outcome]) -> None:
+        """Prints the result; ``failures`` are those that no known result covers."""
         self.console.print(self.table())
         for line in self.crossed:
             self._line(line)
         skipped = Counter((o.implementation, o.skipped) for o in self.outcomes if o.skipped)
         for (name, reason), count in sorted(skipped.items()):
             self._line(f"skipped: {name}: {count} x {reason}")
-        failures = [o for o in self.outcomes if o.failed]
+        for entry, count in self.known:
+            self._line(f"known: {entry.implementation}: {count} items: {entry.why} ({entry.version}; {entry.source})")
         for outcome in failures[:MOST_FAILURES]:
             self._failure(outcome)
         if len(failures) > MOST_FAILURES:
@@ -67,7 +73,8 @@ class Report:
         verdicts = Counter(c.verdict for o in self.outcomes for c in o.checks)
         counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "nothing checked"
         ran = sum(not o.skipped for o in self.outcomes)
-        self.console.print(f"{ran} items ran, {len(failures)} failed; checks: {counts}", highlight=False)
+        known = f", {sum(count for _, count in self.known)} failed as known" if self.known else ""
+        self.console.print(f"{ran} items ran, {len(failures)} failed{known}; checks: {counts}", highlight=False)
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

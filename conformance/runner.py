@@ -26,6 +26,7 @@ from conformance.stochasticity import check_stochasticity
 
 POLL = 0.5  # seconds between looks at whether a second worker pays by now
 SHARED = 20.0  # seconds of work left from which it does
+GRACE = 10.0  # seconds by which an implementation's own time limit comes first
 COLLECTED = 32  # items between two collections of garbage
 
 
@@ -132,13 +133,16 @@ Key = tuple[str, str, str]
 """Path of the case, stage and variant of an item."""
 
 
-def run(references: Sequence[str], items: Sequence[Item], jobs: int = 2, stop_early: bool = False) -> Iterator[Outcome]:
+def run(
+    references: Sequence[str], items: Sequence[Item], jobs: int = 2, stop_early: bool = False, limit: float = 300.0
+) -> Iterator[Outcome]:
     """Outcomes of every implementation and item, as they come.
 
     Args:
-        references: registered names or ``module:attribute``.
+        references: registered names, ``module:attribute`` or ``exec:COMMAND``.
         jobs: worker processes at a time; an implementation gets a second one where none is waiting for its first.
         stop_early: stop at the first failure.
+        limit: seconds for one item; its process is ended after them, and the rest goes on in another.
 
     Raises:
         SetupError: an implementation can't be set up.
@@ -154,10 +158,12 @@ def run(references: Sequence[str], items: Sequence[Item], jobs: int = 2, stop_ea
                 task = _next_task(tasks, [worker.task for worker in active.values()])
                 if task is None:
                     break
-                worker = _Worker(context, task, backwards=any(w.task is task for w in active.values()))
+                worker = _Worker(context, task, limit, backwards=any(w.task is task for w in active.values()))
                 active[worker.connection] = worker
             if not active:
                 return
+            for worker in active.values():
+                worker.end_if_late()
             for ready in wait(list(active), timeout=POLL):
                 worker = active[cast(Connection, ready)]
                 outcome = worker.receive(by_key)
@@ -199,14 +205,15 @@ def _next_task(tasks: list[_Task], running: list[_Task]) -> _Task | None:
 class _Worker:
     """A process that runs one implementation, an item at a time, from either end of the task's queue."""
 
-    def __init__(self, context: Any, task: _Task, backwards: bool):
-        self.task, self.backwards = task, backwards
+    def __init__(self, context: Any, task: _Task, limit: float, backwards: bool):
+        self.task, self.limit, self.backwards = task, limit, backwards
+        self.since, self.late = time.monotonic(), False
         self.name = task.reference
         self.current: Key | None = None
         self.finished = False
         # A pipe, not a queue: what was sent is there even when the process dies in the next instruction.
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(task.reference, other), daemon=True)
+        self.process = context.Process(target=_work, args=(task.reference, other, limit), daemon=True)
         self.process.start()
         other.close()
 
@@ -230,10 +237,17 @@ class _Worker:
             self.task.seconds += outcome.seconds
         queue = self.task.queue
         self.current = (queue.pop() if self.backwards else queue.popleft()) if queue else None
+        self.since = time.monotonic()
         with contextlib.suppress(ConnectionError):  # it died between two items: the next receive() finds out
             self.connection.send(self.current)
         self.finished = self.current is None
         return outcome
+
+    def end_if_late(self) -> None:
+        """Ends the process where its item takes longer than the limit; `receive` then finds it dead."""
+        if self.current is not None and not self.late and time.monotonic() - self.since > self.limit + GRACE:
+            self.late = True
+            self.process.kill()
 
     def _died(self, items: dict[Key, Item]) -> Outcome:
         self.finished = True
@@ -242,17 +256,19 @@ class _Worker:
             raise SetupError(f"{self.name}: its process died with status {self.process.exitcode} outside any case")
         item = items[self.current]
         message = f"the process died with status {self.process.exitcode}"
+        if self.late:
+            message = f"no result within {self.limit + GRACE:g} s: its process was ended"
         return Outcome(
             self.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect,
             [Check("-", "errored", np.inf, message=message)], reference=self.task.reference,
         )  # fmt: skip
 
 
-def _work(reference: str, connection: Connection) -> None:
+def _work(reference: str, connection: Connection, limit: float) -> None:
     """The worker process: says that it is ready, then runs the items it is handed until it is handed none."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        implementation = load(reference)
+        implementation = load(reference, limit)
     except SetupError as error:
         connection.send(("setup", str(error)))
         return

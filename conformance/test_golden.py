@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from conformance.corpus import load_corpus
-from conformance.registry import load, missing_frameworks
+from conformance.registry import load, missing_modules
 from conformance.report_terminal import reproduce
 from conformance.runner import order, refusal, run_item
 
 
 def _names() -> list[str]:
     given = os.environ.get("MHC_CONFORMANCE_IMPL", "")
-    return [n for n in given.split(",") if n] or [n for n in ("jax", "torch") if not missing_frameworks(n)]
+    return [n for n in given.split(",") if n] or [n for n in ("jax", "torch") if not missing_modules(n)]
 
 
 @functools.cache

@@ -48,3 +48,15 @@ def branch_fn(kind: str, inputs: Mapping[str, Any]) -> Callable[..., Any]:
 
     router = inputs
     return {"attention": attention, "mlp_dense": mlp_dense, "mlp_moe": mlp_moe}[kind]
+
+
+def call(kind: str, inputs: Mapping[str, Any], u: Any) -> tuple[Any, dict[str, Any]]:
+    """(y, what the layer hands through) of the branch of this kind, called as the layer calls it."""
+    run = branch_fn(kind, inputs)
+    if kind == "attention":
+        y, _ = run(inputs_q=u, inputs_kv=u)
+        return y, {}
+    if kind == "mlp_dense":
+        return run(inputs=u), {}
+    y, loss, updates = run(inputs=u)
+    return y, {"load_balance_loss": loss, "moe_bias_updates": updates}

@@ -1,7 +1,8 @@
-"""The classes of the installed ``transformers`` package itself: DeepSeek-V4's and GLM-5's hyper-connections.
+"""The classes of the installed ``transformers`` package itself: hyper-connections of DeepSeek-V4, GLM-5 and Hunyuan V4.
 
 Claimed is what they compute: no float64 (they cast to float32), no ``pre`` among the coefficients (it is consumed
-inside), and one ``hc_eps`` that is both pre_eps and Sinkhorn's. The mixing is written as their decoder layers do it.
+inside), and one ``hc_eps`` that is both pre_eps and Sinkhorn's (Hunyuan: post_eps). The mixing is written as their
+decoder layers do it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import transformers
 from transformers.models.deepseek_v4 import configuration_deepseek_v4, modeling_deepseek_v4
 from transformers.models.glm5_next import configuration_glm5_next, modeling_glm5_next
+from transformers.models.hy_v4 import configuration_hy_v4, modeling_hy_v4
 
 from conformance.adapters import branch
 from conformance.adapters.torch_adapter import settings, vector_jacobian
@@ -31,6 +33,10 @@ class TransformersImplementation:
         head_stage: whether the head has weights (DeepSeek) or is a mean (GLM).
     """
 
+    kinds = PROJECTIONS
+    coefficient_outputs: tuple[str, ...] = ("post", "H")
+    overrides = frozenset({"norm_eps", "iterations"})
+
     def __init__(self, name: str, dialect: str, connection: Any, head: Any, configuration: Any, head_stage: str):
         torch.set_num_threads(1)
         self.name, self._connection, self._head, self._configuration = name, connection, head, configuration
@@ -39,8 +45,8 @@ class TransformersImplementation:
             stages=frozenset({"expand", "coefficients", "pre", "post", "layer", "stack", head_stage}),
             dialects=frozenset({dialect}),
             dtypes=frozenset({"float32", "bfloat16", "float16"}),
-            outputs={"coefficients": ("post", "H")},
-            overrides=frozenset({"norm_eps", "iterations"}),
+            outputs={"coefficients": self.coefficient_outputs},
+            overrides=self.overrides,
             empty=False,  # their reshape to [batch, seq, -1] is ambiguous without tokens
             description=f"transformers {transformers.__version__}, torch {torch.__version__}",
             settings=settings(),
@@ -57,14 +63,17 @@ class TransformersImplementation:
 
     def _coefficients(self, values: Values, config: dict[str, Any]) -> Any:
         """(post, H, u) as the class returns them, from canonical weights."""
-        n = config["streams"]
         packed = {
-            "fn": torch.cat([values[f"{k}_alpha"].T for k in PROJECTIONS]),
-            "base": torch.cat([values[f"{k}_beta"].reshape(-1) for k in PROJECTIONS]),
-            "scale": torch.cat([values[f"{k}_alpha_scale"] for k in PROJECTIONS]),
+            "fn": torch.cat([values[f"{k}_alpha"].T for k in self.kinds]),
+            "base": torch.cat([values[f"{k}_beta"].reshape(-1) for k in self.kinds]),
+            "scale": torch.cat([values[f"{k}_alpha_scale"] for k in self.kinds]),
         }
-        assert packed["fn"].shape[0] == 2 * n + n * n
         return self._call(self._connection(self._settings(config)), packed, values["x"])
+
+    def _mix(self, post: torch.Tensor, H: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """As both decoder layers mix: post and H in the activations' dtype, H contracted over its first index."""
+        own = post.to(x.dtype).unsqueeze(-1) * y.unsqueeze(-2)
+        return own + torch.matmul(H.to(x.dtype).transpose(-1, -2), x)
 
     def expand(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         return vector_jacobian("expand", lambda v: {"out": self._expand(v["embedding"], config)}, inputs, cotangents)
@@ -75,7 +84,7 @@ class TransformersImplementation:
     def coefficients(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         def body(values: Values) -> Values:
             post, H, _ = self._coefficients(values, config)
-            return {"post": post, "H": H}
+            return {k: v for k, v in (("post", post), ("H", H)) if k in self.coefficient_outputs}
 
         return vector_jacobian("coefficients", body, inputs, cotangents)
 
@@ -83,7 +92,9 @@ class TransformersImplementation:
         return vector_jacobian("pre", lambda v: {"u": self._coefficients(v, config)[2]}, inputs, cotangents)
 
     def post(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
-        return vector_jacobian("post", lambda v: {"out": _mix(v["post"], v["H"], v["y"], v["x"])}, inputs, cotangents)
+        return vector_jacobian(
+            "post", lambda v: {"out": self._mix(v["post"], v["H"], v["y"], v["x"])}, inputs, cotangents
+        )
 
     def layer(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         def body(values: Values) -> Values:
@@ -94,14 +105,8 @@ class TransformersImplementation:
 
     def _layer(self, values: Values, config: dict[str, Any], kind: str) -> tuple[torch.Tensor, Values]:
         post, H, u = self._coefficients(values, config)
-        normed, run = branch.norm_fn(values)(u), branch.branch_fn(kind, values)
-        if kind == "attention":
-            y, _ = run(inputs_q=normed, inputs_kv=normed)
-            return _mix(post, H, y, values["x"]), {}
-        if kind == "mlp_dense":
-            return _mix(post, H, run(inputs=normed), values["x"]), {}
-        y, loss, updates = run(inputs=normed)
-        return _mix(post, H, y, values["x"]), {"load_balance_loss": loss, "moe_bias_updates": updates}
+        y, extra = branch.call(kind, values, branch.norm_fn(values)(u))
+        return self._mix(post, H, y, values["x"]), extra
 
     def stack(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         def body(values: Values) -> Values:
@@ -131,10 +136,26 @@ def _same(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x
 
 
-def _mix(post: torch.Tensor, H: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """As both decoder layers mix: post and H in the activations' dtype, H contracted over its first index."""
-    own = post.to(x.dtype).unsqueeze(-1) * y.unsqueeze(-2)
-    return own + torch.matmul(H.to(x.dtype).transpose(-1, -2), x)
+class HunyuanImplementation(TransformersImplementation):
+    """Hunyuan V4's independent hyper-connections: no residual matrix, ``(post, u)`` from its class."""
+
+    kinds = ("pre", "post")
+    coefficient_outputs = ("post",)
+    overrides = frozenset({"norm_eps", "post_scale"})
+
+    def _settings(self, config: dict[str, Any]) -> Any:
+        return self._configuration(
+            hidden_size=config["dim"], hc_mult=config["streams"], hc_eps=config["pre_eps"],
+            hc_magnitude=config["post_scale"], rms_norm_eps=config["norm_eps"],
+        )  # fmt: skip
+
+    def _coefficients(self, values: Values, config: dict[str, Any]) -> Any:
+        post, u = super()._coefficients(values, config)
+        return post, None, u
+
+    def _mix(self, post: torch.Tensor, H: torch.Tensor | None, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """As its decoder layer adds: in float32, rounded once."""
+        return (post.float().unsqueeze(-1) * y.float().unsqueeze(-2) + x.float()).to(x.dtype)
 
 
 def deepseek_v4() -> TransformersImplementation:
@@ -148,4 +169,11 @@ def glm_5() -> TransformersImplementation:
     return TransformersImplementation(
         "transformers-glm-5", "glm-5", modeling_glm5_next.Glm5NextTextHyperConnection,
         modeling_glm5_next.Glm5NextTextHyperHead, configuration_glm5_next.Glm5NextTextConfig, "reduce",
+    )  # fmt: skip
+
+
+def hunyuan_v4() -> HunyuanImplementation:
+    return HunyuanImplementation(
+        "transformers-hunyuan-v4", "hunyuan-v4", modeling_hy_v4.HYV4HyperConnection,
+        modeling_hy_v4.HYV4HyperHead, configuration_hy_v4.HYV4Config, "head",
     )  # fmt: skip

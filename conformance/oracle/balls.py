@@ -92,7 +92,7 @@ class BallArithmetic:
     def act(self, a: Array) -> Array:
         return a
 
-    mix = store = weight = logits = product = act
+    mix = store = weight = logits = product = gate_product = act
 
     @staticmethod
     def add_parts(parts: list[Array]) -> Array:

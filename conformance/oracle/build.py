@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from conformance.corpus import dialect_rows
 from conformance.oracle import data
 from conformance.stages import HEAD_WEIGHTS, STAGES
 
-FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 CORE = ("float32-float32", "bfloat16-float32", "float16-float32", "float64-float64")
 PURE = ("bfloat16-bfloat16", "float16-float16", "float64-float32")
 PROJECTING = ("coefficients", "pre", "head", "layer")
 LOGIT_SCALE = 1.4
-
-
-def dialects() -> dict[str, dict[str, Any]]:
-    """Each dialect's parameters, from ``fixtures/dialects.json``."""
-    rows = json.loads((FIXTURES / "dialects.json").read_text())["dialects"]
-    return {name: {k: v["value"] for k, v in row["parameters"].items()} for name, row in rows.items()}
 
 
 @dataclass
@@ -128,7 +120,7 @@ def _vary(wish: Wish, name: str, value: np.ndarray, index: int) -> np.ndarray:
 
 def build(wish: Wish) -> Case:
     """All tensors of a case, except post's own inputs where they come from the oracle (`generate`)."""
-    p = {**dialects()[wish.dialect], **wish.overrides, "streams": wish.streams, "dim": wish.dim}
+    p = {**dialect_rows()[wish.dialect], **wish.overrides, "streams": wish.streams, "dim": wish.dim}
     n, width, label = p["streams"], p["streams"] * p["dim"], wish.id
     names = [s if isinstance(s, str) else s[0] for s in wish.stages]
     options = {s if isinstance(s, str) else s[0]: {} if isinstance(s, str) else dict(s[1]) for s in wish.stages}

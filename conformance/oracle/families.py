@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from conformance.corpus import dialect_rows
 from conformance.oracle import data
-from conformance.oracle.build import CORE, PURE, Wish, dialects
+from conformance.oracle.build import CORE, PURE, Wish
 
 SLOWEST = json.loads(Path(__file__).with_name("slowest.json").read_text())
 NARROW = ("bfloat16-float32", "float16-float32")
@@ -26,7 +27,7 @@ DENSE = ("layer", {"branch": "mlp_dense"})
 
 def wishes() -> Iterator[Wish]:
     """Every case of the corpus, in a fixed order."""
-    for name, parameters in dialects().items():
+    for name, parameters in dialect_rows().items():
         yield from _whole_layers(name, parameters)
         yield from _sizes(name, parameters)
         if parameters["residual"] != "identity":
@@ -116,8 +117,9 @@ def _matrices(name: str, p: dict[str, Any]) -> Iterator[Wish]:
         rows = data.uniform(f"overflow/{offset}", (*shape[:-1], 1), -1, 1) * offset
         noise = data.normal(f"overflow/noise/{name}/{offset}", shape) * 2
         grid = data.shared_grid if p["coefficients"] == "activation" else (lambda v: np.asarray(v, np.float32))
-        yield Wish("overflow", "a missing shift by the maximum", clause, name, f"{offset:.0f}",
-                   stages=["residual_matrix"], tensors={"logits": grid(rows + np.round(noise * 64) / 64)})  # fmt: skip
+        bias = np.array([offset, -offset, 0.0, offset])[:, None] if sinkhorn else rows[0, 0]
+        yield Wish("overflow", "a missing shift by the maximum", clause, name, f"{offset:.0f}", stages=MATRIX,
+                   tensors={"logits": grid(rows + np.round(noise * 64) / 64)}, weights={"res_beta": bias})  # fmt: skip
     if not sinkhorn:
         return
     blocks = np.array([[0, 1, -5, -6], [2, 0, -6, -5], [-6, -5, 1, 0], [-5, -7, 0, 3]], float)
@@ -159,8 +161,14 @@ def _activations(name: str, p: dict[str, Any]) -> Iterator[Wish]:
                    variants=CORE if p["norm_eps_position"] == "mean" else F32_BF16)  # fmt: skip
     for bias in (18, 17, 20):
         yield Wish("closed-gate", f"pre bias -{bias}: only pre_eps is left", "Forward", name,
-                   "" if bias == 18 else str(bias), stages=["pre"], variants=CORE if bias == 18 else CORE[:3],
-                   weights={"pre_beta": -float(bias)})  # fmt: skip
+                   "" if bias == 18 else str(bias), stages=["pre", *_reductions(p)[1:]],
+                   variants=CORE if bias == 18 else CORE[:3],
+                   weights={"pre_beta": -float(bias), "head_base": np.full(4, -float(bias))})  # fmt: skip
+    for bias in (18, 17, 20) if p["post_eps"] else (18,):
+        # y is 2^8 times u, so that 1e-6 of it can be told from x
+        yield Wish("closed-gate", f"post bias -{bias}: only post_eps is left", "Forward", name, f"post-{bias}",
+                   stages=[DENSE], weights={"post_beta": -float(bias)},
+                   tensors={"branch_scale": data.powers_of_two(f"closed-gate/{name}", (8,), 8, 8)})  # fmt: skip
     eps = {k: v for k, v in {"norm_eps": 0.0625, "eps": 0.03125, "pre_eps": 0.046875, "post_eps": 0.015625}.items()
            if p[k]}  # fmt: skip
     if eps:
@@ -234,7 +242,7 @@ def _exact() -> Iterator[Wish]:
     matrices = np.eye(4, dtype=np.float32)[
         np.argsort(data.uniform("exact/order", (3, 4, 4), 0, 10**6), axis=-1, kind="stable")
     ]
-    for name, p in dialects().items():
+    for name, p in dialect_rows().items():
         H = np.broadcast_to(np.eye(4, dtype=np.float32), matrices.shape) if p["residual"] == "identity" else matrices
         yield Wish("exact", "permutation matrices: zero tolerance", "Forward", name, "permutation", stages=["post"],
                    tensors={"x": small, "y": small[..., 1, :] * 2, "H": np.ascontiguousarray(H),
@@ -252,7 +260,17 @@ def _other_parameters() -> Iterator[Wish]:
         ("paper", "one-iteration", {"iterations": 1}),
         ("paper", "three-iterations", {"iterations": 3, "guard": "clip", "eps": 0.25, "post_scale": 1.5}),
         ("transformer-engine", "norm-weight", {"norm_weight": True, "pre_eps": 0.125, "post_eps": 0.0625}),
+        ("paper", "norm-weight", {"norm_weight": True}),
+        ("deepseek-v4", "norm-weight", {"norm_weight": True}),
+        ("liger", "norm-weight", {"norm_weight": True}),
     )
     for name, label, overrides in combinations:
         yield Wish("parameters", "a combination that no dialect has", "Dialects", name, label,
-                   stages=stages, overrides=overrides, variants=F32_BF16, only={"layer": F32})  # fmt: skip
+                   stages=stages, overrides=overrides, only={"layer": F32},
+                   variants=(*F32, *NARROW) if label == "norm-weight" else F32_BF16)  # fmt: skip
+    for name in ("paper", "deepseek-v4"):
+        for streams in (2, 3, 4, 8):
+            yield Wish("slowest", "searched: the largest change from iteration 9 to 10", "The residual matrix", name,
+                       f"n{streams}-N10", streams=streams, stages=MATRIX[:1], overrides={"iterations": 10},
+                       variants=F32, tensors={"logits": data.shared_grid(np.broadcast_to(
+                           np.array(SLOWEST[f"n{streams}-N10"]), (3, 4, streams, streams)))})  # fmt: skip

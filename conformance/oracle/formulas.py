@@ -217,9 +217,9 @@ def coefficients(x: Array, weights: Mapping[str, Array], p: Parameters, A: Any):
             g = cotangents.get("H" if k == "res" else k)
             if g is None:
                 continue
-            g_z = pullbacks[k](A.act(g))
+            g_z = A.logits(pullbacks[k](A.act(g)))
             g_h[k] = weights[f"{k}_alpha_scale"] * g_z
-            gradients[f"{k}_alpha_scale"] = A.weight(A.sum((g_z * h[k]).reshape(1, -1), -1))
+            gradients[f"{k}_alpha_scale"] = A.weight(A.sum(A.gate_product(g_z * h[k]).reshape(1, -1), -1))
             gradients[f"{k}_beta"] = A.weight(A.sum(g_z.T, -1).reshape(weights[f"{k}_beta"].shape))
         parts, g_scale, g_phi = projection_pullback(g_h)
         if g_scale is not None:
@@ -296,11 +296,11 @@ def head(x: Array, weights: Mapping[str, Array], p: Parameters, A: Any):
 
     def pullback(g):
         direct, g_gates = mix_pullback(g)
-        g_z = gate_pullback(A.act(g_gates))
+        g_z = A.logits(gate_pullback(A.act(g_gates)))
         parts, _, g_phi = projection_pullback({"head": weights["head_scale"] * g_z})
         return [direct, *parts], {
             "head_fn": g_phi["head"],
-            "head_scale": A.weight(A.sum((g_z * h["head"]).reshape(1, -1), -1)),
+            "head_scale": A.weight(A.sum(A.gate_product(g_z * h["head"]).reshape(1, -1), -1)),
             "head_base": A.weight(A.sum(g_z.T, -1)),
         }
 

@@ -16,7 +16,7 @@ class Style:
         log_domain: Sinkhorn and softmax on logarithms.
         norm_after: the norm is divided out after the projection.
         reciprocal: a division is a multiplication by the reciprocal.
-        round_logits: where coefficients are kept in the activations' dtype, the logits are too.
+        round_logits: where coefficients are kept in the activations' dtype, the logits and their gradients are too.
         round_weights: there, weights are used, and their gradients made, in that dtype.
         round_products: narrow products are rounded before they are summed in a gradient.
         round_parts: the parts of a gradient are rounded before they are added.

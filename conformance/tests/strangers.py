@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,14 @@ class ReturnsNothing(Honest):
 
     def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
         return None, None
+
+
+class Hangs(Honest):
+    """Never answers the cases of one dialect."""
+
+    name = "hangs"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        if config["dialect"] == "glm-5":
+            time.sleep(3600)
+        return super().reduce(inputs, config, cotangents)

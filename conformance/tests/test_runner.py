@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from conformance import runner
 from conformance.corpus import load_corpus
 from conformance.interface import SetupError
 from conformance.registry import load
@@ -63,6 +64,15 @@ def test_a_dying_process_is_a_verdict_and_the_rest_is_run():
     for name in ("generic-n4-glm-5", "smoke-glm-5"):
         assert [c.verdict for c in outcomes[name].failed] == ["errored"]
         assert "status 9" in outcomes[name].failed[0].message
+
+
+def test_one_that_hangs_is_ended_and_the_run_goes_on(monkeypatch):
+    monkeypatch.setattr(runner, "GRACE", 0.0)
+    chosen = [item("generic-n4-paper"), item("smoke-glm-5"), item("smoke-paper")]
+    outcomes = {o.case: o for o in run(["conformance.tests.strangers:Hangs"], chosen, jobs=1, limit=1.0)}
+    assert not outcomes["generic-n4-paper"].failed and not outcomes["smoke-paper"].failed
+    (check,) = outcomes["smoke-glm-5"].failed
+    assert check.verdict == "errored" and "no result within 1 s" in check.message
 
 
 @pytest.mark.parametrize(

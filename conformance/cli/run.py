@@ -1,4 +1,4 @@
-"""The command line. Frameworks, NumPy and the oracle are imported inside the commands that need them."""
+"""``mhc-conformance run``."""
 
 from __future__ import annotations
 
@@ -9,34 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(
-    help="Conformance of mHC implementations to certified golden values.",
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-)  # fmt: skip
-fixtures_app = typer.Typer(
-    help="The golden corpus: verify it, regenerate it.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(fixtures_app, name="fixtures")
-
-FAILED, USAGE, SETUP = 1, 2, 3
-Names = Annotated[list[str] | None, typer.Option(show_default=False)]
-
-
-def stop(message: str, status: int) -> None:
-    typer.echo(f"mhc-conformance: {message}", err=True)
-    raise typer.Exit(status)
-
-
-def _known(kind: str, given: list[str] | None, known: list[str]) -> list[str]:
-    for name in given or []:
-        if name not in known:
-            stop(f"unknown {kind} {name!r}, expected one of {', '.join(known)}", USAGE)
-    return given or known
+from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
 
 
 @app.command()
 def run(
-    impl: Annotated[list[str] | None, typer.Option(help="A registered name or module:attribute; repeatable.")] = None,
+    impl: Annotated[
+        list[str] | None, typer.Option(help="A registered name, module:attribute or exec:COMMAND; repeatable.")
+    ] = None,
     dialect: Annotated[list[str] | None, typer.Option(help="Only this dialect; repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype of x; repeatable.")] = None,
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; repeatable.")] = None,
@@ -44,8 +24,10 @@ def run(
     quick: Annotated[bool, typer.Option("--quick", help="A covering subset.")] = False,
     jsonl: Annotated[Path | None, typer.Option(help="Write every check to this file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit report.")] = None,
+    known: Annotated[Path | None, typer.Option(help="Known results: a file of failures with their reasons.")] = None,
     stop_early: Annotated[bool, typer.Option("-x", help="Stop at the first failure.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 2,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one item.")] = 300.0,
     listing: Annotated[bool, typer.Option("--list", help="Only print what would run, an item a line.")] = False,
     progress: Annotated[bool, typer.Option(help="A live line, on a terminal.")] = True,
 ) -> None:
@@ -58,14 +40,16 @@ def run(
     from conformance.corpus import dialect_names, load_corpus
     from conformance.crossframework import CrossFramework
     from conformance.interface import SetupError
+    from conformance.known import judge, load_known
     from conformance.runner import run as run_items
     from conformance.stages import STAGES
 
     try:
-        dialects = _known("dialect", dialect, dialect_names())
-        dtypes = _known("dtype", dtype, list(DTYPES))
-        stages = _known("stage", stage, list(STAGES))
+        dialects = known_names("dialect", dialect, dialect_names())
+        dtypes = known_names("dtype", dtype, list(DTYPES))
+        stages = known_names("stage", stage, list(STAGES))
         cases = load_corpus()
+        entries = load_known(known) if known else []
     except CaseError as error:
         stop(str(error), USAGE)
     for pattern in case or []:
@@ -97,7 +81,7 @@ def run(
     broken: tuple[str, int] | None = None
     try:
         with report:
-            for outcome in run_items(chosen, items, jobs, stop_early):
+            for outcome in run_items(chosen, items, jobs, stop_early, time_limit):
                 crossed.add(outcome)
                 outcomes.append(outcome)
                 report.add(outcome)
@@ -108,7 +92,11 @@ def run(
     if broken and not outcomes:
         stop(*broken)
     report.crossed = crossed.lines(dict.fromkeys(o.implementation for o in outcomes))
-    report.show()
+    judged = judge(outcomes, entries)
+    report.known = [(entries[k], len(items)) for k, items in sorted(judged.known.items())]
+    report.show(judged.unknown)
+    for line in judged.stale:
+        typer.echo(line)
     for path, write in ((jsonl, report_files.write_jsonl), (junit, report_files.write_junit)):
         if path:
             try:
@@ -122,54 +110,4 @@ def run(
         stop(f"nothing was checked for {', '.join(sorted(idle))}: none of the selected cases is claimed", USAGE)
     if idle:
         typer.echo(f"nothing was checked for {', '.join(sorted(idle))}: none of the selected cases is claimed")
-    raise typer.Exit(FAILED if any(o.failed for o in outcomes) else 0)
-
-
-@fixtures_app.command()
-def verify() -> None:
-    """Check every golden file against the manifest, to the bit."""
-    from conformance import corpus
-    from conformance.cases import CaseError
-
-    try:
-        problems = corpus.verify()
-        count = len(corpus.manifest())
-    except CaseError as error:
-        stop(str(error), FAILED)
-    for line in problems:
-        typer.echo(line)
-    typer.echo(f"{count} files promised, {len(problems)} problems")
-    raise typer.Exit(FAILED if problems else 0)
-
-
-@fixtures_app.command()
-def regenerate(
-    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where something would change.")] = False,
-    frozen: Annotated[bool, typer.Option("--frozen", help="Write, and exit 1 where something changed.")] = False,
-) -> None:
-    """Rewrite the corpus from the oracle and print what changed."""
-    try:
-        from conformance.oracle.generate import regenerate as generate
-    except ImportError as error:
-        stop(f"regenerating needs the extra 'regenerate': pip install 'mhc-conformance[regenerate]' ({error})", SETUP)
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from conformance.corpus import fixtures
-
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("cases", total=None)
-        changes = generate(fixtures() / "golden", jobs, check, lambda k, n: bar.update(task, completed=k, total=n))
-    for line in changes:
-        typer.echo(line)
-    typer.echo(f"{len(changes)} files {'would change' if check else 'changed'}")
-    raise typer.Exit(FAILED if (check or frozen) and changes else 0)
-
-
-def main() -> None:
-    app()
-
-
-if __name__ == "__main__":
-    main()
+    raise typer.Exit(FAILED if judged.unknown or judged.stale else 0)

@@ -1,0 +1,96 @@
+"""Peers whose mHC layer is another function, for what they have in common with it: the Sinkhorn iterations.
+
+``hyper-connections`` (PyTorch) learns its weights another way, ``mlx-mhc`` and ``mhc-mlx`` have coefficients that
+don't depend on x. Each is handed the logits of residual_matrix as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from conformance.interface import Arrays, Capabilities, Result
+from conformance.registry import version_of
+
+
+def _capabilities(packages: tuple[str, ...], overrides: set[str]) -> Capabilities:
+    return Capabilities(
+        stages=frozenset({"residual_matrix"}),
+        dialects=frozenset({"paper"}),
+        dtypes=frozenset({"float32"}),
+        overrides=frozenset(overrides),
+        description=", ".join(f"{p} {version_of(p)}" for p in packages),
+    )
+
+
+class HyperConnections:
+    """Its direct form and its logarithms; both normalise columns first, whatever the configuration says."""
+
+    def __init__(self, name: str, function: str):
+        self.name = name
+        module = importlib.import_module("hyper_connections.manifold_constrained_hyper_connections")
+        self._function = getattr(module, function)
+        self.capabilities = _capabilities(("hyper-connections", "torch"), {"iterations", "order"})
+
+    def residual_matrix(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
+        from conformance.adapters.torch_adapter import vector_jacobian
+
+        return vector_jacobian(
+            "residual_matrix", lambda v: {"H": self._function(v["logits"], config["iterations"])}, inputs, cotangents
+        )
+
+
+class Mlx:
+    """A function of one matrix on mlx's CPU backend, called token by token.
+
+    Args:
+        function: maps (logits ``[n, n]``, iterations) to H.
+    """
+
+    def __init__(self, name: str, packages: tuple[str, ...], function: Callable[[Any, int], Any]):
+        import mlx.core as mx  # pyright: ignore[reportMissingImports]
+
+        mx.set_default_device(mx.cpu)
+        self.name, self._function, self._mx = name, function, mx
+        self.capabilities = _capabilities(packages, {"iterations"})
+
+    def residual_matrix(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
+        mx, n = self._mx, config["streams"]
+        logits = np.ascontiguousarray(inputs["logits"])
+        tokens = logits.reshape(-1, n, n)
+
+        def every(matrices: Any) -> Any:
+            return mx.stack([self._function(matrices[k], config["iterations"]) for k in range(len(tokens))])
+
+        if cotangents is None:
+            return {"H": np.array(every(mx.array(tokens))).reshape(logits.shape)}, {}
+        g = mx.array(np.ascontiguousarray(cotangents["H"]).reshape(-1, n, n))
+        (value,), (gradient,) = mx.vjp(every, [mx.array(tokens)], [g])
+        return (
+            {"H": np.array(value).reshape(logits.shape)},
+            {"logits": np.array(gradient).reshape(logits.shape)},
+        )
+
+
+def hyper_connections() -> HyperConnections:
+    return HyperConnections("hyper-connections", "sinkhorn_knopps")
+
+
+def hyper_connections_log() -> HyperConnections:
+    return HyperConnections("hyper-connections-log", "log_domain_sinkhorn_knopps")
+
+
+def mlx_mhc() -> Mlx:
+    sinkhorn = importlib.import_module("mlx_mhc.sinkhorn")
+    return Mlx("mlx-mhc", ("mlx-mhc", "mlx"), lambda logits, n: sinkhorn.sinkhorn_knopp(logits, max_iterations=n))
+
+
+def mhc_mlx() -> Mlx:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this isn't macOS
+        reference = importlib.import_module("mhc_mlx.reference")
+    return Mlx("mhc-mlx", ("mhc-mlx", "mlx"), lambda logits, n: reference.mixing_matrix_from_logits(logits, iters=n))

@@ -1,0 +1,12 @@
+"""The command line, a file a command. Frameworks, NumPy and the oracle are imported inside the commands."""
+
+from __future__ import annotations
+
+from conformance.cli import fixtures, identify, power, run
+from conformance.cli.app import app
+
+__all__ = ["fixtures", "identify", "main", "power", "run"]
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,28 @@
+"""The command line's root, its exit statuses and its way to stop."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import typer
+
+FAILED, USAGE, SETUP = 1, 2, 3
+
+app = typer.Typer(
+    help="Conformance of mHC implementations to certified golden values.",
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+
+def stop(message: str, status: int) -> NoReturn:
+    """Ends the command with one line on standard error."""
+    typer.echo(f"mhc-conformance: {message}", err=True)
+    raise typer.Exit(status)
+
+
+def known_names(kind: str, given: list[str] | None, known: list[str]) -> list[str]:
+    """What was given, all of it known; everything where nothing was given."""
+    for name in given or []:
+        if name not in known:
+            stop(f"unknown {kind} {name!r}, expected one of {', '.join(known)}", USAGE)
+    return given or known

@@ -1,0 +1,57 @@
+"""``mhc-conformance fixtures verify`` and ``regenerate``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from conformance.cli.app import FAILED, SETUP, app, stop
+
+fixtures_app = typer.Typer(
+    help="The golden corpus: verify it, regenerate it.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(fixtures_app, name="fixtures")
+
+
+@fixtures_app.command()
+def verify() -> None:
+    """Check every golden file against the manifest, to the bit."""
+    from conformance import corpus
+    from conformance.cases import CaseError
+
+    try:
+        problems = corpus.verify()
+        count = len(corpus.manifest())
+    except CaseError as error:
+        stop(str(error), FAILED)
+    for line in problems:
+        typer.echo(line)
+    typer.echo(f"{count} files promised, {len(problems)} problems")
+    raise typer.Exit(FAILED if problems else 0)
+
+
+@fixtures_app.command()
+def regenerate(
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where something would change.")] = False,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Write, and exit 1 where something changed.")] = False,
+) -> None:
+    """Rewrite the corpus from the oracle and print what changed."""
+    try:
+        from conformance.oracle.generate import regenerate as generate
+    except ImportError as error:
+        stop(f"regenerating needs the extra 'regenerate': pip install 'mhc-conformance[regenerate]' ({error})", SETUP)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from conformance.corpus import fixtures
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("cases", total=None)
+        changes = generate(fixtures() / "golden", jobs, check, lambda k, n: bar.update(task, completed=k, total=n))
+    for line in changes:
+        typer.echo(line)
+    typer.echo(f"{len(changes)} files {'would change' if check else 'changed'}")
+    raise typer.Exit(FAILED if (check or frozen) and changes else 0)

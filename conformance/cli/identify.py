@@ -1,0 +1,70 @@
+"""``mhc-conformance identify``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+
+
+@app.command()
+def identify(
+    impl: Annotated[str, typer.Option(help="A registered name, module:attribute or exec:COMMAND.")],
+    dialect: Annotated[
+        list[str] | None, typer.Option(help="Told to compute this one; repeatable. Default: each that it claims.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of x.")] = "float32",
+    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="The five nearest candidates.")] = False,
+) -> None:
+    """Say which dialect an implementation computes, or the nearest one and what differs.
+
+    Exit status: 0 it computes what it was told, 1 it computes something else, 2 usage, 3 it could not be set up.
+    """
+    from conformance import registry
+    from conformance.cases import DTYPES, CaseError
+    from conformance.corpus import dialect_rows, load_corpus
+    from conformance.identify import identify as run
+    from conformance.identify import same_layer
+    from conformance.interface import SetupError
+
+    try:
+        rows = dialect_rows()
+        given = known_names("dialect", dialect, list(rows)) if dialect else None
+        known_names("dtype", [dtype], list(DTYPES))
+        implementation = registry.load(impl, time_limit)
+        items = [i for c in load_corpus() for i in c.items() if i.variant.x == dtype and not i.variant.pure]
+    except CaseError as error:
+        stop(str(error), USAGE)
+    except SetupError as error:
+        stop(str(error), SETUP)
+    wrong = False
+    for told in given or [name for name in rows if name in implementation.capabilities.dialects]:
+        found = run(implementation, told, rows, items)
+        if not found.items:
+            stop(f"{implementation.name} claims none of the separating cases of {told} in {dtype}", USAGE)
+        nearest = found.nearest
+        name = " with ".join((nearest.candidate.dialect, *nearest.candidate.changes))
+        verb = "computes" if nearest.ratio <= 1 else "computes none of the dialects; nearest"
+        typer.echo(
+            f"{implementation.name}, told {told}, {dtype}: {verb} {name} "
+            f"({nearest.ratio:.3g} of the bound, {found.items} items)"
+        )
+        same = [d for d in found.dialects if d != told and same_layer(rows[d], rows[told])]
+        if nearest.ratio <= 1 and same and not nearest.candidate.changes:
+            typer.echo(f"  the same layer, in another precision or with another reduction: {', '.join(same)}")
+        if nearest.candidate.changes:
+            typer.echo(f"  differs from {nearest.candidate.dialect}: {'; '.join(nearest.candidate.changes)}")
+        alike = [a.candidate for a in found.matches if a is not nearest and a.candidate.dialect not in same]
+        if alike:
+            names = [" with ".join((c.dialect, *c.changes)) for c in alike]
+            typer.echo(f"  not told apart by what it claims: {'; '.join(names)}")
+        if found.precision:
+            typer.echo(f"  precision: {found.precision}")
+        for answer in found.answers[:5] if verbose else ():
+            label = " with ".join((answer.candidate.dialect, *answer.candidate.changes))
+            typer.echo(f"    {answer.ratio:9.3g}  {label} ({answer.where})")
+        wrong |= told not in found.dialects
+    raise typer.Exit(FAILED if wrong else 0)

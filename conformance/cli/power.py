@@ -1,0 +1,64 @@
+"""``mhc-conformance power``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from conformance.cli.app import FAILED, SETUP, USAGE, app, stop
+
+
+@app.command()
+def power(
+    quick: Annotated[bool, typer.Option("--quick", help="A covering subset of cases and ten honest variants.")] = False,
+    mutant: Annotated[list[str] | None, typer.Option(help="Only mutants whose name has this; repeatable.")] = None,
+    variants: Annotated[int | None, typer.Option(min=0, help="Honest variants.", show_default="200")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    write: Annotated[
+        Path | None, typer.Option(help="Put the table between the power markers of this Markdown file.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file, for report.")] = None,
+) -> None:
+    """Measure the suite itself: planted mistakes it must notice, honest variants it must accept.
+
+    Exit status: 0 every mutant is killed and no honest variant fails, 1 otherwise, 2 usage, 3 PyTorch is missing.
+    """
+    try:
+        from conformance.power import measure, table
+    except ImportError as error:
+        stop(f"power needs PyTorch: pip install 'mhc-conformance[torch]' ({error})", SETUP)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from conformance.report_files import write_text
+
+    titles = [m.title() for m in measure.MUTANTS]
+    chosen = [k for k, title in enumerate(titles) if not mutant or any(m.lower() in title.lower() for m in mutant)]
+    if not chosen:
+        stop(f"no mutant's name has {' or '.join(map(repr, mutant or []))}; they are: {', '.join(titles)}", USAGE)
+    count = (measure.QUICK_VARIANTS if quick else measure.VARIANTS) if variants is None else variants
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("mutants and honest variants", total=None)
+        result = measure.measure(
+            chosen, list(range(count)), quick, jobs, lambda k, n: bar.update(task, completed=k, total=n)
+        )
+    console = Console(width=None if sys.stdout.isatty() else 220)
+    console.print(table.terminal(result))
+    for line in [*table.reasons(result), *([table.honest_line(result)] if result.honest else [])]:
+        typer.echo(line)
+    if write or json:
+        try:
+            if write:
+                table.rewrite(write, table.markdown(result))
+            if json:
+                write_text(json, table.as_json(result))
+        except (OSError, ValueError) as error:
+            stop(str(error), USAGE)
+    problems = [*result.survivors, *result.false_alarms]
+    for line in problems:
+        typer.echo(line)
+    typer.echo(f"{len(chosen)} mutants, {count} honest variants: {len(problems)} problems")
+    raise typer.Exit(FAILED if problems else 0)

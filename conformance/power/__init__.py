@@ -1,0 +1,1 @@
+"""The suite, measured: mutants it must kill, honest variants it must accept."""
