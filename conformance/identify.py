@@ -15,6 +15,7 @@ import numpy as np
 
 from conformance.cases import Item
 from conformance.compare import allowance
+from conformance.interface import describe
 from conformance.oracle.evaluate import evaluate
 from conformance.oracle.floats import FloatArithmetic
 from conformance.oracle.style import Style
@@ -153,12 +154,14 @@ class Identity:
         answers: every candidate, nearest first.
         items: how many items ran.
         precision: what the returned dtypes and errors say, in words.
+        raised: a line for each item that raised instead.
     """
 
     told: str
     answers: list[Answer]
     items: int
     precision: str
+    raised: list[str]
 
     @property
     def matches(self) -> list[Answer]:
@@ -186,7 +189,7 @@ def identify(implementation: Any, told: str, rows: Mapping[str, Mapping[str, Any
         items: what may be run; those that don't separate dialects, or that it doesn't claim, are left out.
     """
     answers = {c: Answer(c) for c in candidates(told, rows) if fits(c, rows[told])}
-    ran, seen = 0, _Precision()
+    ran, seen, raised = 0, _Precision(), []
     for item in items:
         if item.case.dialect != told or item.case.family not in FAMILIES or item.stage not in STAGES:
             continue
@@ -198,6 +201,9 @@ def identify(implementation: Any, told: str, rows: Mapping[str, Mapping[str, Any
             )
         except NotImplementedError:
             continue
+        except Exception as error:
+            raised.append(f"{item.case.id}, {item.stage}: {describe(error)}")
+            continue
         ran += 1
         for answer in answers.values():
             for tensor, value in expected(item, answer.candidate).items():
@@ -206,7 +212,7 @@ def identify(implementation: Any, told: str, rows: Mapping[str, Mapping[str, Any
                     answer.add(item, tensor, distance(item, tensor, actual, value))
         seen.look(item, outputs)
     return Identity(
-        told, sorted(answers.values(), key=lambda a: (a.ratio, len(a.candidate.changes))), ran, seen.words()
+        told, sorted(answers.values(), key=lambda a: (a.ratio, len(a.candidate.changes))), ran, seen.words(), raised
     )
 
 

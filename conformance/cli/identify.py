@@ -43,8 +43,10 @@ def identify(
     wrong = False
     for told in given or [name for name in rows if name in implementation.capabilities.dialects]:
         found = run(implementation, told, rows, items)
+        for line in found.raised[:3]:
+            typer.echo(f"{implementation.name}, told {told}, {dtype}: raised in {line}")
         if not found.items:
-            stop(f"{implementation.name} claims none of the separating cases of {told} in {dtype}", USAGE)
+            stop(f"{implementation.name} claims, or answers, none of the separating cases of {told} in {dtype}", USAGE)
         nearest = found.nearest
         name = " with ".join((nearest.candidate.dialect, *nearest.candidate.changes))
         verb = "computes" if nearest.ratio <= 1 else "computes none of the dialects; nearest"

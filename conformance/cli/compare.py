@@ -1,0 +1,75 @@
+"""``mhc-conformance compare``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="An implementation: a registered name, module:attribute or exec:COMMAND.")],
+    b: Annotated[str, typer.Argument(help="The other one.")],
+    dialect: Annotated[str, typer.Option(help="Told to compute this one.")] = "paper",
+    streams: Annotated[int, typer.Option(min=1)] = 4,
+    dim: Annotated[int, typer.Option(min=1, help="Width of one stream.")] = 64,
+    batch: Annotated[int, typer.Option(min=1)] = 2,
+    seq: Annotated[int, typer.Option(min=1)] = 8,
+    dtype: Annotated[str, typer.Option(help="Dtype of x.")] = "float32",
+    stage: Annotated[list[str] | None, typer.Option(help="Only this stage; repeatable.")] = None,
+    deviation: Annotated[float, typer.Option(min=0, help="Standard deviation of the logits.")] = 2.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Units in the last place of the tensor's largest value that may differ.")
+    ] = 64.0,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
+) -> None:
+    """Two implementations against each other, without the oracle, on fresh data of any shape.
+
+    Stages are compared from the inside out; the first that differs is where to look.
+
+    Exit status: 0 no stage differs, 1 one does, 2 usage, 3 one could not be set up.
+    """
+    from conformance import comparison, registry
+    from conformance.cases import DTYPES
+    from conformance.corpus import dialect_rows
+    from conformance.interface import SetupError
+    from conformance.stages import STAGES
+
+    rows = dialect_rows()
+    known_names("dialect", [dialect], list(rows))
+    known_names("dtype", [dtype], list(DTYPES))
+    stages = known_names("stage", stage, list(STAGES))
+    try:
+        first, second = (registry.load(name, time_limit) for name in (a, b))
+    except SetupError as error:
+        stop(str(error), SETUP)
+    try:
+        calls = list(comparison.calls(dialect, streams, dim, (batch, seq), dtype, seed, deviation))
+    except ValueError as error:
+        stop(str(error), USAGE)
+    compared, differing = 0, ""
+    for call in calls:
+        if call.stage not in stages:
+            continue
+        found = comparison.compare(first, second, call)
+        if isinstance(found, str):
+            typer.echo(f"{call.stage:16} {found}")
+            continue
+        compared += 1
+        for row in found:
+            apart = row.apart(tolerance)
+            where = f" at {row.index}: {row.a:.9g} and {row.b:.9g}" if row.largest else ""
+            typer.echo(
+                f"{call.stage:16} {row.tensor:22} {row.largest:10.3g} {row.units:10.3g} units{where}"
+                f"{'   differs' if apart else ''}{' ' + row.note if row.note else ''}"
+            )
+            if apart and not differing:
+                differing = f"{call.stage}, {row.tensor}"
+    if not compared:
+        stop("no stage is claimed by both in this dialect, dtype and shape", USAGE)
+    typer.echo(f"the first that differs: {differing}" if differing else f"no difference in {compared} stages")
+    raise typer.Exit(FAILED if differing else 0)
