@@ -131,3 +131,27 @@ class Hangs(Honest):
         if config["dialect"] == "glm-5":
             time.sleep(3600)
         return super().reduce(inputs, config, cotangents)
+
+
+class Wavers(Honest):
+    """The last bit depends on how often it was called."""
+
+    name = "wavers"
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        self._calls += 1
+        outputs, gradients = super().reduce(inputs, config, cotangents)
+        return {"out": outputs["out"] * np.float32(1 + 2.0**-23 * (self._calls % 2))}, gradients
+
+
+class Crowded(Honest):
+    """A token's result depends on the batch that it is in."""
+
+    name = "crowded"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        outputs, gradients = super().reduce(inputs, config, cotangents)
+        return {"out": outputs["out"] * np.float32(1 + 2.0**-23 * (len(inputs["x"]) > 1))}, gradients

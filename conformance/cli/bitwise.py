@@ -1,0 +1,54 @@
+"""``mhc-conformance bitwise``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from conformance.cli.app import FAILED, SETUP, USAGE, app, stop
+
+
+@app.command()
+def bitwise(
+    impl: Annotated[
+        list[str] | None, typer.Option(help="A registered name, module:attribute or exec:COMMAND; repeatable.")
+    ] = None,
+    most: Annotated[int, typer.Option(min=0, help="Items for each implementation, 0 for all.")] = 40,
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 where a bit differs.")] = False,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
+) -> None:
+    """What is repeated to the last bit: called twice, a token alone, a batch split in two, set up and compiled anew.
+
+    Exit status: 0, 1 with --strict where a bit differs, 2 usage, 3 an implementation could not be set up.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from conformance import bitwise as tier
+    from conformance import registry
+    from conformance.interface import SetupError
+
+    table = Table(title="tensors that differ in a bit, of those compared")
+    table.add_column("implementation", no_wrap=True)
+    for question in tier.QUESTIONS:
+        table.add_column(question, justify="right")
+    lines, differ = [], False
+    try:
+        for report in tier.measure_all(impl or registry.defaults()[0], time_limit, most, jobs):
+            if not report.items:
+                stop(f"{report.name} claims none of the cases, or answered none of them", USAGE)
+            table.add_row(report.name, *(f"{bits.differ} of {bits.tensors}" for bits in report.answers.values()))
+            for question, bits in report.answers.items():
+                differ |= bool(bits.differ)
+                if bits.differ:
+                    lines.append(f"{report.name}, {question}: at most {bits.largest:.3g} apart ({bits.where})")
+                if bits.raised:
+                    lines.append(f"{report.name}, {question}: raised in {bits.raised}")
+    except SetupError as error:
+        stop(str(error), SETUP)
+    Console(width=140).print(table)
+    for line in lines:
+        typer.echo(line)
+    raise typer.Exit(FAILED if strict and differ else 0)
