@@ -15,6 +15,8 @@ ABSOLUTE = {DTYPES["float16"]: 2.0**-25}
 PARTS = 3.0
 """Separately rounded parts of a gradient: their magnitudes count three times."""
 MARGINAL = 0.5
+EDGES = (0.0, 1e-3, 1e-2, 1e-1, 0.5, 1.0, 2.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+"""Bins of the errors of a tensor that failed, in units of its bound; the last is open."""
 GOOD = ("passed", "marginal")
 
 
@@ -32,6 +34,8 @@ class Check:
     bound: float = 0.0
     message: str = ""
     worst: list[dict[str, Any]] = field(default_factory=list)
+    histogram: list[int] = field(default_factory=list)
+    """Elements by error in units of the bound (`EDGES`), of a tensor that failed."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,6 +98,8 @@ def compare(
     verdict = "failed" if ratio > 1 else "marginal" if ratio > MARGINAL else "passed"
     check = Check(tensor, verdict, ratio, float(error.max()), bound, worst=worst)
     if verdict == "failed":
+        units = excess / bound if bound > 0 else np.where(excess > 0, np.inf, 0.0)
+        check.histogram = [int(k) for k in np.bincount(np.digitize(units, EDGES).ravel() - 1, minlength=len(EDGES))]
         if not value.any():
             check.verdict, check.message = "mistrusted", "all zeros where the expected values are not"
         for name, given in inputs.items():

@@ -7,6 +7,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import shlex
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -49,6 +50,14 @@ class Outcome:
     seconds: float = 0.0
     values: dict[str, np.ndarray] = field(default_factory=dict)
     """The arrays that were judged by their figures, for comparing implementations with one another."""
+
+    @property
+    def reproduce(self) -> str:
+        """One command that runs this item alone."""
+        return (
+            f"mhc-conformance run --impl {shlex.quote(self.reference or self.implementation)} --case {self.case} "
+            f"--stage {self.stage} --dtype {self.x}"
+        )
 
     @property
     def failed(self) -> list[Check]:

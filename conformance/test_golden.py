@@ -14,7 +14,6 @@ import pytest
 
 from conformance.corpus import load_corpus
 from conformance.registry import load, missing_modules
-from conformance.report_terminal import reproduce
 from conformance.runner import order, refusal, run_item
 
 
@@ -42,4 +41,4 @@ def test_golden(item: Any, name: str) -> None:
     lines = [
         f"{c.tensor}: {c.verdict}, {c.ratio:.3g} x {c.bound:.3g} {c.message} {c.worst[:1]}" for c in outcome.failed
     ]
-    assert not lines, "\n".join([item.id, *lines, reproduce(outcome)])
+    assert not lines, "\n".join([item.id, *lines, outcome.reproduce])

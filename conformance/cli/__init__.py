@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from conformance.cli import bitwise, compare, fixtures, identify, power, run
+from conformance.cli import bitwise, compare, fixtures, identify, power, report, run
 from conformance.cli.app import app
 
-__all__ = ["bitwise", "compare", "fixtures", "identify", "main", "power", "run"]
+__all__ = ["bitwise", "compare", "fixtures", "identify", "main", "power", "report", "run"]
 
 
 def main() -> None:

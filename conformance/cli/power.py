@@ -33,7 +33,7 @@ def power(
     from rich.console import Console
     from rich.progress import Progress
 
-    from conformance.report_files import write_text
+    from conformance.report.files import write_text
 
     titles = [m.title() for m in measure.MUTANTS]
     chosen = [k for k, title in enumerate(titles) if not mutant or any(m.lower() in title.lower() for m in mutant)]

@@ -35,12 +35,13 @@ def run(
 
     Exit status: 0 all passed, 1 something failed, 2 usage, 3 an implementation could not be set up.
     """
-    from conformance import registry, report_files, report_terminal
+    from conformance import registry
     from conformance.cases import DTYPES, CaseError
     from conformance.corpus import dialect_names, load_corpus
     from conformance.crossframework import CrossFramework
     from conformance.interface import SetupError
     from conformance.known import judge, load_known
+    from conformance.report import files, terminal
     from conformance.runner import run as run_items
     from conformance.stages import STAGES
 
@@ -75,7 +76,7 @@ def run(
         stop("no implementation is installed: " + "; ".join(f"{k}: {v}" for k, v in left.items()), SETUP)
     for name, reason in left.items():
         typer.echo(f"left out: {name} ({reason})")
-    report = report_terminal.Report(len(items) * len(chosen), live=progress and sys.stdout.isatty())
+    report = terminal.Report(len(items) * len(chosen), live=progress and sys.stdout.isatty())
     crossed = CrossFramework(items)
     outcomes: list[Any] = []
     broken: tuple[str, int] | None = None
@@ -97,7 +98,7 @@ def run(
     report.show(judged.unknown)
     for line in judged.stale:
         typer.echo(line)
-    for path, write in ((jsonl, report_files.write_jsonl), (junit, report_files.write_junit)):
+    for path, write in ((jsonl, files.write_jsonl), (junit, files.write_junit)):
         if path:
             try:
                 write(path, outcomes)

@@ -10,9 +10,9 @@ from rich.table import Table
 from conformance.corpus import corpus_hash
 from conformance.power.measure import DTYPES, Figures, Power
 from conformance.power.mutants import MUTANTS
-from conformance.report_files import write_text
+from conformance.report.files import write_text
+from conformance.report.read import POWER_FORMAT
 
-FORMAT = "mhc-conformance-power/1"
 BEGIN, END = "<!-- power: begin -->", "<!-- power: end -->"
 
 
@@ -72,7 +72,7 @@ def markdown(power: Power) -> str:
 def as_json(power: Power) -> str:
     """The same for `report`: corpus, mutants with their figures by dtype, reasons, and a line on the honest side."""
     found = {
-        "format": FORMAT,
+        "format": POWER_FORMAT,
         "corpus": corpus_hash(),
         "quick": power.quick,
         "mutants": [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -18,14 +17,6 @@ from conformance.runner import Outcome
 from conformance.stages import STAGES
 
 MOST_FAILURES = 40
-
-
-def reproduce(outcome: Outcome) -> str:
-    """One command that runs this item alone."""
-    return (
-        f"mhc-conformance run --impl {shlex.quote(outcome.reference or outcome.implementation)} --case {outcome.case} "
-        f"--stage {outcome.stage} --dtype {outcome.x}"
-    )
 
 
 class Report:
@@ -115,4 +106,4 @@ class Report:
             for element in check.worst[:3]:
                 out(f"    {element['index']}: got {element['actual']:.9g}, expected {element['expected']:.9g}, "
                     f"off by {element['error']:.3g}")  # fmt: skip
-        out(f"  {reproduce(outcome)}")
+        out(f"  {outcome.reproduce}")

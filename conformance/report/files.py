@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from conformance.compare import GOOD
 from conformance.corpus import corpus_hash
 from conformance.runner import Outcome
 
@@ -48,10 +49,16 @@ def write_jsonl(path: Path, outcomes: Sequence[Outcome]) -> None:
     lines = [header({o.implementation: o.about for o in outcomes if o.about})]
     for o in outcomes:
         shared = {"implementation": o.implementation, "case": o.case, "stage": o.stage, "variant": o.variant,
-                  "dialect": o.dialect, "seconds": round(o.seconds, 6)}  # fmt: skip
+                  "x": o.x, "dialect": o.dialect, "seconds": round(o.seconds, 6)}  # fmt: skip
         if o.skipped:
             lines.append({"kind": "skip", **shared, "reason": o.skipped})
-        lines += [{"kind": "check", **shared, **_finite(check.as_dict())} for check in o.checks]
+        for check in o.checks:
+            found = _finite(check.as_dict())
+            if check.verdict in GOOD:
+                del found["histogram"], found["worst"]
+            else:
+                found["reproduce"] = o.reproduce
+            lines.append({"kind": "check", **shared, **found})
     lines.append({"kind": "footer", "lines": len(lines) - 1, "failed": sum(bool(o.failed) for o in outcomes)})
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 

@@ -1,0 +1,47 @@
+"""``mhc-conformance report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from conformance.cli.app import SETUP, USAGE, app, stop
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Files that run --jsonl wrote, of one corpus.")],
+    html: Annotated[Path | None, typer.Option(help="Write a page: one file, nothing is fetched.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a short text, for a pull request.")] = None,
+    power: Annotated[Path | None, typer.Option(help="A file that power --json wrote: adds the mutants.")] = None,
+) -> None:
+    """Merge runs from several machines and environments into a page and a short text; prints the text without either.
+
+    Exit status: 0, 2 for files that can't be read, are cut off or don't go together, 3 where plotly is missing.
+    """
+    from conformance.cases import CaseError
+    from conformance.report import files, read
+    from conformance.report import markdown as text
+    from conformance.report.summary import summary
+
+    try:
+        merged = read.merge(runs)
+        figures = read.read_power(power, merged[0].header["corpus"]) if power else None
+        found = summary(merged, figures)
+    except (read.ReportError, CaseError) as error:
+        stop(str(error), USAGE)
+    try:
+        if markdown:
+            files.write_text(markdown, text.markdown(found))
+        if html:
+            try:
+                from conformance.report.page import page
+            except ImportError as error:
+                stop(f"the page needs plotly: pip install 'mhc-conformance[report]' ({error})", SETUP)
+            files.write_text(html, page(found))
+    except OSError as error:
+        stop(f"can't be written: {error}", USAGE)
+    if not html and not markdown:
+        typer.echo(text.markdown(found), nl=False)

@@ -1,0 +1,51 @@
+"""A report short enough for a comment on a pull request."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+MOST = 10
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Implementation by dtype: worst fraction of a bound, or failed checks; then the first failures."""
+    verdicts: Counter[str] = Counter()
+    for cell in found["cells"]:
+        verdicts.update(cell["verdicts"])
+    dtypes = [d for d in ("float64", "float32", "bfloat16", "float16") if any(c["x"] == d for c in found["cells"])]
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "nothing checked"
+    lines = [f"**mHC conformance**, corpus `{found['corpus'][:12]}`: {counts}", ""]
+    lines += [f"| implementation | {' | '.join(dtypes)} |", "|---|" + "---|" * len(dtypes)]
+    for name in dict.fromkeys(c["implementation"] for c in found["cells"]):
+        row = [_cell([c for c in found["cells"] if c["implementation"] == name and c["x"] == d]) for d in dtypes]
+        lines.append(f"| {name} | {' | '.join(row)} |")
+    lines.append("")
+    for check in found["failures"][:MOST]:
+        figure = "" if not check.get("worst") else f", {_ratio(check['ratio'])} times the bound"
+        lines.append(
+            f"* {check['implementation']}: {check['case']}, {check['stage']}, {check['variant']}, `{check['tensor']}`: "
+            f"{check['verdict']}{figure} {check['message']}".rstrip()
+        )
+        lines.append(f"  `{check.get('reproduce', '')}`")
+    more = len(found["failures"]) + found["hidden"] - MOST
+    if more > 0:
+        lines.append(f"* and {more} more")
+    if found["power"]:
+        problems = len(found["power"]["problems"])
+        lines += [
+            "",
+            f"Power: {len(found['power']['mutants'])} mutants, {problems} problems. {found['power']['honest']}",
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(cells: list[dict[str, Any]]) -> str:
+    if not cells:
+        return "-"
+    bad = sum(n for c in cells for verdict, n in c["verdicts"].items() if verdict not in ("passed", "marginal"))
+    return f"**{bad} failed**" if bad else f"{max(c['ratio'] for c in cells):.2f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.3g}"
