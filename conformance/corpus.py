@@ -21,6 +21,11 @@ def fixtures() -> Path:
     raise CaseError(f"no fixtures beside {home}: reinstall the package")
 
 
+def is_golden(path: Path) -> bool:
+    """Whether a file lies in the corpus."""
+    return path.resolve().parent == fixtures() / "golden"
+
+
 def dialect_names() -> list[str]:
     return list(json.loads((fixtures() / "dialects.json").read_text())["dialects"])
 

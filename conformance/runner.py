@@ -20,6 +20,7 @@ import numpy as np
 
 from conformance.cases import Case, CaseError, Item, load_case
 from conformance.compare import GOOD, Check, check_item
+from conformance.corpus import is_golden
 from conformance.interface import Capabilities, SetupError, describe
 from conformance.registry import load
 from conformance.stages import relevant
@@ -45,6 +46,8 @@ class Outcome:
     skipped: str = ""
     reference: str = ""
     """What ``--impl`` was given: a registered name or ``module:attribute``."""
+    file: str = ""
+    """The case's file where it isn't one of the corpus."""
     about: dict[str, Any] = field(default_factory=dict)
     """The implementation's device, description and settings, read in the process that ran it."""
     seconds: float = 0.0
@@ -55,7 +58,8 @@ class Outcome:
     def reproduce(self) -> str:
         """One command that runs this item alone."""
         return (
-            f"mhc-conformance run --impl {shlex.quote(self.reference or self.implementation)} --case {self.case} "
+            f"mhc-conformance run --impl {shlex.quote(self.reference or self.implementation)} "
+            f"--case {shlex.quote(self.file or self.case)} "
             f"--stage {self.stage} --dtype {self.x}"
         )
 
@@ -99,6 +103,8 @@ def run_item(implementation: Any, item: Item) -> Outcome:
     outcome = Outcome(
         implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect
     )
+    if not is_golden(item.case.path):
+        outcome.file = str(item.case.path)
     claimed = implementation.capabilities
     outcome.about = {"device": claimed.device, "description": claimed.description, **claimed.settings}
     outcome.skipped = refusal(item, claimed)

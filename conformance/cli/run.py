@@ -3,13 +3,58 @@
 from __future__ import annotations
 
 import fnmatch
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+
+
+def _search(
+    impl: list[str] | None,
+    dialects: list[str],
+    stages: list[str],
+    dtypes: list[str],
+    seconds: float,
+    seed: int,
+    to: Path,
+) -> NoReturn:
+    """Draws fresh cases for one implementation; what fails is written as a case file."""
+    try:
+        from conformance.oracle.generate import write
+        from conformance.search import search
+    except ImportError as error:
+        stop(f"--search needs the extra 'regenerate': pip install 'mhc-conformance[regenerate]' ({error})", SETUP)
+    from conformance.interface import SetupError
+    from conformance.registry import load
+
+    if not impl or len(impl) != 1:
+        stop(f"--search takes one --impl, got {len(impl or [])}", USAGE)
+    try:
+        result = search(load(impl[0]), dialects, stages, dtypes, seconds, seed)
+    except SetupError as error:
+        stop(str(error), SETUP)
+    except ValueError as error:
+        stop(str(error), USAGE)
+    typer.echo(f"{result.drawn} cases drawn, {result.rejected} rejected")
+    if result.content is None or result.outcome is None:
+        typer.echo("none fails")
+        raise typer.Exit(0 if result.drawn else USAGE)
+    try:
+        write(to, result.content)
+    except OSError as error:
+        stop(f"{to}: can't be written ({error.strerror})", USAGE)
+    for check in result.outcome.failed:
+        typer.echo(f"  {check.verdict}: {check.tensor}, {check.ratio:.3g} of the bound {check.message}".rstrip())
+    typer.echo(f"  {result.why}")
+    outcome = result.outcome
+    typer.echo(
+        f"  mhc-conformance run --impl {shlex.quote(impl[0])} --case {shlex.quote(str(to))} --stage {outcome.stage}"
+    )
+    raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -20,7 +65,9 @@ def run(
     dialect: Annotated[list[str] | None, typer.Option(help="Only this dialect; repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype of x; repeatable.")] = None,
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; repeatable.")] = None,
-    case: Annotated[list[str] | None, typer.Option(help="Only cases whose id matches this glob; repeatable.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Only cases whose id matches this glob, or a case file; repeatable.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A covering subset.")] = False,
     jsonl: Annotated[Path | None, typer.Option(help="Write every check to this file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit report.")] = None,
@@ -28,6 +75,9 @@ def run(
     stop_early: Annotated[bool, typer.Option("-x", help="Stop at the first failure.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 2,
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one item.")] = 300.0,
+    search: Annotated[float, typer.Option(min=0, help="Draw fresh cases for so many seconds instead.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    found: Annotated[Path, typer.Option(help="Where a search writes what fails.")] = Path("found.safetensors"),
     listing: Annotated[bool, typer.Option("--list", help="Only print what would run, an item a line.")] = False,
     progress: Annotated[bool, typer.Option(help="A live line, on a terminal.")] = True,
 ) -> None:
@@ -36,7 +86,7 @@ def run(
     Exit status: 0 all passed, 1 something failed, 2 usage, 3 an implementation could not be set up.
     """
     from conformance import registry
-    from conformance.cases import DTYPES, CaseError
+    from conformance.cases import DTYPES, CaseError, load_case
     from conformance.corpus import dialect_names, load_corpus
     from conformance.crossframework import CrossFramework
     from conformance.interface import SetupError
@@ -53,15 +103,24 @@ def run(
         entries = load_known(known) if known else []
     except CaseError as error:
         stop(str(error), USAGE)
-    for pattern in case or []:
+    if search:
+        _search(impl, dialects, stages, dtypes, search, seed, found)
+    try:
+        files_given = [load_case(Path(p)) for p in case or [] if p.endswith(".safetensors")]
+        for given in files_given:
+            _ = given.tensors
+    except CaseError as error:
+        stop(str(error), USAGE)
+    patterns = [p for p in case or [] if not p.endswith(".safetensors")]
+    for pattern in patterns:
         if not fnmatch.filter([c.id for c in cases], pattern):
             stop(f"no case matches {pattern!r}; for instance {cases[0].id}", USAGE)
     items = [
         item
-        for c in cases
+        for c in (*cases, *files_given)
         if c.dialect in dialects
         and (not quick or c.quick)
-        and (not case or any(fnmatch.fnmatchcase(c.id, pattern) for pattern in case))
+        and (not case or c in files_given or any(fnmatch.fnmatchcase(c.id, pattern) for pattern in patterns))
         for item in c.items()
         if item.stage in stages and item.variant.x in dtypes and not (quick and item.variant.pure)
     ]
