@@ -158,6 +158,20 @@ class FloatArithmetic:
         return total
 
 
+class Quick(FloatArithmetic):
+    """float64 by NumPy's own elementary functions: near enough for telling dialects apart, and fast."""
+
+    def __init__(self) -> None:
+        super().__init__(Style(), "float64", None)
+
+    def exp(self, a: np.ndarray) -> np.ndarray:
+        return np.exp(a)
+
+    def log(self, a: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore"):
+            return np.log(a)
+
+
 def to_tf32(a: np.ndarray) -> np.ndarray:
     """float32 rounded to 10 stored bits of mantissa, ties to even, as tensor cores read it."""
     bits = np.ascontiguousarray(a).view(np.uint32)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from conformance.cases import Case
-from conformance.identify import Quick
 from conformance.oracle import formulas
+from conformance.oracle.floats import Quick
 
 
 def logits_of(case: Case) -> np.ndarray | None:
