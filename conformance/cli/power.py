@@ -33,7 +33,7 @@ def power(
     from rich.console import Console
     from rich.progress import Progress
 
-    from conformance.report.files import write_text
+    from conformance import atomic
 
     titles = [m.title() for m in measure.MUTANTS]
     chosen = [k for k, title in enumerate(titles) if not mutant or any(m.lower() in title.lower() for m in mutant)]
@@ -54,7 +54,7 @@ def power(
             if write:
                 table.rewrite(write, table.markdown(result))
             if json:
-                write_text(json, table.as_json(result))
+                atomic.write(json, table.as_json(result))
         except (OSError, ValueError) as error:
             stop(str(error), USAGE)
     problems = [*result.survivors, *result.false_alarms]

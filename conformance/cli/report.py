@@ -21,9 +21,10 @@ def report(
 
     Exit status: 0, 2 for files that can't be read, are cut off or don't go together, 3 where plotly is missing.
     """
+    from conformance import atomic
     from conformance.cases import CaseError
-    from conformance.report import files, read
     from conformance.report import markdown as text
+    from conformance.report import read
     from conformance.report.summary import summary
 
     try:
@@ -34,13 +35,13 @@ def report(
         stop(str(error), USAGE)
     try:
         if markdown:
-            files.write_text(markdown, text.markdown(found))
+            atomic.write(markdown, text.markdown(found))
         if html:
             try:
                 from conformance.report.page import page
             except ImportError as error:
                 stop(f"the page needs plotly: pip install 'mhc-conformance[report]' ({error})", SETUP)
-            files.write_text(html, page(found))
+            atomic.write(html, page(found))
     except OSError as error:
         stop(f"can't be written: {error}", USAGE)
     if not html and not markdown:

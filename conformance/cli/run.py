@@ -24,7 +24,7 @@ def _search(
 ) -> NoReturn:
     """Draws fresh cases for one implementation; what fails is written as a case file."""
     try:
-        from conformance.oracle.generate import write
+        from conformance import atomic
         from conformance.search import search
     except ImportError as error:
         stop(f"--search needs the extra 'regenerate': pip install 'mhc-conformance[regenerate]' ({error})", SETUP)
@@ -44,7 +44,7 @@ def _search(
         typer.echo("none fails")
         raise typer.Exit(0 if result.drawn else USAGE)
     try:
-        write(to, result.content)
+        atomic.write(to, result.content)
     except OSError as error:
         stop(f"{to}: can't be written ({error.strerror})", USAGE)
     for check in result.outcome.failed:

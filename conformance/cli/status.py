@@ -15,15 +15,15 @@ def status(
     write: Annotated[Path | None, typer.Option(help="Write the page to this file instead of printing it.")] = None,
 ) -> None:
     """What the corpus covers: families by stage and dtype, and clauses of the specification without a case."""
+    from conformance import atomic
     from conformance.cases import CaseError
     from conformance.corpus import load_corpus
-    from conformance.report.files import write_text
     from conformance.status import status as page
 
     try:
         text = page(load_corpus())
         if write:
-            write_text(write, text)
+            atomic.write(write, text)
         else:
             typer.echo(text, nl=False)
     except (CaseError, OSError) as error:

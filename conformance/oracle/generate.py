@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save
 
+from conformance import atomic
 from conformance.cases import CaseError, read_tensors
 from conformance.oracle.balls import BallArithmetic, certified
 from conformance.oracle.build import Case, build
@@ -223,21 +223,8 @@ def regenerate(target: Path, jobs: int = 2, check: bool = False, progress: Calla
         if content is None:
             path.unlink()
         else:
-            write(path, content)
+            atomic.write(path, content)
     return changes
-
-
-def write(path: Path, content: bytes) -> None:
-    """All of the file or none of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _tensors(path: Path, content: bytes) -> dict[str, np.ndarray]:

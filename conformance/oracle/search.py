@@ -10,12 +10,12 @@ is stored in ``slowest.json`` and frozen there, since the search itself runs in 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from conformance import atomic
 from conformance.oracle import formulas
 from conformance.oracle.floats import FloatArithmetic, Quick
 from conformance.oracle.generate import K_FLOAT32
@@ -92,12 +92,7 @@ def main() -> None:
             found[f"n{streams}-N{iterations}"] = logits.tolist()
             change, ratio = difference(logits, iterations), relative(logits, iterations)
             print(f"n={streams} N={iterations}: {change:.2e}, {ratio:.3g} times the bound", flush=True)
-    temporary = STORE.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(found, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(STORE)
+    atomic.write(STORE, json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.table import Table
 
+from conformance import atomic
 from conformance.corpus import corpus_hash
 from conformance.power.measure import DTYPES, Figures, Power
 from conformance.power.mutants import MUTANTS
-from conformance.report.files import write_text
 from conformance.report.read import POWER_FORMAT
 
 BEGIN, END = "<!-- power: begin -->", "<!-- power: end -->"
@@ -103,4 +103,4 @@ def rewrite(path: Path, text: str) -> None:
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{path}: expected the lines {BEGIN} and {END}, in this order")
-    write_text(path, f"{head}{begin}\n{text}{end}{tail}")
+    atomic.write(path, f"{head}{begin}\n{text}{end}{tail}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from conformance import atomic
 from conformance.compare import GOOD
 from conformance.corpus import corpus_hash
 from conformance.runner import Outcome
@@ -60,7 +61,7 @@ def write_jsonl(path: Path, outcomes: Sequence[Outcome]) -> None:
                 found["reproduce"] = o.reproduce
             lines.append({"kind": "check", **shared, **found})
     lines.append({"kind": "footer", "lines": len(lines) - 1, "failed": sum(bool(o.failed) for o in outcomes)})
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    atomic.write(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _finite(check: dict[str, Any]) -> dict[str, Any]:
@@ -86,17 +87,4 @@ def write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:
             for check in o.failed:
                 message = f"{check.tensor}: {check.verdict}, {check.ratio:.3g} of the bound. {check.message}"
                 ElementTree.SubElement(test, "failure", message=message)
-    write_text(path, ElementTree.tostring(root, encoding="unicode", xml_declaration=True))
-
-
-def write_text(path: Path, text: str) -> None:
-    """A temporary file beside the target, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic.write(path, ElementTree.tostring(root, encoding="unicode", xml_declaration=True))
