@@ -7,12 +7,15 @@ mixing, no norm weight, no post_eps. On a GPU their projections run in TF32 wher
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, that is, at the import below
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ImportError("without a GPU triton must be imported with TRITON_INTERPRET=1, and was without it before")
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, triton's own and Liger's: at the import below
 
 from liger_kernel.ops.mhc import LigerMHCCoeffsFunction, LigerMHCPostResFunction, LigerMHCPreFunction  # pyright: ignore[reportMissingImports]
 
