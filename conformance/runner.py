@@ -98,8 +98,12 @@ def refusal(item: Item, claimed: Capabilities) -> str:
     return ""
 
 
-def run_item(implementation: Any, item: Item) -> Outcome:
-    """One call, judged. Never raises for what the implementation does."""
+def run_item(implementation: Any, item: Item, probe: bool = False) -> Outcome:
+    """One call, judged. Never raises for what the implementation does.
+
+    Args:
+        probe: hand over what isn't claimed too: it must be refused, or come out right.
+    """
     outcome = Outcome(
         implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect
     )
@@ -108,8 +112,31 @@ def run_item(implementation: Any, item: Item) -> Outcome:
     claimed = implementation.capabilities
     outcome.about = {"device": claimed.device, "description": claimed.description, **claimed.settings}
     outcome.skipped = refusal(item, claimed)
-    if outcome.skipped:
-        return outcome
+    if not outcome.skipped:
+        _call(implementation, item, outcome)
+    elif probe and item.stage in claimed.stages and item.variant.contract in claimed.contracts:
+        _probe(implementation, item, outcome)
+    return outcome
+
+
+def _probe(implementation: Any, item: Item, outcome: Outcome) -> None:
+    """What isn't claimed, accepted and wrong, gets a verdict of its own."""
+    reason, outcome.skipped = outcome.skipped, ""
+    _call(implementation, item, outcome)
+    failed, outcome.checks, outcome.values = outcome.failed, [], {}
+    if outcome.skipped or any(check.verdict == "errored" for check in failed):
+        outcome.skipped = f"{reason}, and refused"
+    elif not failed:
+        outcome.skipped = f"{reason}, yet right"
+    for check in failed if not outcome.skipped else ():
+        check.message = f"{reason}, yet accepted: {check.verdict} {check.message}".rstrip()
+        check.verdict = "unsupported-not-refused"
+        outcome.checks.append(check)
+
+
+def _call(implementation: Any, item: Item, outcome: Outcome) -> None:
+    """Calls the stage and fills in the verdicts."""
+    claimed = implementation.capabilities
     inputs, cotangents = item.inputs(), item.cotangents() if claimed.gradients else None
     before = {k: v.tobytes() for k, v in inputs.items()}
     started = time.perf_counter()
@@ -120,10 +147,10 @@ def run_item(implementation: Any, item: Item) -> Outcome:
             raise TypeError(f"expected two mappings, outputs and gradients, got {kinds}")
     except NotImplementedError as error:
         outcome.skipped = f"refused: {describe(error)}"
-        return outcome
+        return
     except Exception as error:
         outcome.checks.append(Check("-", "errored", np.inf, message=describe(error)[:500]))
-        return outcome
+        return
     finally:
         outcome.seconds = time.perf_counter() - started
     outcome.checks = check_item(item, outputs, gradients, claimed)
@@ -136,7 +163,6 @@ def run_item(implementation: Any, item: Item) -> Outcome:
     changed = [k for k, v in inputs.items() if v.tobytes() != before[k]]
     if changed:
         outcome.checks.append(Check(changed[0], "failed", np.inf, message=f"changed its input {changed[0]}"))
-    return outcome
 
 
 def order(items: Iterable[Item]) -> list[Item]:
@@ -149,7 +175,12 @@ Key = tuple[str, str, str]
 
 
 def run(
-    references: Sequence[str], items: Sequence[Item], jobs: int = 2, stop_early: bool = False, limit: float = 300.0
+    references: Sequence[str],
+    items: Sequence[Item],
+    jobs: int = 2,
+    stop_early: bool = False,
+    limit: float = 300.0,
+    probe: bool = False,
 ) -> Iterator[Outcome]:
     """Outcomes of every implementation and item, as they come.
 
@@ -158,6 +189,7 @@ def run(
         jobs: worker processes at a time; an implementation gets a second one where none is waiting for its first.
         stop_early: stop at the first failure.
         limit: seconds for one item; its process is ended after them, and the rest goes on in another.
+        probe: hand over what isn't claimed too.
 
     Raises:
         SetupError: an implementation can't be set up.
@@ -173,7 +205,7 @@ def run(
                 task = _next_task(tasks, [worker.task for worker in active.values()])
                 if task is None:
                     break
-                worker = _Worker(context, task, limit, backwards=any(w.task is task for w in active.values()))
+                worker = _Worker(context, task, limit, probe, backwards=any(w.task is task for w in active.values()))
                 active[worker.connection] = worker
             if not active:
                 return
@@ -220,7 +252,7 @@ def _next_task(tasks: list[_Task], running: list[_Task]) -> _Task | None:
 class _Worker:
     """A process that runs one implementation, an item at a time, from either end of the task's queue."""
 
-    def __init__(self, context: Any, task: _Task, limit: float, backwards: bool):
+    def __init__(self, context: Any, task: _Task, limit: float, probe: bool, backwards: bool):
         self.task, self.limit, self.backwards = task, limit, backwards
         self.since, self.late = time.monotonic(), False
         self.name = task.reference
@@ -228,7 +260,7 @@ class _Worker:
         self.finished = False
         # A pipe, not a queue: what was sent is there even when the process dies in the next instruction.
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(task.reference, other, limit), daemon=True)
+        self.process = context.Process(target=_work, args=(task.reference, other, limit, probe), daemon=True)
         self.process.start()
         other.close()
 
@@ -279,7 +311,7 @@ class _Worker:
         )  # fmt: skip
 
 
-def _work(reference: str, connection: Connection, limit: float) -> None:
+def _work(reference: str, connection: Connection, limit: float, probe: bool) -> None:
     """The worker process: says that it is ready, then runs the items it is handed until it is handed none."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
@@ -299,7 +331,7 @@ def _work(reference: str, connection: Connection, limit: float) -> None:
         try:
             case = cases.get(path) or cases.setdefault(path, load_case(Path(path)))
             item = next(i for i in case.items() if i.stage == stage and i.variant.name == variant)
-            connection.send(("done", run_item(implementation, item)))
+            connection.send(("done", run_item(implementation, item, probe)))
         except CaseError as error:
             connection.send(("case", str(error)))
             return

@@ -75,6 +75,9 @@ def run(
     stop_early: Annotated[bool, typer.Option("-x", help="Stop at the first failure.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 2,
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one item.")] = 300.0,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Hand over what isn't claimed too: it must be refused.")
+    ] = False,
     search: Annotated[float, typer.Option(min=0, help="Draw fresh cases for so many seconds instead.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     found: Annotated[Path, typer.Option(help="Where a search writes what fails.")] = Path("found.safetensors"),
@@ -141,7 +144,7 @@ def run(
     broken: tuple[str, int] | None = None
     try:
         with report:
-            for outcome in run_items(chosen, items, jobs, stop_early, time_limit):
+            for outcome in run_items(chosen, items, jobs, stop_early, time_limit, probe):
                 crossed.add(outcome)
                 outcomes.append(outcome)
                 report.add(outcome)

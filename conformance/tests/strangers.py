@@ -155,3 +155,28 @@ class Crowded(Honest):
     def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
         outputs, gradients = super().reduce(inputs, config, cotangents)
         return {"out": outputs["out"] * np.float32(1 + 2.0**-23 * (len(inputs["x"]) > 1))}, gradients
+
+
+PAPER = Capabilities(stages=frozenset({"reduce"}), dialects=frozenset({"paper"}))
+
+
+class OnlyPaper(Honest):
+    """Refuses what it doesn't claim."""
+
+    name = "only-paper"
+    capabilities = PAPER
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        if config["dialect"] != "paper":
+            raise ValueError(f"only paper, got {config['dialect']}")
+        return super().reduce(inputs, config, cotangents)
+
+
+class SumAlways(Honest):
+    """Accepts what it doesn't claim, and gets it wrong."""
+
+    name = "sum-always"
+    capabilities = PAPER
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        return super().reduce(inputs, {**config, "how": "sum"}, cotangents)

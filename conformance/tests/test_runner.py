@@ -66,6 +66,24 @@ def test_a_dying_process_is_a_verdict_and_the_rest_is_run():
         assert "status 9" in outcomes[name].failed[0].message
 
 
+@pytest.mark.parametrize(
+    "stranger, name, said",
+    [
+        (strangers.Honest, "generic-n4-liger", "dialect liger not claimed, yet right"),
+        (strangers.OnlyPaper, "generic-n4-glm-5", "dialect glm-5 not claimed, and refused"),
+    ],
+)
+def test_what_is_not_claimed_may_be_refused_or_right(stranger, name, said):
+    assert run_item(stranger(), item(name), probe=True).skipped == said
+    assert run_item(stranger(), item(name)).skipped == said.split(", ")[0]
+
+
+def test_what_is_not_claimed_and_accepted_and_wrong_is_a_verdict():
+    outcome = run_item(strangers.SumAlways(), item("generic-n4-glm-5"), probe=True)
+    assert {check.verdict for check in outcome.failed} == {"unsupported-not-refused"}
+    assert "dialect glm-5 not claimed, yet accepted: failed" in outcome.failed[0].message
+
+
 def test_one_that_hangs_is_ended_and_the_run_goes_on(monkeypatch):
     monkeypatch.setattr(runner, "GRACE", 0.0)
     chosen = [item("generic-n4-paper"), item("smoke-glm-5"), item("smoke-paper")]
