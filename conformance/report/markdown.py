@@ -20,7 +20,7 @@ def markdown(found: dict[str, Any]) -> str:
     for name in dict.fromkeys(c["implementation"] for c in found["cells"]):
         row = [_cell([c for c in found["cells"] if c["implementation"] == name and c["x"] == d]) for d in dtypes]
         lines.append(f"| {name} | {' | '.join(row)} |")
-    lines.append("")
+    lines += [""] if found["failures"] else []
     for check in found["failures"][:MOST]:
         figure = "" if not check.get("worst") else f", {_ratio(check['ratio'])} times the bound"
         lines.append(
