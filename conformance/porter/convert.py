@@ -1,0 +1,88 @@
+"""What a port does to the weights of a site, in float64, and how much of it the storage dtype rounds away."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+
+from conformance.porter.errors import PortError
+from conformance.porter.site import NORM, Site, Weights
+from conformance.porter.verdict import IMPOSSIBLE
+from conformance.stages import PROJECTIONS
+
+ALPHAS = tuple(f"{part}_alpha" for part in PROJECTIONS)
+
+
+def convert(
+    site: Site,
+    weights: Mapping[str, np.ndarray],
+    steps: tuple[str, ...],
+    streams: int,
+    residual: str,
+    dtype: np.dtype | None,
+    norm: np.ndarray | None = None,
+) -> tuple[Weights, float]:
+    """The weights after the verdict's steps, and the largest relative rounding of an element.
+
+    Args:
+        weights: canonical, flat.
+        steps: ``fold``, ``unfold``, ``ones``, ``transpose``; ``cast`` follows from ``dtype``.
+        dtype: that all weights are stored in; None keeps each one's own.
+        norm: the norm weight that ``unfold`` divides by.
+
+    Raises:
+        PortError: a value doesn't fit into the dtype.
+    """
+    kept = {name: value.dtype if dtype is None else dtype for name, value in weights.items()}
+    found = dict(weights)
+    if not site.head:
+        if "fold" in steps:
+            scale = found.pop(NORM).astype(np.float64)[:, None]
+            found |= {k: found[k].astype(np.float64) * scale for k in ALPHAS if k in found}
+        if "unfold" in steps and norm is not None:
+            found |= {k: found[k].astype(np.float64) / norm.astype(np.float64)[:, None] for k in ALPHAS if k in found}
+            found, kept[NORM] = {NORM: norm, **found}, kept["pre_alpha"] if dtype is None else dtype
+        if "ones" in steps:
+            kept[NORM] = kept["pre_alpha"]
+            found = {NORM: np.ones(found["pre_alpha"].shape[0], kept[NORM]), **found}
+        if "transpose" in steps and "res_alpha" in found:
+            order = transposition(streams, residual)
+            found["res_alpha"] = found["res_alpha"][:, order]
+            beta = found["res_beta"]
+            found["res_beta"] = beta.T if residual == "sinkhorn" else beta[order]
+    largest = 0.0
+    for name, value in found.items():
+        if value.dtype == kept[name]:
+            continue
+        with np.errstate(over="ignore"):
+            narrow = value.astype(kept[name])
+        largest = max(largest, _rounding(site, name, value, narrow))
+        found[name] = narrow
+    return found, largest
+
+
+def transposition(streams: int, residual: str) -> list[int]:
+    """Columns of the residual projection in the order that transposes H.
+
+    Entry (i, j) moves to (j, i); a permutation to its inverse.
+    """
+    if residual == "permutations":
+        table = list(itertools.permutations(range(streams)))
+        return [table.index(tuple(p.index(i) for i in range(streams))) for p in table]
+    return [j * streams + i for i in range(streams) for j in range(streams)]
+
+
+def _rounding(site: Site, name: str, exact: np.ndarray, stored: np.ndarray) -> float:
+    """The largest |stored - exact| / |exact|."""
+    wide, narrow = exact.astype(np.float64), stored.astype(np.float64)
+    if not np.isfinite(narrow).all():
+        where = np.argwhere(~np.isfinite(narrow))[0].tolist()
+        raise PortError(
+            f"{site}, {name} {where}: {wide[tuple(where)]:g} doesn't fit into {stored.dtype} ({IMPOSSIBLE})", 5
+        )
+    difference = np.abs(narrow - wide)
+    if not difference.any():
+        return 0.0
+    return float(np.max(np.divide(difference, np.abs(wide), out=np.zeros_like(wide), where=wide != 0)))

@@ -1,0 +1,140 @@
+"""Which function a checkpoint's weights are for: a dialect's parameters, from a name, metadata or a ``config.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from conformance.corpus import dialect_rows
+from conformance.porter.errors import PortError
+from conformance.porter.layout import Layout
+from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
+
+Parameters = dict[str, Any]
+
+
+def parse(text: str) -> Parameters:
+    """A dialect with what departs from it, ``maxtext,norm_eps=1e-6``.
+
+    Raises:
+        PortError: an unknown dialect or parameter, or a value of the wrong kind.
+    """
+    name, *changes = text.split(",")
+    rows = dialect_rows()
+    if name not in rows:
+        raise PortError(f"unknown dialect {name!r}, expected one of {', '.join(rows)}")
+    found = dict(rows[name])
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key not in found:
+            raise PortError(f"dialect {text!r}: unknown parameter {key!r}, expected one of {', '.join(found)}")
+        found[key] = _value(text, key, value)
+    return check(found, text)
+
+
+def _value(text: str, key: str, value: str) -> Any:
+    try:
+        if key == "norm_weight":
+            return {"true": True, "false": False}[value.lower()]
+        if key == "iterations":
+            return int(value)
+        if key in ("norm_eps", "eps", "pre_eps", "post_scale", "post_eps"):
+            return float(value)
+    except (ValueError, KeyError):
+        raise PortError(f"dialect {text!r}: {key} can't be {value!r}") from None
+    return value
+
+
+def check(parameters: Parameters, where: str) -> Parameters:
+    """The parameters, where a layer can have them (``jax_impl.MHCConfig`` and ``torch_impl.MHCConfig`` check the same).
+
+    Raises:
+        PortError: a value that no layer has, or a combination.
+    """
+    choices = {
+        "norm_eps_position": ("mean", "root"), "residual": ("sinkhorn", "permutations", "identity"),
+        "order": ("rows-first", "columns-first", None), "guard": ("none", "add", "clip", None),
+        "mix": ("in-out", "out-in", "identity"), "coefficients": ("float32", "activation"),
+        "mixing": ("float32", "activation"), "reduce": ("sum", "mean", "head", "none"),
+    }  # fmt: skip
+    for key, allowed in choices.items():
+        if parameters[key] not in allowed:
+            raise PortError(f"{where}: {key} must be one of {', '.join(map(str, allowed))}, got {parameters[key]!r}")
+    sinkhorn = parameters["residual"] == "sinkhorn"
+    for key in ("order", "guard", "eps", "iterations"):
+        if (parameters[key] is not None) != sinkhorn:
+            raise PortError(f"{where}: {key} belongs to residual=sinkhorn, got {parameters[key]!r}")
+    if (parameters["mix"] == "identity") != (parameters["residual"] == "identity"):
+        raise PortError(f"{where}: mix=identity goes with residual=identity alone")
+    if sinkhorn and (parameters["guard"] == "none") != (parameters["eps"] == 0):
+        raise PortError(f"{where}: eps must be 0 with guard none and positive with any other, got {parameters['eps']}")
+    if sinkhorn and parameters["iterations"] < 1:
+        raise PortError(f"{where}: iterations must be at least 1, got {parameters['iterations']}")
+    for key in ("norm_eps", "pre_eps", "post_scale", "post_eps", *(("eps",) if sinkhorn else ())):
+        value = parameters[key]
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+            raise PortError(f"{where}: {key} must be a finite non-negative number, got {value!r}")
+    return parameters
+
+
+def described(parameters: Mapping[str, Any]) -> str:
+    """The nearest dialect's name and what departs from it."""
+    rows = dialect_rows()
+    departs = {name: [f"{k}={parameters[k]}" for k in row if parameters[k] != row[k]] for name, row in rows.items()}
+    nearest = min(departs, key=lambda name: len(departs[name]))
+    return ",".join([nearest, *departs[nearest]])
+
+
+def of_checkpoint(layout: Layout, checkpoint: Checkpoint) -> tuple[Parameters, str]:
+    """What the checkpoint itself says, and where it says it; the layout's own dialect where it says nothing.
+
+    Raises:
+        PortError: what it says is no dialect.
+    """
+    rows = dialect_rows()
+    noted = checkpoint.metadata.get(PORT_KEY)
+    if noted is not None:
+        noted = _json(noted, checkpoint)
+        found = {k: v for k, v in dict(noted.get("parameters", {})).items() if k in rows["paper"]}
+        if set(found) == set(rows["paper"]):
+            return check(found, str(checkpoint.path)), "its metadata"
+    if "parameters" in checkpoint.metadata and layout.name == "canonical":
+        stated = _json(checkpoint.metadata["parameters"], checkpoint)
+        found = {**rows[layout.dialect], **{k: v for k, v in stated.items() if k in rows["paper"]}}
+        return check(found, str(checkpoint.path)), "its metadata"
+    config = checkpoint.config or {}
+    config = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    name = layout.models.get(str((config or {}).get("model_type")))
+    if name and config:
+        return from_config(layout, name, config, str(checkpoint.path)), "its config.json"
+    return dict(rows[layout.dialect]), f"the layout {layout.name}"
+
+
+def from_config(layout: Layout, dialect: str, config: Mapping[str, Any], where: str) -> Parameters:
+    """The dialect with the values that a ``config.json`` sets."""
+    found = dict(dialect_rows()[dialect])
+    for key, names in layout.config.items():
+        value = config.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found.update(dict.fromkeys(names, value if key == "hc_sinkhorn_iters" else float(value)))
+    return check(found, f"{where}/config.json")
+
+
+def _json(value: Any, checkpoint: Checkpoint) -> dict[str, Any]:
+    try:
+        content = json.loads(value) if isinstance(value, str) else value
+        return dict(content)
+    except (ValueError, TypeError) as error:
+        raise PortError(f"{checkpoint.path}: its metadata isn't what this project writes ({error})") from error
+
+
+def fitting(layout: Layout, norm: bool, residual: str, head: bool) -> list[str]:
+    """Dialects whose weights look like these, the layout's own first."""
+    fits = [
+        name
+        for name, row in dialect_rows().items()
+        if row["residual"] == residual and (row["norm_weight"] == norm or layout.norm == "always")
+        and (not head or row["reduce"] in ("head", "none", "sum"))
+    ]  # fmt: skip
+    return sorted(fits, key=lambda name: name != layout.dialect)

@@ -1,0 +1,27 @@
+"""The one error that the porter raises for its user."""
+
+from __future__ import annotations
+
+
+class PortError(Exception):
+    """What was expected, what came and what to do, in one line; it names the file and the tensor.
+
+    Attributes:
+        status: the exit status of the command line.
+    """
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(" ".join(message.split()))
+        self.status = status
+
+
+class Ambiguous(PortError):
+    """Several layouts fit.
+
+    Attributes:
+        fits: their names.
+    """
+
+    def __init__(self, message: str, fits: list[str]):
+        super().__init__(message)
+        self.fits = fits

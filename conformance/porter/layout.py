@@ -1,0 +1,310 @@
+"""A checkpoint layout is a table: which file tensors a site has, what they pack, and under which names they lie.
+
+Everything that reads or writes a layout is derived from its table (`Layout`); a file of `layouts/` holds one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from conformance.porter.errors import PortError
+from conformance.porter.site import ALONE, HEAD, Site, Weights, canonical_shapes, columns
+
+PREFIXES = {
+    "{any}": r"(?:.*[./])?",
+    "{layer}": r"(?P<layer>\d+)",
+    "{attention}": r"[\w.]*attn[\w.]*|[\w.]*attention[\w.]*",
+    "{ffn}": r"[\w.]*(?:ffn|mlp|feed_forward|moe)[\w.]*",
+}
+WRITTEN = {"{any}": "", "{attention}": "attention", "{ffn}": "ffn"}
+MOST_STREAMS = 64
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One tensor of a site in the file.
+
+    Attributes:
+        name: what follows the site's prefix.
+        parts: the canonical weights in it, one after the other along its columns.
+        axes: how they lie, in letters: ``k`` the flat (streams, dim) axis, ``m`` the columns, ``1`` an axis of
+            length one; ``"i j"`` is the residual bias as a matrix where there is one; empty for a scalar.
+        optional: whether a site may lack it.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    axes: str
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint layout.
+
+    Attributes:
+        rows: the tensors of a hyper-connection; a row whose parts a residual kind lacks is absent there.
+        head: the tensors of a head.
+        names: for ``(group, kind)`` the prefixes of a site's tensors: those that are recognised, the first one
+            written. ``{layer}`` is its number; ``{any}`` stands for anything, ``{attention}`` and ``{ffn}`` for a word
+            that says so.
+        dialect: what its own software computes.
+        anchors: rows that by themselves show a site to be there; all of them where empty.
+        flat: order of the flat axis: ``streams-first`` (i*C + c) or ``dim-first`` (c*n + i).
+        norm: whether it has a norm weight: ``never``, ``optional`` or ``always``.
+        residuals: kinds of residual matrix that it has a place for.
+        orbax: whether it is a tree in an Orbax checkpoint, else safetensors or a torch state dict.
+        config: keys of a ``config.json`` beside it, and the parameters that they set.
+        models: for its ``model_type`` there, the dialect.
+        source: where its names come from.
+    """
+
+    name: str
+    summary: str
+    source: str
+    dialect: str
+    rows: tuple[Packed, ...]
+    names: Mapping[tuple[str, str], tuple[str, ...]]
+    head: tuple[Packed, ...] = ()
+    anchors: tuple[str, ...] = ()
+    flat: str = "streams-first"
+    norm: str = "never"
+    residuals: frozenset[str] = frozenset({"sinkhorn"})
+    orbax: bool = False
+    config: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def _patterns(self) -> list[tuple[str, str, re.Pattern[str]]]:
+        found = []
+        for (group, kind), templates in self.names.items():
+            rows = "|".join(re.escape(row.name) for row in self.rows_of(kind))
+            for template in templates:
+                prefix = re.escape(template)
+                for token, pattern in PREFIXES.items():
+                    prefix = prefix.replace(re.escape(token), f"(?:{pattern})" if "|" in pattern else pattern)
+                found.append((group, kind, re.compile(f"(?P<prefix>{prefix})(?P<row>{rows})")))
+        return found
+
+    def rows_of(self, kind: str) -> tuple[Packed, ...]:
+        return self.head if kind == "head" else self.rows
+
+    @cached_property
+    def endings(self) -> frozenset[str]:
+        """How the names of its tensors end: what follows the last placeholder."""
+        return frozenset(
+            re.sub(r".*\}", "", template) + row.name
+            for (_, kind), templates in self.names.items()
+            for template in templates
+            for row in self.rows_of(kind)
+        )
+
+    def template(self, site: Site, names: Mapping[str, str]) -> str | None:
+        """The prefix that ``site`` is written under, before its number is put in; None where it has none."""
+        if site.group == "layers" and site.kind in names:
+            return names[site.kind]
+        if site == HEAD and "head" in names:
+            return names["head"]
+        templates = self.names.get((site.group, site.kind))
+        return templates[0] if templates else None
+
+    def prefix(self, site: Site, names: Mapping[str, str]) -> str:
+        """The prefix of a site's tensors as written.
+
+        Args:
+            names: templates that take the place of the layout's own, under ``attention``, ``ffn`` and ``head``.
+
+        Raises:
+            PortError: the layout has no name for such a site.
+        """
+        template = self.template(site, names)
+        if template is None:
+            raise PortError(f"the layout {self.name} has no name for {site}")
+        for token, text in WRITTEN.items():
+            template = template.replace(token, text)
+        return template.replace("{layer}", str(site.layer))
+
+    def locate(self, names: Iterable[str]) -> dict[Site, dict[str, str]]:
+        """The sites among ``names``: for each, its rows and the tensors that hold them.
+
+        Raises:
+            PortError: one site under two names.
+        """
+        found: dict[Site, dict[str, dict[str, str]]] = {}
+        for name in names:
+            for group, kind, pattern in self._patterns:
+                match = pattern.fullmatch(name)
+                if match:
+                    layer = match.groupdict().get("layer")
+                    site = Site(group, None if layer is None else int(layer), kind)
+                    found.setdefault(site, {}).setdefault(match["prefix"], {})[match["row"]] = name
+                    break
+        sites: dict[Site, dict[str, str]] = {}
+        for site in sorted(found, key=lambda s: s.order):
+            anchors = self.anchors if self.anchors and not site.head else [r.name for r in self.rows_of(site.kind)]
+            candidates = [rows for rows in found[site].values() if any(a in rows for a in anchors)]
+            if len(candidates) > 1:
+                first, second = (next(iter(rows.values())) for rows in candidates[:2])
+                raise PortError(f"{site} is there twice, as {first} and as {second}: keep one")
+            if candidates:
+                sites[site] = candidates[0]
+        if ALONE in sites and len(sites) > 1:  # a module on its own has no company
+            del sites[ALONE]
+        return sites
+
+    def missing(self, site: Site, rows: Mapping[str, str]) -> list[str]:
+        """Tensors that the site lacks, under the names that they would have."""
+        present = next(iter(rows.items()))
+        prefix = present[1][: len(present[1]) - len(present[0])]
+        some = next((r for r in self.rows if r.parts == ("res_alpha",)), None)
+        lacks = [r for r in self.rows_of(site.kind) if r.name not in rows and not r.optional]
+        residual = [r for r in self.rows_of(site.kind) if r.parts and all(p.startswith("res_") for p in r.parts)]
+        if some and "identity" in self.residuals and not any(r.name in rows for r in residual):
+            lacks = [r for r in lacks if r not in residual]
+        return [prefix + r.name for r in lacks]
+
+    def file_shapes(
+        self, site: Site, streams: int, dim: int, residual: str, norm: bool = True
+    ) -> dict[str, tuple[int, ...]]:
+        """Shape of each row's tensor."""
+        shapes = canonical_shapes(site, streams, dim, residual, norm)
+        return {row.name: _file_shape(row, shapes, streams, residual) for row in _present(self, site, shapes)}
+
+    def dimensions(self, site: Site, shapes: Mapping[str, tuple[int, ...]], streams: int | None = None):
+        """(n, C, residual) of a site from the shapes of its rows.
+
+        Args:
+            streams: n, where something else tells it.
+
+        Raises:
+            PortError: no n explains the shapes.
+        """
+        fits = []
+        rows = self.rows_of(site.kind)
+        shapes = {k: tuple(v) for k, v in shapes.items()}
+        wide = next(r for r in rows if r.name in shapes and "k" in r.axes.split() and r.axes != "k")
+        if len(shapes[wide.name]) != 2:
+            raise PortError(f"{wide.name} must have two axes, got {list(shapes[wide.name])}")
+        flat = shapes[wide.name][wide.axes.split().index("k")]
+        for n in [streams] if streams else range(1, MOST_STREAMS + 1):
+            for residual in sorted(self.residuals):
+                if flat % n or flat == 0 or (residual == "permutations" and n > 5):
+                    continue
+                expected = self.file_shapes(site, n, flat // n, residual)
+                lacking = {r.name for r in rows if r.optional and r.name not in shapes}
+                if {k: v for k, v in expected.items() if k not in lacking} == dict(shapes):
+                    fits.append((n, flat // n, residual))
+        if not fits:
+            raise PortError(_explain(self, site, shapes, wide, flat, streams))
+        return fits[0]
+
+    def pack(self, site: Site, weights: Weights, streams: int, dim: int, residual: str) -> dict[str, np.ndarray]:
+        """The rows of a site from its canonical weights; views of them where that is possible."""
+        shapes = {name: value.shape for name, value in weights.items()}
+        packed = {}
+        for row in _present(self, site, shapes):
+            parts = [weights[p] for p in row.parts if p in weights]
+            if "k" in row.axes.split():
+                parts = [_reorder(p, streams, dim, self.flat) for p in parts]
+                value = np.concatenate(parts, -1) if len(parts) > 1 else parts[0]
+                value = value.T if row.axes == "m k" else value
+            elif row.axes == "i j":
+                value = parts[0]
+            else:
+                value = np.concatenate([p.reshape(-1) for p in parts])
+            packed[row.name] = value.reshape(_file_shape(row, shapes, streams, residual))
+        return packed
+
+    def unpack(self, site: Site, tensors: Mapping[str, np.ndarray], streams: int, dim: int, residual: str) -> Weights:
+        """The canonical weights of a site from its rows; views of them where that is possible."""
+        norm = any(row.axes == "k" and row.name in tensors for row in self.rows)
+        shapes = canonical_shapes(site, streams, dim, residual, norm)
+        weights: Weights = {}
+        for row in _present(self, site, shapes):
+            value = tensors[row.name]
+            parts = [p for p in row.parts if p in shapes]
+            if "k" in row.axes.split():
+                flat = value.T if row.axes == "m k" else value
+                flat = _restore(flat, streams, dim, self.flat)
+                if row.axes == "k":
+                    weights[parts[0]] = flat
+                    continue
+                start = 0
+                for part in parts:
+                    width = shapes[part][-1]
+                    weights[part] = flat[:, start : start + width]
+                    start += width
+            else:
+                flat, start = value.reshape(-1), 0
+                for part in parts:
+                    width = math.prod(shapes[part])
+                    weights[part] = flat[start : start + width].reshape(shapes[part])
+                    start += width
+        return {name: weights[name] for name in shapes if name in weights}
+
+
+def _present(layout: Layout, site: Site, shapes: Mapping[str, Any]) -> Sequence[Packed]:
+    return [row for row in layout.rows_of(site.kind) if any(p in shapes for p in row.parts)]
+
+
+def _file_shape(row: Packed, shapes: Mapping[str, tuple[int, ...]], streams: int, residual: str) -> tuple[int, ...]:
+    parts = [shapes[p] for p in row.parts if p in shapes]
+    if "k" in row.axes.split():
+        flat = parts[0][0]
+        width = sum(p[-1] for p in parts) if row.axes != "k" else 0
+        return tuple({"k": flat, "m": width}[axis] for axis in row.axes.split())
+    width = sum(math.prod(p) for p in parts)
+    if row.axes == "i j":
+        return (streams, streams) if residual == "sinkhorn" else (width,)
+    return tuple(1 if axis == "1" else width for axis in row.axes.split())
+
+
+def _reorder(value: np.ndarray, streams: int, dim: int, flat: str) -> np.ndarray:
+    if flat == "streams-first":
+        return value
+    tail = value.shape[1:]
+    return value.reshape(streams, dim, *tail).swapaxes(0, 1).reshape(streams * dim, *tail)
+
+
+def _restore(value: np.ndarray, streams: int, dim: int, flat: str) -> np.ndarray:
+    return value if flat == "streams-first" else _reorder(value, dim, streams, "dim-first")
+
+
+def _explain(
+    layout: Layout, site: Site, shapes: Mapping[str, tuple[int, ...]], wide: Packed, flat: int, streams: int | None
+) -> str:
+    """Which tensor has the wrong shape, with what would have been right for the n that the others suggest."""
+    for row in layout.rows_of(site.kind):
+        if row.name in shapes and len(shapes[row.name]) != len(row.axes.split()) and row.axes != "i j":
+            return f"{row.name} must have {len(row.axes.split())} axes ({row.axes}), got {list(shapes[row.name])}"
+    biases = [r for r in layout.rows_of(site.kind) if r.name in shapes and r.name != wide.name]
+    best: tuple[int, str] | None = None
+    for n in [streams] if streams else range(1, MOST_STREAMS + 1):
+        for residual in sorted(layout.residuals):
+            if residual == "permutations" and n > 5:
+                continue
+            expected = layout.file_shapes(site, n, max(flat // n, 1), residual)
+            agree = sum(tuple(shapes[r.name]) == expected.get(r.name) for r in biases)
+            if agree and (best is None or agree > best[0]):
+                wrong = [k for k in shapes if k in expected and tuple(shapes[k]) != expected[k]] or [wide.name]
+                text = (
+                    f"{wrong[0]} must be {list(expected.get(wrong[0], ()))} for n = {n}, got {list(shapes[wrong[0]])}"
+                )
+                if flat % n:
+                    text = f"the flat axis of {wide.name} must be a multiple of n = {n}, got {list(shapes[wide.name])}"
+                best = (agree, text)
+    if best:
+        return best[1]
+    width = sum(columns(p.split("_")[0], 4, "sinkhorn") for p in wide.parts if p.endswith("_alpha"))
+    return (
+        f"no number of streams explains {wide.name} {list(shapes[wide.name])} beside "
+        + ", ".join(f"{k} {list(v)}" for k, v in shapes.items() if k != wide.name)
+        + (f" (n = 4 would have {width} columns)" if not site.head else "")
+    )

@@ -1,0 +1,32 @@
+"""The layouts, a file each: whatever module of this folder has a ``LAYOUT`` is one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from conformance.porter.errors import PortError
+from conformance.porter.layout import Layout
+
+
+@functools.cache
+def layouts() -> dict[str, Layout]:
+    """Every layout under its name, in alphabetical order."""
+    found = {}
+    for module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
+        layout = importlib.import_module(f"{__name__}.{module}").LAYOUT
+        found[layout.name] = layout
+    return found
+
+
+def layout_named(name: str) -> Layout:
+    """The layout of that name.
+
+    Raises:
+        PortError: there is none.
+    """
+    known = layouts()
+    if name not in known:
+        raise PortError(f"unknown layout {name!r}, expected one of {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,32 @@
+"""Megatron-LM's ``HyperConnectionModule`` in a state dict of the whole model, or on its own."""
+
+from conformance.porter.layout import Layout, Packed
+from conformance.porter.layouts.deepseek import LAYOUT as DEEPSEEK
+
+LAYOUT = Layout(
+    name="megatron",
+    summary="safetensors or a torch state dict, decoder.layers.N.self_attention_hyper_connection.mapping_proj.weight",
+    source="Megatron-LM main (August 2026), transformer/hyper_connection.py; head as Megatron Bridge names it",
+    dialect="megatron",
+    rows=(
+        Packed("mapping_proj.weight", ("pre_alpha", "post_alpha", "res_alpha"), "m k"),
+        Packed("bias", ("pre_beta", "post_beta", "res_beta"), "m"),
+        Packed("alpha_pre", ("pre_alpha_scale",), "m"),
+        Packed("alpha_post", ("post_alpha_scale",), "m"),
+        Packed("alpha_res", ("res_alpha_scale",), "m"),
+    ),
+    anchors=("mapping_proj.weight",),
+    head=DEEPSEEK.head,
+    names={
+        ("layers", "attention"): (
+            "decoder.layers.{layer}.self_attention_hyper_connection.",
+            "{any}layers.{layer}.self_attention_hyper_connection.",
+        ),
+        ("layers", "ffn"): (
+            "decoder.layers.{layer}.mlp_hyper_connection.",
+            "{any}layers.{layer}.mlp_hyper_connection.",
+        ),
+        ("", "head"): ("decoder.hc_head_", "{any}decoder.hc_head_"),
+        ("", ""): ("",),
+    },
+)

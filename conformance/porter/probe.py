@@ -1,0 +1,264 @@
+"""Source and target weights evaluated side by side in float64: how far are H, u and out apart?
+
+In two steps, so that a checkpoint is read once and a site's projections aren't kept: `Probes.project` takes one site's
+weights to its logits, and `Probes.measure` the logits of all sites to deviations.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from conformance.oracle import formulas
+from conformance.oracle.floats import Quick
+from conformance.porter.site import NORM, Site
+from conformance.stages import PROJECTIONS
+
+SCALES = (1.0, 0.25, 4.0, 0.5)
+ROUNDOFF = 2.0**-53
+HEAD = ("head",)
+Logits = dict[str, np.ndarray]
+
+
+class Float64(Quick):
+    """float64 with NumPy's own sums and products."""
+
+    def sum(self, a: np.ndarray, axis: int) -> np.ndarray:
+        return np.sum(a, axis)
+
+    def contract(self, a: np.ndarray, b: np.ndarray | None, projection: bool = False) -> np.ndarray:
+        return a if b is None else a @ b  # None is the identity
+
+
+def activations(tokens: int, streams: int, dim: int, seed: int) -> np.ndarray:
+    """Probe streams ``[tokens, n, C]``: normal, each stream of another scale."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    scales = np.resize(np.array(SCALES), streams)
+    return generator.standard_normal((tokens, streams, dim)) * scales[:, None]
+
+
+@dataclass
+class Projected:
+    """One site's logits on the probes, ``[tokens, columns]`` for each projection.
+
+    Attributes:
+        source, target: by the weights as they came, and as the target's layout reads them back.
+        moved: how far a logit may move for the rounding that the port caused; 0 where it moved by no bit.
+    """
+
+    site: Site
+    source: Logits
+    target: Logits
+    moved: dict[str, float]
+
+
+@dataclass
+class Deviation:
+    """Largest differences of one site, as fractions of the largest value (of 1 for H), and what the verdict allows."""
+
+    measured: dict[str, float]
+    allowed: dict[str, float]
+
+    def contradicts(self) -> str:
+        """The first quantity that deviates more than the verdict allows, in words; empty where none does."""
+        for name, value in self.measured.items():
+            if not value <= self.allowed.get(name, np.inf):
+                return f"{name} deviates by {value:.3g}, and the verdict allows {self.allowed[name]:.3g}"
+        return ""
+
+
+@dataclass
+class Probes:
+    """Activations, and the two dialects that sites are evaluated in.
+
+    Attributes:
+        x: ``[tokens, n, C]`` float64.
+        source, target: their parameters.
+    """
+
+    x: np.ndarray
+    source: Mapping[str, Any]
+    target: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self._units = [
+            np.ascontiguousarray(
+                formulas.normalise_and_project(self.x, None, {"unit": None}, p, Float64())[0]["unit"].T
+            )
+            for p in (self.source, self.target)
+        ]
+        self._spaces = threading.local()
+        self._alike = np.array_equal(self._units[0], self._units[1])
+
+    def project(
+        self, site: Site, source: Mapping[str, np.ndarray], target: Mapping[str, np.ndarray], rounding: float
+    ) -> Projected:
+        """The logits of one site before and after.
+
+        Args:
+            source, target: canonical flat weights; what has the same bits in both is computed once.
+            rounding: the largest relative rounding of a weight.
+        """
+        wide = {name: self._wide("source", name, value) for name, value in source.items()}
+        same = {name for name in source if name in target and _same(source[name], target[name])}
+        after = {name: wide[name] if name in same else self._wide("target", name, v) for name, v in target.items()}
+        known = set()
+        if self._alike and (site.head or _like_one(source.get(NORM), target.get(NORM))):
+            known = {part for part, names in _names(site).items() if {*names} <= same}
+        first = self._logits(site, wide, self._units[0], {})
+        reused = {part: first[part] for part in known}
+        second = self._logits(site, after, self._units[1], reused)
+        moved = {part: 0.0 for part in first}
+        if not all(np.array_equal(first[part], second[part]) for part in first):
+            moved = self._reach(site, wide, rounding)
+        return Projected(site, first, second, moved)
+
+    def _wide(self, which: str, name: str, value: np.ndarray) -> np.ndarray:
+        """A weight in float64, in memory that the thread uses for every site: fresh pages cost more than products."""
+        spaces: dict[str, np.ndarray] = self._spaces.__dict__
+        space = spaces.get(f"{which} {name}")
+        if space is None or space.shape != value.shape:
+            space = spaces[f"{which} {name}"] = np.empty_like(value, np.float64)
+        np.copyto(space, value)
+        return space
+
+    def _logits(self, site: Site, weights: Mapping[str, np.ndarray], unit: np.ndarray, known: Logits) -> Logits:
+        """α h + b of each projection, but those that are known already: the same factors give the same product."""
+        found, normed = dict(known), None
+        for part, (alpha, scale, beta) in _names(site).items():
+            if alpha in weights and part not in found:
+                if normed is None:
+                    normed = unit * weights[NORM][:, None] if NORM in weights and not site.head else unit
+                found[part] = weights[scale] * (weights[alpha].T @ normed).T + weights[beta].reshape(-1)
+        return found
+
+    def _reach(self, site: Site, weights: Mapping[str, np.ndarray], rounding: float) -> dict[str, float]:
+        """How far a rounding of every weight can move a logit: ``rounding * (|α| Σ|normed w φ| + |b|)``.
+
+        Three roundings at most meet in a product (α, w or φ, and their product); to that comes the evaluation's own
+        error.
+        """
+        flat = np.abs(self.x.reshape(len(self.x), -1))
+        normed = flat / np.sqrt(np.mean(flat * flat, -1, keepdims=True) + 1e-300)
+        if NORM in weights and not site.head:
+            normed = normed * np.abs(weights[NORM])
+        share = 3 * rounding + 64 * ROUNDOFF * np.sqrt(flat.shape[1])
+        found = {}
+        for part, (alpha, scale, beta) in _names(site).items():
+            if alpha in weights:
+                reach = np.abs(weights[scale]) * (normed @ np.abs(weights[alpha])) + np.abs(weights[beta]).reshape(-1)
+                found[part] = share * float(np.max(reach, initial=0.0))
+        return found
+
+    def measure(self, rows: Sequence[Projected], approximate: bool) -> list[Deviation]:
+        """How far each site's H, u and out (y = u: the branch is the identity) or a head's output are apart.
+
+        Args:
+            approximate: the verdict says that the functions differ: nothing is allowed or forbidden then.
+
+        The bounds: a gate's slope is at most 1/4 of its scale; after N iterations log H has moved by at most 4N times
+        its logits, since each log-sum-exp is 1-Lipschitz in the largest norm and row and column potentials take turns.
+        """
+        bodies = [row for row in rows if not row.site.head]
+        before, after = self._matrices(bodies, "source"), self._matrices(bodies, "target")
+        index = {id(row): k for k, row in enumerate(bodies)}
+        found = []
+        for row in rows:
+            if row.site.head:
+                found.append(self._compare_heads(row, approximate))
+            else:
+                k = index[id(row)]
+                found.append(self._compare(row, before[k], after[k], approximate))
+        return found
+
+    def _matrices(self, rows: Sequence[Projected], which: str) -> np.ndarray | list[None]:
+        """H of all sites, ``[sites, tokens, n, n]``, mixing input (first) into output streams."""
+        p, (tokens, n, _) = getattr(self, which), self.x.shape
+        if not rows:
+            return []
+        if p["residual"] == "identity":
+            return np.broadcast_to(np.eye(n), (len(rows), tokens, n, n))
+        logits = np.concatenate([getattr(row, which)["res"] for row in rows])
+        if p["residual"] == "sinkhorn":
+            logits = logits.reshape(-1, n, n)
+        H, _ = formulas.residual_matrix(logits, {**p, "streams": n}, Float64())
+        H = H.reshape(len(rows), tokens, n, n)
+        return H.swapaxes(-1, -2) if p["mix"] == "out-in" else H
+
+    def _gate(self, logits: np.ndarray, slope: float, offset: float) -> np.ndarray:
+        return formulas.gate(logits, np.float64(slope), np.float64(offset), Float64())[0]
+
+    def _compare(self, row: Projected, H: Any, other: Any, approximate: bool) -> Deviation:
+        values = []
+        for logits, p, matrix in ((row.source, self.source, H), (row.target, self.target, other)):
+            pre = self._gate(logits["pre"], 1, p["pre_eps"])
+            post = self._gate(logits["post"], p["post_scale"], p["post_eps"])
+            values.append((pre, post, matrix))
+        if all(np.array_equal(a, b) for a, b in zip(*values, strict=True)):
+            return Deviation(dict.fromkeys(("H", "u", "out"), 0.0), {})
+        evaluated = []
+        for pre, post, matrix in values:
+            u = (pre[:, None, :] @ self.x)[:, 0]
+            evaluated.append(
+                {"H": matrix, "u": u, "out": post[:, :, None] * u[:, None, :] + matrix.swapaxes(-1, -2) @ self.x}
+            )
+        first, second = evaluated
+        measured = {k: _apart(first[k], second[k], 1.0 if k == "H" else 0.0) for k in first}
+        if approximate:
+            return Deviation(measured, {})
+        streams = np.abs(self.x).sum(1).max(initial=0.0)
+        iterations = self.source["iterations"] or 1
+        H_moved = float(np.expm1(min(4 * iterations * row.moved.get("res", 0.0), 700.0))) + 8 * iterations * ROUNDOFF
+        u_moved = (row.moved["pre"] / 4 + 8 * ROUNDOFF) * streams
+        slope = self.source["post_scale"] + self.source["post_eps"]
+        out_moved = slope * ((row.moved["post"] / 4 + 8 * ROUNDOFF) * _size(first["u"]) + u_moved) + H_moved * streams
+        return Deviation(
+            measured, {"H": H_moved, "u": u_moved / _size(first["u"]), "out": out_moved / _size(first["out"])}
+        )
+
+    def _compare_heads(self, row: Projected, approximate: bool) -> Deviation:
+        first, second = (
+            (self._gate(logits["head"], 1, p["pre_eps"])[:, None, :] @ self.x)[:, 0]
+            for logits, p in ((row.source, self.source), (row.target, self.target))
+        )
+        measured = {"head": _apart(first, second, 0.0)}
+        streams = np.abs(self.x).sum(1).max(initial=0.0)
+        allowed = {"head": (row.moved["head"] / 4 + 8 * ROUNDOFF) * streams / _size(first)}
+        return Deviation(measured, {} if approximate else allowed)
+
+
+def _names(site: Site) -> dict[str, tuple[str, str, str]]:
+    """For each projection its φ, α and b."""
+    if site.head:
+        return {"head": ("head_fn", "head_scale", "head_base")}
+    return {part: (f"{part}_alpha", f"{part}_alpha_scale", f"{part}_beta") for part in PROJECTIONS}
+
+
+def _like_one(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    """Whether two norm weights are the same factor; none is a factor of 1."""
+    if a is None or b is None:
+        given = b if a is None else a
+        return given is None or bool(np.all(given == 1))
+    return _same(a, b)
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays have the same bits; at once where they are the same memory."""
+    if a.dtype == b.dtype and a.shape == b.shape and a.strides == b.strides and a.ctypes.data == b.ctypes.data:
+        return True
+    return a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def _size(value: np.ndarray) -> float:
+    return float(np.max(np.abs(value), initial=0.0)) or 1.0
+
+
+def _apart(a: np.ndarray, b: np.ndarray, size: float) -> float:
+    """The largest difference, as a fraction of ``size`` or of the largest value; infinite where one isn't finite."""
+    if not np.isfinite(b).all():
+        return np.inf
+    return float(np.max(np.abs(a - b), initial=0.0)) / (size or _size(a))

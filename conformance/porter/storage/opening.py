@@ -1,0 +1,46 @@
+"""Opens a checkpoint by what its bytes are, not by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conformance.porter.errors import PortError
+from conformance.porter.storage.checkpoint import Checkpoint
+from conformance.porter.storage.orbax_tree import OrbaxCheckpoint, find_tree
+from conformance.porter.storage.shards import SafetensorsCheckpoint
+from conformance.porter.storage.stacks import Unstacked
+from conformance.porter.storage.torch_file import TorchCheckpoint
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at ``path``: safetensors (file or directory), torch state dict, or Orbax tree.
+
+    Raises:
+        PortError: there is none, or it is broken.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise PortError(f"{path}: can't be read ({error.strerror})") from error
+    try:
+        if path.is_dir():
+            return _directory(path)
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise PortError(f"{path}: can't be read ({error.strerror})") from error
+    if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and path.suffix != ".safetensors"):
+        return TorchCheckpoint(path)
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return SafetensorsCheckpoint(path)
+    raise PortError(f"{path}: expected a safetensors file or a torch state dict, got {found.st_size} bytes of neither")
+
+
+def _directory(path: Path) -> Checkpoint:
+    if any(p.name.endswith((".safetensors", ".safetensors.index.json")) for p in path.iterdir()):
+        return SafetensorsCheckpoint(path)
+    if find_tree(path):
+        return Unstacked(OrbaxCheckpoint(path))
+    raise PortError(
+        f"{path}: expected safetensors files or an Orbax checkpoint in it, got neither; name a torch state dict itself"
+    )

@@ -1,0 +1,277 @@
+"""safetensors files, their headers and single tensors, and directories of them with an index.
+
+The header is read here and not by the safetensors library, which maps the whole file: page faults then read
+around each tensor, a file that is cut while it is mapped kills the process, and its errors don't name the tensor.
+Files are written by the library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from conformance.porter.errors import PortError
+from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint, Tensor, check_dtype
+
+NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
+}  # fmt: skip
+LARGEST_HEADER = 100_000_000  # the format's own limit
+
+
+class Entry(msgspec.Struct, gc=False):
+    """What a header says of one tensor; with defaults, since the metadata beside them has none of these."""
+
+    dtype: str = ""
+    shape: list[int] = []
+    data_offsets: tuple[int, int] = (0, 0)
+
+
+class Noted(msgspec.Struct):
+    """The metadata of a header, whose tensors are skipped."""
+
+    metadata: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
+
+
+class Index(msgspec.Struct):
+    """``*.safetensors.index.json``: which shard holds which tensor."""
+
+    weight_map: dict[str, str]
+    metadata: dict[str, Any] = {}
+
+
+_HEADER = msgspec.json.Decoder(dict[str, Entry])
+_NOTED = msgspec.json.Decoder(Noted)
+_INDEX = msgspec.json.Decoder(Index)
+
+
+class Shard:
+    """One safetensors file: its header, and the place of each tensor."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise PortError(f"{path}: can't be read ({error.strerror})") from error
+        try:
+            self._header()
+        except OSError as error:
+            self.close()
+            raise PortError(f"{path}: can't be read ({error.strerror})") from error
+        except PortError:
+            self.close()
+            raise
+
+    def _header(self) -> None:
+        size = os.fstat(self.descriptor).st_size
+        length = int.from_bytes(os.pread(self.descriptor, 8, 0), "little")
+        if size < 8 or length > LARGEST_HEADER or 8 + length > size:
+            raise PortError(
+                f"{self.path}: expected a safetensors file, but its header of {length} bytes doesn't fit in {size}"
+            )
+        try:
+            text = os.pread(self.descriptor, length, 8)
+            header = _HEADER.decode(text)
+            noted = header.pop("__metadata__", None)
+            self.metadata: dict[str, str] = _NOTED.decode(text).metadata if noted else {}
+        except msgspec.MsgspecError as error:
+            raise PortError(f"{self.path}: expected a safetensors header, got something else ({error})") from error
+        entries = sorted([entry.data_offsets for entry in header.values()])
+        begins, ends = zip(*entries, strict=True) if entries else ((), ())
+        self._start, room = 8 + length, size - 8 - length
+        if begins != (0, *ends[:-1]) or (ends[-1] if ends else 0) != room:
+            self._explain(header, room)
+        self.header = header
+        if hasattr(os, "posix_fadvise"):  # nothing around a tensor is wanted
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def _explain(self, header: Mapping[str, Entry], room: int) -> None:
+        """Which tensor doesn't lie where it should."""
+        before = 0
+        for (begin, end), name in sorted((entry.data_offsets, name) for name, entry in header.items()):
+            if begin != before:
+                what = "overlaps the tensor before it" if begin < before else "leaves a hole before it"
+                raise PortError(f"{self.path}: {name} at bytes {begin} to {end} {what}, which ends at {before}")
+            if end > room:
+                raise PortError(
+                    f"{self.path}: is cut short: {name} ends at byte {end} of the data, and {room} are there"
+                )
+            before = end
+        raise PortError(f"{self.path}: has {room - before} bytes after its last tensor")
+
+    def tensor(self, name: str) -> Tensor:
+        """What the header says of a tensor.
+
+        Raises:
+            PortError: its size contradicts its shape.
+        """
+        entry = self.header[name]
+        (begin, end), dtype, shape = entry.data_offsets, entry.dtype, tuple(entry.shape)
+        wrong = begin > end or any(n < 0 for n in shape)
+        wrong |= dtype in BYTES and end - begin != BYTES[dtype] * math.prod(shape)
+        if wrong:
+            raise PortError(f"{self.path}: {name} {dtype} {list(shape)} can't take {end - begin} bytes")
+        return Tensor(name, shape, NAMES.get(dtype, str(dtype)), end - begin, self.path)
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self.tensor(name)
+        value = np.empty(tensor.shape, check_dtype(tensor))
+        view, offset = (
+            memoryview(value.reshape(-1).view(np.uint8).data),
+            self._start + self.header[name].data_offsets[0],
+        )
+        while len(view):
+            try:
+                got = os.preadv(self.descriptor, [view], offset)
+            except OSError as error:
+                raise PortError(f"{self.path}: {name} can't be read ({error.strerror})") from error
+            if not got:
+                raise PortError(f"{self.path}: is cut short in {name}")
+            view, offset = view[got:], offset + got
+        return value
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of several shards, made when they are looked at: a large checkpoint has tens of thousands."""
+
+    def __init__(self, holders: Mapping[str, str], shards: Mapping[str, Shard]):
+        self.holders, self._shards = holders, shards
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._shards[self.holders[name]].tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.holders
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.holders)
+
+    def __len__(self) -> int:
+        return len(self.holders)
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """One file, or a directory of shards; where there is an index it says which shard counts."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "safetensors")
+        self._shards: dict[str, Shard] = {}
+        try:
+            self._directory() if path.is_dir() else self._file()
+        except BaseException:
+            self.close()
+            raise
+
+    def _file(self) -> None:
+        shard = self._shards[self.path.name] = Shard(self.path)
+        self._hold(dict.fromkeys(shard.header, self.path.name))
+        self.metadata = shard.metadata
+        self.config = config_beside(self.path.parent)
+
+    def _hold(self, holders: Mapping[str, str]) -> None:
+        self._holders, self.tensors = holders, Tensors(holders, self._shards)
+
+    def _directory(self) -> None:
+        index = index_of(self.path)
+        weight_map: dict[str, str] | None = None
+        if index:
+            content = read_index(index)
+            weight_map, self.metadata = content.weight_map, content.metadata
+            files = sorted(set(weight_map.values()))
+        else:
+            files = sorted(p.name for p in self.path.glob("*.safetensors") if not p.name.startswith("."))
+        for name in files:
+            self._shards[name] = Shard(self.path / name)
+        holders: dict[str, str] = {}
+        for name, shard in self._shards.items():
+            for tensor in holders.keys() & shard.header.keys():
+                self._twice(tensor, holders[tensor], name, weight_map)
+            holders |= dict.fromkeys(shard.header, name)
+        if weight_map is not None and weight_map != holders:
+            for tensor, name in weight_map.items():
+                if tensor not in self._shards[name].header:
+                    raise PortError(f"{index}: says that {tensor} is in {name}, which lacks it")
+        self._hold(holders if weight_map is None else weight_map)
+        if len(files) == 1 and not self.metadata:
+            self.metadata = self._shards[files[0]].metadata
+        self.config, self.files = config_beside(self.path), len(files)
+
+    def _twice(self, tensor: str, first: str, second: str, weight_map: dict[str, str] | None) -> None:
+        """A tensor in two shards: right only where the later says that it replaces, and the index agrees.
+
+        Readers that load every listed shard, transformers among them, let the last one win.
+        """
+        replaces = PORT_KEY in self._shards[second].metadata
+        if weight_map is None or weight_map.get(tensor) != second or not replaces:
+            raise PortError(f"{self.path}: {tensor} is in both {first} and {second}: keep one of them")
+
+    def read(self, name: str) -> np.ndarray:
+        return self._shards[self._holders[name]].read(name)
+
+    def close(self) -> None:
+        for shard in self._shards.values():
+            shard.close()
+        self._shards = {}
+
+
+def index_of(directory: Path) -> Path | None:
+    """The index of a directory of shards.
+
+    Raises:
+        PortError: there are several.
+    """
+    found = sorted(p for p in directory.glob("*.safetensors.index.json") if not p.name.startswith("."))
+    if len(found) > 1:
+        raise PortError(f"{directory}: has {len(found)} indices, {found[0].name} and {found[1].name}: keep one")
+    return found[0] if found else None
+
+
+def read_index(index: Path) -> Index:
+    """A checked index: every file that it names lies in its directory.
+
+    Raises:
+        PortError: it isn't one.
+    """
+    try:
+        content = _INDEX.decode(index.read_bytes())
+    except OSError as error:
+        raise PortError(f"{index}: can't be read ({error.strerror})") from error
+    except msgspec.MsgspecError as error:
+        raise PortError(f"{index}: expected a safetensors index with a weight_map ({error})") from error
+    weight_map, names = content.weight_map, set(content.weight_map.values())
+    for name in sorted(names):
+        outside = len(Path(name).parts) != 1 or name in ("..", ".")
+        if outside or not os.path.lexists(index.parent / name):
+            tensor = next(t for t, n in weight_map.items() if n == name)
+            what = "outside of the directory" if outside else "and there is no such file"
+            raise PortError(f"{index}: puts {tensor} into {name!r}, {what}")
+    return content
+
+
+def config_beside(directory: Path) -> dict[str, Any] | None:
+    """``config.json`` of a model directory.
+
+    Raises:
+        PortError: it is there and isn't JSON.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PortError(f"{path}: expected JSON, got {error}") from error
+    return content if isinstance(content, dict) else None

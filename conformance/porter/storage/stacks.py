@@ -1,0 +1,248 @@
+"""MaxText's scanned layers: one array holds a weight of many layers, stacked along ``param_scan_axis``.
+
+`Unstacked` shows such a checkpoint as if its layers weren't scanned (``decoder/layers_7/…``); `Stacks` says where a
+layer goes when it is written, and `stack` puts the arrays together.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from conformance.porter.errors import PortError
+from conformance.porter.storage.checkpoint import Checkpoint, Tensor
+
+PLACE = re.compile(
+    r"(?P<lead>(?:.*/)?)decoder/(?P<stack>(?:dense_|moe_)?layers(?:_\d+)?|scanned_blocks/layers_\d+)/"
+    r"(?P<rest>mhc_(?:attention|mlp)/.+)"
+)
+SCALE = "pre_alpha_scale"
+"""[1] in every site, so that its stacked shape tells the axis: [1, L] or [L, 1]."""
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """Which layers are stacked, and how; the order is that of the layers.
+
+    Attributes:
+        segments: ``(name, count)``; ``unscanned`` layers stand alone, ``scanned_blocks`` with a period go in turn into
+            ``layers_0``, ``layers_1``, …; the last count may be None, for the rest.
+    """
+
+    segments: tuple[tuple[str, int | None], ...] = (("layers", None),)
+    period: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Stacks:
+        """From ``layers``, ``unscanned``, ``dense_layers:3,moe_layers`` or ``unscanned:3,scanned_blocks/2``.
+
+        Raises:
+            PortError: it is none of these.
+        """
+        segments, period = [], 1
+        parts = text.split(",")
+        for index, part in enumerate(parts):
+            match = re.fullmatch(
+                r"(layers|dense_layers|moe_layers|unscanned|scanned_blocks)(?:/([1-9]\d*))?(?::([1-9]\d*))?", part
+            )
+            last = index == len(parts) - 1
+            if not match or (match[3] is None) != last or (match[2] and match[1] != "scanned_blocks"):
+                raise PortError(
+                    f"stacks must be like layers, unscanned, dense_layers:3,moe_layers or "
+                    f"unscanned:3,scanned_blocks/2, with a count for each but the last, got {text!r}"
+                )
+            segments.append((match[1], int(match[3]) if match[3] else None))
+            period = int(match[2] or period)
+        if len({name for name, _ in segments}) != len(segments):
+            raise PortError(f"stacks must name each once, got {text!r}")
+        return cls(tuple(segments), period)
+
+    def places(self, layers: int) -> list[tuple[str, int | None]]:
+        """For each layer its stack (``layers_7`` where it stands alone) and its index there.
+
+        Raises:
+            PortError: the layers don't fill the stacks.
+        """
+        found: list[tuple[str, int | None]] = []
+        for name, count in self.segments:
+            count = layers - len(found) if count is None else count
+            if count < 1 or len(found) + count > layers:
+                raise PortError(f"{layers} layers don't fill the stacks {self}: {name} would have {count}")
+            start = len(found)
+            if name == "unscanned":
+                found += [(f"layers_{start + k}", None) for k in range(count)]
+            elif name == "scanned_blocks":
+                if count % self.period:
+                    raise PortError(f"{count} layers don't make whole blocks of {self.period}")
+                found += [(f"scanned_blocks/layers_{k % self.period}", k // self.period) for k in range(count)]
+            else:
+                found += [(name, k) for k in range(count)]
+        return found
+
+    def __str__(self) -> str:
+        def text(name: str, count: int | None) -> str:
+            period = f"/{self.period}" if name == "scanned_blocks" else ""
+            return f"{name}{period}{'' if count is None else f':{count}'}"
+
+        return ",".join(text(*segment) for segment in self.segments)
+
+
+class Stacker:
+    """Takes unscanned tensors (``decoder/layers_7/…``) and puts each where it lies scanned, at once.
+
+    Args:
+        axis: that layers are stacked along.
+        layers: numbers of all layers.
+
+    Raises:
+        PortError: the layers have gaps, or don't fill the stacks.
+    """
+
+    def __init__(self, stacks: Stacks, axis: int, layers: Sequence[int]):
+        if list(layers) != list(range(len(layers))):
+            raise PortError(
+                f"scanned layers must be 0 to {len(layers) - 1} without gaps, got {list(layers)}: port unscanned"
+            )
+        self._places, self._axis = stacks.places(len(layers)) if layers else [], axis
+        self._sizes = Counter(place for place, _ in self._places)
+        self._found: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self.tensors: dict[str, np.ndarray] = {}
+
+    def add(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Some tensors, from any thread."""
+        for name, value in tensors.items():
+            match = PLACE.fullmatch(name)
+            where, index = self._places[_number(match["stack"])] if match else ("", None)
+            target = f"{match['lead']}decoder/{where}/{match['rest']}" if match else name
+            if index is None:
+                self.tensors[target] = np.ascontiguousarray(value).reshape(value.shape)
+                continue
+            with self._lock:
+                if target not in self.tensors:
+                    shape = (*value.shape[: self._axis], self._sizes[where], *value.shape[self._axis :])
+                    self.tensors[target] = np.empty(shape, value.dtype)
+                self._found[target] += 1
+            whole = self.tensors[target]
+            if whole.dtype != value.dtype:
+                raise PortError(
+                    f"{name}: is {value.dtype}, and other layers are {whole.dtype}: port unscanned, or set --dtype"
+                )
+            whole[(slice(None),) * self._axis + (index,)] = value
+
+    def whole(self) -> dict[str, np.ndarray]:
+        """All tensors.
+
+        Raises:
+            PortError: a stack lacks a layer.
+        """
+        for target, found in self._found.items():
+            match = PLACE.fullmatch(target)
+            size = self._sizes[match["stack"]] if match else found
+            if found != size:
+                raise PortError(f"{target}: {size} layers are scanned, and {found} have it: port unscanned")
+        return self.tensors
+
+
+class Unstacked(Checkpoint):
+    """A checkpoint with its scanned layers taken apart; everything else is handed through."""
+
+    def __init__(self, whole: Checkpoint):
+        super().__init__(whole.path, whole.kind, {}, whole.metadata, whole.config, whole.files)
+        self._whole = whole
+        self._slices: dict[str, tuple[str, int, int]] = {}
+        self._alone: dict[str, str] = {}
+        self._cache: dict[str, np.ndarray] = {}
+        self._shown: dict[str, Tensor] = {}
+        self.tensors = self._shown
+        groups: dict[str, list[tuple[re.Match[str], Tensor]]] = {}
+        for name, tensor in whole.tensors.items():
+            match = PLACE.fullmatch(name)
+            if match:
+                groups.setdefault(match["stack"], []).append((match, tensor))
+            else:
+                self._shown[name] = tensor
+        self.axes: set[int] = set()
+        self.stacks = self._place(groups)
+
+    def _place(self, groups: Mapping[str, list[tuple[re.Match[str], Tensor]]]) -> str:
+        """Fills in the unscanned names; says in a word how the layers lay."""
+        blocks = sorted((g for g in groups if "/" in g), key=_number)
+        alone = {kind: sorted((g for g in groups if re.fullmatch(kind + r"_\d+", g)), key=_number)
+                 for kind in ("dense_layers", "layers", "moe_layers")}  # fmt: skip
+        said, start = [], 0
+        for kind in ("dense_layers", "layers", "moe_layers"):
+            for group in alone[kind]:
+                number = start + _number(group)
+                for match, tensor in groups[group]:
+                    self._show(f"{match['lead']}decoder/layers_{number}/{match['rest']}", tensor, tensor.shape)
+            if alone[kind]:
+                start += 1 + _number(alone[kind][-1])
+                said.append(f"unscanned:{len(alone[kind])}")
+            if kind in groups:
+                depth = self._take_apart(groups[kind], [start + k for k in range(self._depth(groups[kind])[1])])
+                start += depth
+                said.append(f"{kind}:{depth}")
+        for j, group in enumerate(blocks):
+            depth = self._depth(groups[group])[1]
+            self._take_apart(groups[group], [start + j + k * len(blocks) for k in range(depth)])
+            if group == blocks[-1]:
+                said.append(f"scanned_blocks/{len(blocks)}:{depth * len(blocks)}")
+        return ",".join(said)
+
+    def _depth(self, group: Iterable[tuple[re.Match[str], Tensor]]) -> tuple[int, int]:
+        """(axis, number of layers) of a stack."""
+        for match, tensor in group:
+            if match["rest"].endswith(f"/{SCALE}") and len(tensor.shape) == 2:
+                axis = 0 if tensor.shape[1] == 1 and tensor.shape[0] != 1 else 1
+                if tensor.shape == (1, 1):
+                    wide = next((t for m, t in group if m["rest"].endswith("/pre_alpha")), tensor)
+                    axis = 0 if wide.shape[0] == 1 != wide.shape[1] else 1
+                return axis, tensor.shape[axis]
+        some = next(iter(group))[1]
+        raise PortError(
+            f"{some.file}: {some.name} is in a scanned stack whose {SCALE} isn't [1, layers] or [layers, 1]"
+        )
+
+    def _take_apart(self, group: Sequence[tuple[re.Match[str], Tensor]], numbers: Sequence[int]) -> int:
+        axis, depth = self._depth(group)
+        self.axes.add(axis)
+        for match, tensor in group:
+            if len(tensor.shape) <= axis or tensor.shape[axis] != depth:
+                raise PortError(
+                    f"{tensor.file}: {tensor.name} must have {depth} layers along axis {axis}, got {list(tensor.shape)}"
+                )
+            shape = tensor.shape[:axis] + tensor.shape[axis + 1 :]
+            for k, number in enumerate(numbers):
+                name = f"{match['lead']}decoder/layers_{number}/{match['rest']}"
+                self._show(name, tensor, shape, depth)
+                self._slices[name] = (tensor.name, axis, k)
+        return depth
+
+    def _show(self, name: str, tensor: Tensor, shape: tuple[int, ...], depth: int = 1) -> None:
+        if name in self._shown:
+            raise PortError(f"{tensor.file}: {name} is there twice, scanned and not")
+        self._shown[name] = replace(tensor, name=tensor.name, shape=shape, nbytes=tensor.nbytes // depth)
+        self._alone[name] = tensor.name
+
+    def prepare(self, names: Iterable[str]) -> None:
+        self._whole.prepare(dict.fromkeys(self._alone.get(n, n) for n in names))
+
+    def read(self, name: str) -> np.ndarray:
+        leaf, axis, index = self._slices.get(name, (self._alone.get(name, name), 0, -1))
+        if leaf not in self._cache:
+            self._cache[leaf] = self._whole.read(leaf)
+        return self._cache[leaf] if index < 0 else np.take(self._cache[leaf], index, axis)
+
+    def close(self) -> None:
+        self._cache = {}
+        self._whole.close()
+
+
+def _number(group: str) -> int:
+    return int(group.rpartition("_")[2])
