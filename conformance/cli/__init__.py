@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from conformance.cli import bitwise, compare, fixtures, identify, power, report, run, status
+from conformance.cli import bitwise, compare, fixtures, identify, inspect, port, power, report, run, status
 from conformance.cli.app import app
 
-__all__ = ["bitwise", "compare", "fixtures", "identify", "main", "power", "report", "run", "status"]
+__all__ = ["bitwise", "compare", "fixtures", "identify", "inspect", "main", "port", "power", "report", "run", "status"]
 
 
 def main() -> None:

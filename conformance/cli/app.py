@@ -9,7 +9,7 @@ import typer
 FAILED, USAGE, SETUP = 1, 2, 3
 
 app = typer.Typer(
-    help="Conformance of mHC implementations to certified golden values.",
+    help="Conformance of mHC implementations to certified golden values, and ports of their weights.",
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
 

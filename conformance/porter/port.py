@@ -52,6 +52,7 @@ class Options:
         names: prefixes of the target's tensors, under ``attention``, ``ffn`` and ``head``.
         overwrite: replace a target that exists.
         dry_run: read names and shapes, write nothing.
+        read_back: read what was written, before it takes its place, and compare every bit.
         shard_bytes: largest shard of a directory.
     """
 
@@ -71,6 +72,7 @@ class Options:
     names: Mapping[str, str] = field(default_factory=dict)
     overwrite: bool = False
     dry_run: bool = False
+    read_back: bool = False
     shard_bytes: int = storage.SHARD_BYTES
 
 
@@ -83,6 +85,7 @@ class Report:
         rounding: the largest relative rounding of a weight.
         deviations: for each site the measured deviation of H, u and out (``head`` for a head).
         tensors: name, shape and dtype of what is written.
+            (of a dry run, what would be).
         written: where; None for a dry run or a refusal.
     """
 
@@ -91,6 +94,7 @@ class Report:
     target_layout: str
     source_dialect: str
     target_dialect: str
+    source_told_by: str
     told_by: str
     streams: int
     dim: int
@@ -107,6 +111,7 @@ class Report:
     deviations: dict[str, dict[str, float]] = field(default_factory=dict)
     tensors: dict[str, tuple[list[int], str]] = field(default_factory=dict)
     written: str | None = None
+    read_back: bool = False
 
     @property
     def largest(self) -> dict[str, float]:
@@ -175,6 +180,7 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
         if plan.verdict.kind == IMPOSSIBLE:
             raise Refused(plan.report.reason, CANNOT, report)
         if options.dry_run:
+            report.tensors = plan.tensors()
             return report
         model.prepare()
         sink = _sink(plan)
@@ -197,17 +203,17 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
             f"{report.reason}; largest deviation {_figures(report.largest)}: nothing is written without "
             f"--allow-approximate", REFUSED, report,
         )  # fmt: skip
-    tensors = sink.whole()
+    tensors = dict(sorted(sink.whole().items()))
     report.tensors = {name: (list(value.shape), str(value.dtype)) for name, value in tensors.items()}
     metadata = _metadata(report, plan, kind)
     if kind == "into":
         assert options.into
-        name = None
-        report.written = str(storage.write_into(options.into, tensors, metadata, name))
+        report.written = str(storage.write_into(options.into, tensors, metadata, options.read_back))
     else:
         assert target
-        storage.write(target, kind, tensors, metadata, options.shard_bytes)
+        storage.write(target, kind, tensors, metadata, options.shard_bytes, options.read_back)
         report.written = str(target)
+    report.read_back = options.read_back
     return report
 
 
@@ -252,6 +258,18 @@ class Plan:
     norm: dict[Site, np.ndarray]
     probes: probe.Probes
     report: Report
+
+    def tensors(self) -> dict[str, tuple[list[int], str]]:
+        """Name, shape and dtype of what will be written."""
+        model, sink, found = self.model, _sink(self), {}
+        dtype = self.options.dtype or "/".join(model.dtypes)
+        for place in self.places.values():
+            norm = bool(self.parameters["norm_weight"])
+            shapes = self.layout.file_shapes(place, model.streams, model.dim, model.residual, norm)
+            for row, shape in shapes.items():
+                name, _, stacked = sink.place(self.prefixes[place][row], shape)
+                found[name] = list(stacked), dtype
+        return dict(sorted(found.items()))
 
     def port_site(self, site: Site, sink: Stacker) -> tuple[float, probe.Projected]:
         """Reads, converts, packs and projects one site, and hands its tensors on.
@@ -327,7 +345,8 @@ def _plan(model: Model, layout: Layout, options: Options) -> Plan:
     report = Report(
         source=str(model.checkpoint.path), source_layout=model.layout.name, target_layout=layout.name,
         source_dialect=dialects.described(model.parameters), target_dialect=dialects.described(parameters),
-        told_by=told_by, streams=model.streams, dim=model.dim, sites=len(places), layers=len(model.layers),
+        source_told_by=model.told_by, told_by=told_by,
+        streams=model.streams, dim=model.dim, sites=len(places), layers=len(model.layers),
         head=HEAD in places, source_bytes=model.nbytes, verdict=verdict.kind, reason=str(verdict), notes=notes,
         left_out=left_out, probes=len(x),
     )  # fmt: skip

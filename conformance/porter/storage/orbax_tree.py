@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,12 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
         )
         chunked = {name: orbax.SaveArgs(chunk_byte_size=CHUNK) for name in tensors}
         arguments = orbax.args.PyTreeSave(_nested(dict(tensors)), save_args=_nested(chunked))
-        orbax.Checkpointer(handler).save(path.resolve(), arguments, custom_metadata=dict(metadata))
+        try:
+            orbax.Checkpointer(handler).save(path.resolve(), arguments, custom_metadata=dict(metadata))
+        except BaseException:
+            for unfinished in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

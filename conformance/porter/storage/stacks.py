@@ -114,18 +114,26 @@ class Stacker:
         self._lock = threading.Lock()
         self.tensors: dict[str, np.ndarray] = {}
 
+    def place(self, name: str, shape: tuple[int, ...]) -> tuple[str, int | None, tuple[int, ...]]:
+        """Where an unscanned tensor goes: its name there, its index (None for alone), and the shape of the whole."""
+        match = PLACE.fullmatch(name)
+        if not match:
+            return name, None, shape
+        where, index = self._places[_number(match["stack"])]
+        target = f"{match['lead']}decoder/{where}/{match['rest']}"
+        if index is None:
+            return target, None, shape
+        return target, index, (*shape[: self._axis], self._sizes[where], *shape[self._axis :])
+
     def add(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Some tensors, from any thread."""
         for name, value in tensors.items():
-            match = PLACE.fullmatch(name)
-            where, index = self._places[_number(match["stack"])] if match else ("", None)
-            target = f"{match['lead']}decoder/{where}/{match['rest']}" if match else name
+            target, index, shape = self.place(name, value.shape)
             if index is None:
                 self.tensors[target] = np.ascontiguousarray(value).reshape(value.shape)
                 continue
             with self._lock:
                 if target not in self.tensors:
-                    shape = (*value.shape[: self._axis], self._sizes[where], *value.shape[self._axis :])
                     self.tensors[target] = np.empty(shape, value.dtype)
                 self._found[target] += 1
             whole = self.tensors[target]

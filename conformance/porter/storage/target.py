@@ -18,7 +18,7 @@ from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
 from conformance.porter.storage import orbax_tree, torch_file
 from conformance.porter.storage.checkpoint import PORT_KEY
-from conformance.porter.storage.shards import Shard, index_of, read_index
+from conformance.porter.storage.shards import SafetensorsCheckpoint, Shard, index_of, read_index
 
 TORCH = (".pt", ".pth", ".bin")
 INDEX = "model.safetensors.index.json"
@@ -56,9 +56,17 @@ def check_target(path: Path, source: Path, overwrite: bool) -> None:
 
 
 def write(
-    path: Path, kind: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], shard_bytes: int
+    path: Path,
+    kind: str,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    shard_bytes: int,
+    read_back: bool = False,
 ) -> None:
     """A new checkpoint at ``path``, in the place of what was there.
+
+    Args:
+        read_back: read it again before it takes its place, and compare every bit.
 
     Raises:
         PortError: it can't be written; what was there before still is.
@@ -76,10 +84,27 @@ def write(
             else:
                 temporary.mkdir()
                 _shards(temporary, tensors, metadata, shard_bytes)
+            if read_back:
+                _compare(temporary, kind, tensors)
     except PortError:
         raise
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where its writer fails
         raise PortError(f"{path}: can't be written ({_reason(error)})") from error
+
+
+def _compare(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises for a tensor that doesn't lie in the file as it was in memory.
+
+    Raises:
+        PortError: it names the tensor.
+    """
+    opened = {"orbax": orbax_tree.OrbaxCheckpoint, "torch": torch_file.TorchCheckpoint}.get(kind, SafetensorsCheckpoint)
+    with opened(path) as checkpoint:
+        checkpoint.prepare(tensors)
+        for name, value in tensors.items():
+            found = checkpoint.read(name) if name in checkpoint.tensors else None
+            if found is None or found.dtype != value.dtype or found.tobytes() != np.ascontiguousarray(value).tobytes():
+                raise PortError(f"{path}: {name} was read back differently from how it was written: a broken disk?", 1)
 
 
 def _reason(error: Exception) -> str:
@@ -114,7 +139,7 @@ def _shards(directory: Path, tensors: Mapping[str, np.ndarray], metadata: Mappin
 
 
 def write_into(
-    directory: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], name: str | None
+    directory: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], read_back: bool = False
 ) -> Path:
     """One new shard in a directory of shards, and an index that names it; the old files stay as they are.
 
@@ -134,11 +159,7 @@ def write_into(
     content: dict[str, Any] = json.loads(index.read_text())  # with all that others wrote into it
     weight_map: dict[str, str] = content["weight_map"]
     last = max(weight_map.values(), default="")
-    shard = directory / (name or _next_name(directory, last))
-    if shard.exists():
-        raise PortError(f"{shard}: exists; name another shard")
-    if shard.name <= last:
-        raise PortError(f"{shard.name}: must sort after {last}, so that readers of all shards take the new tensors")
+    shard = directory / _next_name(directory, last)
     replaced = 0
     for file in sorted({weight_map[t] for t in tensors if t in weight_map}):
         old = Shard(directory / file)
@@ -152,6 +173,8 @@ def write_into(
     try:
         with atomic.whole(shard) as temporary:
             _save(temporary, tensors, metadata)
+            if read_back:
+                _compare(temporary, "safetensors", tensors)
         try:
             atomic.write(index, json.dumps(content, indent=2) + "\n")
         except OSError:

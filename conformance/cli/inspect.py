@@ -1,0 +1,48 @@
+"""``mhc-conformance inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from conformance.cli.app import app, stop
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A safetensors file or directory, torch state dict or Orbax tree.")],
+    layout: Annotated[str | None, typer.Option("--layout", help="Its layout; recognised where it isn't given.")] = None,
+    machine: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What a checkpoint holds of hyper-connections: layout, sites, sizes, dtypes, fitting dialects, what is odd.
+
+    Only headers and mHC tensors are read. Exit status: 0, or 2 where it can't be read, no layout fits or several do.
+    """
+    from conformance.porter.errors import PortError
+    from conformance.porter.inspection import inspect as look
+
+    try:
+        found = look(path, layout)
+    except PortError as error:
+        stop(str(error), error.status)
+    if machine:
+        typer.echo(json.dumps(found.as_dict(), indent=1))
+        return
+    sites = ", ".join(f"{kind} in {len(numbers)} layers" for kind, numbers in found.layers.items()) or "one module"
+    rows = {
+        "layout": f"{found.layout}, {found.storage} in {found.files} file{'s' if found.files > 1 else ''}"
+        + (f", layers {found.stacked}" if found.stacked else ""),
+        "sites": f"{found.sites}: {sites}{', a head' if found.head else ''}",
+        "sizes": f"n = {found.streams}, C = {found.dim}, residual {found.residual}, "
+        f"{'a' if found.norm_weight else 'no'} norm weight",
+        "tensors": f"{found.tensors} of {found.all_tensors}, {found.bytes / 1e6:.3f} MB, {', '.join(found.dtypes)}",
+        "dialect": f"{found.dialect} (told by {found.told_by})",
+        "fitting": ", ".join(found.dialects) or "none",
+    }
+    for name, text in rows.items():
+        typer.echo(f"{name:8} {text}")
+    for line in found.odd:
+        typer.echo(f"odd      {line}")

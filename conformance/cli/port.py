@@ -1,0 +1,205 @@
+"""``mhc-conformance port``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from conformance.cli.app import USAGE, app, stop
+
+if TYPE_CHECKING:
+    from conformance.porter.port import Report
+
+
+@app.command()
+def port(
+    source: Annotated[Path, typer.Argument(help="The checkpoint to port.")],
+    target: Annotated[
+        Path | None,
+        typer.Argument(help="What to write: NAME.safetensors, NAME.pt, or a directory (of shards, or an Orbax tree)."),
+    ] = None,
+    to: Annotated[str, typer.Option("--to", help="The target's layout.")] = "",
+    source_layout: Annotated[
+        str | None, typer.Option("--from", help="The source's layout; recognised where it isn't given.")
+    ] = None,
+    dialect: Annotated[
+        str | None,
+        typer.Option(help="The source's dialect, NAME[,key=value…]; else its metadata, config.json or layout says."),
+    ] = None,
+    to_dialect: Annotated[
+        str | None,
+        typer.Option(help="The target's, NAME[,key=value…]; else what the target's own software computes."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Store weights in this dtype; else each keeps its own.")] = None,
+    allow_approximate: Annotated[
+        bool, typer.Option("--allow-approximate", help="Write though the target computes another function.")
+    ] = False,
+    into: Annotated[
+        Path | None,
+        typer.Option(help="Put the tensors into this safetensors directory: a new shard and a new index."),
+    ] = None,
+    verify: Annotated[int, typer.Option(min=1, help="Probe tokens to evaluate source and target on.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the probes.")] = 0,
+    activations: Annotated[
+        Path | None, typer.Option(help="A .npy or .safetensors file of streams [..., n, C] to evaluate on too.")
+    ] = None,
+    norm_weight: Annotated[
+        Path | None,
+        typer.Option(help="Divide φ by this checkpoint's norm weights, for a target that has them."),
+    ] = None,
+    stacks: Annotated[
+        str,
+        typer.Option(
+            help="MaxText: layers (scanned), unscanned, dense_layers:3,moe_layers or unscanned:3,scanned_blocks/2."
+        ),
+    ] = "layers",
+    scan_axis: Annotated[int, typer.Option(min=0, max=1, help="MaxText: param_scan_axis.")] = 1,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(help="Prefix of the target's tensors, attention=model.layers.{layer}.mhc_attn.; also ffn=, head="),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read names and shapes, print the plan.")] = False,
+    read_back: Annotated[
+        bool, typer.Option("--read-back", help="Read the target again before it takes its place, and compare.")
+    ] = False,
+    machine: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="A line a site.")] = False,
+) -> None:
+    """Port the hyper-connections of a checkpoint to another layout and dialect, and say how exact the result is.
+
+    Exit status: 0 written; 4 approximate, and not allowed; 5 impossible; 2 a broken source, or a target in the way; 3 a
+    package is missing; 1 what was measured contradicts the verdict. Nothing is written but for 0.
+    """
+    from conformance.porter.errors import Ambiguous, PortError
+    from conformance.porter.port import Options, Refused
+    from conformance.porter.port import port as move
+    from conformance.porter.storage.stacks import Stacks
+
+    if not to:
+        stop("--to must name the target's layout: " + ", ".join(_layouts()), USAGE)
+    if into is not None and target is not None:
+        if target.resolve() != into.resolve():
+            stop(f"--into takes the tensors, {target} would too: name one of them", USAGE)
+        target = None
+    try:
+        given = Options(
+            to=to, source_layout=source_layout, dialect=dialect, to_dialect=to_dialect, dtype=dtype,
+            allow_approximate=allow_approximate, into=into, verify=verify, seed=seed,
+            activations=_activations(activations) if activations else None, norm_weight=norm_weight,
+            stacks=Stacks.parse(stacks), scan_axis=scan_axis, names=_names(names or []), overwrite=overwrite,
+            dry_run=dry_run, read_back=read_back,
+        )  # fmt: skip
+        try:
+            report = _run(move, source, target, given)
+        except Ambiguous as error:
+            if not (sys.stdin.isatty() and sys.stderr.isatty()):
+                raise
+            typer.echo(f"mhc-conformance: {error}", err=True)
+            chosen = typer.prompt(f"the source's layout ({', '.join(error.fits)})", err=True)
+            report = _run(move, source, target, _with(given, source_layout=chosen))
+    except Refused as error:
+        _show(error.report, machine, verbose)
+        stop(str(error), error.status)
+    except PortError as error:
+        stop(str(error), error.status)
+    _show(report, machine, verbose, dry_run)
+
+
+def _with(options: Any, **changes: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(options, **changes)
+
+
+def _run(move: Any, source: Path, target: Path | None, options: Any) -> Report:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("sites", total=None)
+        return move(source, target, options, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _layouts() -> list[str]:
+    from conformance.porter.layouts import layouts
+
+    return list(layouts())
+
+
+def _names(given: list[str]) -> dict[str, str]:
+    from conformance.porter.errors import PortError
+
+    found = {}
+    for text in given:
+        kind, equals, template = text.partition("=")
+        layered = kind in ("attention", "ffn")
+        if not equals or kind not in ("attention", "ffn", "head") or layered != ("{layer}" in template):
+            raise PortError(
+                f"--names must be attention=…{{layer}}…, ffn=…{{layer}}… or head=…, a prefix for each, got {text!r}"
+            )
+        found[kind] = template
+    return found
+
+
+def _activations(path: Path) -> Any:
+    """Streams from a file: the array of a .npy, all tensors of a safetensors file.
+
+    Raises:
+        PortError: it can't be read, or has no streams in it.
+    """
+    import numpy as np
+
+    from conformance.porter.errors import PortError
+    from conformance.porter.storage.opening import open_checkpoint
+
+    if path.suffix != ".npy":
+        with open_checkpoint(path) as checkpoint:
+            values = [checkpoint.read(name) for name in checkpoint.tensors]
+    else:
+        try:
+            values = [np.load(path, allow_pickle=False)]
+        except (OSError, ValueError) as error:
+            raise PortError(f"{path}: expected an array, got {error}") from error
+    for value in values:
+        if value.ndim < 2 or value.shape[-2:] != values[0].shape[-2:] or not np.isfinite(value).all():
+            raise PortError(
+                f"{path}: must hold finite streams [..., n, C], all of one n and C, got {list(value.shape)}"
+            )
+    if not values:
+        raise PortError(f"{path}: has no tensors")
+    return np.concatenate([v.astype(np.float64).reshape(-1, *v.shape[-2:]) for v in values])
+
+
+def _show(report: Report, machine: bool, verbose: bool, dry_run: bool = False) -> None:
+    if machine:
+        typer.echo(json.dumps(report.as_dict(), indent=1))
+        return
+    sites = f"{report.sites - report.head} sites{' and a head' if report.head else ''}"
+    typer.echo(
+        f"source   {report.source_layout}, {report.source}: {report.layers} layers, {sites}, "
+        f"n = {report.streams}, C = {report.dim}, {report.source_bytes / 1e6:.3f} MB"
+    )
+    typer.echo(f"dialect  {report.source_dialect} (told by {report.source_told_by})")
+    typer.echo(f"         to {report.target_dialect} (told by {report.told_by}), layout {report.target_layout}")
+    for note in report.notes:
+        typer.echo(f"note     {note}")
+    typer.echo(f"verdict  {report.reason}")
+    if report.deviations:
+        largest = ", ".join(f"{name} {value:.3g}" for name, value in report.largest.items())
+        typer.echo(f"measured on {report.probes} probe tokens: largest deviation {largest}")
+    if verbose:
+        for site, row in report.deviations.items():
+            typer.echo(f"  {site:24} " + "  ".join(f"{name} {value:.3g}" for name, value in row.items()))
+    if report.written:
+        typer.echo(
+            f"written  {report.written}, {len(report.tensors)} tensors{', read back' if report.read_back else ''}"
+        )
+    elif dry_run:
+        typer.echo("plan     nothing is written by a dry run; what would be:")
+        for name, (shape, kind) in report.tensors.items():
+            typer.echo(f"  {name} {shape} {kind}")
