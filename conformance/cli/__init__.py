@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from conformance.cli import bitwise, compare, fixtures, identify, inspect, port, power, report, run, status
+from conformance.cli import bitwise, compare, fixtures, identify, inspect, port, power, report, run, status, verdicts
 from conformance.cli.app import app
 
-__all__ = ["bitwise", "compare", "fixtures", "identify", "inspect", "main", "port", "power", "report", "run", "status"]
+__all__ = [
+    "bitwise",
+    "compare",
+    "fixtures",
+    "identify",
+    "inspect",
+    "main",
+    "port",
+    "power",
+    "report",
+    "run",
+    "status",
+    "verdicts",
+]
 
 
 def main() -> None:

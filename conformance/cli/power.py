@@ -33,7 +33,7 @@ def power(
     from rich.console import Console
     from rich.progress import Progress
 
-    from conformance import atomic
+    from conformance import atomic, document
 
     titles = [m.title() for m in measure.MUTANTS]
     chosen = [k for k, title in enumerate(titles) if not mutant or any(m.lower() in title.lower() for m in mutant)]
@@ -52,7 +52,7 @@ def power(
     if write or json:
         try:
             if write:
-                table.rewrite(write, table.markdown(result))
+                document.rewrite(write, "power", table.markdown(result))
             if json:
                 atomic.write(json, table.as_json(result))
         except (OSError, ValueError) as error:

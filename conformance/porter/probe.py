@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from conformance.oracle import formulas
+from conformance.oracle.data import normal
 from conformance.oracle.floats import Quick
 from conformance.porter.site import NORM, Site
 from conformance.stages import PROJECTIONS
@@ -36,9 +37,8 @@ class Float64(Quick):
 
 def activations(tokens: int, streams: int, dim: int, seed: int) -> np.ndarray:
     """Probe streams ``[tokens, n, C]``: normal, each stream of another scale."""
-    generator = np.random.Generator(np.random.PCG64(seed))
     scales = np.resize(np.array(SCALES), streams)
-    return generator.standard_normal((tokens, streams, dim)) * scales[:, None]
+    return normal(f"probe {seed}", (tokens, streams, dim)) * scales[:, None]
 
 
 @dataclass

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from rich.table import Table
 
-from conformance import atomic
 from conformance.corpus import corpus_hash
 from conformance.power.measure import DTYPES, Figures, Power
 from conformance.power.mutants import MUTANTS
 from conformance.report.read import POWER_FORMAT
-
-BEGIN, END = "<!-- power: begin -->", "<!-- power: end -->"
 
 
 def figure(ratio: float) -> str:
@@ -90,17 +86,3 @@ def as_json(power: Power) -> str:
         "problems": [*power.survivors, *power.false_alarms],
     }
     return json.dumps(found, indent=1) + "\n"
-
-
-def rewrite(path: Path, text: str) -> None:
-    """Puts ``text`` between the markers of a document.
-
-    Raises:
-        ValueError: the markers aren't there, once each and in order.
-    """
-    before = path.read_text(encoding="utf-8")
-    head, begin, rest = before.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path}: expected the lines {BEGIN} and {END}, in this order")
-    atomic.write(path, f"{head}{begin}\n{text}{end}{tail}")

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the plain implementation is in PyTorch, which is not installed")
 
+from conformance import document
 from conformance.power import measure, table
 from conformance.power.measure import Figures, Power
 from conformance.power.mutants import MUTANTS, Mutant
@@ -83,23 +84,23 @@ def test_tf32_keeps_ten_bits_and_rounds_ties_to_even():
 
 
 def test_the_table_is_put_between_the_markers(tmp_path):
-    document = tmp_path / "page.md"
-    document.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- power: begin -->\nold\n<!-- power: end -->\nafter\n")
     power = Power(True, {0: {d: Figures(9, {"a"}, 7.0, "a, b") for d in measure.DTYPES}})
-    table.rewrite(document, table.markdown(power))
-    text = document.read_text()
+    document.rewrite(page, "power", table.markdown(power))
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| Iterations - 1 | 1 · 7 · a, b |" in text
-    document.write_text("no markers")
+    page.write_text("no markers")
     with pytest.raises(ValueError, match="expected the lines"):
-        table.rewrite(document, "x")
+        document.rewrite(page, "power", "x")
 
 
 def test_the_readme_has_the_table_of_every_mutant():
     readme = Path(__file__).parents[2] / "README.md"
     if not readme.is_file():
         pytest.skip("an installed package has no README")
-    part = readme.read_text().partition(table.BEGIN)[2].partition(table.END)[0]
+    _, part, _ = document.split(readme, "power")
     found = [line.split(" | ")[0].removeprefix("| ") for line in part.splitlines() if line.startswith("| ")]
     assert found == ["mutant", *NUMBERS]
 

@@ -1,0 +1,43 @@
+"""``mhc-conformance verdicts``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from conformance.cli.app import USAGE, app, known_names, stop
+
+
+@app.command()
+def verdicts(
+    source: Annotated[str | None, typer.Argument(help="A dialect.")] = None,
+    target: Annotated[str | None, typer.Argument(help="Another: say what differs, and what a port would be.")] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="Put the table between the verdicts markers of this Markdown file.")
+    ] = None,
+) -> None:
+    """What a port between two dialects is: exact, exact to rounding, approximate or impossible.
+
+    Without dialects the table of all pairs; an approximate one has the deviation of out that a made-up site shows.
+    """
+    from conformance import document
+    from conformance.corpus import dialect_names
+    from conformance.porter import table
+
+    if (source is None) != (target is None):
+        stop("name two dialects, or none", USAGE)
+    if source is not None and target is not None:
+        known_names("dialect", [source, target], dialect_names())
+        for line in table.reasons(source, target):
+            typer.echo(line)
+        return
+    text = table.markdown()
+    try:
+        if write:
+            document.rewrite(write, "verdicts", text)
+        else:
+            typer.echo(text, nl=False)
+    except (OSError, ValueError) as error:
+        stop(str(error), USAGE)

@@ -1,0 +1,76 @@
+"""What a port between any two dialects is: derived, and measured on one made-up site, as a Markdown table."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from conformance.corpus import dialect_rows
+from conformance.oracle.data import normal
+from conformance.porter.convert import convert
+from conformance.porter.probe import Probes, activations
+from conformance.porter.site import NORM, Site, Weights, canonical_shapes
+from conformance.porter.verdict import APPROXIMATE, EXACT, IMPOSSIBLE, ROUNDING, Verdict, derive
+
+STREAMS, DIM, TOKENS = 4, 64, 64
+SITE = Site("layers", 0, "attention")
+ALPHAS = {"pre": 0.9, "post": -1.3, "res": 1.7}
+LEGEND = {
+    EXACT: "exact",
+    ROUNDING: "rounding",
+    IMPOSSIBLE: "—",
+}
+
+
+def made_up(residual: str, norm: bool) -> Weights:
+    """Weights of one site: α of order 1, biases of order 1, logits with a deviation of about 2."""
+    weights: Weights = {}
+    for name, shape in canonical_shapes(SITE, STREAMS, DIM, residual, norm).items():
+        if name == NORM:
+            weights[name] = 1 + 0.25 * normal(name, shape)
+        elif name.endswith("_alpha_scale"):
+            weights[name] = np.array([ALPHAS[name.partition("_")[0]]])
+        else:
+            weights[name] = normal(name, shape) * (shape[0] ** -0.5 if name.endswith("_alpha") else 1.0)
+    return {name: value.astype(np.float32) for name, value in weights.items()}
+
+
+def verdict(source: str, target: str) -> tuple[Verdict, float]:
+    """The verdict between two dialects, and the largest deviation of out that a port of `made_up` weights has."""
+    rows = dialect_rows()
+    before, after = rows[source], rows[target]
+    found = derive(before, after, STREAMS)
+    if found.kind == IMPOSSIBLE:
+        return found, 0.0
+    weights = made_up(before["residual"], before["norm_weight"])
+    ported, rounding = convert(SITE, weights, found.steps, STREAMS, before["residual"], None)
+    probes = Probes(activations(TOKENS, STREAMS, DIM, 0), before, after)
+    row = probes.project(SITE, weights, ported, rounding)
+    (deviation,) = probes.measure([row], found.kind == APPROXIMATE)
+    wrong = deviation.contradicts()
+    if wrong:
+        raise ArithmeticError(f"{source} to {target}: {wrong}")
+    return found, deviation.measured["out"]
+
+
+def markdown() -> str:
+    """The table: a row for each source, a column for each target."""
+    names = list(dialect_rows())
+    lines = ["| from \\ to | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for source in names:
+        cells = []
+        for target in names:
+            found, out = verdict(source, target)
+            cells.append(LEGEND.get(found.kind) or f"≈ {out:.0e}")
+        lines.append(f"| **{source}** | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""]) + "\n"
+
+
+def reasons(source: str, target: str) -> list[str]:
+    """A line for each difference between two dialects."""
+    found, out = verdict(source, target)
+    lines = [f"{reason.kind}: {reason.text}" for reason in found.reasons] or [EXACT]
+    if found.kind != IMPOSSIBLE:
+        lines.append(
+            f"measured on {TOKENS} tokens of a made-up site (n = {STREAMS}, C = {DIM}): out deviates by {out:.2g}"
+        )
+    return lines
