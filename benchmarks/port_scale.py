@@ -5,7 +5,7 @@ after imports and a small warm-up, it counts what `port` reads by the kernel's o
 process's peak resident memory (VmHWM), and times `port` against copying the same tensors with safetensors alone,
 both with their files in the page cache and synced to disk at the end, in turn, several times.
 
-    python benchmarks/port_scale.py [--keep DIR] [--rounds 9] [--json benchmarks/results/port-scale.json]
+    python benchmarks/port_scale.py [--rounds 15] [--json FILE] [--write conformance/PORTING.md] [--keep DIR]
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from conformance import atomic, document
 
 SHARDS, LAYERS, STREAMS, DIM, EXPERTS = 46, 43, 4, 4096, 256
 APPARENT = 160 * 10**9
@@ -177,8 +180,9 @@ def _warm_up(work: Path, target: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--keep", type=Path, help="make the checkpoint here, and leave it")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--write", type=Path, help="put what is printed between the scale markers of this document")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -200,36 +204,44 @@ def main() -> int:
     limit = READ_LIMIT * tensors + headers
     result = {"shards": SHARDS, "apparent bytes": apparent, "mHC bytes": tensors, "header bytes": headers, **found,
               "read limit": limit, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}  # fmt: skip
-    print(
-        f"{SHARDS} shards, {apparent / 1e9:.1f} GB apparent; mHC {tensors / 1e6:.1f} MB, headers {headers / 1e6:.1f} MB"
-    )
-    print(f"verdict          {found['verdict']}")
-    rows = [
-        (
-            "read (rchar)",
-            found["rchar"],
-            limit,
-            f"{(found['rchar'] - headers) / tensors:.4f} of the mHC bytes, after headers",
-        ),
-        ("read from disk", found["read_bytes"], limit, "read_bytes, files dropped from the page cache before"),
-        ("peak resident", found["peak"], MEMORY_LIMIT, "VmHWM of the process"),
-    ]
-    failed = False
-    for name, value, most, what in rows:
-        failed |= value > most
-        print(
-            f"{name:16} {value / 1e6:8.1f} MB, limit {most / 1e6:.1f} MB ({what}){'   FAILED' if value > most else ''}"
-        )
-    failed |= found["ratio"] > TIME_LIMIT
-    print(
-        f"time             {found['ratio']:.2f} times copying with safetensors, limit {TIME_LIMIT} (median of "
-        f"{arguments.rounds}; port {min(found['port seconds']):.2f} to {max(found['port seconds']):.2f} s, "
-        f"copy {min(found['copy seconds']):.2f} to {max(found['copy seconds']):.2f} s)"
-        f"{'   FAILED' if found['ratio'] > TIME_LIMIT else ''}"
-    )
+    text, failed = describe(result, arguments.rounds)
+    print(text, end="")
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        atomic.write(arguments.json, json.dumps(result, indent=1) + "\n")
+    if arguments.write:
+        document.rewrite(arguments.write, "scale", f"```\n{text}```\n")
     return int(failed)
+
+
+def describe(result: dict[str, Any], rounds: int) -> tuple[str, bool]:
+    """The figures beside their limits, and whether one is missed."""
+    tensors, headers, limit = result["mHC bytes"], result["header bytes"], result["read limit"]
+    share = (result["rchar"] - headers) / tensors
+    rows = [
+        ("read", result["rchar"], limit, f"rchar; headers and index, and {share:.4f} times the mHC tensors"),
+        (
+            "read from disk",
+            result["read_bytes"],
+            limit,
+            "read_bytes, with the files dropped from the page cache before",
+        ),
+        ("peak resident", result["peak"], MEMORY_LIMIT, "VmHWM of the process"),
+    ]
+    apparent = result["apparent bytes"] / 1e9
+    lines = [
+        f"{result['shards']} shards, {apparent:.1f} GB apparent size; mHC tensors {tensors / 1e6:.1f} MB, headers and "
+        f"index {headers / 1e6:.1f} MB; {result['machine']}"
+    ]
+    for name, value, most, what in rows:
+        missed = "   MISSED" if value > most else ""
+        lines.append(f"{name:15} {value / 1e6:6.1f} MB, limit {most / 1e6:.1f} MB ({what}){missed}")
+    ports, copies = sorted(result["port seconds"]), sorted(result["copy seconds"])
+    missed = "   MISSED" if result["ratio"] > TIME_LIMIT else ""
+    lines.append(
+        f"time            {result['ratio']:6.2f} times copying with safetensors, limit {TIME_LIMIT:.0f} (median of "
+        f"{rounds} rounds; port {ports[0]:.2f} to {ports[-1]:.2f} s, copy {copies[0]:.2f} to {copies[-1]:.2f} s){missed}"
+    )
+    return "\n".join([*lines, ""]), any(line.endswith("MISSED") for line in lines)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def inspect(
         "sizes": f"n = {found.streams}, C = {found.dim}, residual {found.residual}, "
         f"{'a' if found.norm_weight else 'no'} norm weight",
         "tensors": f"{found.tensors} of {found.all_tensors}, {found.bytes / 1e6:.3f} MB, {', '.join(found.dtypes)}",
-        "dialect": f"{found.dialect} (told by {found.told_by})",
+        "dialect": f"{found.dialect} ({found.told_by})",
         "fitting": ", ".join(found.dialects) or "none",
     }
     for name, text in rows.items():

@@ -184,8 +184,8 @@ def _show(report: Report, machine: bool, verbose: bool, dry_run: bool = False) -
         f"source   {report.source_layout}, {report.source}: {report.layers} layers, {sites}, "
         f"n = {report.streams}, C = {report.dim}, {report.source_bytes / 1e6:.3f} MB"
     )
-    typer.echo(f"dialect  {report.source_dialect} (told by {report.source_told_by})")
-    typer.echo(f"         to {report.target_dialect} (told by {report.told_by}), layout {report.target_layout}")
+    typer.echo(f"dialect  {report.source_dialect} ({report.source_told_by})")
+    typer.echo(f"         to {report.target_dialect} ({report.told_by}), layout {report.target_layout}")
     for note in report.notes:
         typer.echo(f"note     {note}")
     typer.echo(f"verdict  {report.reason}")

@@ -12,6 +12,7 @@ from conformance.porter.layout import Layout
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
 
 Parameters = dict[str, Any]
+FROM_METADATA, FROM_CONFIG = "from its metadata", "from its config.json"
 
 
 def parse(text: str) -> Parameters:
@@ -98,17 +99,17 @@ def of_checkpoint(layout: Layout, checkpoint: Checkpoint) -> tuple[Parameters, s
         noted = _json(noted, checkpoint)
         found = {k: v for k, v in dict(noted.get("parameters", {})).items() if k in rows["paper"]}
         if set(found) == set(rows["paper"]):
-            return check(found, str(checkpoint.path)), "its metadata"
+            return check(found, str(checkpoint.path)), FROM_METADATA
     if "parameters" in checkpoint.metadata and layout.name == "canonical":
         stated = _json(checkpoint.metadata["parameters"], checkpoint)
         found = {**rows[layout.dialect], **{k: v for k, v in stated.items() if k in rows["paper"]}}
-        return check(found, str(checkpoint.path)), "its metadata"
+        return check(found, str(checkpoint.path)), FROM_METADATA
     config = checkpoint.config or {}
     config = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     name = layout.models.get(str((config or {}).get("model_type")))
     if name and config:
-        return from_config(layout, name, config, str(checkpoint.path)), "its config.json"
-    return dict(rows[layout.dialect]), f"the layout {layout.name}"
+        return from_config(layout, name, config, str(checkpoint.path)), FROM_CONFIG
+    return dict(rows[layout.dialect]), "its layout's own"
 
 
 def from_config(layout: Layout, dialect: str, config: Mapping[str, Any], where: str) -> Parameters:

@@ -200,7 +200,7 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
     settle(report, plan.verdict)
     if plan.verdict.kind == APPROXIMATE and not options.allow_approximate:
         raise Refused(
-            f"{report.reason}; largest deviation {_figures(report.largest)}: nothing is written without "
+            f"the port is {APPROXIMATE}, largest deviation {_figures(report.largest)}: nothing is written without "
             f"--allow-approximate", REFUSED, report,
         )  # fmt: skip
     tensors = dict(sorted(sink.whole().items()))
@@ -231,7 +231,8 @@ def settle(report: Report, verdict: Verdict) -> None:
     if verdict.kind == ROUNDING and all(r.step for r in rounds) and report.rounding == 0:
         report.verdict, report.reason = EXACT, f"{EXACT}: {'; '.join(r.text for r in rounds)}, and nothing is rounded"
     elif verdict.kind == ROUNDING:
-        report.reason += f" (largest relative rounding of a weight {report.rounding:.3g})"
+        rounded = f"largest relative rounding {report.rounding:.3g}" if report.rounding else "none is rounded"
+        report.reason += f" (of the weights {rounded})"
 
 
 def _figures(largest: Mapping[str, float]) -> str:
@@ -385,12 +386,12 @@ def _target_parameters(model: Model, layout: Layout, options: Options) -> tuple[
     if options.to_dialect:
         found, told_by = dialects.parse(options.to_dialect), "as given"
     elif options.into is not None and (config := _config(layout, options.into)):
-        found, told_by = config, "its config.json"
+        found, told_by = config, dialects.FROM_CONFIG
     elif layout.name == "canonical":
-        found, told_by = dict(model.parameters), "the source"
+        found, told_by = dict(model.parameters), "the source's"
     else:
         fits = dialects.fitting(layout, layout.norm == "always", model.residual, model.head)
-        found, told_by = dialects.parse(fits[0] if fits else layout.dialect), f"the layout {layout.name}"
+        found, told_by = dialects.parse(fits[0] if fits else layout.dialect), "its layout's own"
         if model.head and layout.head and found["reduce"] != "mean":
             found["reduce"] = "head"
     if layout.norm == "always":
@@ -405,7 +406,7 @@ def _target_parameters(model: Model, layout: Layout, options: Options) -> tuple[
 def _config(layout: Layout, directory: Path) -> dict[str, Any] | None:
     with open_checkpoint(directory) as checkpoint:
         found, told_by = dialects.of_checkpoint(layout, checkpoint)
-    return found if told_by == "its config.json" else None
+    return found if told_by == dialects.FROM_CONFIG else None
 
 
 def _places(

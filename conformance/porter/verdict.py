@@ -84,10 +84,12 @@ def derive(
     for key in ("norm_eps", "norm_eps_position", "guard", "eps", "iterations", "pre_eps", "post_scale", "post_eps"):
         if source[key] != target[key]:
             reasons.append(Reason(APPROXIMATE, f"{NAMES[key]} {source[key]} becomes {target[key]}"))
-    for key in ("coefficients", "mixing"):
-        if source[key] != target[key]:
-            text = f"{key}: {source[key]} becomes {target[key]}, which rounds elsewhere (the weights are the same)"
-            reasons.append(Reason(ROUNDING, text))
+    moved = [key for key in ("coefficients", "mixing") if source[key] != target[key]]
+    if moved:
+        where = {"float32": "in float32", "activation": "in the dtype of x"}[target[moved[0]]]
+        reasons.append(
+            Reason(ROUNDING, f"{' and '.join(moved)} are {where} in the target: other roundings when it runs")
+        )
     if narrowed:
         reasons.append(Reason(ROUNDING, f"weights are stored in {narrowed}", "cast"))
     if head_lost:
