@@ -239,7 +239,8 @@ def describe(result: dict[str, Any], rounds: int) -> tuple[str, bool]:
     missed = "   MISSED" if result["ratio"] > TIME_LIMIT else ""
     lines.append(
         f"time            {result['ratio']:6.2f} times copying with safetensors, limit {TIME_LIMIT:.0f} (median of "
-        f"{rounds} rounds; port {ports[0]:.2f} to {ports[-1]:.2f} s, copy {copies[0]:.2f} to {copies[-1]:.2f} s){missed}"
+        f"{rounds} rounds; port {ports[0]:.2f} to {ports[-1]:.2f} s, copy {copies[0]:.2f} to {copies[-1]:.2f} s)"
+        + missed
     )
     return "\n".join([*lines, ""]), any(line.endswith("MISSED") for line in lines)
 

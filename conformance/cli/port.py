@@ -62,6 +62,9 @@ def port(
         list[str] | None,
         typer.Option(help="Prefix of the target's tensors, attention=model.layers.{layer}.mhc_attn.; also ffn=, head="),
     ] = None,
+    from_names: Annotated[
+        list[str] | None, typer.Option(help="The same of the source's, where its layout doesn't know them.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that exists.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read names and shapes, print the plan.")] = False,
     read_back: Annotated[
@@ -91,8 +94,8 @@ def port(
             to=to, source_layout=source_layout, dialect=dialect, to_dialect=to_dialect, dtype=dtype,
             allow_approximate=allow_approximate, into=into, verify=verify, seed=seed,
             activations=_activations(activations) if activations else None, norm_weight=norm_weight,
-            stacks=Stacks.parse(stacks), scan_axis=scan_axis, names=_names(names or []), overwrite=overwrite,
-            dry_run=dry_run, read_back=read_back,
+            stacks=Stacks.parse(stacks), scan_axis=scan_axis, names=_names(names or []),
+            source_names=_names(from_names or []), overwrite=overwrite, dry_run=dry_run, read_back=read_back,
         )  # fmt: skip
         try:
             report = _run(move, source, target, given)
@@ -140,7 +143,7 @@ def _names(given: list[str]) -> dict[str, str]:
         layered = kind in ("attention", "ffn")
         if not equals or kind not in ("attention", "ffn", "head") or layered != ("{layer}" in template):
             raise PortError(
-                f"--names must be attention=…{{layer}}…, ffn=…{{layer}}… or head=…, a prefix for each, got {text!r}"
+                f"names must be attention=…{{layer}}…, ffn=…{{layer}}… or head=…, a prefix for each, got {text!r}"
             )
         found[kind] = template
     return found

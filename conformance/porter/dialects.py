@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from conformance.corpus import dialect_rows
+from conformance.corpus import dialect_rows, fixtures
 from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
@@ -47,19 +48,22 @@ def _value(text: str, key: str, value: str) -> Any:
     return value
 
 
+@functools.cache
+def choices() -> dict[str, list[Any]]:
+    """What each parameter may be, where that is a choice: the schema of the dialects says it."""
+    schema = json.loads((fixtures() / "dialects.schema.json").read_text())
+    rows = schema["$defs"]["dialect"]["properties"]["parameters"]["properties"]
+    values = {name: row["allOf"][1]["properties"]["value"] for name, row in rows.items() if "allOf" in row}
+    return {name: value["enum"] for name, value in values.items() if "enum" in value}
+
+
 def check(parameters: Parameters, where: str) -> Parameters:
     """The parameters, where a layer can have them (``jax_impl.MHCConfig`` and ``torch_impl.MHCConfig`` check the same).
 
     Raises:
         PortError: a value that no layer has, or a combination.
     """
-    choices = {
-        "norm_eps_position": ("mean", "root"), "residual": ("sinkhorn", "permutations", "identity"),
-        "order": ("rows-first", "columns-first", None), "guard": ("none", "add", "clip", None),
-        "mix": ("in-out", "out-in", "identity"), "coefficients": ("float32", "activation"),
-        "mixing": ("float32", "activation"), "reduce": ("sum", "mean", "head", "none"),
-    }  # fmt: skip
-    for key, allowed in choices.items():
+    for key, allowed in choices().items():
         if parameters[key] not in allowed:
             raise PortError(f"{where}: {key} must be one of {', '.join(map(str, allowed))}, got {parameters[key]!r}")
     sinkhorn = parameters["residual"] == "sinkhorn"
@@ -104,12 +108,18 @@ def of_checkpoint(layout: Layout, checkpoint: Checkpoint) -> tuple[Parameters, s
         stated = _json(checkpoint.metadata["parameters"], checkpoint)
         found = {**rows[layout.dialect], **{k: v for k, v in stated.items() if k in rows["paper"]}}
         return check(found, str(checkpoint.path)), FROM_METADATA
-    config = checkpoint.config or {}
-    config = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    name = layout.models.get(str((config or {}).get("model_type")))
-    if name and config:
+    config = configuration(checkpoint)
+    name = layout.models.get(str(config.get("model_type")))
+    if name:
         return from_config(layout, name, config, str(checkpoint.path)), FROM_CONFIG
     return dict(rows[layout.dialect]), "its layout's own"
+
+
+def configuration(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The ``config.json`` beside a checkpoint, of its language model where it has several parts; empty without one."""
+    config = checkpoint.config or {}
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
 
 
 def from_config(layout: Layout, dialect: str, config: Mapping[str, Any], where: str) -> Parameters:

@@ -8,22 +8,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from conformance.porter.errors import PortError
-from conformance.porter.site import ALONE, HEAD, Site, Weights, canonical_shapes, columns
+from conformance.porter.site import ALONE, Site, Weights, canonical_shapes, columns
 
 PREFIXES = {
     "{any}": r"(?:.*[./])?",
+    "{layers}": r"(?:layers?|blocks?|h)",
     "{layer}": r"(?P<layer>\d+)",
     "{attention}": r"[\w.]*attn[\w.]*|[\w.]*attention[\w.]*",
     "{ffn}": r"[\w.]*(?:ffn|mlp|feed_forward|moe)[\w.]*",
 }
-WRITTEN = {"{any}": "", "{attention}": "attention", "{ffn}": "ffn"}
+WRITTEN = {"{any}": "", "{layers}": "layers", "{attention}": "attention", "{ffn}": "ffn"}
 MOST_STREAMS = 64
 
 
@@ -53,8 +54,8 @@ class Layout:
         rows: the tensors of a hyper-connection; a row whose parts a residual kind lacks is absent there.
         head: the tensors of a head.
         names: for ``(group, kind)`` the prefixes of a site's tensors: those that are recognised, the first one
-            written. ``{layer}`` is its number; ``{any}`` stands for anything, ``{attention}`` and ``{ffn}`` for a word
-            that says so.
+            written. ``{layer}`` is its number; ``{any}`` stands for anything, ``{layers}`` for layers, blocks or h,
+            ``{attention}`` and ``{ffn}`` for a word that says so.
         dialect: what its own software computes.
         anchors: rows that by themselves show a site to be there; all of them where empty.
         flat: order of the flat axis: ``streams-first`` (i*C + c) or ``dim-first`` (c*n + i).
@@ -83,15 +84,28 @@ class Layout:
 
     @cached_property
     def _patterns(self) -> list[tuple[str, str, re.Pattern[str]]]:
-        found = []
-        for (group, kind), templates in self.names.items():
-            rows = "|".join(re.escape(row.name) for row in self.rows_of(kind))
-            for template in templates:
-                prefix = re.escape(template)
-                for token, pattern in PREFIXES.items():
-                    prefix = prefix.replace(re.escape(token), f"(?:{pattern})" if "|" in pattern else pattern)
-                found.append((group, kind, re.compile(f"(?P<prefix>{prefix})(?P<row>{rows})")))
-        return found
+        return [
+            (group, kind, self._pattern(kind, template))
+            for (group, kind), templates in self.names.items()
+            for template in templates
+        ]
+
+    def _pattern(self, kind: str, template: str) -> re.Pattern[str]:
+        prefix = re.escape(template)
+        for token, pattern in PREFIXES.items():
+            prefix = prefix.replace(re.escape(token), f"(?:{pattern})" if "|" in pattern else pattern)
+        rows = "|".join(re.escape(row.name) for row in self.rows_of(kind))
+        return re.compile(f"(?P<prefix>{prefix})(?P<row>{rows})")
+
+    def named(self, names: Mapping[str, str]) -> Layout:
+        """The same layout with other prefixes before its own, under ``attention``, ``ffn`` and ``head``."""
+        if not names:
+            return self
+        found = dict(self.names)
+        for kind, template in names.items():
+            key = ("", "head") if kind == "head" else ("layers", kind)
+            found[key] = (template, *found.get(key, ()))
+        return replace(self, names=found)
 
     def rows_of(self, kind: str) -> tuple[Packed, ...]:
         return self.head if kind == "head" else self.rows
@@ -106,25 +120,18 @@ class Layout:
             for row in self.rows_of(kind)
         )
 
-    def template(self, site: Site, names: Mapping[str, str]) -> str | None:
+    def template(self, site: Site) -> str | None:
         """The prefix that ``site`` is written under, before its number is put in; None where it has none."""
-        if site.group == "layers" and site.kind in names:
-            return names[site.kind]
-        if site == HEAD and "head" in names:
-            return names["head"]
         templates = self.names.get((site.group, site.kind))
         return templates[0] if templates else None
 
-    def prefix(self, site: Site, names: Mapping[str, str]) -> str:
+    def prefix(self, site: Site) -> str:
         """The prefix of a site's tensors as written.
-
-        Args:
-            names: templates that take the place of the layout's own, under ``attention``, ``ffn`` and ``head``.
 
         Raises:
             PortError: the layout has no name for such a site.
         """
-        template = self.template(site, names)
+        template = self.template(site)
         if template is None:
             raise PortError(f"the layout {self.name} has no name for {site}")
         for token, text in WRITTEN.items():

@@ -83,18 +83,24 @@ class Model:
                 )
 
 
-def understand(checkpoint: Checkpoint, layout: str | None = None, dialect: str | None = None) -> Model:
+def understand(
+    checkpoint: Checkpoint,
+    layout: str | None = None,
+    dialect: str | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Model:
     """What a checkpoint holds, from names and shapes alone.
 
     Args:
         layout: its layout, recognised where it isn't given.
         dialect: its dialect; else its metadata, its ``config.json`` or its layout says.
+        names: prefixes of its tensors that the layout doesn't know, under ``attention``, ``ffn`` and ``head``.
 
     Raises:
         Ambiguous: two layouts fit.
         PortError: none does, or the tensors contradict each other.
     """
-    chosen, sites = _recognise(checkpoint, layout_named(layout) if layout else None)
+    chosen, sites = _recognise(checkpoint, layout_named(layout) if layout else None, names or {})
     sizes: dict[Site, tuple[int, int, str]] = {}
     known: dict[tuple[bool, tuple[tuple[str, tuple[int, ...]], ...]], tuple[int, int, str]] = {}
     for site, rows in sites.items():
@@ -114,6 +120,9 @@ def understand(checkpoint: Checkpoint, layout: str | None = None, dialect: str |
                 f"{checkpoint.tensors[name].file}: {name} has n = {n}, C = {width} ({kind}), "
                 f"and {first} has n = {streams}, C = {dim} ({residual}): all sites must be alike"
             )
+    stated = dialects.configuration(checkpoint).get("hc_mult")
+    if chosen.models and isinstance(stated, int) and stated != streams:
+        raise PortError(f"{checkpoint.path}: config.json says hc_mult = {stated}, and the tensors have n = {streams}")
     norms = {s: any(r.parts == (NORM,) and r.name in sites[s] for r in chosen.rows) for s in bodies if not s.head}
     norm = any(norms.values())
     if norm and not all(norms.values()):
@@ -136,11 +145,15 @@ def understand(checkpoint: Checkpoint, layout: str | None = None, dialect: str |
     return Model(checkpoint, chosen, sites, streams, dim, residual, norm, parameters, told_by)
 
 
-def _recognise(checkpoint: Checkpoint, given: Layout | None) -> tuple[Layout, dict[Site, dict[str, str]]]:
+def _recognise(
+    checkpoint: Checkpoint, given: Layout | None, prefixes: Mapping[str, str]
+) -> tuple[Layout, dict[Site, dict[str, str]]]:
     full: dict[str, dict[Site, dict[str, str]]] = {}
     lacking: list[tuple[int, str]] = []
     considered = [
-        layout for layout in ([given] if given else layouts().values()) if layout.orbax == (checkpoint.kind == "orbax")
+        layout.named(prefixes)
+        for layout in ([given] if given else layouts().values())
+        if layout.orbax == (checkpoint.kind == "orbax")
     ]
     names = _candidates(checkpoint, considered)
     for layout in considered:
@@ -161,7 +174,7 @@ def _recognise(checkpoint: Checkpoint, given: Layout | None) -> tuple[Layout, di
         raise Ambiguous(f"{checkpoint.path}: fits the layouts {' and '.join(full)}: say which with --from", list(full))
     if full:
         ((name, sites),) = full.items()
-        return layout_named(name), sites
+        return next(layout for layout in considered if layout.name == name), sites
     if lacking:
         raise PortError(max(lacking)[1])
     if given:

@@ -49,7 +49,8 @@ class Options:
         activations: streams ``[..., n, C]`` to evaluate on too.
         norm_weight: site's norm weights that φ is divided by, where the target has one and the source none.
         stacks, scan_axis: how MaxText's layers are stacked.
-        names: prefixes of the target's tensors, under ``attention``, ``ffn`` and ``head``.
+        source_names, names: prefixes of the source's and of the target's tensors where they aren't the layout's, under
+            ``attention``, ``ffn`` and ``head``, with ``{layer}`` for the number.
         overwrite: replace a target that exists.
         dry_run: read names and shapes, write nothing.
         read_back: read what was written, before it takes its place, and compare every bit.
@@ -69,6 +70,7 @@ class Options:
     norm_weight: Path | None = None
     stacks: Stacks = field(default_factory=Stacks)
     scan_axis: int = 1
+    source_names: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     overwrite: bool = False
     dry_run: bool = False
@@ -164,7 +166,7 @@ def port(
 
 
 def _port(source: Path, target: Path | None, options: Options, progress: Callable[[int, int], None] | None) -> Report:
-    layout = layout_named(options.to)
+    layout = layout_named(options.to).named(options.names)
     if (target is None) == (options.into is None):
         raise PortError("name a target, or a checkpoint that takes the tensors (--into), and not both")
     if target is not None:
@@ -174,7 +176,7 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
     else:
         kind = "into"
     with open_checkpoint(source) as checkpoint:
-        model = understand(checkpoint, options.source_layout, options.dialect)
+        model = understand(checkpoint, options.source_layout, options.dialect, options.source_names)
         plan = _plan(model, layout, options)
         report = plan.report
         if plan.verdict.kind == IMPOSSIBLE:
@@ -333,7 +335,7 @@ def _plan(model: Model, layout: Layout, options: Options) -> Plan:
     prefixes = {}
     for place in places.values():
         rows = [r.name for r in layout.rows_of(place.kind)]
-        prefix = "" if place in existing else layout.prefix(place, options.names)
+        prefix = "" if place in existing else layout.prefix(place)
         prefixes[place] = {r: existing.get(place, {}).get(r, prefix + r) for r in rows}
     x = probe.activations(options.verify, model.streams, model.dim, options.seed)
     if options.activations is not None:
@@ -418,10 +420,10 @@ def _places(
     head_lost = False
     for site in model.sites:
         place = site
-        if site == ALONE and layout.template(site, options.names) is None:
+        if site == ALONE and layout.template(site) is None:
             place = Site("layers", 0, "attention")
             notes.append("a module on its own: taken as the attention of layer 0")
-        if layout.template(place, options.names) is None:
+        if layout.template(place) is None:
             left_out.append(str(site))
             head_lost |= site == HEAD
         elif site == HEAD and parameters["reduce"] == "mean":

@@ -27,8 +27,8 @@ LAYOUT = Layout(
         Packed("head_scale", ("head_scale",), "m"),
     ),
     names={
-        ("layers", "attention"): ("layers.{layer}.attention.", "{any}layers.{layer}.{attention}."),
-        ("layers", "ffn"): ("layers.{layer}.ffn.", "{any}layers.{layer}.{ffn}."),
+        ("layers", "attention"): ("layers.{layer}.attention.", "{any}{layers}.{layer}.{attention}."),
+        ("layers", "ffn"): ("layers.{layer}.ffn.", "{any}{layers}.{layer}.{ffn}."),
         ("mtp", "attention"): ("mtp.{layer}.attention.",),
         ("mtp", "ffn"): ("mtp.{layer}.ffn.",),
         ("mtp", "head"): ("mtp.{layer}.head.",),

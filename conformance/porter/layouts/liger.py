@@ -16,8 +16,8 @@ LAYOUT = Layout(
         Packed("alpha_res", ("res_alpha_scale",), ""),
     ),
     names={
-        ("layers", "attention"): ("layers.{layer}.attention.", "{any}layers.{layer}.{attention}."),
-        ("layers", "ffn"): ("layers.{layer}.ffn.", "{any}layers.{layer}.{ffn}."),
+        ("layers", "attention"): ("layers.{layer}.attention.", "{any}{layers}.{layer}.{attention}."),
+        ("layers", "ffn"): ("layers.{layer}.ffn.", "{any}{layers}.{layer}.{ffn}."),
         ("", ""): ("",),
     },
 )

@@ -17,8 +17,8 @@ LAYOUT = Layout(
         Packed("norm_weight", ("mhc_norm.scale",), "k", optional=True),
     ),
     names={
-        ("layers", "attention"): ("layers.{layer}.attention.", "{any}layers.{layer}.{attention}."),
-        ("layers", "ffn"): ("layers.{layer}.ffn.", "{any}layers.{layer}.{ffn}."),
+        ("layers", "attention"): ("layers.{layer}.attention.", "{any}{layers}.{layer}.{attention}."),
+        ("layers", "ffn"): ("layers.{layer}.ffn.", "{any}{layers}.{layer}.{ffn}."),
         ("", ""): ("",),
     },
 )
