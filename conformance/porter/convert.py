@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from conformance.porter.errors import PortError
+from conformance.porter.errors import CANNOT, PortError
 from conformance.porter.site import NORM, Site, Weights
 from conformance.porter.verdict import IMPOSSIBLE
 from conformance.stages import PROJECTIONS
@@ -80,7 +80,7 @@ def _rounding(site: Site, name: str, exact: np.ndarray, stored: np.ndarray) -> f
     if not np.isfinite(narrow).all():
         where = np.argwhere(~np.isfinite(narrow))[0].tolist()
         raise PortError(
-            f"{site}, {name} {where}: {wide[tuple(where)]:g} doesn't fit into {stored.dtype} ({IMPOSSIBLE})", 5
+            f"{site}, {name} {where}: {wide[tuple(where)]:g} doesn't fit into {stored.dtype} ({IMPOSSIBLE})", CANNOT
         )
     difference = np.abs(narrow - wide)
     if not difference.any():

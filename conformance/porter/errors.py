@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+CONTRADICTED, BROKEN, PACKAGE, REFUSED, CANNOT = 1, 2, 3, 4, 5
+"""Exit statuses: the measurement contradicts the verdict; a broken input or a target in the way; a package is missing;
+approximate and not allowed; impossible."""
+
 
 class PortError(Exception):
     """What was expected, what came and what to do, in one line; it names the file and the tensor.
@@ -10,7 +14,7 @@ class PortError(Exception):
         status: the exit status of the command line.
     """
 
-    def __init__(self, message: str, status: int = 2):
+    def __init__(self, message: str, status: int = BROKEN):
         super().__init__(" ".join(message.split()))
         self.status = status
 

@@ -170,10 +170,9 @@ class Layout:
         """Tensors that the site lacks, under the names that they would have."""
         present = next(iter(rows.items()))
         prefix = present[1][: len(present[1]) - len(present[0])]
-        some = next((r for r in self.rows if r.parts == ("res_alpha",)), None)
         lacks = [r for r in self.rows_of(site.kind) if r.name not in rows and not r.optional]
-        residual = [r for r in self.rows_of(site.kind) if r.parts and all(p.startswith("res_") for p in r.parts)]
-        if some and "identity" in self.residuals and not any(r.name in rows for r in residual):
+        residual = [r for r in self.rows_of(site.kind) if all(p.startswith("res_") for p in r.parts)]
+        if "identity" in self.residuals and not any(r.name in rows for r in residual):  # H = I has none of them
             lacks = [r for r in lacks if r not in residual]
         return [prefix + r.name for r in lacks]
 

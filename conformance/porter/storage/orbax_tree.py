@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance.porter.errors import PortError
+from conformance.porter.errors import PACKAGE, PortError
 from conformance.porter.storage.checkpoint import Checkpoint, Tensor, check_dtype, flatten
 
 CHUNK = 4 * 2**20
@@ -24,7 +24,7 @@ def _orbax() -> Any:
         import orbax.checkpoint as orbax
     except ImportError as error:
         raise PortError(
-            "MaxText checkpoints need the extra 'orbax': pip install 'mhc-conformance[orbax]'", 3
+            "MaxText checkpoints need the extra 'orbax': pip install 'mhc-conformance[orbax]'", PACKAGE
         ) from error
     return orbax
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from conformance import atomic
-from conformance.porter.errors import PortError
+from conformance.porter.errors import CONTRADICTED, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.storage import orbax_tree, torch_file
 from conformance.porter.storage.checkpoint import PORT_KEY
@@ -104,7 +104,9 @@ def _compare(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> None:
         for name, value in tensors.items():
             found = checkpoint.read(name) if name in checkpoint.tensors else None
             if found is None or found.dtype != value.dtype or found.tobytes() != np.ascontiguousarray(value).tobytes():
-                raise PortError(f"{path}: {name} was read back differently from how it was written: a broken disk?", 1)
+                raise PortError(
+                    f"{path}: {name} was read back differently from how it was written: a broken disk?", CONTRADICTED
+                )
 
 
 def _reason(error: Exception) -> str:

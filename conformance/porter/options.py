@@ -1,0 +1,123 @@
+"""What a port is told, and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conformance.porter.errors import PortError
+from conformance.porter.storage.stacks import Stacks
+from conformance.porter.storage.target import SHARD_BYTES
+from conformance.porter.verdict import EXACT
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to port; the command line's options of the same names say more.
+
+    Attributes:
+        to: the target's layout.
+        source_layout: the source's; None to recognise it.
+        dialect: the source's; None for what the checkpoint says.
+        to_dialect: the target's; None for what the target's own software computes (for canonical: the source's).
+        dtype: that weights are stored in; None keeps each one's.
+        allow_approximate: write even where the target computes another function.
+        into: an existing safetensors directory that takes the tensors in a new shard.
+        verify: probe tokens that source and target are evaluated on.
+        seed: of the probes.
+        activations: streams ``[..., n, C]`` to evaluate on too.
+        norm_weight: site's norm weights that φ is divided by, where the target has one and the source none.
+        stacks, scan_axis: how MaxText's layers are stacked.
+        source_names, names: prefixes of the source's and of the target's tensors where they aren't the layout's, under
+            ``attention``, ``ffn`` and ``head``, with ``{layer}`` for the number.
+        overwrite: replace a target that exists.
+        dry_run: read names and shapes, write nothing.
+        read_back: read what was written, before it takes its place, and compare every bit.
+        shard_bytes: largest shard of a directory.
+    """
+
+    to: str
+    source_layout: str | None = None
+    dialect: str | None = None
+    to_dialect: str | None = None
+    dtype: str | None = None
+    allow_approximate: bool = False
+    into: Path | None = None
+    verify: int = 4
+    seed: int = 0
+    activations: np.ndarray | None = None
+    norm_weight: Path | None = None
+    stacks: Stacks = field(default_factory=Stacks)
+    scan_axis: int = 1
+    source_names: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    overwrite: bool = False
+    dry_run: bool = False
+    read_back: bool = False
+    shard_bytes: int = SHARD_BYTES
+
+
+@dataclass
+class Report:
+    """What was done, or would be.
+
+    Attributes:
+        verdict: its kind; `reason` says why.
+        rounding: the largest relative rounding of a weight.
+        deviations: for each site the measured deviation of H, u and out (``head`` for a head).
+        tensors: name, shape and dtype of what is written.
+            (of a dry run, what would be).
+        written: where; None for a dry run or a refusal.
+    """
+
+    source: str
+    source_layout: str
+    target_layout: str
+    source_dialect: str
+    target_dialect: str
+    source_told_by: str
+    told_by: str
+    streams: int
+    dim: int
+    sites: int
+    layers: int
+    head: bool
+    source_bytes: int
+    verdict: str = EXACT
+    reason: str = EXACT
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    rounding: float = 0.0
+    probes: int = 0
+    deviations: dict[str, dict[str, float]] = field(default_factory=dict)
+    tensors: dict[str, tuple[list[int], str]] = field(default_factory=dict)
+    written: str | None = None
+    read_back: bool = False
+
+    @property
+    def largest(self) -> dict[str, float]:
+        """The largest deviation of each quantity over all sites."""
+        found: dict[str, float] = {}
+        for row in self.deviations.values():
+            for name, value in row.items():
+                found[name] = max(found.get(name, 0.0), value)
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "largest": self.largest}
+
+
+class Refused(PortError):
+    """The verdict doesn't allow writing.
+
+    Attributes:
+        report: what was measured.
+    """
+
+    def __init__(self, message: str, status: int, report: Report):
+        super().__init__(message, status)
+        self.report = report

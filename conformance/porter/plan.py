@@ -1,0 +1,258 @@
+"""Everything about a port that is known before a tensor is read, and what is then done to each site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conformance.casecheck import DTYPES
+from conformance.porter import dialects, probe
+from conformance.porter.convert import convert
+from conformance.porter.errors import CANNOT, CONTRADICTED, PortError
+from conformance.porter.layout import Layout
+from conformance.porter.model import Model, understand
+from conformance.porter.options import Options, Report
+from conformance.porter.site import ALONE, HEAD, NORM, Site
+from conformance.porter.storage.opening import open_checkpoint
+from conformance.porter.storage.stacks import Stacker, Stacks
+from conformance.porter.verdict import APPROXIMATE, IMPOSSIBLE, Verdict, derive
+
+
+@dataclass
+class Plan:
+    """Everything that is known before a tensor is read.
+
+    Attributes:
+        places: for each site that is ported, the one it becomes.
+        prefixes: of the target's tensors.
+        norm: norm weights to divide φ by.
+    """
+
+    model: Model
+    layout: Layout
+    options: Options
+    parameters: dict[str, Any]
+    verdict: Verdict
+    places: dict[Site, Site]
+    prefixes: dict[Site, dict[str, str]]
+    norm: dict[Site, np.ndarray]
+    probes: probe.Probes
+    report: Report
+
+    def sink(self) -> Stacker:
+        """What takes the ported tensors; for layouts without scanned layers it only keeps them."""
+        if self.layout.orbax:
+            return Stacker(self.options.stacks, self.options.scan_axis, self.model.layers or [0])
+        return Stacker(Stacks(), 0, [])
+
+    def tensors(self) -> dict[str, tuple[list[int], str]]:
+        """Name, shape and dtype of what will be written."""
+        model, sink, found = self.model, self.sink(), {}
+        dtype = self.options.dtype or "/".join(model.dtypes)
+        for place in self.places.values():
+            norm = bool(self.parameters["norm_weight"])
+            shapes = self.layout.file_shapes(place, model.streams, model.dim, model.residual, norm)
+            for row, shape in shapes.items():
+                name, _, stacked = sink.place(self.prefixes[place][row], shape)
+                found[name] = list(stacked), dtype
+        return dict(sorted(found.items()))
+
+    def port_site(self, site: Site, sink: Stacker) -> tuple[float, probe.Projected]:
+        """Reads, converts, packs and projects one site, and hands its tensors on.
+
+        Returns:
+            The largest relative rounding of a weight, and the logits on the probes: of the source's weights, and of
+            the target's as its own layout reads them back.
+
+        Raises:
+            PortError: it is broken.
+        """
+        model, dtype = self.model, DTYPES[self.options.dtype] if self.options.dtype else None
+        weights, place = model.load(site), self.places[site]
+        found, rounding = convert(
+            site, weights, self.verdict.steps, model.streams, model.residual, dtype, self.norm.get(site)
+        )
+        packed = self.layout.pack(place, found, model.streams, model.dim, model.residual)
+        back = self.layout.unpack(place, packed, model.streams, model.dim, model.residual)
+        projected = self.probes.project(site, weights, back, rounding)
+        if not all(np.isfinite(z).all() for z in projected.source.values()):  # what isn't finite shows in a product
+            model.check(site)
+        sink.add({self.prefixes[place][row]: v for row, v in packed.items()})
+        return rounding, projected
+
+    def judge(self, rows: list[probe.Projected]) -> None:
+        """Takes the measurement into the report.
+
+        Raises:
+            PortError: it contradicts the verdict.
+        """
+        found = self.probes.measure(rows, self.verdict.kind == APPROXIMATE)
+        for row, deviation in zip(rows, found, strict=True):
+            self.report.deviations[str(row.site)] = deviation.measured
+            wrong = deviation.contradicts()
+            if not wrong and not np.isfinite(list(deviation.measured.values())).all():
+                wrong = "what the target computes isn't finite"
+            if wrong:
+                raise PortError(
+                    f"{row.site}: {wrong}, though the port is {self.verdict.kind}: that is a mistake of the porter, "
+                    f"nothing was written", CONTRADICTED,
+                )  # fmt: skip
+
+
+def make(model: Model, layout: Layout, options: Options) -> Plan:
+    if options.verify < 1:
+        raise PortError(f"at least one probe token is needed, got {options.verify}")
+    if options.dtype and options.dtype not in DTYPES:
+        raise PortError(f"unknown dtype {options.dtype!r}, expected one of {', '.join(DTYPES)}")
+    notes: list[str] = []
+    existing = _existing(model, layout, options)
+    parameters, told_by = _target_parameters(model, layout, options)
+    places, left_out, head_lost = _places(model, layout, options, parameters, notes)
+    norm, zeros = _norms(model, options, parameters, places)
+    verdict = derive(
+        model.parameters, parameters, model.streams, narrowed=_narrowed(model, options), head_lost=head_lost,
+        unfolded=bool(norm), zero_norm=zeros,
+    )  # fmt: skip
+    if parameters["reduce"] == "head" and not model.head:
+        notes.append("the target reduces the streams by a head, and the source has none")
+    prefixes = {}
+    for place in places.values():
+        rows = [r.name for r in layout.rows_of(place.kind)]
+        prefix = "" if place in existing else layout.prefix(place)
+        prefixes[place] = {r: existing.get(place, {}).get(r, prefix + r) for r in rows}
+    x = probe.activations(options.verify, model.streams, model.dim, options.seed)
+    if options.activations is not None:
+        given = options.activations
+        if given.shape[-2:] != (model.streams, model.dim):
+            raise PortError(
+                f"the activations must end in [{model.streams}, {model.dim}] (n, C), got {list(given.shape)}"
+            )
+        x = np.concatenate([x, given.astype(np.float64).reshape(-1, model.streams, model.dim)])
+    report = Report(
+        source=str(model.checkpoint.path), source_layout=model.layout.name, target_layout=layout.name,
+        source_dialect=dialects.described(model.parameters), target_dialect=dialects.described(parameters),
+        source_told_by=model.told_by, told_by=told_by,
+        streams=model.streams, dim=model.dim, sites=len(places), layers=len(model.layers),
+        head=HEAD in places, source_bytes=model.nbytes, verdict=verdict.kind, reason=str(verdict), notes=notes,
+        left_out=left_out, probes=len(x),
+    )  # fmt: skip
+    stacked = layout.orbax and options.stacks.segments != (("unscanned", None),)
+    if stacked:
+        options.stacks.places(len(model.layers) or 1)
+        notes.append(f"layers are stacked along axis {options.scan_axis}: {options.stacks}")
+    return Plan(model, layout, options, parameters, verdict, places, prefixes, norm,
+                probe.Probes(x, model.parameters, parameters), report)  # fmt: skip
+
+
+def _existing(model: Model, layout: Layout, options: Options) -> dict[Site, dict[str, str]]:
+    """Under which names the checkpoint that takes the tensors has them already."""
+    if options.into is None:
+        return {}
+    if layout.orbax or not options.into.is_dir():
+        raise PortError(f"{options.into}: --into takes a directory of safetensors shards")
+    with open_checkpoint(options.into) as checkpoint:
+        sites = layout.locate(checkpoint.tensors)
+        for site, rows in sites.items():
+            expected = layout.file_shapes(site, model.streams, model.dim, model.residual)
+            for row, name in rows.items():
+                if row in expected and checkpoint.tensors[name].shape != expected[row]:
+                    raise PortError(
+                        f"{checkpoint.tensors[name].file}: {name} is {list(checkpoint.tensors[name].shape)}, and the "
+                        f"source would make it {list(expected[row])}"
+                    )
+    return sites
+
+
+def _target_parameters(model: Model, layout: Layout, options: Options) -> tuple[dict[str, Any], str]:
+    """The target's dialect: as given, as the checkpoint that takes it says, or its own software's."""
+    if model.residual not in layout.residuals and not options.to_dialect:
+        message = derive(model.parameters, dialects.parse(layout.dialect), model.streams)
+        raise PortError(f"{IMPOSSIBLE}: {message.reasons[0].text}; {layout.name} has no place for it", CANNOT)
+    if options.to_dialect:
+        found, told_by = dialects.parse(options.to_dialect), "as given"
+    elif options.into is not None and (config := _config(layout, options.into)):
+        found, told_by = config, dialects.FROM_CONFIG
+    elif layout.name == "canonical":
+        found, told_by = dict(model.parameters), "the source's"
+    else:
+        fits = dialects.fitting(layout, layout.norm == "always", model.residual, model.head)
+        found, told_by = dialects.parse(fits[0] if fits else layout.dialect), "its layout's own"
+        if model.head and layout.head and found["reduce"] != "mean":
+            found["reduce"] = "head"
+    if layout.norm == "always":
+        found["norm_weight"] = True
+    if found["norm_weight"] and layout.norm == "never":
+        raise PortError(
+            f"the layout {layout.name} has no place for a norm weight: its dialect must have norm_weight=false"
+        )
+    return found, told_by
+
+
+def _config(layout: Layout, directory: Path) -> dict[str, Any] | None:
+    with open_checkpoint(directory) as checkpoint:
+        found, told_by = dialects.of_checkpoint(layout, checkpoint)
+    return found if told_by == dialects.FROM_CONFIG else None
+
+
+def _places(
+    model: Model, layout: Layout, options: Options, parameters: Mapping[str, Any], notes: list[str]
+) -> tuple[dict[Site, Site], list[str], bool]:
+    """Which site becomes which, what is left out, and whether the head is lost."""
+    places: dict[Site, Site] = {}
+    left_out: list[str] = []
+    head_lost = False
+    for site in model.sites:
+        place = site
+        if site == ALONE and layout.template(site) is None:
+            place = Site("layers", 0, "attention")
+            notes.append("a module on its own: taken as the attention of layer 0")
+        if layout.template(place) is None:
+            left_out.append(str(site))
+            head_lost |= site == HEAD
+        elif site == HEAD and parameters["reduce"] == "mean":
+            left_out.append(str(site))
+            head_lost = True
+        else:
+            places[site] = place
+    if not places:
+        raise PortError(
+            f"{model.checkpoint.path}: the layout {layout.name} has a place for none of {', '.join(left_out)}"
+        )
+    beyond = [s for s in left_out if s != str(HEAD)]
+    if beyond:
+        notes.append(f"left out, since {layout.name} has no name for them: {', '.join(beyond)}")
+    return places, left_out, head_lost
+
+
+def _norms(
+    model: Model, options: Options, parameters: Mapping[str, Any], places: Mapping[Site, Site]
+) -> tuple[dict[Site, np.ndarray], bool]:
+    """Norm weights to divide φ by, and whether one has zeros."""
+    if options.norm_weight is None:
+        return {}, False
+    if model.norm or not parameters["norm_weight"]:
+        raise PortError("--norm-weight is for a source without a norm weight and a target with one")
+    with open_checkpoint(options.norm_weight) as checkpoint:
+        other = understand(checkpoint)
+        if not other.norm or (other.streams, other.dim) != (model.streams, model.dim):
+            raise PortError(f"{options.norm_weight}: must have norm weights for n = {model.streams}, C = {model.dim}")
+        lacking = [str(s) for s in places if not s.head and s not in other.sites]
+        if lacking:
+            raise PortError(f"{options.norm_weight}: has no norm weight for {', '.join(lacking[:4])}")
+        other.prepare()
+        found = {s: other.load(s)[NORM] for s in places if not s.head}
+    return found, any(not np.all(w) for w in found.values())
+
+
+def _narrowed(model: Model, options: Options) -> str:
+    """The dtype asked for, where some weight's own holds more."""
+    if not options.dtype:
+        return ""
+    held = {"float64": (52, 11), "float32": (23, 8), "float16": (10, 5), "bfloat16": (7, 8)}
+    target = held[options.dtype]
+    wider = [d for d in model.dtypes if d in held and any(a > b for a, b in zip(held[d], target, strict=True))]
+    return options.dtype if wider else ""
