@@ -27,6 +27,28 @@ def _flat(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape
 
 
+def from_flat(
+    flat: Mapping[str, Array], config: MHCConfig, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Array]:
+    """One site's weights in their in-memory shapes, from flat ones as files and MaxText's trees have them.
+
+    Args:
+        flat: arrays under the canonical names, projections ``[n*C, m]`` and the norm weight ``[n*C]``.
+        shapes: names and in-memory shapes; the layer's unless given (`functional.head_shapes` for a head).
+
+    Raises:
+        ValueError: a name is missing or surplus, or a shape is another.
+    """
+    shapes = weight_shapes(config) if shapes is None else shapes
+    missing, surplus = sorted(set(shapes) - set(flat)), sorted(set(flat) - set(shapes))
+    if missing or surplus:
+        raise ValueError(f"weights: missing {missing or 'none'}, surplus {surplus or 'none'}")
+    for name, value in flat.items():
+        if tuple(value.shape) != _flat(name, shapes[name]):
+            raise ValueError(f"{name} must be {list(_flat(name, shapes[name]))}, got {list(value.shape)}")
+    return {name: flat[name].reshape(shape) for name, shape in shapes.items()}
+
+
 def load_weights(
     path: str | Path, config: MHCConfig, prefix: str = "", shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, Array]:
@@ -64,7 +86,7 @@ def load_weights(
             raise ValueError(f"{path}: {present[name]} must be {list(expected)}, got {list(value.shape)}")
         if not np.isfinite(value.astype(np.float64)).all():
             raise ValueError(f"{path}: {present[name]} must be finite, got NaN or infinity")
-    return {name: jnp.asarray(value.reshape(shapes[name])) for name, value in found.items()}
+    return from_flat({name: jnp.asarray(value) for name, value in found.items()}, config, shapes)
 
 
 def save_weights(path: str | Path, weights: Mapping[str, Array], config: MHCConfig, prefix: str = "") -> None:

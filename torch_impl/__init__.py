@@ -17,7 +17,7 @@ from torch_impl.functional import (
     sinkhorn,
 )
 from torch_impl.modules import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections
-from torch_impl.weights import load_weights, save_weights
+from torch_impl.weights import from_flat, load_weights, save_weights
 
 __all__ = [
     "Context",
@@ -27,6 +27,7 @@ __all__ = [
     "ManifoldConstrainedHyperConnections",
     "coefficients",
     "expand",
+    "from_flat",
     "head",
     "load_weights",
     "permutations",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from torch_impl import HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, load_weights
+from torch_impl import HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, from_flat, load_weights
 
 CONFIG = MHCConfig.from_dialect("maxtext", streams=3, dim=4)
 GOLDEN = Path(__file__).resolve().parents[2] / "fixtures" / "golden" / "generic-n4-maxtext.safetensors"
@@ -80,3 +80,15 @@ def test_nothing_half_written_is_left(tmp_path):
     with pytest.raises(OSError):
         ManifoldConstrainedHyperConnections(CONFIG).save_weights(tmp_path / "absent" / "x.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_flat_weights_take_their_shapes_in_memory_and_others_are_named():
+    weights = ManifoldConstrainedHyperConnections(CONFIG).weights()
+    flat = {k: v.reshape(-1, v.shape[-1]) if v.ndim == 3 else v for k, v in weights.items()}
+    flat["mhc_norm.scale"] = flat["mhc_norm.scale"].reshape(-1)
+    found = from_flat(flat, CONFIG)
+    assert all(found[k].shape == v.shape and (found[k] == v).all() for k, v in weights.items())
+    with pytest.raises(ValueError, match=r"missing \['pre_beta'\], surplus none"):
+        from_flat({k: v for k, v in flat.items() if k != "pre_beta"}, CONFIG)
+    with pytest.raises(ValueError, match=r"res_alpha must be \[12, 9\], got \[9, 12\]"):
+        from_flat({**flat, "res_alpha": flat["res_alpha"].T}, CONFIG)

@@ -21,7 +21,7 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise PortError(
-            "a torch state dict needs the extra 'torch': pip install 'mhc-conformance[torch]'", 3
+            "a torch state dict needs the extra 'torch': pip install 'mhc-conformance[torch]'", PACKAGE
         ) from error
     return torch
 
