@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from math import factorial
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from conformance.stages import STAGES
+from conformance.stages import STAGES, head_shapes, layer_shapes, residual_columns
 
 DTYPES = {
     "float64": np.dtype(np.float64),
@@ -82,20 +81,13 @@ def check_description(path: Path, case: Any) -> None:
 def _endings(parameters: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The last axes that each input and weight must have."""
     n, dim = parameters["streams"], parameters["dim"]
-    permuted = parameters["residual"] == "permutations"
-    res = (factorial(n),) if permuted else (n, n)
-    shapes: dict[str, tuple[int, ...]] = {
+    res = (residual_columns(n, "permutations"),) if parameters["residual"] == "permutations" else (n, n)
+    weights = {**layer_shapes(n, dim, parameters["residual"]), **head_shapes(n, dim)}
+    return {
         "input/x": (n, dim), "input/embedding": (dim,), "input/y": (dim,), "input/post": (n,), "input/H": (n, n),
         "input/logits": res, "input/norm_scale": (dim,), "input/branch_scale": (dim,),
-        "weight/mhc_norm.scale": (n * dim,), "weight/res_beta": res,
-        "weight/head_fn": (n * dim, n), "weight/head_base": (n,), "weight/head_scale": (1,),
+        **{f"weight/{name}": shape for name, shape in weights.items()},
     }  # fmt: skip
-    for part, columns in (("pre", n), ("post", n), ("res", int(np.prod(res)))):
-        shapes[f"weight/{part}_alpha"] = (n * dim, columns)
-        shapes[f"weight/{part}_alpha_scale"] = (1,)
-        if part != "res":
-            shapes[f"weight/{part}_beta"] = (n,)
-    return shapes
 
 
 def check_tensors(path: Path, case: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:

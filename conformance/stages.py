@@ -7,6 +7,7 @@ gates and of H (mathematics.md, "Precision").
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 ACTIVATION, WEIGHT, COEFFICIENT = "x", "weights", "coefficients"
@@ -18,6 +19,28 @@ LAYER_WEIGHTS = (
 )
 HEAD_WEIGHTS = ("head_fn", "head_base", "head_scale")
 BRANCHES = ("attention", "mlp_dense", "mlp_moe")
+
+
+def residual_columns(streams: int, residual: str) -> int:
+    """Columns of the residual projection: n*n, n! or none."""
+    return {"sinkhorn": streams**2, "permutations": math.factorial(streams), "identity": 0}[residual]
+
+
+def layer_shapes(streams: int, dim: int, residual: str, norm: bool = True) -> dict[str, tuple[int, ...]]:
+    """Name and flat shape of each weight of a layer (fixtures/README.md, 11)."""
+    flat, columns = streams * dim, residual_columns(streams, residual)
+    shapes: dict[str, tuple[int, ...]] = {"mhc_norm.scale": (flat,)} if norm else {}
+    for part, width in zip(PROJECTIONS, (streams, streams, columns), strict=True):
+        if width:
+            beta = (streams, streams) if part == "res" and residual == "sinkhorn" else (width,)
+            shapes |= {f"{part}_alpha": (flat, width), f"{part}_alpha_scale": (1,), f"{part}_beta": beta}
+    return shapes
+
+
+def head_shapes(streams: int, dim: int) -> dict[str, tuple[int, ...]]:
+    """Name and flat shape of each weight of a head."""
+    return {"head_fn": (streams * dim, streams), "head_base": (streams,), "head_scale": (1,)}
+
 
 NORM = ("norm_eps", "norm_eps_position", "coefficients")
 MATRIX = ("residual", "order", "guard", "eps", "iterations")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from conformance.porter.errors import PortError
-from conformance.porter.site import ALONE, Site, Weights, canonical_shapes, columns
+from conformance.porter.site import ALONE, Site, Weights, canonical_shapes
 
 PREFIXES = {
     "{any}": r"(?:.*[./])?",
@@ -308,7 +308,8 @@ def _explain(
                 best = (agree, text)
     if best:
         return best[1]
-    width = sum(columns(p.split("_")[0], 4, "sinkhorn") for p in wide.parts if p.endswith("_alpha"))
+    shapes_of_4 = canonical_shapes(site, 4, 1, "sinkhorn", True)
+    width = sum(shapes_of_4[p][-1] for p in wide.parts)
     return (
         f"no number of streams explains {wide.name} {list(shapes[wide.name])} beside "
         + ", ".join(f"{k} {list(v)}" for k, v in shapes.items() if k != wide.name)

@@ -104,6 +104,11 @@ class Plan:
 
 
 def make(model: Model, layout: Layout, options: Options) -> Plan:
+    """The plan of a port.
+
+    Raises:
+        PortError: the options contradict the source, the target's layout or the checkpoint that takes the tensors.
+    """
     if options.verify < 1:
         raise PortError(f"at least one probe token is needed, got {options.verify}")
     if options.dtype and options.dtype not in DTYPES:
@@ -117,7 +122,7 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
         model.parameters, parameters, model.streams, narrowed=_narrowed(model, options), head_lost=head_lost,
         unfolded=bool(norm), zero_norm=zeros,
     )  # fmt: skip
-    if parameters["reduce"] == "head" and not model.head:
+    if parameters["reduce"] == "head" and not model.head and model.layers:
         notes.append("the target reduces the streams by a head, and the source has none")
     prefixes = {}
     for place in places.values():

@@ -55,6 +55,8 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
     layout = layout_named(options.to).named(options.names)
     if (target is None) == (options.into is None):
         raise PortError("name a target, or a checkpoint that takes the tensors (--into), and not both")
+    if options.into is not None and options.into.resolve() == source.resolve():
+        raise PortError(f"{options.into}: is the source, which is never written to: copy it first")
     if target is not None:
         kind = storage.kind_of(target, layout)
         if not options.dry_run:

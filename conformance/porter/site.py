@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from conformance.stages import HEAD_WEIGHTS, LAYER_WEIGHTS, PROJECTIONS
+from conformance.stages import head_shapes, layer_shapes
 
 NORM = "mhc_norm.scale"
 Weights = dict[str, np.ndarray]
@@ -44,22 +43,6 @@ HEAD = Site("", None, "head")
 ALONE = Site("", None, "")
 
 
-def columns(part: str, streams: int, residual: str) -> int:
-    """Columns of one projection: n, n, and n*n, n! or none."""
-    if part != "res":
-        return streams
-    return {"sinkhorn": streams**2, "permutations": math.factorial(streams), "identity": 0}[residual]
-
-
 def canonical_shapes(site: Site, streams: int, dim: int, residual: str, norm: bool) -> dict[str, tuple[int, ...]]:
-    """Name and flat shape of each canonical weight of a site (mathematics.md, "Symbols")."""
-    flat = streams * dim
-    if site.head:
-        return dict(zip(HEAD_WEIGHTS, ((flat, streams), (streams,), (1,)), strict=True))
-    shapes: dict[str, tuple[int, ...]] = {NORM: (flat,)} if norm else {}
-    for part in PROJECTIONS:
-        width = columns(part, streams, residual)
-        if width:
-            beta = (streams, streams) if part == "res" and residual == "sinkhorn" else (width,)
-            shapes |= {f"{part}_alpha": (flat, width), f"{part}_alpha_scale": (1,), f"{part}_beta": beta}
-    return {name: shapes[name] for name in LAYER_WEIGHTS if name in shapes}
+    """Name and flat shape of each canonical weight of a site."""
+    return head_shapes(streams, dim) if site.head else layer_shapes(streams, dim, residual, norm)
