@@ -16,6 +16,12 @@ Parameters = dict[str, Any]
 FROM_METADATA, FROM_CONFIG = "from its metadata", "from its config.json"
 
 
+@functools.cache
+def known() -> dict[str, Parameters]:
+    """Every dialect's parameters, not to be changed."""
+    return dialect_rows()
+
+
 def parse(text: str) -> Parameters:
     """A dialect with what departs from it, ``maxtext,norm_eps=1e-6``.
 
@@ -23,7 +29,7 @@ def parse(text: str) -> Parameters:
         PortError: an unknown dialect or parameter, or a value of the wrong kind.
     """
     name, *changes = text.split(",")
-    rows = dialect_rows()
+    rows = known()
     if name not in rows:
         raise PortError(f"unknown dialect {name!r}, expected one of {', '.join(rows)}")
     found = dict(rows[name])
@@ -85,7 +91,7 @@ def check(parameters: Parameters, where: str) -> Parameters:
 
 def described(parameters: Mapping[str, Any]) -> str:
     """The nearest dialect's name and what departs from it."""
-    rows = dialect_rows()
+    rows = known()
     departs = {name: [f"{k}={parameters[k]}" for k in row if parameters[k] != row[k]] for name, row in rows.items()}
     nearest = min(departs, key=lambda name: len(departs[name]))
     return ",".join([nearest, *departs[nearest]])
@@ -97,7 +103,7 @@ def of_checkpoint(layout: Layout, checkpoint: Checkpoint) -> tuple[Parameters, s
     Raises:
         PortError: what it says is no dialect.
     """
-    rows = dialect_rows()
+    rows = known()
     noted = checkpoint.metadata.get(PORT_KEY)
     if noted is not None:
         noted = _json(noted, checkpoint)
@@ -124,7 +130,7 @@ def configuration(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def from_config(layout: Layout, dialect: str, config: Mapping[str, Any], where: str) -> Parameters:
     """The dialect with the values that a ``config.json`` sets."""
-    found = dict(dialect_rows()[dialect])
+    found = dict(known()[dialect])
     for key, names in layout.config.items():
         value = config.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -144,7 +150,7 @@ def fitting(layout: Layout, norm: bool, residual: str, head: bool) -> list[str]:
     """Dialects whose weights look like these, the layout's own first."""
     fits = [
         name
-        for name, row in dialect_rows().items()
+        for name, row in known().items()
         if row["residual"] == residual and (row["norm_weight"] == norm or layout.norm == "always")
         and (not head or row["reduce"] in ("head", "none", "sum"))
     ]  # fmt: skip
