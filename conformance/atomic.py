@@ -34,6 +34,7 @@ def whole(path: Path) -> Iterator[Path]:
             them at once; what was there before still is.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    _remove(temporary)  # of a process that died and had this number
     try:
         yield temporary
         for part in sorted(temporary.rglob("*")) if temporary.is_dir() else []:
@@ -43,12 +44,17 @@ def whole(path: Path) -> Iterator[Path]:
             _exchange(temporary, path)
         else:
             temporary.replace(path)
-        _sync(path.parent)
+        with contextlib.suppress(OSError):  # it has taken its place: no failure from here on
+            _sync(path.parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -54,13 +54,32 @@ def convert(
             found["res_beta"] = beta.T if residual == "sinkhorn" else beta[order]
     largest = 0.0
     for name, value in found.items():
-        if value.dtype == kept[name]:
-            continue
         with np.errstate(over="ignore"):
-            narrow = value.astype(kept[name])
-        largest = max(largest, _rounding(site, name, value, narrow))
-        found[name] = narrow
+            stored = value.astype(kept[name], copy=False)
+        if stored is not weights.get(name):
+            largest = max(largest, _rounding(site, name, value, stored), _unseen(name, weights, steps, stored, norm))
+        found[name] = stored
     return found, largest
+
+
+def _unseen(
+    name: str,
+    weights: Mapping[str, np.ndarray],
+    steps: tuple[str, ...],
+    stored: np.ndarray,
+    norm: np.ndarray | None,
+) -> float:
+    """The rounding of a product or quotient in float64 itself, which nothing wider is there to measure.
+
+    A product of two narrower numbers is exact in float64, and so is one by a power of two.
+    """
+    factor = weights[NORM] if "fold" in steps else norm if "unfold" in steps else None
+    if name not in ALPHAS or factor is None or stored.dtype != np.float64:
+        return 0.0
+    if "fold" in steps and weights[name].dtype != np.float64 and factor.dtype != np.float64:
+        return 0.0
+    mantissas = np.abs(np.frexp(factor.astype(np.float64))[0])
+    return 0.0 if np.isin(mantissas, (0.0, 0.5)).all() else 2.0**-53
 
 
 def transposition(streams: int, residual: str) -> list[int]:

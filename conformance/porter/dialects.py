@@ -13,6 +13,7 @@ from conformance.porter.layout import Layout
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
 
 Parameters = dict[str, Any]
+MOST = 1e300
 FROM_METADATA, FROM_CONFIG = "from its metadata", "from its config.json"
 
 
@@ -73,6 +74,13 @@ def check(parameters: Parameters, where: str) -> Parameters:
         if parameters[key] not in allowed:
             raise PortError(f"{where}: {key} must be one of {', '.join(map(str, allowed))}, got {parameters[key]!r}")
     sinkhorn = parameters["residual"] == "sinkhorn"
+    if type(parameters["norm_weight"]) is not bool:
+        raise PortError(f"{where}: norm_weight must be true or false, got {parameters['norm_weight']!r}")
+    for key in ("norm_eps", "pre_eps", "post_scale", "post_eps", *(("eps",) if sinkhorn else ())):
+        value = parameters[key]
+        real = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
+        if not real or value < 0 or (key == "post_scale" and value == 0):
+            raise PortError(f"{where}: {key} must be a finite non-negative number, got {str(value)[:40]}")
     for key in ("order", "guard", "eps", "iterations"):
         if (parameters[key] is not None) != sinkhorn:
             raise PortError(f"{where}: {key} belongs to residual=sinkhorn, got {parameters[key]!r}")
@@ -80,12 +88,8 @@ def check(parameters: Parameters, where: str) -> Parameters:
         raise PortError(f"{where}: mix=identity goes with residual=identity alone")
     if sinkhorn and (parameters["guard"] == "none") != (parameters["eps"] == 0):
         raise PortError(f"{where}: eps must be 0 with guard none and positive with any other, got {parameters['eps']}")
-    if sinkhorn and parameters["iterations"] < 1:
-        raise PortError(f"{where}: iterations must be at least 1, got {parameters['iterations']}")
-    for key in ("norm_eps", "pre_eps", "post_scale", "post_eps", *(("eps",) if sinkhorn else ())):
-        value = parameters[key]
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-            raise PortError(f"{where}: {key} must be a finite non-negative number, got {value!r}")
+    if sinkhorn and (type(parameters["iterations"]) is not int or parameters["iterations"] < 1):
+        raise PortError(f"{where}: iterations must be an integer of at least 1, got {parameters['iterations']!r}")
     return parameters
 
 
@@ -104,20 +108,19 @@ def of_checkpoint(layout: Layout, checkpoint: Checkpoint) -> tuple[Parameters, s
         PortError: what it says is no dialect.
     """
     rows = known()
+    configured = from_config(layout, checkpoint)  # what the software will run, whatever was noted
+    if configured:
+        return configured, FROM_CONFIG
     noted = checkpoint.metadata.get(PORT_KEY)
     if noted is not None:
-        noted = _json(noted, checkpoint)
-        found = {k: v for k, v in dict(noted.get("parameters", {})).items() if k in rows["paper"]}
+        stated = _json(_json(noted, checkpoint).get("parameters", {}), checkpoint)
+        found = {k: v for k, v in stated.items() if k in rows["paper"]}
         if set(found) == set(rows["paper"]):
             return check(found, str(checkpoint.path)), FROM_METADATA
     if "parameters" in checkpoint.metadata and layout.name == "canonical":
         stated = _json(checkpoint.metadata["parameters"], checkpoint)
         found = {**rows[layout.dialect], **{k: v for k, v in stated.items() if k in rows["paper"]}}
         return check(found, str(checkpoint.path)), FROM_METADATA
-    config = configuration(checkpoint)
-    name = layout.models.get(str(config.get("model_type")))
-    if name:
-        return from_config(layout, name, config, str(checkpoint.path)), FROM_CONFIG
     return dict(rows[layout.dialect]), "its layout's own"
 
 
@@ -128,21 +131,28 @@ def configuration(checkpoint: Checkpoint) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
-def from_config(layout: Layout, dialect: str, config: Mapping[str, Any], where: str) -> Parameters:
-    """The dialect with the values that a ``config.json`` sets."""
-    found = dict(known()[dialect])
+def from_config(layout: Layout, checkpoint: Checkpoint) -> Parameters | None:
+    """The dialect that a ``config.json`` sets, where its ``model_type`` is one of the layout's.
+
+    Raises:
+        PortError: a value in it that no layer has.
+    """
+    config = configuration(checkpoint)
+    name = layout.models.get(str(config.get("model_type")))
+    if name is None:
+        return None
+    found = dict(known()[name])
     for key, names in layout.config.items():
-        value = config.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found.update(dict.fromkeys(names, value if key == "hc_sinkhorn_iters" else float(value)))
-    return check(found, f"{where}/config.json")
+        if key in config and config[key] is not None:
+            found.update(dict.fromkeys(names, config[key]))
+    return check(found, f"{checkpoint.path}/config.json")
 
 
 def _json(value: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         content = json.loads(value) if isinstance(value, str) else value
         return dict(content)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise PortError(f"{checkpoint.path}: its metadata isn't what this project writes ({error})") from error
 
 

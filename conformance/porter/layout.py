@@ -290,15 +290,16 @@ def _explain(
     for row in layout.rows_of(site.kind):
         if row.name in shapes and len(shapes[row.name]) != len(row.axes.split()) and row.axes != "i j":
             return f"{row.name} must have {len(row.axes.split())} axes ({row.axes}), got {list(shapes[row.name])}"
-    biases = [r for r in layout.rows_of(site.kind) if r.name in shapes and r.name != wide.name]
-    best: tuple[int, str] | None = None
+    rows = [r for r in layout.rows_of(site.kind) if r.name in shapes]
+    best: tuple[tuple[int, bool], str] | None = None
     for n in [streams] if streams else range(1, MOST_STREAMS + 1):
         for residual in sorted(layout.residuals):
             if residual == "permutations" and n > 5:
                 continue
             expected = layout.file_shapes(site, n, max(flat // n, 1), residual)
-            agree = sum(tuple(shapes[r.name]) == expected.get(r.name) for r in biases)
-            if agree and (best is None or agree > best[0]):
+            right = shapes[wide.name] == expected[wide.name] and flat % n == 0
+            agree = sum(shapes[r.name] == expected.get(r.name) for r in rows), right
+            if agree[0] > 0 and (best is None or agree > best[0]):
                 wrong = [k for k in shapes if k in expected and tuple(shapes[k]) != expected[k]] or [wide.name]
                 text = (
                     f"{wrong[0]} must be {list(expected.get(wrong[0], ()))} for n = {n}, got {list(shapes[wrong[0]])}"

@@ -14,7 +14,7 @@ from conformance.porter.errors import Ambiguous, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layout_named, layouts
 from conformance.porter.site import HEAD, NORM, Site, Weights
-from conformance.porter.storage.checkpoint import Checkpoint
+from conformance.porter.storage.checkpoint import Checkpoint, check_dtype
 
 
 @dataclass
@@ -57,6 +57,16 @@ class Model:
 
     def prepare(self) -> None:
         self.checkpoint.prepare([n for rows in self.sites.values() for n in rows.values()])
+
+    def check_dtypes(self) -> None:
+        """Raises for a tensor of a dtype that weights can't have.
+
+        Raises:
+            PortError: it names the tensor.
+        """
+        for rows in self.sites.values():
+            for name in rows.values():
+                check_dtype(self.checkpoint.tensors[name])
 
     def load(self, site: Site) -> Weights:
         """The canonical weights of one site; `check` says whether they are finite.

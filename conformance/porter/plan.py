@@ -14,12 +14,13 @@ from conformance.porter import dialects, probe
 from conformance.porter.convert import convert
 from conformance.porter.errors import CANNOT, CONTRADICTED, PortError
 from conformance.porter.layout import Layout
+from conformance.porter.layouts import layouts
 from conformance.porter.model import Model, understand
 from conformance.porter.options import Options, Report
 from conformance.porter.site import ALONE, HEAD, NORM, Site
 from conformance.porter.storage.opening import open_checkpoint
 from conformance.porter.storage.stacks import Stacker, Stacks
-from conformance.porter.verdict import APPROXIMATE, IMPOSSIBLE, Verdict, derive
+from conformance.porter.verdict import IMPOSSIBLE, Verdict, derive
 
 
 @dataclass
@@ -73,9 +74,13 @@ class Plan:
         """
         model, dtype = self.model, DTYPES[self.options.dtype] if self.options.dtype else None
         weights, place = model.load(site), self.places[site]
-        found, rounding = convert(
-            site, weights, self.verdict.steps, model.streams, model.residual, dtype, self.norm.get(site)
-        )
+        try:
+            found, rounding = convert(
+                site, weights, self.verdict.steps, model.streams, model.residual, dtype, self.norm.get(site)
+            )
+        except PortError:  # a value that doesn't fit, unless it was broken before
+            model.check(site)
+            raise
         packed = self.layout.pack(place, found, model.streams, model.dim, model.residual)
         back = self.layout.unpack(place, packed, model.streams, model.dim, model.residual)
         projected = self.probes.project(site, weights, back, rounding)
@@ -90,12 +95,12 @@ class Plan:
         Raises:
             PortError: it contradicts the verdict.
         """
-        found = self.probes.measure(rows, self.verdict.kind == APPROXIMATE)
+        found = self.probes.measure(rows, self.verdict)
         for row, deviation in zip(rows, found, strict=True):
             self.report.deviations[str(row.site)] = deviation.measured
             wrong = deviation.contradicts()
             if not wrong and not np.isfinite(list(deviation.measured.values())).all():
-                wrong = "what the target computes isn't finite"
+                wrong = "what the target computes isn't finite, and what the source computes is"
             if wrong:
                 raise PortError(
                     f"{row.site}: {wrong}, though the port is {self.verdict.kind}: that is a mistake of the porter, "
@@ -124,6 +129,10 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
     )  # fmt: skip
     if parameters["reduce"] == "head" and not model.head and model.layers:
         notes.append("the target reduces the streams by a head, and the source has none")
+    if {model.parameters["reduce"], parameters["reduce"]} == {"sum", "mean"} and not model.head:
+        notes.append(
+            f"the target reduces the streams by their {parameters['reduce']}, the source by the other: mind it"
+        )
     prefixes = {}
     for place in places.values():
         rows = [r.name for r in layout.rows_of(place.kind)]
@@ -161,6 +170,12 @@ def _existing(model: Model, layout: Layout, options: Options) -> dict[Site, dict
         raise PortError(f"{options.into}: --into takes a directory of safetensors shards")
     with open_checkpoint(options.into) as checkpoint:
         sites = layout.locate(checkpoint.tensors)
+        others = [] if sites else [o.name for o in layouts().values() if not o.orbax and o.locate(checkpoint.tensors)]
+        if others:
+            raise PortError(
+                f"{options.into}: has hyper-connections of the layout {others[0]}; with {layout.name}'s beside them it is "
+                f"open which are loaded: port --to {others[0]}"
+            )
         for site, rows in sites.items():
             expected = layout.file_shapes(site, model.streams, model.dim, model.residual)
             for row, name in rows.items():
@@ -174,9 +189,6 @@ def _existing(model: Model, layout: Layout, options: Options) -> dict[Site, dict
 
 def _target_parameters(model: Model, layout: Layout, options: Options) -> tuple[dict[str, Any], str]:
     """The target's dialect: as given, as the checkpoint that takes it says, or its own software's."""
-    if model.residual not in layout.residuals and not options.to_dialect:
-        message = derive(model.parameters, dialects.parse(layout.dialect), model.streams)
-        raise PortError(f"{IMPOSSIBLE}: {message.reasons[0].text}; {layout.name} has no place for it", CANNOT)
     if options.to_dialect:
         found, told_by = dialects.parse(options.to_dialect), "as given"
     elif options.into is not None and (config := _config(layout, options.into)):
@@ -188,6 +200,9 @@ def _target_parameters(model: Model, layout: Layout, options: Options) -> tuple[
         found, told_by = dialects.parse(fits[0] if fits else layout.dialect), "its layout's own"
         if model.head and layout.head and found["reduce"] != "mean":
             found["reduce"] = "head"
+    if model.residual not in layout.residuals or found["residual"] not in layout.residuals:
+        broken = found["residual"] if model.residual in layout.residuals else model.residual
+        raise PortError(f"{IMPOSSIBLE}: the layout {layout.name} has no place for residual={broken}", CANNOT)
     if layout.norm == "always":
         found["norm_weight"] = True
     if found["norm_weight"] and layout.norm == "never":
@@ -199,8 +214,7 @@ def _target_parameters(model: Model, layout: Layout, options: Options) -> tuple[
 
 def _config(layout: Layout, directory: Path) -> dict[str, Any] | None:
     with open_checkpoint(directory) as checkpoint:
-        found, told_by = dialects.of_checkpoint(layout, checkpoint)
-    return found if told_by == dialects.FROM_CONFIG else None
+        return dialects.from_config(layout, checkpoint)
 
 
 def _places(

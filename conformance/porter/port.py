@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,16 +56,19 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
     layout = layout_named(options.to).named(options.names)
     if (target is None) == (options.into is None):
         raise PortError("name a target, or a checkpoint that takes the tensors (--into), and not both")
-    if options.into is not None and options.into.resolve() == source.resolve():
+    if options.into is not None and os.path.realpath(options.into) == os.path.realpath(source):
         raise PortError(f"{options.into}: is the source, which is never written to: copy it first")
     if target is not None:
+        target = Path(os.path.abspath(target))  # "." has no name
         kind = storage.kind_of(target, layout)
         if not options.dry_run:
-            storage.check_target(target, source, options.overwrite)
+            read = [source, *([options.norm_weight] if options.norm_weight else [])]
+            storage.check_target(target, read, options.overwrite)
     else:
         kind = "into"
     with open_checkpoint(source) as checkpoint:
         model = understand(checkpoint, options.source_layout, options.dialect, options.source_names)
+        model.check_dtypes()
         plan = planning.make(model, layout, options)
         report = plan.report
         if plan.verdict.kind == IMPOSSIBLE:

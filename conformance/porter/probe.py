@@ -16,7 +16,10 @@ import numpy as np
 from conformance.oracle import formulas
 from conformance.oracle.data import normal
 from conformance.oracle.floats import Quick
+from conformance.oracle.style import Style
+from conformance.porter.convert import transposition
 from conformance.porter.site import NORM, Site
+from conformance.porter.verdict import APPROXIMATE, Verdict
 from conformance.stages import PROJECTIONS
 
 SCALES = (1.0, 0.25, 4.0, 0.5)
@@ -26,7 +29,11 @@ Logits = dict[str, np.ndarray]
 
 
 class Float64(Quick):
-    """float64 with NumPy's own sums and products."""
+    """float64 with NumPy's own sums and products, Sinkhorn on logarithms: sharp logits don't make 0 / 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.style = Style(log_domain=True)
 
     def sum(self, a: np.ndarray, axis: int) -> np.ndarray:
         return np.sum(a, axis)
@@ -58,13 +65,23 @@ class Projected:
 
 @dataclass
 class Deviation:
-    """Largest differences of one site, as fractions of the largest value (of 1 for H), and what the verdict allows."""
+    """How far a site's values are apart before and after.
+
+    Attributes:
+        measured: largest differences, as fractions of the largest value (of 1 for H).
+        allowed: what the verdict allows of them; empty where it says nothing (approximate).
+        logits: for each projection how far its logits moved and may move; empty where the norms differ.
+    """
 
     measured: dict[str, float]
     allowed: dict[str, float]
+    logits: dict[str, tuple[float, float]]
 
     def contradicts(self) -> str:
         """The first quantity that deviates more than the verdict allows, in words; empty where none does."""
+        for part, (moved, most) in self.logits.items():
+            if not moved <= most:
+                return f"the logits of {part} move by {moved:.3g}, and the rounding of weights allows {most:.3g}"
         for name, value in self.measured.items():
             if not value <= self.allowed.get(name, np.inf):
                 return f"{name} deviates by {value:.3g}, and the verdict allows {self.allowed[name]:.3g}"
@@ -154,15 +171,16 @@ class Probes:
                 found[part] = share * float(np.max(reach, initial=0.0))
         return found
 
-    def measure(self, rows: Sequence[Projected], approximate: bool) -> list[Deviation]:
+    def measure(self, rows: Sequence[Projected], verdict: Verdict) -> list[Deviation]:
         """How far each site's H, u and out (y = u: the branch is the identity) or a head's output are apart.
 
         Args:
-            approximate: the verdict says that the functions differ: nothing is allowed or forbidden then.
+            verdict: where it is approximate the functions differ, and only logits are held to anything.
 
         The bounds: a gate's slope is at most 1/4 of its scale; after N iterations log H has moved by at most 4N times
         its logits, since each log-sum-exp is 1-Lipschitz in the largest norm and row and column potentials take turns.
         """
+        approximate = verdict.kind == APPROXIMATE
         bodies = [row for row in rows if not row.site.head]
         before, after = self._matrices(bodies, "source"), self._matrices(bodies, "target")
         index = {id(row): k for k, row in enumerate(bodies)}
@@ -173,6 +191,17 @@ class Probes:
             else:
                 k = index[id(row)]
                 found.append(self._compare(row, before[k], after[k], approximate))
+            found[-1].logits = self._logits_moved(row, "transpose" in verdict.steps)
+        return found
+
+    def _logits_moved(self, row: Projected, transposed: bool) -> dict[str, tuple[float, float]]:
+        if not self._alike:  # another norm: the logits are others
+            return {}
+        found = {}
+        for part, logits in row.source.items():
+            if part == "res" and transposed:
+                logits = logits[:, transposition(self.x.shape[1], self.source["residual"])]
+            found[part] = float(np.max(np.abs(row.target[part] - logits), initial=0.0)), row.moved[part]
         return found
 
     def _matrices(self, rows: Sequence[Projected], which: str) -> np.ndarray | list[None]:
@@ -198,8 +227,8 @@ class Probes:
             pre = self._gate(logits["pre"], 1, p["pre_eps"])
             post = self._gate(logits["post"], p["post_scale"], p["post_eps"])
             values.append((pre, post, matrix))
-        if all(np.array_equal(a, b) for a, b in zip(*values, strict=True)):
-            return Deviation(dict.fromkeys(("H", "u", "out"), 0.0), {})
+        if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*values, strict=True)):
+            return Deviation(dict.fromkeys(("H", "u", "out"), 0.0), {}, {})
         evaluated = []
         for pre, post, matrix in values:
             u = (pre[:, None, :] @ self.x)[:, 0]
@@ -209,16 +238,15 @@ class Probes:
         first, second = evaluated
         measured = {k: _apart(first[k], second[k], 1.0 if k == "H" else 0.0) for k in first}
         if approximate:
-            return Deviation(measured, {})
+            return Deviation(measured, {}, {})
         streams = np.abs(self.x).sum(1).max(initial=0.0)
         iterations = self.source["iterations"] or 1
         H_moved = float(np.expm1(min(4 * iterations * row.moved.get("res", 0.0), 700.0))) + 8 * iterations * ROUNDOFF
         u_moved = (row.moved["pre"] / 4 + 8 * ROUNDOFF) * streams
         slope = self.source["post_scale"] + self.source["post_eps"]
         out_moved = slope * ((row.moved["post"] / 4 + 8 * ROUNDOFF) * _size(first["u"]) + u_moved) + H_moved * streams
-        return Deviation(
-            measured, {"H": H_moved, "u": u_moved / _size(first["u"]), "out": out_moved / _size(first["out"])}
-        )
+        allowed = {"H": H_moved, "u": u_moved / _size(first["u"]), "out": out_moved / _size(first["out"])}
+        return Deviation(measured, allowed, {})
 
     def _compare_heads(self, row: Projected, approximate: bool) -> Deviation:
         first, second = (
@@ -228,7 +256,7 @@ class Probes:
         measured = {"head": _apart(first, second, 0.0)}
         streams = np.abs(self.x).sum(1).max(initial=0.0)
         allowed = {"head": (row.moved["head"] / 4 + 8 * ROUNDOFF) * streams / _size(first)}
-        return Deviation(measured, {} if approximate else allowed)
+        return Deviation(measured, {} if approximate else allowed, {})
 
 
 def _names(site: Site) -> dict[str, tuple[str, str, str]]:
@@ -254,11 +282,15 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _size(value: np.ndarray) -> float:
-    return float(np.max(np.abs(value), initial=0.0)) or 1.0
+    return float(np.max(np.abs(value), initial=0.0, where=np.isfinite(value))) or 1.0
 
 
 def _apart(a: np.ndarray, b: np.ndarray, size: float) -> float:
-    """The largest difference, as a fraction of ``size`` or of the largest value; infinite where one isn't finite."""
-    if not np.isfinite(b).all():
+    """The largest difference, as a fraction of ``size`` or of the largest value.
+
+    Tokens where the source itself isn't finite say nothing; where only the target isn't, the difference is infinite.
+    """
+    finite = np.isfinite(a)
+    if not np.isfinite(b[finite]).all():
         return np.inf
-    return float(np.max(np.abs(a - b), initial=0.0)) / (size or _size(a))
+    return float(np.max(np.abs(a[finite] - b[finite]), initial=0.0)) / (size or _size(a))

@@ -9,7 +9,7 @@ from conformance.oracle.data import normal
 from conformance.porter.convert import convert
 from conformance.porter.probe import Probes, activations
 from conformance.porter.site import NORM, Site, Weights, canonical_shapes
-from conformance.porter.verdict import APPROXIMATE, EXACT, IMPOSSIBLE, ROUNDING, Verdict, derive
+from conformance.porter.verdict import EXACT, IMPOSSIBLE, ROUNDING, Verdict, derive
 
 STREAMS, DIM, TOKENS = 4, 64, 64
 SITE = Site("layers", 0, "attention")
@@ -45,7 +45,7 @@ def verdict(source: str, target: str) -> tuple[Verdict, float]:
     ported, rounding = convert(SITE, weights, found.steps, STREAMS, before["residual"], None)
     probes = Probes(activations(TOKENS, STREAMS, DIM, 0), before, after)
     row = probes.project(SITE, weights, ported, rounding)
-    (deviation,) = probes.measure([row], found.kind == APPROXIMATE)
+    (deviation,) = probes.measure([row], found)
     wrong = deviation.contradicts()
     if wrong:
         raise ArithmeticError(f"{source} to {target}: {wrong}")

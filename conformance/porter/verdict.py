@@ -109,6 +109,9 @@ def _orientation(source: Mapping[str, Any], target: Mapping[str, Any], streams: 
     if turned and (source["residual"] == "permutations" or reordered):
         how = "the permutations are inverted" if source["residual"] == "permutations" else "the orders are the reverse"
         return [Reason(EXACT, f"H is transposed: the residual logits are, and {how}", "transpose")]
+    if turned and streams == 2:
+        text = "H is transposed, which for two streams shows as far as Sinkhorn hasn't converged: the logits are copied"
+        return [Reason(APPROXIMATE, text)]
     if turned:
         text = (
             "H is transposed: the residual logits are, which is nearer than copying them, but a finite Sinkhorn "

@@ -34,5 +34,5 @@ LAYOUT = Layout(
         "rms_norm_eps": ("norm_eps",),
         "norm_eps": ("norm_eps",),
     },
-    models={"deepseek_v4": "deepseek-v4"},
+    models={"deepseek_v4": "deepseek-v4", "glm5_next": "glm-5", "glm5_next_text": "glm-5"},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 from conformance.porter.errors import PortError
@@ -22,6 +23,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         found = path.stat()
     except OSError as error:
         raise PortError(f"{path}: can't be read ({error.strerror})") from error
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise PortError(f"{path}: expected a file or a directory, got neither")
     try:
         if path.is_dir():
             return _directory(path)

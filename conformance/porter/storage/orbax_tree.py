@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import glob
 import logging
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,9 @@ from conformance.porter.storage.checkpoint import Checkpoint, Tensor, check_dtyp
 
 CHUNK = 4 * 2**20
 """Bytes of a Zarr chunk: buffers of this size are used again, larger ones are fresh pages (0.1 s for 0.5 s)."""
-MARKS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+MARK = "_METADATA"
+ITEMS = ("items", "default", "params", "state")
+"""Names under which a checkpoint manager keeps the tree of a step."""
 
 
 def _orbax() -> Any:
@@ -40,16 +45,41 @@ def _quiet(path: Path, doing: str) -> Iterator[None]:
     except PortError:
         raise
     except Exception as error:
-        text = str(error).strip().split("\n")[0][:300]
+        _ignore_late_callbacks()
+        text = " ".join(str(error).split())
+        text = text if len(text) < 300 else f"{text[:80]} … {text[-200:]}"
         raise PortError(f"{path}: Orbax can't {doing} it ({type(error).__name__}: {text})") from error
     finally:
         logger.setLevel(before)
 
 
+@functools.cache
+def _ignore_late_callbacks() -> None:
+    """After a failure TensorStore still calls back into an event loop that Orbax has closed, which Python reports."""
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
+            before(found)
+
+    sys.unraisablehook = hook
+
+
+def check_path(path: Path) -> None:
+    """Refuses what Orbax would take for a pattern: it writes there, and can't read it again.
+
+    Raises:
+        PortError: the path has such a character.
+    """
+    odd = sorted(set("*?[") & set(str(path.absolute())))
+    if odd:
+        raise PortError(f"{path}: Orbax takes {' '.join(odd)} in a path for a pattern: name another")
+
+
 def find_tree(path: Path) -> Path | None:
-    """The tree's own directory: ``path``, its ``items`` or ``params``, or those of its only step."""
-    for place in (path, path / "items", path / "params"):
-        if place.is_dir() and any((place / mark).exists() for mark in MARKS[:1]):
+    """The tree's own directory: ``path``, an item in it (`ITEMS`), or one of its only step."""
+    for place in (path, *(path / item for item in ITEMS)):
+        if place.is_dir() and (place / MARK).exists():
             return place
     steps = [p for p in path.iterdir() if p.is_dir() and p.name.isdigit()] if path.is_dir() else []
     if len(steps) > 1:
@@ -62,6 +92,7 @@ class OrbaxCheckpoint(Checkpoint):
 
     def __init__(self, path: Path):
         super().__init__(path, "orbax")
+        check_path(path)
         orbax = _orbax()
         self._tree = find_tree(path) or path
         self._values: dict[str, np.ndarray] = {}
@@ -70,6 +101,8 @@ class OrbaxCheckpoint(Checkpoint):
             found = orbax.Checkpointer(orbax.PyTreeCheckpointHandler()).metadata(self._tree.resolve())
             item = getattr(found, "item_metadata", found)
             leaves = flatten(getattr(item, "tree", item), "/")
+            if any(name.startswith("params/") for name in leaves):  # an optimiser's moments have the same names
+                leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith("opt_state/")}
             self.metadata = dict(getattr(found, "custom_metadata", None) or {})
             for name, leaf in leaves.items():
                 if getattr(leaf, "shape", None) is not None:
@@ -77,7 +110,7 @@ class OrbaxCheckpoint(Checkpoint):
                     size = int(np.prod(leaf.shape)) * dtype.itemsize
                     self.tensors[name] = Tensor(name, tuple(leaf.shape), dtype.name, size, path)
         if not self.tensors:
-            raise PortError(f"{path}: Orbax finds no arrays in it")
+            raise PortError(f"{path}: Orbax finds no arrays in it: it is empty, or cut short")
 
     def prepare(self, names: Iterable[str]) -> None:
         wanted = [n for n in names if n not in self._values]
@@ -106,14 +139,17 @@ class OrbaxCheckpoint(Checkpoint):
         self._values = {}
 
 
-def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], target: Path) -> None:
     """A new Orbax checkpoint at ``path`` (OCDBT and Zarr 3, as MaxText writes it; uncompressed, a fourth of the time).
+
+    Args:
+        target: what it will be, for messages.
 
     Raises:
         PortError: Orbax can't write it.
     """
     orbax = _orbax()
-    with _quiet(path, "write"):
+    with _quiet(target, "write"):
         handlers = orbax.type_handlers
         # Orbax copies arrays, lest they change while it writes in the background: here nothing else has them.
         registry = handlers.create_type_handler_registry(
@@ -127,7 +163,7 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
         try:
             orbax.Checkpointer(handler).save(path.resolve(), arguments, custom_metadata=dict(metadata))
         except BaseException:
-            for unfinished in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
+            for unfinished in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
 }  # fmt: skip
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding JSON that isn't what it should be raises."""
 LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
@@ -54,13 +57,24 @@ _NOTED = msgspec.json.Decoder(Noted)
 _INDEX = msgspec.json.Decoder(Index)
 
 
+def _header_of(text: bytes) -> dict[str, Entry]:
+    """A header's entries; where its metadata has names of an entry's fields they are told apart first."""
+    try:
+        return _HEADER.decode(text)
+    except msgspec.ValidationError:
+        entries = msgspec.json.decode(text)
+        if not isinstance(entries, dict) or "__metadata__" not in entries:
+            raise
+        return {**msgspec.convert({**entries, "__metadata__": {}}, dict[str, Entry])}
+
+
 class Shard:
     """One safetensors file: its header, and the place of each tensor."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.descriptor = os.open(path, os.O_RDONLY)
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
         except OSError as error:
             raise PortError(f"{path}: can't be read ({error.strerror})") from error
         try:
@@ -73,23 +87,26 @@ class Shard:
             raise
 
     def _header(self) -> None:
-        size = os.fstat(self.descriptor).st_size
-        length = int.from_bytes(os.pread(self.descriptor, 8, 0), "little")
+        found = os.fstat(self.descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise PortError(f"{self.path}: expected a safetensors file, got something that isn't a file")
+        size = found.st_size
+        length = int.from_bytes(self._bytes(8, 0), "little")
         if size < 8 or length > LARGEST_HEADER or 8 + length > size:
             raise PortError(
                 f"{self.path}: expected a safetensors file, but its header of {length} bytes doesn't fit in {size}"
             )
         try:
-            text = os.pread(self.descriptor, length, 8)
-            header = _HEADER.decode(text)
+            text = self._bytes(length, 8)
+            header = _header_of(text)
             noted = header.pop("__metadata__", None)
             self.metadata: dict[str, str] = _NOTED.decode(text).metadata if noted else {}
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise PortError(f"{self.path}: expected a safetensors header, got something else ({error})") from error
         entries = sorted([entry.data_offsets for entry in header.values()])
         begins, ends = zip(*entries, strict=True) if entries else ((), ())
         self._start, room = 8 + length, size - 8 - length
-        if begins != (0, *ends[:-1]) or (ends[-1] if ends else 0) != room:
+        if begins != (0, *ends)[: len(ends)] or (ends[-1] if ends else 0) != room:
             self._explain(header, room)
         self.header = header
         if hasattr(os, "posix_fadvise"):  # nothing around a tensor is wanted
@@ -108,6 +125,13 @@ class Shard:
                 )
             before = end
         raise PortError(f"{self.path}: has {room - before} bytes after its last tensor")
+
+    def _bytes(self, length: int, offset: int) -> bytes:
+        """So many bytes of the file, however many calls that takes; fewer where it ends."""
+        found = b""
+        while len(found) < length and (more := os.pread(self.descriptor, length - len(found), offset + len(found))):
+            found += more
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """What the header says of a tensor.
@@ -249,7 +273,7 @@ def read_index(index: Path) -> Index:
         content = _INDEX.decode(index.read_bytes())
     except OSError as error:
         raise PortError(f"{index}: can't be read ({error.strerror})") from error
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise PortError(f"{index}: expected a safetensors index with a weight_map ({error})") from error
     weight_map, names = content.weight_map, set(content.weight_map.values())
     for name in sorted(names):
@@ -268,10 +292,10 @@ def config_beside(directory: Path) -> dict[str, Any] | None:
         PortError: it is there and isn't JSON.
     """
     path = directory / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PortError(f"{path}: expected JSON, got {error}") from error
     return content if isinstance(content, dict) else None

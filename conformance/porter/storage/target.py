@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +34,34 @@ def kind_of(path: Path, layout: Layout) -> str:
     if layout.orbax:
         if path.suffix in (".safetensors", *TORCH):
             raise PortError(f"{path}: {layout.name} is an Orbax checkpoint, a directory: name one")
+        orbax_tree.check_path(path)
         return "orbax"
     if path.suffix in TORCH:
         return "torch"
     return "safetensors" if path.suffix == ".safetensors" else "directory"
 
 
-def check_target(path: Path, source: Path, overwrite: bool) -> None:
-    """Refuses a target that is the source, or lies in it, or exists.
+def check_target(path: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    """Refuses a target that is something that is read, or lies in it or around it, or exists.
 
     Raises:
         PortError: it does.
     """
-    inside = path.resolve()
-    if inside == source.resolve() or (source.is_dir() and source.resolve() in inside.parents):
-        raise PortError(f"{path}: is the source, or inside of it: the source is never written to")
-    if (path.exists() or path.is_symlink()) and not overwrite:
-        raise PortError(f"{path}: exists; --overwrite replaces it")
-    if not path.parent.is_dir():
-        raise PortError(f"{path.parent}: is no directory to write {path.name} into")
+    try:
+        where = path.resolve()
+        for source in sources:
+            place = source.resolve()
+            if where == place or place in where.parents:
+                raise PortError(f"{path}: is {source}, or inside of it: what is read is never written to")
+            if where in place.parents:
+                raise PortError(f"{path}: has {source} in it, which would be lost: name another")
+        if os.path.lexists(path) and not overwrite:
+            raise PortError(f"{path}: exists; --overwrite replaces it")
+        if not path.parent.is_dir():
+            raise PortError(f"{path.parent}: is no directory to write {path.name} into")
+    except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise PortError(f"{path}: can't be written ({reason})") from error
 
 
 def write(
@@ -76,7 +85,7 @@ def write(
             raise PortError(f"{path}: a {'directory' if path.is_dir() else 'file'} is in the way: remove it first")
         with atomic.whole(path) as temporary:
             if kind == "orbax":
-                orbax_tree.save(temporary, tensors, metadata)
+                orbax_tree.save(temporary, tensors, metadata, path)
             elif kind == "torch":
                 torch_file.save(temporary, tensors, metadata)
             elif kind == "safetensors":
@@ -110,7 +119,8 @@ def _compare(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error).split("\n")[0]
+    cause = error if isinstance(error, OSError) else error.__context__
+    return (cause.strerror if isinstance(cause, OSError) else None) or str(error).split("\n")[0]
 
 
 def _save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -179,7 +189,7 @@ def write_into(
                 _compare(temporary, "safetensors", tensors)
         try:
             atomic.write(index, json.dumps(content, indent=2) + "\n")
-        except OSError:
+        except OSError:  # the index is the old one still
             shard.unlink(missing_ok=True)
             raise
     except OSError as error:

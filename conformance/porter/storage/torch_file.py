@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from conformance.porter.errors import PortError
+from conformance.porter.errors import PACKAGE, PortError
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint, Tensor, check_dtype, flatten
 
 
@@ -33,14 +34,15 @@ class TorchCheckpoint(Checkpoint):
         super().__init__(path, "torch")
         torch = _torch()
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except OSError as error:
             raise PortError(f"{path}: can't be read ({error.strerror})") from error
         except Exception as error:  # torch raises what its pickle machine does
-            reason = str(error).split("\n")[0]
             raise PortError(
-                f"{path}: expected a torch state dict that loads with weights_only=True; nothing else is unpickled "
-                f"({type(error).__name__}: {reason})"
+                f"{path}: expected a torch state dict that loads with weights_only=True, since nothing else is "
+                f"unpickled; torch refuses it ({type(error).__name__})"
             ) from error
         if not isinstance(content, Mapping):
             raise PortError(f"{path}: expected a state dict, got {type(content).__name__}")
