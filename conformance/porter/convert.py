@@ -73,7 +73,7 @@ def _unseen(
 
     A product of two narrower numbers is exact in float64, and so is one by a power of two.
     """
-    factor = weights[NORM] if "fold" in steps else norm if "unfold" in steps else None
+    factor = weights.get(NORM) if "fold" in steps else norm if "unfold" in steps else None
     if name not in ALPHAS or factor is None or stored.dtype != np.float64:
         return 0.0
     if "fold" in steps and weights[name].dtype != np.float64 and factor.dtype != np.float64:

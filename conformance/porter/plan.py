@@ -173,8 +173,8 @@ def _existing(model: Model, layout: Layout, options: Options) -> dict[Site, dict
         others = [] if sites else [o.name for o in layouts().values() if not o.orbax and o.locate(checkpoint.tensors)]
         if others:
             raise PortError(
-                f"{options.into}: has hyper-connections of the layout {others[0]}; with {layout.name}'s beside them it is "
-                f"open which are loaded: port --to {others[0]}"
+                f"{options.into}: has hyper-connections of the layout {others[0]}, and it would be open whether "
+                f"those or {layout.name}'s are loaded: port --to {others[0]}"
             )
         for site, rows in sites.items():
             expected = layout.file_shapes(site, model.streams, model.dim, model.residual)

@@ -59,7 +59,8 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
     if options.into is not None and os.path.realpath(options.into) == os.path.realpath(source):
         raise PortError(f"{options.into}: is the source, which is never written to: copy it first")
     if target is not None:
-        target = Path(os.path.abspath(target))  # "." has no name
+        if target.name in ("", ".."):
+            raise PortError(f"{target}: has no name of its own that could be replaced: name the directory")
         kind = storage.kind_of(target, layout)
         if not options.dry_run:
             read = [source, *([options.norm_weight] if options.norm_weight else [])]

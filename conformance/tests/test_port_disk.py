@@ -18,7 +18,7 @@ KIB = 1024
 DISK = 256 * KIB
 DIM = 64  # a site is 25 KB
 TARGETS = {"a.safetensors": "canonical", "shards": "transformers", "a.pt": "transformers", "tree": "maxtext",
-           "into": "transformers"}  # fmt: skip
+           "into": "deepseek"}  # fmt: skip
 NEEDS = {"a.pt": "torch", "tree": "orbax"}
 
 

@@ -152,7 +152,7 @@ PLACES = {
     "a-device": ("/dev/null", ("/dev/null", "exists")),
     "a-file-system-that-takes-no-files": ("/proc/out.safetensors", ("/proc/out.safetensors", "can't be written")),
     "a-directory-there": ("/proc/out", ("/proc/out", "can't be written")),
-    "here": (".", ("exists",)),
+    "here": (".", ("no name of its own",)),
 }
 
 
@@ -245,8 +245,8 @@ def test_options_that_contradict_each_other_or_what_is_there(tmp_path, source, m
 def test_the_statuses_4_and_5_write_nothing(tmp_path, source):
     out = refuses(tmp_path, "port", source, tmp_path / "out", "--to", "liger", saying=(APPROXIMATE,), status=4)
     assert "measured" in out and "verdict  approximate" in out
-    refuses(tmp_path, "port", source, "--into", build(tmp_path / "into"), "--to", "megatron",
-            saying=(APPROXIMATE,), status=4)  # fmt: skip
+    other = ("--to", "deepseek", "--to-dialect", "deepseek-v4,norm_eps=1e-5")
+    refuses(tmp_path, "port", source, "--into", build(tmp_path / "into"), *other, saying=(APPROXIMATE,), status=4)
     permuted = ("--to", "canonical", "--to-dialect", "mhc-lite")
     refuses(tmp_path, "port", source, tmp_path / "a", *permuted, APPROXIMATE, saying=("impossible",), status=5)
     narrow = ("--to", "deepseek", "--dtype", "float16")
@@ -274,6 +274,7 @@ def test_what_a_killed_process_of_the_same_number_left_is_not_in_the_way(tmp_pat
 def test_a_directory_that_cannot_be_synced_is_whole_before_or_after(tmp_path, source, monkeypatch, into):
     """An error after the last rename is reported late: either it counts as written, or what was there still is."""
     target = build(tmp_path / "target", seed=1)
+    (target / "config.json").unlink()  # a directory with more than shards isn't replaced
     before, former, new, real = state(tmp_path), values(target), values(source), atomic._sync
     folder, renames = (target, 2) if into else (tmp_path, 1)
 
@@ -293,3 +294,13 @@ def test_a_directory_that_cannot_be_synced_is_whole_before_or_after(tmp_path, so
     else:
         check_refusal(done.exit_code, done.stderr, ("target", "Input/output error"))
         assert equal(values(target), former) and state(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout", ["deepseek", "maxtext"])
+def test_a_model_s_directory_is_not_replaced_by_its_hyper_connections(tmp_path, source, layout):
+    if layout == "maxtext":
+        pytest.importorskip("orbax.checkpoint")
+    model = build(tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")
+    saying = ("config.json in it, which would be lost",)
+    refuses(tmp_path, "port", source, model, "--to", layout, "--overwrite", APPROXIMATE, saying=saying)

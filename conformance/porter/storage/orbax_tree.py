@@ -39,13 +39,13 @@ def _quiet(path: Path, doing: str) -> Iterator[None]:
     """Orbax logs progress as warnings, and raises what the layers below it do."""
     logger = logging.getLogger("absl")
     before = logger.level
+    _ignore_late_callbacks()
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     except PortError:
         raise
     except Exception as error:
-        _ignore_late_callbacks()
         text = " ".join(str(error).split())
         text = text if len(text) < 300 else f"{text[:80]} … {text[-200:]}"
         raise PortError(f"{path}: Orbax can't {doing} it ({type(error).__name__}: {text})") from error

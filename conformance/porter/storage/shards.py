@@ -89,7 +89,8 @@ class Shard:
     def _header(self) -> None:
         found = os.fstat(self.descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise PortError(f"{self.path}: expected a safetensors file, got something that isn't a file")
+            what = "a directory" if stat.S_ISDIR(found.st_mode) else "something that isn't a file"
+            raise PortError(f"{self.path}: expected a safetensors file, got {what}")
         size = found.st_size
         length = int.from_bytes(self._bytes(8, 0), "little")
         if size < 8 or length > LARGEST_HEADER or 8 + length > size:

@@ -48,20 +48,20 @@ def check_target(path: Path, sources: Sequence[Path], overwrite: bool) -> None:
         PortError: it does.
     """
     try:
-        where = path.resolve()
-        for source in sources:
-            place = source.resolve()
+        where = Path(os.path.realpath(path))
+        places = {source: Path(os.path.realpath(source)) for source in sources}
+        for source, place in places.items():
             if where == place or place in where.parents:
-                raise PortError(f"{path}: is {source}, or inside of it: what is read is never written to")
-            if where in place.parents:
-                raise PortError(f"{path}: has {source} in it, which would be lost: name another")
+                raise PortError(f"{path}: is {source}, or inside of it: the source is never written to")
         if os.path.lexists(path) and not overwrite:
             raise PortError(f"{path}: exists; --overwrite replaces it")
+        for source, place in places.items():
+            if where in place.parents:
+                raise PortError(f"{path}: has the source {source} in it, which would be lost: name another")
         if not path.parent.is_dir():
             raise PortError(f"{path.parent}: is no directory to write {path.name} into")
-    except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise PortError(f"{path}: can't be written ({reason})") from error
+    except OSError as error:  # a loop of links, a name that is too long
+        raise PortError(f"{path}: can't be written ({error.strerror})") from error
 
 
 def write(
@@ -83,6 +83,8 @@ def write(
     try:
         if path.exists() and path.is_dir() != (kind in ("directory", "orbax")):
             raise PortError(f"{path}: a {'directory' if path.is_dir() else 'file'} is in the way: remove it first")
+        if path.is_dir():
+            _check_replaceable(path)
         with atomic.whole(path) as temporary:
             if kind == "orbax":
                 orbax_tree.save(temporary, tensors, metadata, path)
@@ -99,6 +101,21 @@ def write(
         raise
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where its writer fails
         raise PortError(f"{path}: can't be written ({_reason(error)})") from error
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Refuses to replace a directory with more in it than a checkpoint of this command: a whole model, say.
+
+    Raises:
+        PortError: it names a file that would be lost.
+    """
+    if (directory / orbax_tree.MARK).exists():
+        return
+    others = [p.name for p in directory.iterdir() if not p.name.endswith((".safetensors", ".safetensors.index.json"))]
+    if others:
+        raise PortError(
+            f"{directory}: has {sorted(others)[0]} in it, which would be lost: port --into it, or remove it"
+        )
 
 
 def _compare(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> None:
