@@ -9,12 +9,17 @@ from typing import Annotated
 import typer
 
 from conformance.cli.app import app, stop
+from conformance.cli.port import prefixes
 
 
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A safetensors file or directory, torch state dict or Orbax tree.")],
-    layout: Annotated[str | None, typer.Option("--layout", help="Its layout; recognised where it isn't given.")] = None,
+    layout: Annotated[str | None, typer.Option("--from", help="Its layout; recognised where it isn't given.")] = None,
+    from_names: Annotated[
+        list[str] | None,
+        typer.Option(help="Prefix of its tensors, attention=model.layers.{layer}.mhc_attn.; also ffn=, head="),
+    ] = None,
     machine: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """What a checkpoint holds of hyper-connections: layout, sites, sizes, dtypes, fitting dialects, what is odd.
@@ -25,7 +30,7 @@ def inspect(
     from conformance.porter.inspection import inspect as look
 
     try:
-        found = look(path, layout)
+        found = look(path, layout, prefixes(from_names or []))
     except PortError as error:
         stop(str(error), error.status)
     if machine:

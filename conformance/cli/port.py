@@ -94,8 +94,8 @@ def port(
             to=to, source_layout=source_layout, dialect=dialect, to_dialect=to_dialect, dtype=dtype,
             allow_approximate=allow_approximate, into=into, verify=verify, seed=seed,
             activations=_activations(activations) if activations else None, norm_weight=norm_weight,
-            stacks=Stacks.parse(stacks), scan_axis=scan_axis, names=_names(names or []),
-            source_names=_names(from_names or []), overwrite=overwrite, dry_run=dry_run, read_back=read_back,
+            stacks=Stacks.parse(stacks), scan_axis=scan_axis, names=prefixes(names or []),
+            source_names=prefixes(from_names or []), overwrite=overwrite, dry_run=dry_run, read_back=read_back,
         )  # fmt: skip
         try:
             report = _run(move, source, target, given)
@@ -134,7 +134,12 @@ def _layouts() -> list[str]:
     return list(layouts())
 
 
-def _names(given: list[str]) -> dict[str, str]:
+def prefixes(given: list[str]) -> dict[str, str]:
+    """Prefixes of tensors by kind of site, from ``attention=…``, ``ffn=…`` and ``head=…``.
+
+    Raises:
+        PortError: a text is none of these.
+    """
     from conformance.porter.errors import PortError
 
     found = {}

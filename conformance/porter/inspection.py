@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,19 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(path: Path, layout: str | None = None) -> Inspection:
+def inspect(path: Path, layout: str | None = None, names: Mapping[str, str] | None = None) -> Inspection:
     """Reads names, shapes and mHC tensors of the checkpoint at ``path``.
 
     Args:
         layout: its layout, recognised where it isn't given.
+        names: prefixes of its tensors that the layout doesn't know, under ``attention``, ``ffn`` and ``head``.
 
     Raises:
         Ambiguous: two layouts fit.
         PortError: none does, or the checkpoint is broken.
     """
     with open_checkpoint(path) as checkpoint:
-        model = understand(checkpoint, layout)
+        model = understand(checkpoint, layout, names=names)
         groups: dict[str, list[int]] = {}
         for site in model.sites:
             if site.layer is not None:

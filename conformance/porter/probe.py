@@ -204,11 +204,11 @@ class Probes:
             found[part] = float(np.max(np.abs(row.target[part] - logits), initial=0.0)), row.moved[part]
         return found
 
-    def _matrices(self, rows: Sequence[Projected], which: str) -> np.ndarray | list[None]:
+    def _matrices(self, rows: Sequence[Projected], which: str) -> np.ndarray:
         """H of all sites, ``[sites, tokens, n, n]``, mixing input (first) into output streams."""
         p, (tokens, n, _) = getattr(self, which), self.x.shape
         if not rows:
-            return []
+            return np.empty((0, tokens, n, n))
         if p["residual"] == "identity":
             return np.broadcast_to(np.eye(n), (len(rows), tokens, n, n))
         logits = np.concatenate([getattr(row, which)["res"] for row in rows])

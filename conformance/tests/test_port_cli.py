@@ -213,7 +213,7 @@ def test_probes_compute_what_the_oracle_s_formulas_do(dialect):
     }
     probes = Probes(given["x"].reshape(7, 3, 5), case.parameters, case.parameters)
     row = probes.project(Site("layers", 0, "ffn"), weights, weights, 0.0)
-    H = np.asarray(probes._matrices([row], "source"))[0]
+    H = probes._matrices([row], "source")[0]
     expected = true["coefficients"]["H"].reshape(7, 3, 3)
     expected = expected.swapaxes(-1, -2) if case.parameters["mix"] == "out-in" else expected
     np.testing.assert_allclose(H, expected, rtol=0, atol=1e-13)

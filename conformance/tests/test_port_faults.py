@@ -260,7 +260,7 @@ def test_two_layouts_that_fit_are_told_apart_by_from(tmp_path):
         done = call("port", source, tmp_path / layout, "--to", "transformers", "--from", layout, "--json")
         assert done.exit_code == 0, done.stderr
         assert json.loads(done.stdout)["layers"] == layers
-        assert call("inspect", source, "--layout", layout).exit_code == 0
+        assert call("inspect", source, "--from", layout).exit_code == 0
     refuses(tmp_path, "port", source, tmp_path / "x", "--to", "deepseek", "--from", "megatron", saying=("megatron",))
 
 
