@@ -18,7 +18,7 @@ def inspect(
     layout: Annotated[str | None, typer.Option("--from", help="Its layout; recognised where it isn't given.")] = None,
     from_names: Annotated[
         list[str] | None,
-        typer.Option(help="Prefix of its tensors, attention=model.layers.{layer}.mhc_attn.; also ffn=, head="),
+        typer.Option(help="Prefix of its tensors, attention=layers.{layer}.mhc_attn.; also ffn=, head=, site="),
     ] = None,
     machine: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:

@@ -60,7 +60,9 @@ def port(
     scan_axis: Annotated[int, typer.Option(min=0, max=1, help="MaxText: param_scan_axis.")] = 1,
     names: Annotated[
         list[str] | None,
-        typer.Option(help="Prefix of the target's tensors, attention=model.layers.{layer}.mhc_attn.; also ffn=, head="),
+        typer.Option(
+            help="Prefix of the target's tensors, attention=layers.{layer}.mhc_attn.; also ffn=, head=, site="
+        ),
     ] = None,
     from_names: Annotated[
         list[str] | None, typer.Option(help="The same of the source's, where its layout doesn't know them.")
@@ -135,7 +137,7 @@ def _layouts() -> list[str]:
 
 
 def prefixes(given: list[str]) -> dict[str, str]:
-    """Prefixes of tensors by kind of site, from ``attention=…``, ``ffn=…`` and ``head=…``.
+    """Prefixes of tensors by kind of site, from ``attention=…``, ``ffn=…``, ``head=…`` and ``site=…``.
 
     Raises:
         PortError: a text is none of these.
@@ -145,10 +147,11 @@ def prefixes(given: list[str]) -> dict[str, str]:
     found = {}
     for text in given:
         kind, equals, template = text.partition("=")
-        layered = kind in ("attention", "ffn")
-        if not equals or kind not in ("attention", "ffn", "head") or layered != ("{layer}" in template):
+        numbers = {"attention": 1, "ffn": 1, "head": 0, "site": 0}.get(kind)
+        if not equals or template.count("{layer}") != numbers:
             raise PortError(
-                f"names must be attention=…{{layer}}…, ffn=…{{layer}}… or head=…, a prefix for each, got {text!r}"
+                f"names must be attention=…{{layer}}…, ffn=…{{layer}}…, head=… or site=… (a module on its own), a "
+                f"prefix for each, got {text!r}"
             )
         found[kind] = template
     return found
@@ -162,6 +165,7 @@ def _activations(path: Path) -> Any:
     """
     import numpy as np
 
+    from conformance.casecheck import DTYPES
     from conformance.porter.errors import PortError
     from conformance.porter.storage.opening import open_checkpoint
 
@@ -174,6 +178,8 @@ def _activations(path: Path) -> Any:
         except (OSError, ValueError) as error:
             raise PortError(f"{path}: expected an array, got {error}") from error
     for value in values:
+        if value.dtype not in DTYPES.values():
+            raise PortError(f"{path}: must hold {', '.join(DTYPES)}, got {value.dtype}")
         if value.ndim < 2 or value.shape[-2:] != values[0].shape[-2:] or not np.isfinite(value).all():
             raise PortError(
                 f"{path}: must hold finite streams [..., n, C], all of one n and C, got {list(value.shape)}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import ml_dtypes
 import numpy as np
 
 from conformance.porter.errors import CANNOT, PortError
@@ -15,6 +17,24 @@ from conformance.stages import PROJECTIONS
 ALPHAS = tuple(f"{part}_alpha" for part in PROJECTIONS)
 
 
+@dataclass
+class Converted:
+    """A site's weights after the steps of a verdict.
+
+    Attributes:
+        weights: canonical, flat, as they are stored.
+        rounding: the largest relative rounding of a weight.
+        underflows: weights that the dtype's normal numbers are too large for; their relative rounding isn't in
+            ``rounding``.
+        errors: for each weight that was rounded, by how much each element was.
+    """
+
+    weights: Weights
+    rounding: float = 0.0
+    underflows: int = 0
+    errors: dict[str, np.ndarray] = field(default_factory=dict)
+
+
 def convert(
     site: Site,
     weights: Mapping[str, np.ndarray],
@@ -23,8 +43,8 @@ def convert(
     residual: str,
     dtype: np.dtype | None,
     norm: np.ndarray | None = None,
-) -> tuple[Weights, float]:
-    """The weights after the verdict's steps, and the largest relative rounding of an element.
+) -> Converted:
+    """The weights after the verdict's steps.
 
     Args:
         weights: canonical, flat.
@@ -52,14 +72,15 @@ def convert(
             found["res_alpha"] = found["res_alpha"][:, order]
             beta = found["res_beta"]
             found["res_beta"] = beta.T if residual == "sinkhorn" else beta[order]
-    largest = 0.0
+    result = Converted({})
     for name, value in found.items():
         with np.errstate(over="ignore"):
             stored = value.astype(kept[name], copy=False)
         if stored is not weights.get(name):
-            largest = max(largest, _rounding(site, name, value, stored), _unseen(name, weights, steps, stored, norm))
-        found[name] = stored
-    return found, largest
+            _account(site, name, value, stored, result)
+            result.rounding = max(result.rounding, _unseen(name, weights, steps, stored, norm))
+        result.weights[name] = stored
+    return result
 
 
 def _unseen(
@@ -93,15 +114,22 @@ def transposition(streams: int, residual: str) -> list[int]:
     return [j * streams + i for i in range(streams) for j in range(streams)]
 
 
-def _rounding(site: Site, name: str, exact: np.ndarray, stored: np.ndarray) -> float:
-    """The largest |stored - exact| / |exact|."""
+def _account(site: Site, name: str, exact: np.ndarray, stored: np.ndarray, result: Converted) -> None:
+    """Takes one weight's rounding into the result.
+
+    Raises:
+        PortError: a value doesn't fit into the dtype.
+    """
     wide, narrow = exact.astype(np.float64), stored.astype(np.float64)
     if not np.isfinite(narrow).all():
         where = np.argwhere(~np.isfinite(narrow))[0].tolist()
         raise PortError(
             f"{site}, {name} {where}: {wide[tuple(where)]:g} doesn't fit into {stored.dtype} ({IMPOSSIBLE})", CANNOT
         )
-    difference = np.abs(narrow - wide)
-    if not difference.any():
-        return 0.0
-    return float(np.max(np.divide(difference, np.abs(wide), out=np.zeros_like(wide), where=wide != 0)))
+    error, size = np.abs(narrow - wide), np.abs(wide)
+    if not error.any():
+        return
+    result.errors[name] = error
+    normal = size >= float(ml_dtypes.finfo(stored.dtype).smallest_normal)
+    result.underflows += int(np.count_nonzero(error[~normal]))
+    result.rounding = max(result.rounding, float(np.max(error[normal] / size[normal], initial=0.0)))

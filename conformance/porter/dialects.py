@@ -117,7 +117,7 @@ def of_checkpoint(layout: Layout, checkpoint: Checkpoint) -> tuple[Parameters, s
         found = {k: v for k, v in stated.items() if k in rows["paper"]}
         if set(found) == set(rows["paper"]):
             return check(found, str(checkpoint.path)), FROM_METADATA
-    if "parameters" in checkpoint.metadata and layout.name == "canonical":
+    if "parameters" in checkpoint.metadata and layout.keeps_dialect:
         stated = _json(checkpoint.metadata["parameters"], checkpoint)
         found = {**rows[layout.dialect], **{k: v for k, v in stated.items() if k in rows["paper"]}}
         return check(found, str(checkpoint.path)), FROM_METADATA
@@ -132,15 +132,16 @@ def configuration(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def from_config(layout: Layout, checkpoint: Checkpoint) -> Parameters | None:
-    """The dialect that a ``config.json`` sets, where its ``model_type`` is one of the layout's.
+    """The dialect that a ``config.json`` sets, where it speaks of hyper-connections.
 
     Raises:
         PortError: a value in it that no layer has.
     """
     config = configuration(checkpoint)
     name = layout.models.get(str(config.get("model_type")))
-    if name is None:
+    if name is None and (not layout.config or "hc_mult" not in config):
         return None
+    name = name or layout.dialect  # a model_type that is new here, with the settings of hyper-connections
     found = dict(known()[name])
     for key, names in layout.config.items():
         if key in config and config[key] is not None:
@@ -156,12 +157,11 @@ def _json(value: Any, checkpoint: Checkpoint) -> dict[str, Any]:
         raise PortError(f"{checkpoint.path}: its metadata isn't what this project writes ({error})") from error
 
 
-def fitting(layout: Layout, norm: bool, residual: str, head: bool) -> list[str]:
+def fitting(layout: Layout, norm: bool, residual: str) -> list[str]:
     """Dialects whose weights look like these, the layout's own first."""
     fits = [
         name
         for name, row in known().items()
         if row["residual"] == residual and (row["norm_weight"] == norm or layout.norm == "always")
-        and (not head or row["reduce"] in ("head", "none", "sum"))
-    ]  # fmt: skip
+    ]
     return sorted(fits, key=lambda name: name != layout.dialect)

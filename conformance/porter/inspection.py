@@ -79,13 +79,15 @@ def inspect(path: Path, layout: str | None = None, names: Mapping[str, str] | No
             sites=len(model.sites), layers=groups, dtypes=model.dtypes,
             tensors=sum(len(rows) for rows in model.sites.values()), all_tensors=len(checkpoint.tensors),
             bytes=model.nbytes, stacked=checkpoint.stacks if isinstance(checkpoint, Unstacked) else "",
-            dialects=dialects.fitting(model.layout, model.norm, model.residual, model.head),
+            dialects=dialects.fitting(model.layout, model.norm, model.residual),
             dialect=dialects.described(model.parameters), told_by=model.told_by, odd=_odd(model, groups),
         )  # fmt: skip
 
 
 def _odd(model: Model, groups: dict[str, list[int]]) -> list[str]:
     found: list[str] = []
+    if model.unplaced:
+        found.append(_unplaced(model))
     if model.parameters["reduce"] == "head" and HEAD not in model.sites:
         found.append("the head is missing, and the dialect reduces the streams by one")
     for group in {name.partition(".")[0] for name in groups}:
@@ -119,6 +121,10 @@ def _odd(model: Model, groups: dict[str, list[int]]) -> list[str]:
         if len({model.checkpoint.tensors[n].dtype for n in rows.values()}) > 1:
             found.append(f"{site}: its tensors have different dtypes")
     return found
+
+
+def _unplaced(model: Model) -> str:
+    return f"{len(model.unplaced)} tensors end as this layout's do and belong to no site, {model.unplaced[0]} first"
 
 
 def _numbers(numbers: list[int]) -> str:

@@ -62,6 +62,7 @@ class Layout:
         norm: whether it has a norm weight: ``never``, ``optional`` or ``always``.
         residuals: kinds of residual matrix that it has a place for.
         orbax: whether it is a tree in an Orbax checkpoint, else safetensors or a torch state dict.
+        keeps_dialect: whether its files state their dialect, and a port to it keeps the source's.
         config: keys of a ``config.json`` beside it, and the parameters that they set.
         models: for its ``model_type`` there, the dialect.
         source: where its names come from.
@@ -79,6 +80,7 @@ class Layout:
     norm: str = "never"
     residuals: frozenset[str] = frozenset({"sinkhorn"})
     orbax: bool = False
+    keeps_dialect: bool = False
     config: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
 
@@ -98,12 +100,18 @@ class Layout:
         return re.compile(f"(?P<prefix>{prefix})(?P<row>{rows})")
 
     def named(self, names: Mapping[str, str]) -> Layout:
-        """The same layout with other prefixes before its own, under ``attention``, ``ffn`` and ``head``."""
+        """The same layout with other prefixes before its own, under ``attention``, ``ffn``, ``head`` and ``site``.
+
+        Raises:
+            PortError: it has no head, and one is named.
+        """
         if not names:
             return self
         found = dict(self.names)
         for kind, template in names.items():
-            key = ("", "head") if kind == "head" else ("layers", kind)
+            if kind == "head" and not self.head:
+                raise PortError(f"the layout {self.name} has no head that could be named")
+            key = {"head": ("", "head"), "site": ("", "")}.get(kind, ("layers", kind))
             found[key] = (template, *found.get(key, ()))
         return replace(self, names=found)
 
@@ -113,11 +121,20 @@ class Layout:
     @cached_property
     def endings(self) -> frozenset[str]:
         """How the names of its tensors end: what follows the last placeholder."""
+        return self._endings({})
+
+    @cached_property
+    def endings_of_anchors(self) -> frozenset[str]:
+        """The same of the rows that show a site to be there."""
+        return self._endings(dict.fromkeys(self.anchors))
+
+    def _endings(self, only: Mapping[str, None]) -> frozenset[str]:
         return frozenset(
             re.sub(r".*\}", "", template) + row.name
             for (_, kind), templates in self.names.items()
             for template in templates
             for row in self.rows_of(kind)
+            if not only or row.name in only
         )
 
     def template(self, site: Site) -> str | None:
@@ -183,11 +200,8 @@ class Layout:
         shapes = canonical_shapes(site, streams, dim, residual, norm)
         return {row.name: _file_shape(row, shapes, streams, residual) for row in _present(self, site, shapes)}
 
-    def dimensions(self, site: Site, shapes: Mapping[str, tuple[int, ...]], streams: int | None = None):
+    def dimensions(self, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, str]:
         """(n, C, residual) of a site from the shapes of its rows.
-
-        Args:
-            streams: n, where something else tells it.
 
         Raises:
             PortError: no n explains the shapes.
@@ -199,7 +213,7 @@ class Layout:
         if len(shapes[wide.name]) != 2:
             raise PortError(f"{wide.name} must have two axes, got {list(shapes[wide.name])}")
         flat = shapes[wide.name][wide.axes.split().index("k")]
-        for n in [streams] if streams else range(1, MOST_STREAMS + 1):
+        for n in range(1, MOST_STREAMS + 1):
             for residual in sorted(self.residuals):
                 if flat % n or flat == 0 or (residual == "permutations" and n > 5):
                     continue
@@ -208,7 +222,7 @@ class Layout:
                 if {k: v for k, v in expected.items() if k not in lacking} == dict(shapes):
                     fits.append((n, flat // n, residual))
         if not fits:
-            raise PortError(_explain(self, site, shapes, wide, flat, streams))
+            raise PortError(_explain(self, site, shapes, wide, flat))
         return fits[0]
 
     def pack(self, site: Site, weights: Weights, streams: int, dim: int, residual: str) -> dict[str, np.ndarray]:
@@ -219,12 +233,12 @@ class Layout:
             parts = [weights[p] for p in row.parts if p in weights]
             if "k" in row.axes.split():
                 parts = [_reorder(p, streams, dim, self.flat) for p in parts]
-                value = np.concatenate(parts, -1) if len(parts) > 1 else parts[0]
+                value = _joined(site, row, parts)
                 value = value.T if row.axes == "m k" else value
             elif row.axes == "i j":
                 value = parts[0]
             else:
-                value = np.concatenate([p.reshape(-1) for p in parts])
+                value = _joined(site, row, [p.reshape(-1) for p in parts])
             packed[row.name] = value.reshape(_file_shape(row, shapes, streams, residual))
         return packed
 
@@ -256,6 +270,19 @@ class Layout:
         return {name: weights[name] for name in shapes if name in weights}
 
 
+def _joined(site: Site, row: Packed, parts: list[np.ndarray]) -> np.ndarray:
+    """Parts side by side along their last axis.
+
+    Raises:
+        PortError: no dtype holds them all.
+    """
+    try:
+        return np.concatenate(parts, -1) if len(parts) > 1 else parts[0]
+    except TypeError as error:  # bfloat16 beside float16
+        kinds = ", ".join(sorted({str(part.dtype) for part in parts}))
+        raise PortError(f"{site}: {row.name} would hold {kinds} together: set --dtype") from error
+
+
 def _present(layout: Layout, site: Site, shapes: Mapping[str, Any]) -> Sequence[Packed]:
     return [row for row in layout.rows_of(site.kind) if any(p in shapes for p in row.parts)]
 
@@ -283,16 +310,14 @@ def _restore(value: np.ndarray, streams: int, dim: int, flat: str) -> np.ndarray
     return value if flat == "streams-first" else _reorder(value, dim, streams, "dim-first")
 
 
-def _explain(
-    layout: Layout, site: Site, shapes: Mapping[str, tuple[int, ...]], wide: Packed, flat: int, streams: int | None
-) -> str:
+def _explain(layout: Layout, site: Site, shapes: Mapping[str, tuple[int, ...]], wide: Packed, flat: int) -> str:
     """Which tensor has the wrong shape, with what would have been right for the n that the others suggest."""
     for row in layout.rows_of(site.kind):
         if row.name in shapes and len(shapes[row.name]) != len(row.axes.split()) and row.axes != "i j":
             return f"{row.name} must have {len(row.axes.split())} axes ({row.axes}), got {list(shapes[row.name])}"
     rows = [r for r in layout.rows_of(site.kind) if r.name in shapes]
     best: tuple[tuple[int, bool], str] | None = None
-    for n in [streams] if streams else range(1, MOST_STREAMS + 1):
+    for n in range(1, MOST_STREAMS + 1):
         for residual in sorted(layout.residuals):
             if residual == "permutations" and n > 5:
                 continue

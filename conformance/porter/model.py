@@ -26,6 +26,7 @@ class Model:
         norm: whether the sites have a norm weight.
         parameters: of the dialect, as given, or as the checkpoint says.
         told_by: where the dialect comes from.
+        unplaced: tensors that end as the layout's do and belong to no site.
     """
 
     checkpoint: Checkpoint
@@ -37,6 +38,7 @@ class Model:
     norm: bool
     parameters: dict[str, Any]
     told_by: str
+    unplaced: list[str]
 
     @property
     def head(self) -> bool:
@@ -69,7 +71,7 @@ class Model:
                 check_dtype(self.checkpoint.tensors[name])
 
     def load(self, site: Site) -> Weights:
-        """The canonical weights of one site; `check` says whether they are finite.
+        """The canonical weights of one site, not looked at (`check`).
 
         Raises:
             PortError: a tensor can't be read, or has another dtype than weights can have.
@@ -143,7 +145,7 @@ def understand(
     else:
         parameters, told_by = dialects.of_checkpoint(chosen, checkpoint)
         if parameters["residual"] != residual:
-            fits = dialects.fitting(chosen, norm, residual, HEAD in sites)
+            fits = dialects.fitting(chosen, norm, residual)
             if fits:
                 parameters = dialects.parse(fits[0])
     if parameters["residual"] != residual:
@@ -152,7 +154,10 @@ def understand(
             f"{residual}"
         )
     parameters = {**parameters, "norm_weight": norm}
-    return Model(checkpoint, chosen, sites, streams, dim, residual, norm, parameters, told_by)
+    placed = {name for rows in sites.values() for name in rows.values()}
+    endings = tuple(chosen.endings_of_anchors)
+    unplaced = [n for n in _candidates(checkpoint, [chosen]) if n.endswith(endings) and n not in placed]
+    return Model(checkpoint, chosen, sites, streams, dim, residual, norm, parameters, told_by, unplaced)
 
 
 def _recognise(

@@ -67,10 +67,10 @@ class Report:
 
     Attributes:
         verdict: its kind; `reason` says why.
-        rounding: the largest relative rounding of a weight.
+        rounding: the largest relative rounding of a weight; ``underflows`` counts those that are too small for the
+            dtype's normal numbers and lost more.
         deviations: for each site the measured deviation of H, u and out (``head`` for a head).
-        tensors: name, shape and dtype of what is written.
-            (of a dry run, what would be).
+        tensors: name, shape and dtype of what is written, or by a dry run would be.
         written: where; None for a dry run or a refusal.
     """
 
@@ -92,6 +92,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     rounding: float = 0.0
+    underflows: int = 0
     probes: int = 0
     deviations: dict[str, dict[str, float]] = field(default_factory=dict)
     tensors: dict[str, tuple[list[int], str]] = field(default_factory=dict)

@@ -62,12 +62,12 @@ class Plan:
                 found[name] = list(stacked), dtype
         return dict(sorted(found.items()))
 
-    def port_site(self, site: Site, sink: Stacker) -> tuple[float, probe.Projected]:
+    def port_site(self, site: Site, sink: Stacker) -> tuple[float, int, probe.Projected]:
         """Reads, converts, packs and projects one site, and hands its tensors on.
 
         Returns:
-            The largest relative rounding of a weight, and the logits on the probes: of the source's weights, and of
-            the target's as its own layout reads them back.
+            The largest relative rounding of a weight, how many underflow, and the logits on the probes: of the source's
+            weights, and of the target's as its own layout reads them back.
 
         Raises:
             PortError: it is broken.
@@ -75,19 +75,19 @@ class Plan:
         model, dtype = self.model, DTYPES[self.options.dtype] if self.options.dtype else None
         weights, place = model.load(site), self.places[site]
         try:
-            found, rounding = convert(
+            ported = convert(
                 site, weights, self.verdict.steps, model.streams, model.residual, dtype, self.norm.get(site)
             )
         except PortError:  # a value that doesn't fit, unless it was broken before
             model.check(site)
             raise
-        packed = self.layout.pack(place, found, model.streams, model.dim, model.residual)
+        packed = self.layout.pack(place, ported.weights, model.streams, model.dim, model.residual)
         back = self.layout.unpack(place, packed, model.streams, model.dim, model.residual)
-        projected = self.probes.project(site, weights, back, rounding)
+        projected = self.probes.project(site, weights, back, ported)
         if not all(np.isfinite(z).all() for z in projected.source.values()):  # what isn't finite shows in a product
             model.check(site)
         sink.add({self.prefixes[place][row]: v for row, v in packed.items()})
-        return rounding, projected
+        return ported.rounding, ported.underflows, projected
 
     def judge(self, rows: list[probe.Projected]) -> None:
         """Takes the measurement into the report.
@@ -138,6 +138,12 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
         rows = [r.name for r in layout.rows_of(place.kind)]
         prefix = "" if place in existing else layout.prefix(place)
         prefixes[place] = {r: existing.get(place, {}).get(r, prefix + r) for r in rows}
+    names = [name for rows in prefixes.values() for name in rows.values()]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise PortError(f"two sites would be written as {twice}: give each kind its own name")
+    if model.unplaced:
+        notes.append(f"left out, belonging to no site: {len(model.unplaced)} tensors, {model.unplaced[0]} first")
     x = probe.activations(options.verify, model.streams, model.dim, options.seed)
     if options.activations is not None:
         given = options.activations
@@ -146,6 +152,8 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
                 f"the activations must end in [{model.streams}, {model.dim}] (n, C), got {list(given.shape)}"
             )
         x = np.concatenate([x, given.astype(np.float64).reshape(-1, model.streams, model.dim)])
+        if not np.abs(x).max(initial=0.0) < 1e100:
+            raise PortError("the activations must be finite and below 1e100")
     report = Report(
         source=str(model.checkpoint.path), source_layout=model.layout.name, target_layout=layout.name,
         source_dialect=dialects.described(model.parameters), target_dialect=dialects.described(parameters),
@@ -191,13 +199,18 @@ def _target_parameters(model: Model, layout: Layout, options: Options) -> tuple[
     """The target's dialect: as given, as the checkpoint that takes it says, or its own software's."""
     if options.to_dialect:
         found, told_by = dialects.parse(options.to_dialect), "as given"
+        stated = _config(layout, options.into) if options.into is not None else None
+        if stated and any(stated[k] != found[k] for k in stated if k not in ("reduce", "coefficients", "mixing")):
+            told_by = f"as given, though the config.json there says {dialects.described(stated)}"
     elif options.into is not None and (config := _config(layout, options.into)):
         found, told_by = config, dialects.FROM_CONFIG
-    elif layout.name == "canonical":
+    elif layout.keeps_dialect:
         found, told_by = dict(model.parameters), "the source's"
     else:
-        fits = dialects.fitting(layout, layout.norm == "always", model.residual, model.head)
-        found, told_by = dialects.parse(fits[0] if fits else layout.dialect), "its layout's own"
+        found, told_by = dialects.parse(layout.dialect), "its layout's own"
+        if found["residual"] != model.residual:
+            fits = dialects.fitting(layout, layout.norm == "always", model.residual)
+            found = dialects.parse(fits[0]) if fits else found
         if model.head and layout.head and found["reduce"] != "mean":
             found["reduce"] = "head"
     if model.residual not in layout.residuals or found["residual"] not in layout.residuals:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from conformance.porter import plan as planning
 from conformance.porter.errors import CANNOT, REFUSED, PortError
-from conformance.porter.layouts import layout_named
+from conformance.porter.layouts import layout_named, layouts
 from conformance.porter.model import understand
 from conformance.porter.options import Options, Refused, Report
 from conformance.porter.plan import Plan
@@ -65,6 +65,7 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
         if not options.dry_run:
             read = [source, *([options.norm_weight] if options.norm_weight else [])]
             storage.check_target(target, read, options.overwrite)
+            _check_replaceable(target)
     else:
         kind = "into"
     with open_checkpoint(source) as checkpoint:
@@ -83,8 +84,9 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
             try:
                 work = pool.map(lambda site: plan.port_site(site, sink), plan.places)
                 rows = []
-                for done, (rounding, row) in enumerate(work, 1):
+                for done, (rounding, underflows, row) in enumerate(work, 1):
                     report.rounding = max(report.rounding, rounding)
+                    report.underflows += underflows
                     rows.append(row)
                     if progress:
                         progress(done, len(plan.places))
@@ -112,15 +114,38 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
     return report
 
 
+def _check_replaceable(target: Path) -> None:
+    """Refuses to replace a checkpoint with more in it than hyper-connections.
+
+    Raises:
+        PortError: it names a tensor that would be lost.
+    """
+    if not os.path.exists(target):
+        return
+    try:
+        with open_checkpoint(target) as former:
+            held = set(former.tensors)
+            for layout in layouts().values():
+                held -= {name for rows in layout.locate(former.tensors).values() for name in rows.values()}
+    except PortError:  # no checkpoint, or a broken one: nothing that could be used is lost
+        return
+    if held:
+        raise PortError(f"{target}: has {min(held)} in it, which would be lost: port --into it, or remove it first")
+
+
 def settle(report: Report, verdict: Verdict) -> None:
     """The verdict after the measurement: a fold or a cast that rounded nothing was exact."""
     report.verdict, report.reason = verdict.kind, str(verdict)
     rounds = [r for r in verdict.reasons if r.kind == ROUNDING]
-    if verdict.kind == ROUNDING and all(r.step for r in rounds) and report.rounding == 0:
+    if verdict.kind == ROUNDING and all(r.step for r in rounds) and not (report.rounding or report.underflows):
         report.verdict, report.reason = EXACT, f"{EXACT}: {'; '.join(r.text for r in rounds)}, and nothing is rounded"
     elif verdict.kind == ROUNDING:
         rounded = f"largest relative rounding {report.rounding:.3g}" if report.rounding else "none is rounded"
         report.reason += f" (of the weights {rounded})"
+    if report.underflows:
+        report.notes.append(
+            f"{report.underflows} weights lie below the dtype's normal numbers, and lose more than that"
+        )
 
 
 def _figures(largest: Mapping[str, float]) -> str:
@@ -137,7 +162,7 @@ def _metadata(report: Report, plan: Plan, kind: str) -> dict[str, str]:
         "left_out": report.left_out,
     }  # fmt: skip
     found = {PORT_KEY: json.dumps(noted, sort_keys=True)}
-    if plan.layout.name == "canonical":
+    if plan.layout.keeps_dialect:
         sizes = {"streams": plan.model.streams, "dim": plan.model.dim}
         return {"format": CANONICAL, "parameters": json.dumps({**plan.parameters, **sizes}, sort_keys=True), **found}
     return found if kind in ("orbax", "torch") else {"format": "pt", **found}

@@ -17,7 +17,7 @@ from conformance.oracle import formulas
 from conformance.oracle.data import normal
 from conformance.oracle.floats import Quick
 from conformance.oracle.style import Style
-from conformance.porter.convert import transposition
+from conformance.porter.convert import Converted, transposition
 from conformance.porter.site import NORM, Site
 from conformance.porter.verdict import APPROXIMATE, Verdict
 from conformance.stages import PROJECTIONS
@@ -54,12 +54,14 @@ class Projected:
 
     Attributes:
         source, target: by the weights as they came, and as the target's layout reads them back.
-        moved: how far a logit may move for the rounding that the port caused; 0 where it moved by no bit.
+        held: by the target's weights under the source's norm: what only the port can have moved.
+        moved: how far a logit may move for the roundings that the port made; 0 where it moved by no bit.
     """
 
     site: Site
     source: Logits
     target: Logits
+    held: Logits
     moved: dict[str, float]
 
 
@@ -70,7 +72,7 @@ class Deviation:
     Attributes:
         measured: largest differences, as fractions of the largest value (of 1 for H).
         allowed: what the verdict allows of them; empty where it says nothing (approximate).
-        logits: for each projection how far its logits moved and may move; empty where the norms differ.
+        logits: for each projection how far its logits moved and may move, under the source's norm.
     """
 
     measured: dict[str, float]
@@ -112,27 +114,28 @@ class Probes:
         self._alike = np.array_equal(self._units[0], self._units[1])
 
     def project(
-        self, site: Site, source: Mapping[str, np.ndarray], target: Mapping[str, np.ndarray], rounding: float
+        self, site: Site, source: Mapping[str, np.ndarray], target: Mapping[str, np.ndarray], ported: Converted
     ) -> Projected:
         """The logits of one site before and after.
 
         Args:
-            source, target: canonical flat weights; what has the same bits in both is computed once.
-            rounding: the largest relative rounding of a weight.
+            source: canonical flat weights.
+            target: the same after the port, as read back; what has the same bits in both is computed once.
+            ported: what the port made of them, and the roundings of that.
         """
         wide = {name: self._wide("source", name, value) for name, value in source.items()}
         same = {name for name in source if name in target and _same(source[name], target[name])}
         after = {name: wide[name] if name in same else self._wide("target", name, v) for name, v in target.items()}
         known = set()
-        if self._alike and (site.head or _like_one(source.get(NORM), target.get(NORM))):
+        if site.head or _like_one(source.get(NORM), target.get(NORM)):
             known = {part for part, names in _names(site).items() if {*names} <= same}
         first = self._logits(site, wide, self._units[0], {})
-        reused = {part: first[part] for part in known}
-        second = self._logits(site, after, self._units[1], reused)
+        held = self._logits(site, after, self._units[0], {part: first[part] for part in known})
+        second = held if self._alike else self._logits(site, after, self._units[1], {})
         moved = {part: 0.0 for part in first}
-        if not all(np.array_equal(first[part], second[part]) for part in first):
-            moved = self._reach(site, wide, rounding)
-        return Projected(site, first, second, moved)
+        if not all(np.array_equal(first[part], held[part]) for part in first):
+            moved = self._reach(site, ported)
+        return Projected(site, first, second, held, moved)
 
     def _wide(self, which: str, name: str, value: np.ndarray) -> np.ndarray:
         """A weight in float64, in memory that the thread uses for every site: fresh pages cost more than products."""
@@ -153,22 +156,29 @@ class Probes:
                 found[part] = weights[scale] * (weights[alpha].T @ normed).T + weights[beta].reshape(-1)
         return found
 
-    def _reach(self, site: Site, weights: Mapping[str, np.ndarray], rounding: float) -> dict[str, float]:
-        """How far a rounding of every weight can move a logit: ``rounding * (|α| Σ|normed w φ| + |b|)``.
+    def _reach(self, site: Site, ported: Converted) -> dict[str, float]:
+        """How far the roundings of the port can move a logit ``z = α (normed w φ) + b``, each taken at its worst.
 
-        Three roundings at most meet in a product (α, w or φ, and their product); to that comes the evaluation's own
-        error.
+        With e for the error of a weight: ``|α| (normed |w| e_φ + normed e_w (|φ| + e_φ)) + e_α normed (|w| + e_w)
+        (|φ| + e_φ) + e_b``, and to that the error of evaluating in float64.
         """
-        flat = np.abs(self.x.reshape(len(self.x), -1))
-        normed = flat / np.sqrt(np.mean(flat * flat, -1, keepdims=True) + 1e-300)
-        if NORM in weights and not site.head:
-            normed = normed * np.abs(weights[NORM])
-        share = 3 * rounding + 64 * ROUNDOFF * np.sqrt(flat.shape[1])
+        weights = {name: np.abs(value.astype(np.float64)) for name, value in ported.weights.items()}
+        normed = np.abs(self._units[0].T)
+        e_w = ported.errors.get(NORM, 0.0)
+        scaled = normed * weights[NORM] if NORM in weights and not site.head else normed
+        own = 64 * ROUNDOFF * np.sqrt(normed.shape[1])
         found = {}
         for part, (alpha, scale, beta) in _names(site).items():
-            if alpha in weights:
-                reach = np.abs(weights[scale]) * (normed @ np.abs(weights[alpha])) + np.abs(weights[beta]).reshape(-1)
-                found[part] = share * float(np.max(reach, initial=0.0))
+            if alpha not in weights:
+                continue
+            e_phi = ported.errors.get(alpha, np.zeros((1, 1)))
+            largest = weights[alpha] + e_phi
+            reach = scaled @ np.broadcast_to(e_phi, largest.shape) + (normed * e_w) @ largest
+            whole = (scaled + normed * e_w) @ largest
+            moved = weights[scale] * reach + ported.errors.get(scale, 0.0) * whole
+            moved = moved + np.reshape(ported.errors.get(beta, 0.0), -1)
+            moved = moved + own * (weights[scale] * whole + weights[beta].reshape(-1))
+            found[part] = float(np.max(moved, initial=0.0))
         return found
 
     def measure(self, rows: Sequence[Projected], verdict: Verdict) -> list[Deviation]:
@@ -177,8 +187,9 @@ class Probes:
         Args:
             verdict: where it is approximate the functions differ, and only logits are held to anything.
 
-        The bounds: a gate's slope is at most 1/4 of its scale; after N iterations log H has moved by at most 4N times
-        its logits, since each log-sum-exp is 1-Lipschitz in the largest norm and row and column potentials take turns.
+        The bounds: a gate's slope is at most 1/4 of its scale; after N iterations log H has moved by at most 8N times
+        its logits, since each log-sum-exp is 1-Lipschitz in the largest norm and row and column potentials take turns
+        (4N; an eps added before the first of them doubles it).
         """
         approximate = verdict.kind == APPROXIMATE
         bodies = [row for row in rows if not row.site.head]
@@ -195,13 +206,11 @@ class Probes:
         return found
 
     def _logits_moved(self, row: Projected, transposed: bool) -> dict[str, tuple[float, float]]:
-        if not self._alike:  # another norm: the logits are others
-            return {}
         found = {}
         for part, logits in row.source.items():
             if part == "res" and transposed:
                 logits = logits[:, transposition(self.x.shape[1], self.source["residual"])]
-            found[part] = float(np.max(np.abs(row.target[part] - logits), initial=0.0)), row.moved[part]
+            found[part] = float(np.max(np.abs(row.held[part] - logits), initial=0.0)), row.moved[part]
         return found
 
     def _matrices(self, rows: Sequence[Projected], which: str) -> np.ndarray:
@@ -241,7 +250,7 @@ class Probes:
             return Deviation(measured, {}, {})
         streams = np.abs(self.x).sum(1).max(initial=0.0)
         iterations = self.source["iterations"] or 1
-        H_moved = float(np.expm1(min(4 * iterations * row.moved.get("res", 0.0), 700.0))) + 8 * iterations * ROUNDOFF
+        H_moved = float(np.expm1(min(8 * iterations * row.moved.get("res", 0.0), 700.0))) + 8 * iterations * ROUNDOFF
         u_moved = (row.moved["pre"] / 4 + 8 * ROUNDOFF) * streams
         slope = self.source["post_scale"] + self.source["post_eps"]
         out_moved = slope * ((row.moved["post"] / 4 + 8 * ROUNDOFF) * _size(first["u"]) + u_moved) + H_moved * streams

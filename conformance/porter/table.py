@@ -42,9 +42,9 @@ def verdict(source: str, target: str) -> tuple[Verdict, float]:
     if found.kind == IMPOSSIBLE:
         return found, 0.0
     weights = made_up(before["residual"], before["norm_weight"])
-    ported, rounding = convert(SITE, weights, found.steps, STREAMS, before["residual"], None)
+    ported = convert(SITE, weights, found.steps, STREAMS, before["residual"], None)
     probes = Probes(activations(TOKENS, STREAMS, DIM, 0), before, after)
-    row = probes.project(SITE, weights, ported, rounding)
+    row = probes.project(SITE, weights, ported.weights, ported)
     (deviation,) = probes.measure([row], found)
     wrong = deviation.contradicts()
     if wrong:

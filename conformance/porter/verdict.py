@@ -81,14 +81,15 @@ def derive(
         else:
             reasons.append(Reason(EXACT, "the norm weight is set to 1", "ones"))
     reasons += _orientation(source, target, streams)
+    no_norm_eps = source["norm_eps"] == target["norm_eps"] == 0
     for key in ("norm_eps", "norm_eps_position", "guard", "eps", "iterations", "pre_eps", "post_scale", "post_eps"):
-        if source[key] != target[key]:
+        if source[key] != target[key] and not (key == "norm_eps_position" and no_norm_eps):
             reasons.append(Reason(APPROXIMATE, f"{NAMES[key]} {source[key]} becomes {target[key]}"))
     moved = [key for key in ("coefficients", "mixing") if source[key] != target[key]]
     if moved:
         where = {"float32": "in float32", "activation": "in the dtype of x"}[target[moved[0]]]
         reasons.append(
-            Reason(ROUNDING, f"{' and '.join(moved)} are {where} in the target: other roundings when it runs")
+            Reason(ROUNDING, f"the target keeps {' and '.join(moved)} {where}: it rounds elsewhere when it runs")
         )
     if narrowed:
         reasons.append(Reason(ROUNDING, f"weights are stored in {narrowed}", "cast"))
@@ -110,7 +111,10 @@ def _orientation(source: Mapping[str, Any], target: Mapping[str, Any], streams: 
         how = "the permutations are inverted" if source["residual"] == "permutations" else "the orders are the reverse"
         return [Reason(EXACT, f"H is transposed: the residual logits are, and {how}", "transpose")]
     if turned and streams == 2:
-        text = "H is transposed, which for two streams shows as far as Sinkhorn hasn't converged: the logits are copied"
+        text = (
+            "H is transposed; of two streams a converged H is its own transpose, so that the logits are copied, and "
+            "only what Sinkhorn leaves unconverged differs"
+        )
         return [Reason(APPROXIMATE, text)]
     if turned:
         text = (

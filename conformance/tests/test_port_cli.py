@@ -20,6 +20,7 @@ from conformance.oracle.build import Wish
 from conformance.oracle.build import build as build_case
 from conformance.oracle.evaluate import evaluate
 from conformance.oracle.floats import Quick
+from conformance.porter.convert import Converted
 from conformance.porter.probe import Probes
 from conformance.porter.site import Site
 from conformance.tests import small_checkpoint
@@ -212,7 +213,7 @@ def test_probes_compute_what_the_oracle_s_formulas_do(dialect):
         for stage in ("coefficients", "pre")
     }
     probes = Probes(given["x"].reshape(7, 3, 5), case.parameters, case.parameters)
-    row = probes.project(Site("layers", 0, "ffn"), weights, weights, 0.0)
+    row = probes.project(Site("layers", 0, "ffn"), weights, weights, Converted(dict(weights)))
     H = probes._matrices([row], "source")[0]
     expected = true["coefficients"]["H"].reshape(7, 3, 3)
     expected = expected.swapaxes(-1, -2) if case.parameters["mix"] == "out-in" else expected

@@ -273,8 +273,8 @@ def test_what_a_killed_process_of_the_same_number_left_is_not_in_the_way(tmp_pat
 @pytest.mark.parametrize("into", [False, True])
 def test_a_directory_that_cannot_be_synced_is_whole_before_or_after(tmp_path, source, monkeypatch, into):
     """An error after the last rename is reported late: either it counts as written, or what was there still is."""
-    target = build(tmp_path / "target", seed=1)
-    (target / "config.json").unlink()  # a directory with more than shards isn't replaced
+    target = tmp_path / "target"
+    assert call("port", build(tmp_path / "other", seed=1), target, "--to", "deepseek").exit_code == 0
     before, former, new, real = state(tmp_path), values(target), values(source), atomic._sync
     folder, renames = (target, 2) if into else (tmp_path, 1)
 
@@ -300,7 +300,40 @@ def test_a_directory_that_cannot_be_synced_is_whole_before_or_after(tmp_path, so
 def test_a_model_s_directory_is_not_replaced_by_its_hyper_connections(tmp_path, source, layout):
     if layout == "maxtext":
         pytest.importorskip("orbax.checkpoint")
-    model = build(tmp_path / "model")
-    (model / "tokenizer.json").write_text("{}")
-    saying = ("config.json in it, which would be lost",)
-    refuses(tmp_path, "port", source, model, "--to", layout, "--overwrite", APPROXIMATE, saying=saying)
+    replacing = ("--to", layout, "--overwrite", APPROXIMATE)
+    saying = ("embed.weight in it, which would be lost",)
+    refuses(tmp_path, "port", source, build(tmp_path / "model"), *replacing, saying=saying)
+    ported = tmp_path / "ported"
+    assert call("port", source, ported, "--to", "deepseek").exit_code == 0
+    (ported / "tokenizer.json").write_text("{}")
+    refuses(tmp_path, "port", source, ported, *replacing, saying=("tokenizer.json in it, which would be lost",))
+
+
+def test_a_maxtext_tree_with_other_parameters_is_not_replaced(tmp_path, source):
+    orbax = pytest.importorskip("orbax.checkpoint")
+    tree = {"params": {"params": {"decoder": {"decoder_norm": {"scale": np.ones(8, np.float32)}}}}}
+    orbax.PyTreeCheckpointer().save(tmp_path / "tree", tree)
+    arguments = (tmp_path / "tree", "--to", "maxtext", "--overwrite", APPROXIMATE)
+    refuses(tmp_path, "port", source, *arguments, saying=("decoder_norm/scale in it, which would be lost",))
+
+
+def test_a_second_port_into_a_directory_with_fewer_sites_leaves_it_readable(tmp_path, source):
+    into = build(tmp_path / "into", seed=1)
+    assert call("port", source, "--into", into, "--to", "deepseek").exit_code == 0
+    fewer = {k: v for k, v in weights(seed=2).items() if not k.startswith("layers.0")}
+    save_file(fewer, tmp_path / "fewer.safetensors")
+    assert call("port", tmp_path / "fewer.safetensors", "--into", into, "--to", "deepseek").exit_code == 0
+    assert call("port", source, "--into", into, "--to", "deepseek").exit_code == 0
+    assert call("inspect", into).exit_code == 0
+
+
+def test_two_sites_under_one_name_are_refused(tmp_path, source):
+    names = ("--names", "attention=a.{layer}.", "--names", "ffn=a.{layer}.")
+    refuses(tmp_path, "port", source, tmp_path / "out", "--to", "deepseek", *names, saying=("two sites", "a.0.fn"))
+    refuses(tmp_path, "port", source, tmp_path / "out", "--to", "liger", "--names", "head=h.", saying=("no head",))
+
+
+def test_shards_are_for_whoever_may_read_new_files(tmp_path, source):
+    (tmp_path / "plain").write_text("")
+    assert call("port", source, tmp_path / "out.safetensors", "--to", "canonical").exit_code == 0
+    assert (tmp_path / "out.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

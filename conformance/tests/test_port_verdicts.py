@@ -7,8 +7,11 @@ import pytest
 
 from conformance.porter import dialects, probe
 from conformance.porter.errors import PortError
+from conformance.porter.layout import Layout
+from conformance.porter.layouts import layout_named
 from conformance.porter.port import Options, Refused, port
 from conformance.tests.porter_data import (
+    LAYOUTS,
     differences,
     layer,
     projections,
@@ -274,3 +277,46 @@ def test_every_site_of_the_report_is_measured(ported):
     sites = random_sites(16, STREAMS, DIM, layers=3, head=True)
     report = ported(sites, "deepseek-v4", "deepseek-v4", "deepseek")
     assert report.deviations.keys() == sites.keys() and set(report.deviations["head"]) == {"head"}
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"canonical"}))
+def test_what_a_layout_s_own_software_computes_is_the_default(tmp_path, layout, head):
+    if layout == "maxtext":
+        pytest.importorskip("orbax.checkpoint")
+    source = write_canonical(tmp_path / "source.safetensors", random_sites(3, 4, 3, head=head), "deepseek-v4")
+    report = port(source, tmp_path / "there", Options(to=layout, dry_run=True))
+    assert report.target_dialect.split(",")[0] == layout_named(layout).dialect
+
+
+def test_a_mistake_shows_though_the_norms_differ_and_weights_underflow(tmp_path, monkeypatch):
+    sites = random_sites(4, 4, 3)
+    for weights in sites.values():
+        weights["pre_alpha"][0, 0] = weights["res_alpha"][1, 2] = 1e-9
+    source = write_canonical(tmp_path / "source.safetensors", sites, "deepseek-v4")
+    pack = Layout.pack
+
+    def swapped(self, site, weights, *sizes):
+        turned = {**weights, "pre_beta": weights["post_beta"], "post_beta": weights["pre_beta"]}
+        return pack(self, site, turned if "pre_beta" in weights else weights, *sizes)
+
+    other_norm = Options(to="canonical", to_dialect="deepseek-v4,norm_eps=1e-5", allow_approximate=True)
+    narrow = Options(to="deepseek", dtype="float16")
+    honest = port(source, tmp_path / "honest.safetensors", narrow)
+    assert honest.underflows == 8 and honest.rounding <= 2.0**-11
+    monkeypatch.setattr(Layout, "pack", swapped)
+    for options in (other_norm, narrow):
+        with pytest.raises(PortError, match="a mistake of the porter") as caught:
+            port(source, tmp_path / "there.safetensors", options)
+        assert caught.value.status == 1 and not (tmp_path / "there.safetensors").exists()
+
+
+def test_roundings_that_meet_in_one_product_are_no_contradiction(tmp_path):
+    """Three roundings by the same relative amount move a product by more than three times it."""
+    value = np.float32(1 + 2.0**-8 + 2.0**-23)
+    names = {"mhc_norm.scale": (1,), **{f"{p}_alpha": (1, 1) for p in ("pre", "post", "res")}}
+    names |= {f"{p}_alpha_scale": (1,) for p in ("pre", "post", "res")}
+    weights = {name: np.full(shape, value, np.float32) for name, shape in names.items()}
+    weights |= {f"{p}_beta": np.zeros((1, 1) if p == "res" else 1, np.float32) for p in ("pre", "post", "res")}
+    source = write_canonical(tmp_path / "source.safetensors", {"layers.0.attention": weights}, "maxtext")
+    assert port(source, tmp_path / "there.safetensors", Options(to="canonical", dtype="bfloat16")).rounding > 0

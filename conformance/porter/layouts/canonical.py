@@ -7,6 +7,7 @@ LAYOUT = Layout(
     summary="safetensors, MaxText's names flat, dialect and sizes in the metadata",
     source="mathematics.md, Checkpoint layouts",
     dialect="paper",
+    keeps_dialect=True,
     norm="optional",
     residuals=frozenset({"sinkhorn", "permutations", "identity"}),
     rows=(

@@ -13,7 +13,6 @@ LAYOUT = Layout(
     summary="safetensors with an index, float32, layers.N.hc_attn_fn",
     source="the released DeepSeek-V4 files; transformers 5.23, conversion_mapping.py, deepseek_v4",
     dialect="deepseek-v4",
-    residuals=frozenset({"sinkhorn", "identity"}),
     rows=ROWS,
     head=(
         Packed("fn", ("head_fn",), "m k"),

@@ -8,7 +8,6 @@ LAYOUT = Layout(
     summary="safetensors with an index, model.layers.N.attn_hc.fn, or hc_attn_fn as save_pretrained writes it",
     source="transformers 5.23, deepseek_v4 and glm5_next; save_pretrained renames by conversion_mapping.py",
     dialect="deepseek-v4-transformers",
-    residuals=frozenset({"sinkhorn", "identity"}),
     rows=ROWS,
     head=(
         Packed("hc_fn", ("head_fn",), "m k"),

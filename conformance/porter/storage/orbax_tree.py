@@ -55,7 +55,10 @@ def _quiet(path: Path, doing: str) -> Iterator[None]:
 
 @functools.cache
 def _ignore_late_callbacks() -> None:
-    """After a failure TensorStore still calls back into an event loop that Orbax has closed, which Python reports."""
+    """After a failure TensorStore calls back into an event loop that Orbax has closed, and futures keep errors that
+    nobody asks for: Python reports both, after the error itself has been.
+    """
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     before = sys.unraisablehook
 
     def hook(found: Any) -> None:

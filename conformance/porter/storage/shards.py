@@ -221,10 +221,12 @@ class SafetensorsCheckpoint(Checkpoint):
         for name in files:
             self._shards[name] = Shard(self.path / name)
         holders: dict[str, str] = {}
+        repeated: set[str] = set()
         for name, shard in self._shards.items():
-            for tensor in holders.keys() & shard.header.keys():
-                self._twice(tensor, holders[tensor], name, weight_map)
+            repeated |= holders.keys() & shard.header.keys()
             holders |= dict.fromkeys(shard.header, name)
+        for tensor in sorted(repeated):
+            self._check_repeated(tensor, weight_map)
         if weight_map is not None and weight_map != holders:
             for tensor, name in weight_map.items():
                 if tensor not in self._shards[name].header:
@@ -234,14 +236,15 @@ class SafetensorsCheckpoint(Checkpoint):
             self.metadata = self._shards[files[0]].metadata
         self.config, self.files = config_beside(self.path), len(files)
 
-    def _twice(self, tensor: str, first: str, second: str, weight_map: dict[str, str] | None) -> None:
-        """A tensor in two shards: right only where the later says that it replaces, and the index agrees.
+    def _check_repeated(self, tensor: str, weight_map: dict[str, str] | None) -> None:
+        """A tensor in several shards: right only where each but the first replaces, and the index names the last.
 
         Readers that load every listed shard, transformers among them, let the last one win.
         """
-        replaces = PORT_KEY in self._shards[second].metadata
-        if weight_map is None or weight_map.get(tensor) != second or not replaces:
-            raise PortError(f"{self.path}: {tensor} is in both {first} and {second}: keep one of them")
+        holders = [name for name, shard in self._shards.items() if tensor in shard.header]
+        replaced = all(PORT_KEY in self._shards[name].metadata for name in holders[1:])
+        if weight_map is None or weight_map.get(tensor) != holders[-1] or not replaced:
+            raise PortError(f"{self.path}: {tensor} is in both {holders[0]} and {holders[1]}: keep one of them")
 
     def read(self, name: str) -> np.ndarray:
         return self._shards[self._holders[name]].read(name)

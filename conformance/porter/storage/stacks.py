@@ -104,11 +104,12 @@ class Stacker:
     """
 
     def __init__(self, stacks: Stacks, axis: int, layers: Sequence[int]):
-        if list(layers) != list(range(len(layers))):
+        self._alone = all(name == "unscanned" for name, _ in stacks.segments)
+        if not self._alone and list(layers) != list(range(len(layers))):
             raise PortError(
                 f"scanned layers must be 0 to {len(layers) - 1} without gaps, got {list(layers)}: port unscanned"
             )
-        self._places, self._axis = stacks.places(len(layers)) if layers else [], axis
+        self._places, self._axis = [] if self._alone or not layers else stacks.places(len(layers)), axis
         self._sizes = Counter(place for place, _ in self._places)
         self._found: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -116,7 +117,7 @@ class Stacker:
 
     def place(self, name: str, shape: tuple[int, ...]) -> tuple[str, int | None, tuple[int, ...]]:
         """Where an unscanned tensor goes: its name there, its index (None for alone), and the shape of the whole."""
-        match = PLACE.fullmatch(name)
+        match = None if self._alone else PLACE.fullmatch(name)
         if not match:
             return name, None, shape
         where, index = self._places[_number(match["stack"])]

@@ -141,10 +141,12 @@ def _reason(error: Exception) -> str:
 
 
 def _save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    contiguous = {k: np.ascontiguousarray(v).reshape(v.shape) for k, v in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # the library's files are for their owner alone
     try:
-        save_file(
-            {k: np.ascontiguousarray(v).reshape(v.shape) for k, v in tensors.items()}, path, metadata=dict(metadata)
-        )
+        save_file(contiguous, path, metadata=dict(metadata))
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{error}") from error
 
