@@ -140,8 +140,8 @@ def settle(report: Report, verdict: Verdict) -> None:
     if verdict.kind == ROUNDING and all(r.step for r in rounds) and not (report.rounding or report.underflows):
         report.verdict, report.reason = EXACT, f"{EXACT}: {'; '.join(r.text for r in rounds)}, and nothing is rounded"
     elif verdict.kind == ROUNDING:
-        rounded = f"largest relative rounding {report.rounding:.3g}" if report.rounding else "none is rounded"
-        report.reason += f" (of the weights {rounded})"
+        largest = f"largest relative rounding of a weight {report.rounding:.3g}"
+        report.reason += f" ({largest if report.rounding else 'no weight is rounded'})"
     if report.underflows:
         report.notes.append(
             f"{report.underflows} weights lie below the dtype's normal numbers, and lose more than that"
