@@ -223,7 +223,8 @@ class Probes:
         logits = np.concatenate([getattr(row, which)["res"] for row in rows])
         if p["residual"] == "sinkhorn":
             logits = logits.reshape(-1, n, n)
-        H, _ = formulas.residual_matrix(logits, {**p, "streams": n}, Float64())
+        with np.errstate(invalid="ignore"):  # 0 / 0 without a guard: the source isn't finite there either
+            H, _ = formulas.residual_matrix(logits, {**p, "streams": n}, Float64())
         H = H.reshape(len(rows), tokens, n, n)
         return H.swapaxes(-1, -2) if p["mix"] == "out-in" else H
 
