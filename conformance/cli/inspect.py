@@ -39,7 +39,11 @@ def inspect(
     sites = ", ".join(f"{kind} in {len(numbers)} layers" for kind, numbers in found.layers.items()) or "one module"
     rows = {
         "layout": f"{found.layout}, {found.storage} in {found.files} file{'s' if found.files > 1 else ''}"
-        + (f", layers {found.stacked}" if found.stacked else ""),
+        + (
+            f", layers {found.stacked}{''.join(f' along axis {axis}' for axis in found.scan_axes)}"
+            if found.stacked
+            else ""
+        ),
         "sites": f"{found.sites}: {sites}{', a head' if found.head else ''}",
         "sizes": f"n = {found.streams}, C = {found.dim}, residual {found.residual}, "
         f"{'a' if found.norm_weight else 'no'} norm weight",

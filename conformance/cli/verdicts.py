@@ -15,7 +15,8 @@ def verdicts(
     source: Annotated[str | None, typer.Argument(help="A dialect.")] = None,
     target: Annotated[str | None, typer.Argument(help="Another: say what differs, and what a port would be.")] = None,
     write: Annotated[
-        Path | None, typer.Option(help="Put the table between the verdicts markers of this Markdown file.")
+        Path | None,
+        typer.Option(help="Put the table, and that of the layouts, between their markers in this Markdown file."),
     ] = None,
 ) -> None:
     """What a port between two dialects is: exact, exact to rounding, approximate or impossible.
@@ -37,6 +38,7 @@ def verdicts(
     try:
         if write:
             document.rewrite(write, "verdicts", text)
+            document.rewrite(write, "layouts", table.layout_table())
         else:
             typer.echo(text, nl=False)
     except (OSError, ValueError) as error:

@@ -60,7 +60,8 @@ def convert(
     if not site.head:
         if "fold" in steps:
             scale = found.pop(NORM).astype(np.float64)[:, None]
-            found |= {k: found[k].astype(np.float64) * scale for k in ALPHAS if k in found}
+            with np.errstate(over="ignore"):  # said below, with its place
+                found |= {k: found[k].astype(np.float64) * scale for k in ALPHAS if k in found}
         if "unfold" in steps and norm is not None:
             found |= {k: found[k].astype(np.float64) / norm.astype(np.float64)[:, None] for k in ALPHAS if k in found}
             found, kept[NORM] = {NORM: norm, **found}, kept["pre_alpha"] if dtype is None else dtype

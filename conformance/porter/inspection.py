@@ -25,7 +25,7 @@ class Inspection:
         layers: for each group (``layers``, ``mtp``) and kind of site, the layer numbers that have it.
         tensors: mHC tensors; ``all_tensors`` counts the others too.
         bytes: of the mHC tensors.
-        stacked: how scanned layers lie, empty where none is.
+        stacked: how scanned layers lie, empty where none is; ``scan_axes`` along which axes.
         dialects: those whose weights look like these, the likeliest first.
         dialect: the one that a port would take, and ``told_by`` why.
         odd: a line for each thing that is unusual.
@@ -47,6 +47,7 @@ class Inspection:
     all_tensors: int
     bytes: int
     stacked: str
+    scan_axes: list[int]
     dialects: list[str]
     dialect: str
     told_by: str
@@ -79,6 +80,7 @@ def inspect(path: Path, layout: str | None = None, names: Mapping[str, str] | No
             sites=len(model.sites), layers=groups, dtypes=model.dtypes,
             tensors=sum(len(rows) for rows in model.sites.values()), all_tensors=len(checkpoint.tensors),
             bytes=model.nbytes, stacked=checkpoint.stacks if isinstance(checkpoint, Unstacked) else "",
+            scan_axes=sorted(checkpoint.axes) if isinstance(checkpoint, Unstacked) else [],
             dialects=dialects.fitting(model.layout, model.norm, model.residual),
             dialect=dialects.described(model.parameters), told_by=model.told_by, odd=_odd(model, groups),
         )  # fmt: skip

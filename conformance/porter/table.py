@@ -7,6 +7,7 @@ import numpy as np
 from conformance.corpus import dialect_rows
 from conformance.oracle.data import normal
 from conformance.porter.convert import convert
+from conformance.porter.layouts import layouts
 from conformance.porter.probe import Probes, activations
 from conformance.porter.site import NORM, Site, Weights, canonical_shapes
 from conformance.porter.verdict import EXACT, IMPOSSIBLE, ROUNDING, Verdict, derive
@@ -63,6 +64,15 @@ def markdown() -> str:
             cells.append(LEGEND.get(found.kind) or f"≈ {out:.0e}")
         lines.append(f"| **{source}** | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""]) + "\n"
+
+
+def layout_table() -> str:
+    """The layouts, as a Markdown table."""
+    rows = [
+        f"| `{name}` | {layout.summary} | {'as the source' if layout.keeps_dialect else f'`{layout.dialect}`'} |"
+        for name, layout in layouts().items()
+    ]
+    return "\n".join(["| layout | what it is | its own dialect |", "|---|---|---|", *rows, ""])
 
 
 def reasons(source: str, target: str) -> list[str]:

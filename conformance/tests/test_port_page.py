@@ -62,11 +62,11 @@ def test_the_page_shows_what_its_commands_print(tmp_path):
     assert FIGURE.sub("#", printed(tmp_path)) == FIGURE.sub("#", PAGE.read_text(encoding="utf-8"))
 
 
-def test_the_table_of_verdicts_is_the_code_s():
+def test_the_tables_of_verdicts_and_layouts_are_the_code_s():
     if not PAGE.is_file():
         pytest.skip("an installed package has no page")
-    _, found, _ = document.split(PAGE, "verdicts")
-    assert found == table.markdown()
+    assert document.split(PAGE, "verdicts")[1] == table.markdown()
+    assert document.split(PAGE, "layouts")[1] == table.layout_table()
 
 
 if __name__ == "__main__":

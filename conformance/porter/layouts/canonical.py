@@ -4,7 +4,9 @@ from conformance.porter.layout import Layout, Packed
 
 LAYOUT = Layout(
     name="canonical",
-    summary="safetensors, MaxText's names flat, dialect and sizes in the metadata",
+    summary=(
+        "safetensors that `jax_impl` and `torch_impl` load: MaxText's names, flat, sizes and dialect in the metadata"
+    ),
     source="mathematics.md, Checkpoint layouts",
     dialect="paper",
     keeps_dialect=True,

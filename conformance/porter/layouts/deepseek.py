@@ -10,7 +10,7 @@ ROWS = (
 
 LAYOUT = Layout(
     name="deepseek",
-    summary="safetensors with an index, float32, layers.N.hc_attn_fn",
+    summary=("the released DeepSeek-V4 files, `layers.N.hc_attn_fn`: shards with an index, or one file"),
     source="the released DeepSeek-V4 files; transformers 5.23, conversion_mapping.py, deepseek_v4",
     dialect="deepseek-v4",
     rows=ROWS,

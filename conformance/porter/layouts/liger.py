@@ -4,7 +4,7 @@ from conformance.porter.layout import Layout, Packed
 
 LAYOUT = Layout(
     name="liger",
-    summary="safetensors or a torch state dict of LigerMHC modules: phi, b, alpha_pre, alpha_post, alpha_res",
+    summary=("state dicts of `LigerMHC`, safetensors or `.pt`: `phi`, `b`, `alpha_pre`, `alpha_post`, `alpha_res`"),
     source="liger-kernel 0.8.5, transformers/mhc.py",
     dialect="liger",
     anchors=("phi",),

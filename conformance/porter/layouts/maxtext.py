@@ -5,7 +5,10 @@ from conformance.porter.layouts import canonical
 
 LAYOUT = Layout(
     name="maxtext",
-    summary="an Orbax checkpoint, params/params/decoder/layers/mhc_attention/pre_alpha, scanned or not",
+    summary=(
+        "an Orbax checkpoint, `params/params/decoder/layers/mhc_attention/pre_alpha`, scanned (`--stacks "
+        "layers`) or not (`--stacks unscanned`)"
+    ),
     source="MaxText (August 2026), layers/mhc.py and the checkpoint converters of DeepSeek-V4",
     dialect="maxtext",
     norm="always",

@@ -5,7 +5,10 @@ from conformance.porter.layouts.deepseek import LAYOUT as DEEPSEEK
 
 LAYOUT = Layout(
     name="megatron",
-    summary="safetensors or a torch state dict, decoder.layers.N.self_attention_hyper_connection.mapping_proj.weight",
+    summary=(
+        "Megatron-LM's `HyperConnectionModule`, safetensors or `.pt`: "
+        "`decoder.layers.N.self_attention_hyper_connection.mapping_proj.weight`"
+    ),
     source="Megatron-LM main (August 2026), transformer/hyper_connection.py; head as Megatron Bridge names it",
     dialect="megatron",
     rows=(

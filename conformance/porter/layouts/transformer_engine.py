@@ -4,7 +4,10 @@ from conformance.porter.layout import Layout, Packed
 
 LAYOUT = Layout(
     name="transformer-engine",
-    summary="safetensors or a torch state dict: phi, alpha, beta, optional norm_weight; the flat axis dim first",
+    summary=(
+        "tensors as its functions take them, safetensors or `.pt`: `phi` with its flat axis dim first, "
+        "`alpha`, `beta`, `norm_weight`"
+    ),
     source="TransformerEngine, pytorch/triton/mhc.py; it has functions, no module: the prefixes are ours",
     dialect="transformer-engine",
     flat="dim-first",

@@ -5,7 +5,10 @@ from conformance.porter.layouts.deepseek import ROWS
 
 LAYOUT = Layout(
     name="transformers",
-    summary="safetensors with an index, model.layers.N.attn_hc.fn, or hc_attn_fn as save_pretrained writes it",
+    summary=(
+        "`deepseek_v4` and `glm5_next` of transformers, `model.layers.N.attn_hc.fn`, or `hc_attn_fn` as "
+        "`save_pretrained` writes it"
+    ),
     source="transformers 5.23, deepseek_v4 and glm5_next; save_pretrained renames by conversion_mapping.py",
     dialect="deepseek-v4-transformers",
     rows=ROWS,
