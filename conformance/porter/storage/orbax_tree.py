@@ -8,6 +8,7 @@ import glob
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,9 +167,21 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
         try:
             orbax.Checkpointer(handler).save(path.resolve(), arguments, custom_metadata=dict(metadata))
         except BaseException:
-            for unfinished in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            _remove_unfinished(path)
             raise
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Removes what Orbax has written so far, until it stays away: TensorStore's threads go on for a moment."""
+    absent = 0
+    for _ in range(100):
+        found = list(path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"))
+        for unfinished in found:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        absent = 0 if found else absent + 1
+        if absent == 5:
+            return
+        time.sleep(0.03)
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
