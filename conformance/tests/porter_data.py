@@ -17,6 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from conformance.porter import dialects
+from conformance.porter.layouts import layouts
 from conformance.porter.model import understand
 from conformance.porter.storage.opening import open_checkpoint
 
@@ -27,7 +28,7 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-LAYOUTS = ("canonical", "deepseek", "liger", "maxtext", "megatron", "transformer-engine", "transformers")
+LAYOUTS = tuple(layouts())
 HEADED = frozenset({"canonical", "deepseek", "maxtext", "megatron", "transformers"})
 NORMED = frozenset({"canonical", "maxtext", "transformer-engine"})
 PARTS = ("pre", "post", "res")

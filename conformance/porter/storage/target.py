@@ -84,7 +84,7 @@ def write(
         if path.exists() and path.is_dir() != (kind in ("directory", "orbax")):
             raise PortError(f"{path}: a {'directory' if path.is_dir() else 'file'} is in the way: remove it first")
         if path.is_dir():
-            _check_replaceable(path)
+            _check_other_files(path)
         with atomic.whole(path) as temporary:
             if kind == "orbax":
                 orbax_tree.save(temporary, tensors, metadata, path)
@@ -103,7 +103,7 @@ def write(
         raise PortError(f"{path}: can't be written ({_reason(error)})") from error
 
 
-def _check_replaceable(directory: Path) -> None:
+def _check_other_files(directory: Path) -> None:
     """Refuses to replace a directory with more in it than a checkpoint of this command: a whole model, say.
 
     Raises:
