@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
+from jax_impl import sharding
 from jax_impl.config import MHCConfig
 
+COEFFICIENTS = "mhc_coefficients"
+"""The name, for policies of `jax.checkpoint` (`sharding.keep_coefficients`), of what is small and takes a pass over x
+or a collective to make again: projections, sum of squares, pre, post and H, 49 numbers a token at n = 4."""
 Weights = Mapping[str, Array]
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -109,18 +114,26 @@ def rms_norm(
     Returns:
         float32 (float64 for float64), rounded to x's dtype where the coefficients are kept in it.
     """
-    dtype = _coefficient_dtype(x, config)
-    wide = x.astype(_wide(x.dtype))
-    mean = jnp.mean(jnp.square(wide), axis=(-2, -1), keepdims=True)
-    if config.norm_eps_position == "mean":
-        normed = wide * jax.lax.rsqrt(mean + config.norm_eps)
-    else:
-        empty = mean == 0  # the root's slope is infinite there; the norm's is 1 / eps
-        root = jnp.where(empty, 0, jnp.sqrt(jnp.where(empty, 1, mean)))
-        normed = wide / (root + config.norm_eps)
+    mean = jnp.mean(jnp.square(x.astype(_wide(x.dtype))), axis=(-2, -1), keepdims=True)
+    return _normed(x, mean, scale, config)
+
+
+def _normed(x: Array, mean: Array, scale: Array | None, config: MHCConfig) -> Array:
+    """x over the root of its mean square, times ``scale``, in the dtype of the coefficients."""
+    dtype, wide = _coefficient_dtype(x, config), _wide(x.dtype)
+    normed = _over_rms(x.astype(wide), mean, config)
     if scale is not None:
-        normed = normed * scale.astype(dtype).astype(wide.dtype)
+        normed = normed * scale.astype(dtype).astype(wide)
     return normed.astype(dtype)
+
+
+def _over_rms(value: Array, mean: Array, config: MHCConfig) -> Array:
+    """``value`` over the root of the mean square, with eps where the configuration has it."""
+    if config.norm_eps_position == "mean":
+        return value * jax.lax.rsqrt(mean + config.norm_eps)
+    empty = mean == 0  # the root's slope is infinite there; the norm's is 1 / eps
+    root = jnp.where(empty, 0, jnp.sqrt(jnp.where(empty, 1, mean)))
+    return value / (root + config.norm_eps)
 
 
 def _normalise(p: Array, axis: int, guard: str, eps: float) -> Array:
@@ -134,9 +147,12 @@ def _normalise(p: Array, axis: int, guard: str, eps: float) -> Array:
 
 @partial(jax.jit, static_argnums=1)
 def _sinkhorn(logits: Array, settings: tuple[str, str, float, int]) -> Array:
-    """Compiled on its own, so that an eager caller doesn't trace the loop at every call."""
+    """On ``[n, n, ...]``, since a TPU pads the last axis to 128: with n there an array takes 32 times its size.
+
+    Compiled on its own, so that an eager caller doesn't trace the loop at every call.
+    """
     order, guard, eps, iterations = settings
-    first, second = (-1, -2) if order == "rows-first" else (-2, -1)
+    first, second = (1, 0) if order == "rows-first" else (0, 1)
     p = jax.nn.softmax(logits.astype(_wide(logits.dtype)), axis=first)
     if guard == "add":
         p = p + eps
@@ -154,7 +170,8 @@ def sinkhorn(logits: Float[Array, "... n n"], config: MHCConfig) -> Float[Array,
     Returns:
         H in the dtype of the logits. The axis normalised last sums to 1 to rounding, the other need not.
     """
-    return _sinkhorn(logits, (config.order, config.guard, config.eps, config.iterations))
+    settings = (config.order, config.guard, config.eps, config.iterations)
+    return _tokens_first(_sinkhorn(_tokens_last(logits, 2), settings), 2)
 
 
 def permutations(logits: Float[Array, "... factorial"], config: MHCConfig) -> Float[Array, "... n n"]:
@@ -183,21 +200,90 @@ def residual_matrix(logits: Float[Array, ...], config: MHCConfig) -> Float[Array
     return sinkhorn(logits, config)
 
 
-def _project(normed: Array, phi: Array, dtype: jnp.dtype, precision: jax.lax.PrecisionLike) -> Array:
-    """(streams, dim) contracted at once, accumulated in float32 or wider, rounded to ``dtype``."""
-    wide = _wide(normed.dtype)
+def _tokens_last(value: Array, axes: int) -> Array:
+    """The last ``axes`` axes in front."""
+    return jnp.moveaxis(value, range(-axes, 0), range(axes))
+
+
+def _tokens_first(value: Array, axes: int) -> Array:
+    """The first ``axes`` axes at the end."""
+    return jnp.moveaxis(value, range(axes), range(-axes, 0))
+
+
+def _kept(value: Array) -> Array:
+    return checkpoint_name(value, COEFFICIENTS)
+
+
+def _contract(phi: Array, x: Array, precision: jax.lax.PrecisionLike) -> Array:
+    """``[m, ...]``: (streams, dim) contracted at once, accumulated in float32 or wider.
+
+    Never by way of ``[..., n*C]``: a flattened axis can't be sharded as dim is, and x would be gathered.
+    """
+    wide = _wide(x.dtype)
     return jnp.einsum(
-        "...nc,ncm->...m",
-        normed,
-        phi.astype(dtype),
+        "ncm,...nc->m...",
+        phi.astype(wide),
+        x.astype(wide),
         precision=HIGHEST if precision is None else precision,
         preferred_element_type=wide,
-    ).astype(dtype)
+    )
 
 
-def _logits(h: Array, scale: Array, shift: Array, dtype: jnp.dtype) -> Array:
-    wide = _wide(h.dtype)
-    return scale.astype(dtype).astype(wide) * h.astype(wide) + shift.astype(dtype).astype(wide)
+def _logits(
+    x: Array,
+    weights: Weights,
+    names: Sequence[tuple[str, str, str]],
+    norm: Array | None,
+    config: MHCConfig,
+    precision: jax.lax.PrecisionLike,
+) -> list[Array]:
+    """``scale * (normed x @ phi) + shift`` of every ``(phi, scale, shift)``, tokens last ``[m, ...]``, wide."""
+    dtype, wide = _coefficient_dtype(x, config), _wide(x.dtype)
+
+    def rounded(value: Array) -> Array:
+        """Held wide from here on, so that gradients are added up before they are rounded."""
+        return value.astype(dtype).astype(wide)
+
+    phis, scales, shifts = ([rounded(weights[name]) for name in part] for part in zip(*names, strict=True))
+    widths = [phi.shape[-1] for phi in phis]
+    whole = jnp.concatenate([jnp.broadcast_to(value, width) for value, width in zip(scales, widths, strict=True)])
+    phi, shift = jnp.concatenate(phis, axis=-1), jnp.concatenate([value.reshape(-1) for value in shifts])
+    norms = [] if norm is None else [rounded(norm)]
+
+    def of_shard(x: Array, held: list[Array], shared: list[Array], add: Callable[[Array], Array]) -> Array:
+        phi, *norms = held
+        h = _projected(x, phi, norms[0] if norms else None, config, precision, add)
+        scale, shift = (value.reshape(-1, *(1,) * (h.ndim - 1)) for value in shared)
+        return scale * h + shift
+
+    logits = sharding.over_shards(of_shard, x, [phi, *norms], [whole, shift])
+    return jnp.split(logits, list(itertools.accumulate(widths))[:-1])
+
+
+def _projected(
+    x: Array,
+    phi: Array,
+    norm: Array | None,
+    config: MHCConfig,
+    precision: jax.lax.PrecisionLike,
+    add: Callable[[Array], Array],
+) -> Array:
+    """The normed streams times phi, ``[m, ...]``, from this device's part of dim; ``add`` sums over the parts.
+
+    The norm's division comes after the product, so that partial sums of both are added up at once, m + 1 numbers a
+    token. Where the norm's output is rounded to a narrow dtype (``coefficients="activation"``) the division has to
+    come first, and the norm's sum and the projections are added up one after the other.
+    """
+    dtype, wide = _coefficient_dtype(x, config), _wide(x.dtype)
+    squares = jnp.square(x.astype(wide)).sum((-2, -1))
+    count = config.streams * config.dim
+    if dtype == wide:
+        phi = phi if norm is None else phi * norm[..., None]
+        sums = _kept(add(jnp.concatenate([_contract(phi, x, precision), squares[None]])))
+        return _over_rms(sums[:-1], sums[-1] / count, config)
+    mean = _kept(add(squares)) / count
+    normed = _normed(x, mean[..., None, None], norm, config)
+    return _kept(add(_contract(phi, normed, precision)).astype(dtype)).astype(wide)
 
 
 def coefficients(
@@ -209,6 +295,8 @@ def coefficients(
 ) -> tuple[Float[Array, "... n"], Float[Array, "... n"], Float[Array, "... n n"]]:
     """pre, post and H of every token, in the dtype of the coefficients (mathematics.md, "Precision").
 
+    They and the sums over (streams, dim) that they come from carry the name `COEFFICIENTS` for `jax.checkpoint`.
+
     Raises:
         ValueError: x or a weight of another shape than the configuration's.
     """
@@ -216,25 +304,82 @@ def coefficients(
     _check("x", x, (n, config.dim))
     _check_weights(weights, weight_shapes(config))
     dtype = _coefficient_dtype(x, config)
-    normed = rms_norm(x, weights.get("mhc_norm.scale"), config)
-
-    def logits(kind: str) -> Array:
-        h = _project(normed, weights[f"{kind}_alpha"], dtype, precision)
-        return _logits(h, weights[f"{kind}_alpha_scale"], weights[f"{kind}_beta"].reshape(-1), dtype)
-
-    pre = (jax.nn.sigmoid(logits("pre")) + config.pre_eps).astype(dtype)
-    post = (config.post_scale * jax.nn.sigmoid(logits("post")) + config.post_eps).astype(dtype)
+    kinds = ("pre", "post", "res") if config.residual_columns else ("pre", "post")
+    names = [(f"{kind}_alpha", f"{kind}_alpha_scale", f"{kind}_beta") for kind in kinds]
+    logits = _logits(x, weights, names, weights.get("mhc_norm.scale"), config, precision)
+    pre = (jax.nn.sigmoid(logits[0]) + config.pre_eps).astype(dtype)
+    post = (config.post_scale * jax.nn.sigmoid(logits[1]) + config.post_eps).astype(dtype)
+    pre, post = _tokens_first(_kept(pre), 1), _tokens_first(_kept(post), 1)
     if config.residual == "identity":
         return pre, post, jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*x.shape[:-2], n, n))
-    z = logits("res")
-    z = z.reshape(*z.shape[:-1], n, n) if config.residual == "sinkhorn" else z
-    return pre, post, residual_matrix(z, config).astype(dtype)
+    z = logits[2]
+    z = _tokens_first(z.reshape(n, n, *z.shape[1:]), 2) if config.residual == "sinkhorn" else _tokens_first(z, 1)
+    H = _tokens_last(residual_matrix(z, config).astype(dtype), 2)
+    return pre, post, _tokens_first(_kept(H), 2)
+
+
+def _repeated(y: Array, gates: Array) -> Array:
+    """y for each stream, ``[..., n, dim]`` in float32 or wider.
+
+    The select takes y wherever the gate is a number, so it changes no result. Without it XLA converts y before it is
+    repeated, and writes it to memory in float32: 4 of the 26 units that a layer moves forward on a v5e (README,
+    "Sharding").
+    """
+    repeated = jnp.where((gates == gates)[..., None], y[..., None, :], jnp.zeros((), y.dtype))
+    return repeated.astype(_wide(y.dtype))
+
+
+def _weighted(x: Array, gates: Array) -> Array:
+    """``sum_i gates_i x_i`` in float32 or wider."""
+    wide = _wide(x.dtype)
+    return (gates.astype(wide)[..., None] * x.astype(wide)).sum(-2)
+
+
+# The two mixings with gates are each other's transpose. They have derivatives of their own, since the transpose that
+# JAX derives converts cotangents before it repeats them (`_repeated`): 75.8 units with backward, against 70.8.
+@jax.custom_vjp
+def _gather(x: Array, gates: Array) -> Array:
+    """``sum_i gates_i x_i``, rounded once to x's dtype."""
+    return _weighted(x, gates).astype(x.dtype)
+
+
+def _gather_forward(x: Array, gates: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _gather(x, gates), (x, gates)
+
+
+def _gather_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, gates = kept
+    wide = _wide(x.dtype)
+    repeated = _repeated(cotangent, gates)
+    of_gates = (repeated * x.astype(wide)).sum(-1)
+    return (gates.astype(wide)[..., None] * repeated).astype(x.dtype), of_gates.astype(gates.dtype)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+@jax.custom_vjp
+def _spread(y: Array, gates: Array) -> Array:
+    """``gates_i y`` as ``[..., n, dim]`` in float32 or wider."""
+    return gates.astype(_wide(y.dtype))[..., None] * _repeated(y, gates)
+
+
+def _spread_forward(y: Array, gates: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _spread(y, gates), (y, gates)
+
+
+def _spread_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    y, gates = kept
+    of_gates = (cotangent * _repeated(y, gates)).sum(-1)
+    return _weighted(cotangent, gates).astype(y.dtype), of_gates.astype(gates.dtype)
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
 def pre_mix(x: Float[Array, "... streams dim"], pre: Float[Array, "... n"]) -> Float[Array, "... dim"]:
     """``u = sum_i pre_i x_i``, summed in float32 or wider and rounded once to x's dtype."""
-    wide = _wide(x.dtype)
-    return (pre.astype(wide)[..., None] * x.astype(wide)).sum(-2).astype(x.dtype)
+    return _gather(x, jnp.broadcast_to(pre, x.shape[:-1]))
 
 
 def post_mix(
@@ -255,7 +400,7 @@ def post_mix(
     rounded = config.mixing == "activation"
     if rounded:
         post, H = post.astype(x.dtype), H.astype(x.dtype)
-    own = post.astype(wide)[..., None] * y.astype(wide)[..., None, :]
+    own = _spread(y, jnp.broadcast_to(post, x.shape[:-1]))
     if config.mix == "identity":
         mixed = x.astype(wide)
     else:
@@ -274,12 +419,14 @@ def pre(
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Float[Array, "... dim"], Context]:
     """The first half of the layer: u for the sub-layer, and what `post` needs afterwards."""
+    x = sharding.constrain(x, sharding.activation_axes(x.ndim))
     gates, post_gates, H = coefficients(x, weights, config, precision=precision)
     return pre_mix(x, gates), Context(x, post_gates, H, config)
 
 
 def post(y: Float[Array, "... dim"], context: Context) -> Float[Array, "... streams dim"]:
     """The second half of the layer: the sub-layer's output spread over the mixed streams."""
+    y = sharding.constrain(y, sharding.activation_axes(y.ndim, streams=False))
     return post_mix(y, context.x, context.post, context.H, context.config)
 
 
@@ -297,7 +444,7 @@ def head(
     """
     _check("x", x, (config.streams, config.dim))
     _check_weights(weights, head_shapes(config))
-    dtype = _coefficient_dtype(x, config)
-    h = _project(rms_norm(x, None, config), weights["head_fn"], dtype, precision)
-    gates = jax.nn.sigmoid(_logits(h, weights["head_scale"], weights["head_base"], dtype)) + config.pre_eps
-    return pre_mix(x, gates.astype(dtype))
+    x = sharding.constrain(x, sharding.activation_axes(x.ndim))
+    (logits,) = _logits(x, weights, [("head_fn", "head_scale", "head_base")], None, config, precision)
+    gates = jax.nn.sigmoid(logits) + config.pre_eps
+    return pre_mix(x, _tokens_first(gates.astype(_coefficient_dtype(x, config)), 1))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.core.spmd import get_logical_axis_rules
 from jax import Array
 from jaxtyping import Float
 
-from jax_impl import functional, weights
+from jax_impl import functional, sharding, weights
 from jax_impl.config import MHCConfig
 
 ALPHA_SCALE = 0.01  # MaxText's initial gating scalars
@@ -33,18 +32,6 @@ def _attribute(name: str) -> str:
     return name.replace(".", "_")
 
 
-def logical_axes(name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
-    """MaxText's logical axis names of a weight; streams are never sharded."""
-    if name == "mhc_norm.scale":
-        return (None, "norm")
-    return (None, "activation_embed", None) if len(shape) == 3 else (None,) * len(shape)
-
-
-def _places_parameters() -> bool:
-    """Whether new parameters go to their shards at once: under a mesh, with rules for the logical names."""
-    return not jax.sharding.get_abstract_mesh().empty and bool(get_logical_axis_rules())
-
-
 class _Weighted(nnx.Module):
     """Parameters of given names and shapes, MaxText's initial values, canonical files in and out."""
 
@@ -61,28 +48,40 @@ class _Weighted(nnx.Module):
         self._names = tuple(shapes)
         deviation = (config.streams * config.dim) ** -0.5
         for name, shape in shapes.items():
+            axes = sharding.logical_axes(name, shape)
             if name.endswith("_alpha") or name == "head_fn":
-                value = jax.random.normal(rngs.params(), shape, param_dtype) * jnp.asarray(deviation, param_dtype)
+                value = jax.random.normal(rngs.params(), shape, param_dtype, out_sharding=sharding.drawn(axes))
+                value = value * jnp.asarray(deviation, param_dtype)
             else:
                 constant = 1.0 if name == "mhc_norm.scale" else ALPHA_SCALE if name.endswith("_scale") else 0.0
                 value = jnp.full(shape, constant, param_dtype)
-            parameter = nnx.Param(value, out_sharding=logical_axes(name, shape), eager_sharding=_places_parameters())
-            setattr(self, _attribute(name), parameter)
+            value = sharding.constrain(value, axes)
+            setattr(self, _attribute(name), nnx.Param(value, out_sharding=axes, eager_sharding=False))
 
     def weights(self) -> dict[str, Array]:
         """The parameters' values under their canonical names."""
         return {name: getattr(self, _attribute(name))[...] for name in self._names}
 
-    def load_weights(self, path: str | Path, prefix: str = "") -> None:
-        """Fills the parameters from a canonical safetensors file (`weights.load_weights`)."""
-        shapes = {name: value.shape for name, value in self.weights().items()}
-        for name, value in weights.load_weights(path, self.config, prefix, shapes).items():
+    def load_weights(self, path: str | Path, prefix: str | Sequence[str] = "") -> None:
+        """Fills the parameters from a canonical safetensors file (`weights.load_weights`), each shard by its own part.
+
+        Args:
+            prefix: of this site; for layers that are stacked (`flax.nnx.scan`) one for each.
+        """
+        held = self.weights()
+        stacked = 0 if isinstance(prefix, str) else 1
+        shapes = {name: value.shape[stacked:] for name, value in held.items()}
+        shardings = {name: value.sharding for name, value in held.items()}
+        for name, value in weights.load_weights(path, self.config, prefix, shapes, shardings).items():
             parameter = getattr(self, _attribute(name))
-            parameter[...] = value.astype(parameter[...].dtype)
+            parameter[...] = value.astype(held[name].dtype)
 
     def save_weights(self, path: str | Path, prefix: str = "") -> None:
-        """Writes the parameters as a canonical safetensors file (`weights.save_weights`)."""
-        weights.save_weights(path, self.weights(), self.config, prefix)
+        """Writes the parameters as a canonical safetensors file (`weights.save_weights`); of several processes the
+        first writes."""
+        whole = {name: sharding.gather(value) for name, value in self.weights().items()}
+        if jax.process_index() == 0:
+            weights.save_weights(path, whole, self.config, prefix)
 
 
 class ManifoldConstrainedHyperConnections(_Weighted):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -17,7 +20,7 @@ from jax_impl.config import MHCConfig
 from jax_impl.functional import weight_shapes
 
 FORMAT = "mhc-canonical/1"
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def _flat(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -50,46 +53,91 @@ def from_flat(
 
 
 def load_weights(
-    path: str | Path, config: MHCConfig, prefix: str = "", shapes: Mapping[str, tuple[int, ...]] | None = None
+    path: str | Path,
+    config: MHCConfig,
+    prefix: str | Sequence[str] = "",
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shardings: Mapping[str, Sharding] | None = None,
 ) -> dict[str, Array]:
     """The weights under ``prefix`` in the file, in their own dtype and in-memory shapes.
 
     Args:
-        prefix: what stands before each canonical name, for instance ``"layers.0.attention."``.
-        shapes: names and in-memory shapes; the layer's unless given (`functional.head_shapes` for a head).
+        prefix: what stands before each canonical name, for instance ``"layers.0.attention."``; several are stacked
+            along a new first axis, as `flax.nnx.scan` has its layers.
+        shapes: names and in-memory shapes of one site; the layer's unless given (`functional.head_shapes` for a head).
+        shardings: where each array lies. Only the parts that this process' devices hold are read, into their shards.
 
     Raises:
         ValueError: the file can't be read, contradicts ``config``, or a tensor is missing, surplus, of another dtype
             or shape, or not finite.
     """
     shapes = weight_shapes(config) if shapes is None else shapes
+    prefixes = [prefix] if isinstance(prefix, str) else list(prefix)
     try:
         with safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            present = {name[len(prefix) :]: name for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-            missing, surplus = sorted(set(shapes) - set(present)), sorted(set(present) - set(shapes))
-            if missing or surplus:
-                raise ValueError(f"{path}: under {prefix!r} missing {missing or 'none'}, surplus {surplus or 'none'}")
-            found = {name: file.get_tensor(present[name]) for name in shapes}
+            _check_metadata(path, file.metadata() or {}, config)
+            for one in prefixes:
+                _check_tensors(path, file, one, shapes)
+
+            def whole(name: str) -> Array:
+                parts = [_part(path, file, one + name, shapes[name], ()) for one in prefixes]
+                return jnp.asarray(parts[0] if isinstance(prefix, str) else np.stack(parts))
+
+            def sharded(name: str, where: Sharding) -> Array:
+                shape = shapes[name] if isinstance(prefix, str) else (len(prefixes), *shapes[name])
+
+                def part(index: Any) -> np.ndarray:
+                    if isinstance(prefix, str):
+                        return _part(path, file, prefix + name, shapes[name], index)
+                    return np.stack([_part(path, file, p + name, shapes[name], index[1:]) for p in prefixes[index[0]]])
+
+                return jax.make_array_from_callback(shape, where, part)
+
+            return {name: sharded(name, shardings[name]) if shardings else whole(name) for name in shapes}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: expected a whole safetensors file, got one that can't be read ({error})") from error
+
+
+def _check_metadata(path: str | Path, metadata: Mapping[str, str], config: MHCConfig) -> None:
     if "parameters" in metadata:
         stated = json.loads(metadata["parameters"])
         for key in ("streams", "dim"):
             if stated.get(key) != getattr(config, key):
                 raise ValueError(f"{path}: {key} must be {getattr(config, key)}, the file says {stated.get(key)}")
-    for name, value in found.items():
-        expected = _flat(name, shapes[name])
-        if value.dtype.name not in DTYPES:
-            raise ValueError(f"{path}: {present[name]} must be {', '.join(DTYPES)}, got {value.dtype}")
-        if value.shape != expected:
-            raise ValueError(f"{path}: {present[name]} must be {list(expected)}, got {list(value.shape)}")
-        if not np.isfinite(value.astype(np.float64)).all():
-            raise ValueError(f"{path}: {present[name]} must be finite, got NaN or infinity")
-    return from_flat({name: jnp.asarray(value) for name, value in found.items()}, config, shapes)
 
 
-def save_weights(path: str | Path, weights: Mapping[str, Array], config: MHCConfig, prefix: str = "") -> None:
+def _check_tensors(path: str | Path, file: Any, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    present = {name[len(prefix) :] for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+    missing, surplus = sorted(set(shapes) - present), sorted(present - set(shapes))
+    if missing or surplus:
+        raise ValueError(f"{path}: under {prefix!r} missing {missing or 'none'}, surplus {surplus or 'none'}")
+    for name, shape in shapes.items():
+        header = file.get_slice(prefix + name)
+        if header.get_dtype() not in DTYPES:
+            raise ValueError(f"{path}: {prefix + name} must be {', '.join(DTYPES.values())}, got {header.get_dtype()}")
+        if tuple(header.get_shape()) != _flat(name, shape):
+            raise ValueError(
+                f"{path}: {prefix + name} must be {list(_flat(name, shape))}, got {list(header.get_shape())}"
+            )
+
+
+def _part(path: str | Path, file: Any, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    """Of a tensor in memory shape ``shape``, the part ``index``: of each stream, the rows of a part of dim."""
+    tensor = file.get_slice(name)
+    if len(shape) == len(tensor.get_shape()) or not index:
+        value = tensor[:].reshape(shape)[index]
+    else:
+        streams, dim = (range(*part.indices(size)) for part, size in zip(index[:2], shape[:2], strict=True))
+        rows = [tensor[i * shape[1] + dim.start : i * shape[1] + dim.stop] for i in streams]
+        value = np.stack(rows)[(slice(None), slice(None), *index[2:])]
+    if not np.isfinite(value.astype(np.float64)).all():
+        raise ValueError(f"{path}: {name} must be finite, got NaN or infinity")
+    return value
+
+
+def save_weights(
+    path: str | Path, weights: Mapping[str, Array | np.ndarray], config: MHCConfig, prefix: str = ""
+) -> None:
     """Writes the weights flat under ``prefix``; the file appears whole or not at all.
 
     Raises:

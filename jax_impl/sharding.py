@@ -1,0 +1,259 @@
+"""The layer on many devices: a mesh, MaxText's logical axes, and where inputs and parameters lie.
+
+A mesh has the axes ``data``, ``fsdp``, ``sequence`` and ``tensor``, each of any size. Of x ``[batch, seq, streams,
+dim]`` batch lies on data and fsdp, seq on sequence, dim on tensor; streams never are sharded. Parameters with a dim
+axis hold it on tensor and fsdp, and are gathered over fsdp where they are used; the others are whole everywhere.
+
+The same code runs with automatic sharding (XLA propagates it) and with explicit axis types (it is part of every
+array's type), since nothing in `functional` flattens (streams, dim). Communication, on either: none forward for data
+and sequence; for tensor one all-reduce of n*n + 2n + 1 numbers a token and site (of a dialect that rounds the norm's
+output, two); for fsdp a gather of the projections; backward one reduction of the parameters' gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.core.spmd import get_logical_axis_rules
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+RULES: Rules = (
+    ("activation_batch", ("data", "fsdp")),
+    ("activation_length", "sequence"),
+    ("activation_embed", "tensor"),
+    ("embed", ("tensor", "fsdp")),
+    ("norm", ("tensor", "fsdp")),
+)
+"""MaxText's logical names to mesh axes; a name that isn't here (``layers``) is whole everywhere."""
+
+
+def activation_axes(axes: int, streams: bool = True) -> tuple[str | None, ...]:
+    """The logical axes of x ``[batch, seq, …, streams, dim]``, or of one stream ``[batch, seq, …, dim]``."""
+    tail = (None, "activation_embed") if streams else ("activation_embed",)
+    before = max(axes - len(tail), 0)
+    lead = (*("activation_batch", "activation_length")[:before], *(None,) * (before - 2))
+    return (*lead, *tail)
+
+
+def logical_axes(name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """The logical axes of a weight; streams are never sharded."""
+    if name == "mhc_norm.scale":
+        return (None, "norm")
+    return (None, "embed", None) if len(shape) == 3 else (None,) * len(shape)
+
+
+def make_mesh(
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    sequence: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+    explicit: bool = False,
+) -> Mesh:
+    """A mesh of these sizes.
+
+    Args:
+        devices: all of `jax.devices` unless given.
+        explicit: make sharding a part of the arrays' types (`jax.sharding.AxisType.Explicit`).
+
+    Raises:
+        ValueError: a size below 1, or a product that isn't the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+    devices = list(jax.devices() if devices is None else devices)
+    for axis, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{axis} must be at least 1, got {size}")
+    if math.prod(sizes.values()) != len(devices):
+        asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(
+            f"the mesh {asked} needs {math.prod(sizes.values())} devices, there are {len(devices)}: "
+            f"change a size, or pass as many devices"
+        )
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[Mesh]:
+    """Everything inside is sharded over ``mesh``: modules that are made, and modules that are called."""
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
+        yield mesh
+
+
+def partition(names: Sequence[str | None], mesh: Any = None, rules: Rules | None = None) -> PartitionSpec:
+    """The mesh axes of logical ones; those that the mesh lacks, or has in size 1, are left out.
+
+    Args:
+        mesh: that of the context (`use`) unless given; the rules likewise.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    table = dict(get_logical_axis_rules() if rules is None else rules)
+
+    def axes(name: str | None) -> str | tuple[str, ...] | None:
+        found = table.get(name) if name else None
+        kept = tuple(axis for axis in _listed(found) if mesh.shape.get(axis, 1) > 1)
+        return kept[0] if len(kept) == 1 else kept or None
+
+    return PartitionSpec(*(axes(name) for name in names))
+
+
+def check_divisible(shape: Sequence[int], spec: PartitionSpec, sizes: Mapping[str, int], what: str = "x") -> None:
+    """That every axis is shared out evenly.
+
+    Raises:
+        ValueError: the mesh axes don't divide a size; it names them.
+    """
+    for axis, (size, part) in enumerate(zip(shape, spec, strict=False)):
+        names = _listed(part)
+        shards = math.prod(sizes[name] for name in names)
+        if size % shards:
+            over = " x ".join(f"{name}={sizes[name]}" for name in names)
+            raise ValueError(
+                f"{what} {list(shape)}: axis {axis} of size {size} must be a multiple of {shards}, since it lies on "
+                f"{over}: pad it, or use a smaller mesh axis"
+            )
+
+
+def constrain(value: Array, names: Sequence[str | None]) -> Array:
+    """``value`` laid out by its logical axes; as it is without a mesh or rules (`use`).
+
+    Raises:
+        ValueError: an axis can't be shared out evenly.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not get_logical_axis_rules():
+        return value
+    spec = partition(names)
+    check_divisible(value.shape, spec, mesh.shape)
+    if _explicit():
+        return jax.sharding.reshard(value, spec)
+    return jax.lax.with_sharding_constraint(value, spec)
+
+
+def drawn(names: Sequence[str | None]) -> PartitionSpec | None:
+    """Where random values by these logical axes are drawn; None where XLA finds it out from `constrain`."""
+    return partition(names) if _explicit() and get_logical_axis_rules() else None
+
+
+def _explicit() -> bool:
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
+def over_shards(
+    function: Callable[[Array, list[Array], list[Array], Callable[[Array], Array]], Array],
+    x: Array,
+    held: list[Array],
+    shared: list[Array],
+) -> Array:
+    """``function`` on each device's part of x and of the weights; with no mesh or no rules, on the whole.
+
+    By hand (`jax.shard_map`), since XLA's partitioner sums gradients over data and over sequence one after the other,
+    each time the whole, and outside TPUs doesn't scatter those of fsdp.
+
+    Args:
+        function: takes a part of x, of ``held`` and of ``shared``, and what sums a value over the parts of dim;
+            returns ``[m, *leading axes of x]``.
+        x: ``[..., streams, dim]``; the first axis is batch, the second seq.
+        held: weights ``[streams, dim, ...]``, kept in parts over fsdp too, and gathered over it here.
+        shared: weights that every device has.
+
+    Raises:
+        ValueError: an axis can't be shared out evenly.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not get_logical_axis_rules():
+        return function(x, held, shared, lambda value: value)
+    where, weight = partition(activation_axes(x.ndim)), partition((None, "embed"))
+    on_dim = _listed(where[-1])
+    over = tuple(axis for axis in _listed(weight[1]) if axis not in on_dim)
+    copies = tuple(axis for part in where[:-2] for axis in _listed(part) if axis not in over)
+    parts = [PartitionSpec(None, on_dim + over, *(None,) * (value.ndim - 2)) for value in held]
+    check_divisible(x.shape, where, mesh.shape)
+    check_divisible(held[0].shape, parts[0], mesh.shape, "the projections")
+
+    def local(x: Array, held: list[Array], shared: list[Array]) -> Array:
+        if over:  # copies first: backward, gradients are scattered over fsdp, and only their parts added over copies
+            held = [jax.lax.pcast(value, copies, to="varying") for value in held] if copies else held
+            held = [jax.lax.all_gather(value, over, axis=1, tiled=True) for value in held]
+        return function(x, held, shared, lambda value: jax.lax.psum(value, on_dim) if on_dim else value)
+
+    if _explicit():  # there a shard_map takes its inputs only where they lie already
+        held = [jax.sharding.reshard(value, part) for value, part in zip(held, parts, strict=True)]
+    everywhere = [PartitionSpec(*(None,) * value.ndim) for value in shared]
+    out = PartitionSpec(None, *where[:-2])
+    return jax.shard_map(local, in_specs=(where, parts, everywhere), out_specs=out)(x, held, shared)
+
+
+def _listed(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a `PartitionSpec`."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+keep_coefficients = jax.checkpoint_policies.save_only_these_names("mhc_coefficients")
+"""A policy of `jax.checkpoint`: the coefficients and the sums they come from are kept (`functional.COEFFICIENTS`), u
+and the mixed streams computed again, so that nothing is sent a second time."""
+
+
+def shard(x: Any, mesh: Mesh, rules: Rules = RULES) -> Array:
+    """A whole x ``[batch, seq, streams, dim]`` or ``[batch, seq, dim]``, laid out on the mesh.
+
+    With several processes each is handed the whole and keeps its own part.
+
+    Raises:
+        ValueError: another number of axes, or a size that the mesh doesn't divide.
+    """
+    if np.ndim(x) not in (3, 4):
+        raise ValueError(f"x must be [batch, seq, streams, dim] or [batch, seq, dim], got {list(np.shape(x))}")
+    spec = partition(activation_axes(np.ndim(x), streams=np.ndim(x) == 4), mesh, rules)
+    check_divisible(np.shape(x), spec, mesh.shape)
+    return place(x, NamedSharding(mesh, spec))
+
+
+def place(value: Any, where: NamedSharding) -> Array:
+    """A host array in its shards, each process making those of its own devices."""
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+
+def gather(value: Array) -> np.ndarray:
+    """The whole of a sharded array, on every process."""
+    if value.is_fully_addressable:
+        return np.asarray(value)
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+
+
+def weight_shardings(
+    shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, rules: Rules = RULES
+) -> dict[str, NamedSharding]:
+    """Where each weight lies, from the names and shapes of `functional.weight_shapes` or `functional.head_shapes`.
+
+    Raises:
+        ValueError: the mesh doesn't divide dim.
+    """
+    found = {}
+    for name, shape in shapes.items():
+        spec = partition(logical_axes(name, shape), mesh, rules)
+        check_divisible(shape, spec, mesh.shape, name)
+        found[name] = NamedSharding(mesh, spec)
+    return found
+
+
+def create(make: Callable[[], Any], mesh: Mesh, rules: Rules = RULES) -> Any:
+    """The module that ``make`` makes, its parameters drawn in their shards: none is ever whole anywhere.
+
+    The values don't depend on the mesh.
+    """
+    with use(mesh, rules):
+        return nnx.jit(make)()
