@@ -1,6 +1,7 @@
 """The layer as plain functions (mathematics.md is the source of every equation).
 
-Shapes: ``n`` streams, ``dim`` width of one; ``...`` is any leading shape, also none or with zero tokens.
+Shapes: ``n`` streams, ``dim`` width of one; ``...`` is any leading shape, also none or with zero tokens. Where ``dim``
+is sharded, every tensor has this shard's part of it and ``shards`` is the collective over the others (`Shards`).
 
 TF32: on CUDA, ``torch.backends.cuda.matmul.allow_tf32`` (or ``fp32_precision = "tf32"``) rounds the operands of
 the projections to 10 bits, about 5e-4 of a coefficient's logit. The coefficients then keep the ``tf32`` contract,
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,28 @@ from torch import Tensor
 from torch_impl.config import MHCConfig
 
 Weights = Mapping[str, Tensor]
+SHARDED = ("mhc_norm.scale", "pre_alpha", "post_alpha", "res_alpha", "head_fn")  # [streams, dim, ...]: split with dim
+
+
+class Shards(Protocol):
+    """The shards of dim, one a process: x, u, y, φ and the norm weight are split, all the rest is whole on each.
+
+    Inside the layer a whole value has a whole cotangent on every shard, and both functions keep that so: a sum over
+    dim is made whole by `add`, and a whole value is used on a part of dim through `share` alone.
+    """
+
+    @property
+    def count(self) -> int:
+        """Number of shards; each has ``config.dim // count``."""
+        ...
+
+    def add(self, partial: Tensor) -> Tensor:
+        """The sum over the shards; each shard's cotangent is the sum's own, unchanged."""
+        ...
+
+    def share(self, value: Tensor) -> Tensor:
+        """The value as it is; its cotangent is the sum of the shards' cotangents."""
+        ...
 
 
 class Context(NamedTuple):
@@ -29,6 +52,7 @@ class Context(NamedTuple):
     post: Tensor
     H: Tensor
     config: MHCConfig
+    shards: Shards | None = None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -45,8 +69,13 @@ def _check(name: str, value: Tensor, tail: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must end in {list(tail)}, got {list(value.shape)}")
 
 
-def _check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for name, shape in shapes.items():
+def _local_dim(config: MHCConfig, shards: Shards | None) -> int:
+    return config.dim // shards.count if shards else config.dim
+
+
+def _check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], dim: int) -> None:
+    for name, whole in shapes.items():
+        shape = (whole[0], dim, *whole[2:]) if name in SHARDED else whole
         if name not in weights:
             raise ValueError(f"weights must have {name} {list(shape)}, got {sorted(weights)}")
         if tuple(weights[name].shape) != shape:
@@ -106,15 +135,22 @@ def rms_norm(
     """
     wide = x.to(_wide(x.dtype))
     mean = wide.square().mean((-2, -1), keepdim=True)
+    return _normed(wide, _root(mean, config), scale, _coefficient_dtype(x, config))
+
+
+def _root(mean: Tensor, config: MHCConfig) -> Tensor:
+    """The root mean square from the mean of the squares."""
     if config.norm_eps_position == "mean":
-        rms = (mean + config.norm_eps).sqrt()
-    else:
-        nothing = mean == 0  # the root's slope is infinite there; the norm's is 1 / eps
-        rms = torch.where(nothing, 0.0, torch.where(nothing, 1.0, mean).sqrt()) + config.norm_eps
+        return (mean + config.norm_eps).sqrt()
+    nothing = mean == 0  # the root's slope is infinite there; the norm's is 1 / eps
+    return torch.where(nothing, 0.0, torch.where(nothing, 1.0, mean).sqrt()) + config.norm_eps
+
+
+def _normed(wide: Tensor, rms: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     normed = wide / rms
     if scale is not None:
-        normed = normed * scale.to(_coefficient_dtype(x, config)).to(wide.dtype)
-    return normed.to(_coefficient_dtype(x, config))
+        normed = normed * scale.to(dtype).to(wide.dtype)
+    return normed.to(dtype)
 
 
 def sinkhorn(logits: Float[Tensor, "... n n"], config: MHCConfig) -> Float[Tensor, "... n n"]:
@@ -170,10 +206,43 @@ def residual_matrix(logits: Float[Tensor, ...], config: MHCConfig) -> Float[Tens
     return sinkhorn(logits, config)
 
 
-def _project(normed: Tensor, phi: Tensor, dtype: torch.dtype) -> Tensor:
-    """(streams, dim) contracted at once, accumulated in float32 or wider, rounded to ``dtype``."""
-    wide = _wide(normed.dtype)
-    return torch.einsum("...nc,ncm->...m", normed.to(wide), phi.to(dtype).to(wide)).to(dtype)
+def _sums(x: Tensor, phi: Tensor, scale: Tensor | None) -> Tensor:
+    """All that the coefficients need of x: its projections on φ times ``scale``, and its sum of squares.
+
+    Returns:
+        ``[..., m + 1]`` in float32 or wider: what the shards of dim add, once for every token.
+    """
+    if scale is not None:
+        phi = phi * scale.unsqueeze(-1)
+    return torch.cat([_project(x, phi), x.square().sum((-2, -1)).unsqueeze(-1)], -1)
+
+
+def _project(x: Tensor, phi: Tensor) -> Tensor:
+    """(streams, dim) contracted at once."""
+    return torch.einsum("...nc,ncm->...m", x, phi)
+
+
+def _projections(
+    x: Tensor, phis: list[Tensor], scale: Tensor | None, config: MHCConfig, shards: Shards | None
+) -> tuple[Tensor, ...]:
+    """h for each φ, in the dtype of the coefficients; the norm's division comes after the projection.
+
+    Where the normed x is rounded it can't: then the root mean square must be known before the projection.
+    """
+    dtype, wide = _coefficient_dtype(x, config), _wide(x.dtype)
+    phi = torch.cat([value.to(dtype).to(wide) for value in phis], -1)
+    values, elements = x.to(wide), config.streams * config.dim
+    if dtype == wide:
+        sums = _sums(values, phi, None if scale is None else scale.to(wide))
+        sums = shards.add(sums) if shards else sums
+        h = sums[..., :-1] / _root(sums[..., -1:] / elements, config)
+    else:
+        squares = values.square().sum((-2, -1), keepdim=True)
+        rms = _root((shards.add(squares) if shards else squares) / elements, config)
+        normed = _normed(values, shards.share(rms) if shards else rms, scale, dtype)
+        h = _project(normed.to(wide), phi)
+        h = (shards.add(h) if shards else h).to(dtype)
+    return h.split([value.shape[-1] for value in phis], -1)
 
 
 def _logits(h: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
@@ -182,30 +251,36 @@ def _logits(h: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tens
 
 
 def coefficients(
-    x: Float[Tensor, "... streams dim"], weights: Weights, config: MHCConfig
+    x: Float[Tensor, "... streams dim"], weights: Weights, config: MHCConfig, *, shards: Shards | None = None
 ) -> tuple[Float[Tensor, "... n"], Float[Tensor, "... n"], Float[Tensor, "... n n"]]:
     """pre, post and H of every token, in the dtype of the coefficients (mathematics.md, "Precision").
+
+    Args:
+        shards: the shards of dim. They add ``m + 1`` numbers a token once, for m columns of all projections
+            together; twice (1, then m) where the coefficients are kept in an x.dtype narrower than float32, since the
+            normed x is rounded there before it is projected. The results are whole on every shard, and so must their
+            cotangents be: what is used on a part of dim goes through `Shards.share` first.
 
     Raises:
         ValueError: x or a weight of another shape than the configuration's.
     """
-    n = config.streams
-    _check("x", x, (n, config.dim))
-    _check_weights(weights, weight_shapes(config))
+    n, dim = config.streams, _local_dim(config, shards)
+    _check("x", x, (n, dim))
+    _check_weights(weights, weight_shapes(config), dim)
     dtype = _coefficient_dtype(x, config)
     with torch.autocast(x.device.type, enabled=False):
-        normed = rms_norm(x, weights.get("mhc_norm.scale"), config)
-
-        def logits(kind: str) -> Tensor:
-            h = _project(normed, weights[f"{kind}_alpha"], dtype)
-            return _logits(h, weights[f"{kind}_alpha_scale"], weights[f"{kind}_beta"].reshape(-1), dtype)
-
-        pre = (torch.sigmoid(logits("pre")) + config.pre_eps).to(dtype)
-        post = (config.post_scale * torch.sigmoid(logits("post")) + config.post_eps).to(dtype)
+        kinds = ("pre", "post") if config.residual == "identity" else ("pre", "post", "res")
+        phis = [weights[f"{kind}_alpha"] for kind in kinds]
+        logits = {
+            kind: _logits(h, weights[f"{kind}_alpha_scale"], weights[f"{kind}_beta"].reshape(-1), dtype)
+            for kind, h in zip(kinds, _projections(x, phis, weights.get("mhc_norm.scale"), config, shards), strict=True)
+        }
+        pre = (torch.sigmoid(logits["pre"]) + config.pre_eps).to(dtype)
+        post = (config.post_scale * torch.sigmoid(logits["post"]) + config.post_eps).to(dtype)
         if config.residual == "identity":
             H = torch.eye(n, dtype=dtype, device=x.device).expand(*x.shape[:-2], n, n)
         else:
-            z = logits("res")
+            z = logits["res"]
             H = residual_matrix(z.unflatten(-1, (n, n)) if config.residual == "sinkhorn" else z, config).to(dtype)
     return pre, post, H
 
@@ -222,14 +297,20 @@ def post_mix(
     post: Float[Tensor, "... n"],
     H: Float[Tensor, "... n n"],
     config: MHCConfig,
+    *,
+    shards: Shards | None = None,
 ) -> Float[Tensor, "... streams dim"]:
     """``out_j = post_j y + sum_i H[i, j] x_i`` (``H[j, i]`` for "out-in"), in x's dtype.
+
+    Args:
+        shards: the shards of dim; post and H are taken as `Shards.share` gives them.
 
     Raises:
         ValueError: x or y of another shape than the configuration's.
     """
-    _check("x", x, (config.streams, config.dim))
-    _check("y", y, (config.dim,))
+    dim = _local_dim(config, shards)
+    _check("x", x, (config.streams, dim))
+    _check("y", y, (dim,))
     wide = _wide(x.dtype)
     rounded = config.mixing == "activation"
     if rounded:
@@ -247,28 +328,44 @@ def post_mix(
 
 
 def pre(
-    x: Float[Tensor, "... streams dim"], weights: Weights, config: MHCConfig
+    x: Float[Tensor, "... streams dim"], weights: Weights, config: MHCConfig, *, shards: Shards | None = None
 ) -> tuple[Float[Tensor, "... dim"], Context]:
-    """The first half of the layer: u for the sub-layer, and what `post` needs afterwards."""
-    gates, post_gates, H = coefficients(x, weights, config)
-    return pre_mix(x, gates), Context(x, post_gates, H, config)
+    """The first half of the layer: u for the sub-layer, and what `post` needs afterwards.
+
+    Args:
+        shards: the shards of dim: those of `coefficients`, and one sum of all three coefficients' cotangents.
+    """
+    gates, post_gates, H = coefficients(x, weights, config, shards=shards)
+    if shards:
+        n = config.streams
+        mixing = [gates, post_gates] if config.residual == "identity" else [gates, post_gates, H.flatten(-2)]
+        gates, post_gates, *rest = shards.share(torch.cat(mixing, -1)).split([part.shape[-1] for part in mixing], -1)
+        H = rest[0].unflatten(-1, (n, n)) if rest else H
+    return pre_mix(x, gates), Context(x, post_gates, H, config, shards)
 
 
 def post(y: Float[Tensor, "... dim"], context: Context) -> Float[Tensor, "... streams dim"]:
     """The second half of the layer: the sub-layer's output spread over the mixed streams."""
-    return post_mix(y, context.x, context.post, context.H, context.config)
+    return post_mix(y, context.x, context.post, context.H, context.config, shards=context.shards)
 
 
-def head(x: Float[Tensor, "... streams dim"], weights: Weights, config: MHCConfig) -> Float[Tensor, "... dim"]:
+def head(
+    x: Float[Tensor, "... streams dim"], weights: Weights, config: MHCConfig, *, shards: Shards | None = None
+) -> Float[Tensor, "... dim"]:
     """The learned reduction: ``sum_i g_i x_i`` with gates g from one projection of the normed streams.
+
+    Args:
+        shards: the shards of dim; they add as in `coefficients`, and the cotangents of g once.
 
     Raises:
         ValueError: x or a weight of another shape than the configuration's.
     """
-    _check("x", x, (config.streams, config.dim))
-    _check_weights(weights, head_shapes(config))
+    dim = _local_dim(config, shards)
+    _check("x", x, (config.streams, dim))
+    _check_weights(weights, head_shapes(config), dim)
     dtype = _coefficient_dtype(x, config)
     with torch.autocast(x.device.type, enabled=False):
-        h = _project(rms_norm(x, None, config), weights["head_fn"], dtype)
+        (h,) = _projections(x, [weights["head_fn"]], None, config, shards)
         gates = torch.sigmoid(_logits(h, weights["head_scale"], weights["head_base"], dtype)) + config.pre_eps
-    return pre_mix(x, gates.to(dtype))
+        gates = gates.to(dtype)
+    return pre_mix(x, shards.share(gates) if shards else gates)

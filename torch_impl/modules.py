@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from torch_impl import functional, weights
 from torch_impl.config import MHCConfig
+
+if TYPE_CHECKING:
+    from torch_impl.sharding import Sharding
 
 ALPHA_SCALE = 0.01  # MaxText's initial gating scalars
 
@@ -30,8 +33,10 @@ def _attribute(name: str) -> str:
     return name.replace(".", "_")
 
 
-class _Weighted(nn.Module):
-    """Parameters of given names and shapes, MaxText's initial values, canonical files in and out."""
+class Site(nn.Module):
+    """What layer and head share: named parameters, MaxText's initial values, canonical files in and out."""
+
+    sharding: Sharding | None = None  # set by `sharding.parallelize`
 
     def __init__(
         self,
@@ -48,35 +53,66 @@ class _Weighted(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gating scalars 0.01, biases 0, norm weight 1, projections normal with variance 1/(n*C)."""
-        deviation = (self.config.streams * self.config.dim) ** -0.5
+        """Gating scalars 0.01, biases 0, norm weight 1, projections normal with variance 1/(n*C).
+
+        The projections are drawn stream by stream from one number of the default generator (rank 0's where the
+        parameters are sharded), each process keeping its part: the values are the same on every mesh of one kind of
+        device, and no process holds more than its part and one stream.
+        """
+        n, dim = self.config.streams, self.config.dim
+        if any(value.is_meta for value in self.parameters()):
+            return
+        seed, device = torch.randint(2**63 - 1, ()), next(self.parameters()).device
+        if self._is_sharded():
+            from torch_impl import sharding  # here, since it needs torch.distributed and this module
+
+            seed = sharding.agreed_seed(self, seed)
+        generator = torch.Generator(device).manual_seed(int(seed))
         for name, value in self.weights().items():
+            local, part = weights.local_part(value.detach())
             if name.endswith("_alpha") or name == "head_fn":
-                nn.init.normal_(value, std=deviation)
+                for stream in range(n):
+                    drawn = torch.empty(dim, value.shape[2], device=device, dtype=value.dtype)
+                    drawn.normal_(std=(n * dim) ** -0.5, generator=generator)
+                    if part[0].start <= stream < part[0].stop:
+                        local[stream - part[0].start].copy_(drawn[part[1:]])
             else:
-                constant = 1.0 if name == "mhc_norm.scale" else ALPHA_SCALE if name.endswith("_scale") else 0.0
-                nn.init.constant_(value, constant)
+                local.fill_(1.0 if name == "mhc_norm.scale" else ALPHA_SCALE if name.endswith("_scale") else 0.0)
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters under their canonical names."""
         return {name: getattr(self, _attribute(name)) for name in self._shapes}
 
+    def _is_sharded(self) -> bool:
+        """Whether the parameters are DTensors, after FSDP has let go of what the last forward gathered."""
+        if isinstance(reshard := getattr(self, "reshard", None), Callable):
+            reshard()
+        return any(hasattr(value, "device_mesh") for value in self.parameters())
+
     def load_weights(self, path: str | Path, prefix: str = "") -> None:
-        """Fills the parameters from a canonical safetensors file (`weights.load_weights`)."""
+        """Fills the parameters from a canonical safetensors file (`weights.load_weights`, `sharding.load_weights`)."""
+        if self._is_sharded():
+            from torch_impl import sharding
+
+            return sharding.load_weights(self, path, prefix)
         loaded = weights.load_weights(path, self.config, prefix, self._shapes)
         with torch.no_grad():
             for name, parameter in self.weights().items():
                 parameter.copy_(loaded[name])
 
     def save_weights(self, path: str | Path, prefix: str = "") -> None:
-        """Writes the parameters as a canonical safetensors file (`weights.save_weights`)."""
+        """Writes the parameters as a canonical safetensors file (`weights.save_weights`, `sharding.save_weights`)."""
+        if self._is_sharded():
+            from torch_impl import sharding
+
+            return sharding.save_weights(self, path, prefix)
         weights.save_weights(path, self.weights(), self.config, prefix)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config.parameters().items())
 
 
-class ManifoldConstrainedHyperConnections(_Weighted):
+class ManifoldConstrainedHyperConnections(Site):
     """The residual connection of n streams around one sub-layer (mathematics.md, "Forward").
 
     Args:
@@ -92,10 +128,23 @@ class ManifoldConstrainedHyperConnections(_Weighted):
 
     def pre(self, x: Float[Tensor, "... streams dim"]) -> tuple[Float[Tensor, "... dim"], functional.Context]:
         """u for the sub-layer, and the context that `post` takes."""
-        return functional.pre(x, self.weights(), self.config)
+        return self._with_context(x, self._pre(x))
+
+    def _pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u, post and H: the part that needs the parameters, and that FSDP gathers them for."""
+        if self.sharding is not None:
+            return self.sharding.pre(x, self.weights(), self.config)
+        u, context = functional.pre(x, self.weights(), self.config)
+        return u, context.post, context.H
+
+    def _with_context(self, x: Tensor, mixing: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, functional.Context]:
+        u, post, H = mixing
+        return u, functional.Context(x, post, H, self.config, self.sharding.shards if self.sharding else None)
 
     def post(self, y: Float[Tensor, "... dim"], context: functional.Context) -> Float[Tensor, "... streams dim"]:
         """The sub-layer's output spread over the mixed streams."""
+        if self.sharding is not None:
+            return self.sharding.post(y, context)
         return functional.post(y, context)
 
     def forward(
@@ -123,7 +172,8 @@ class ManifoldConstrainedHyperConnections(_Weighted):
         if x.ndim != 4:
             raise ValueError(f"x must be [batch, seq, streams, dim], got {list(x.shape)}")
         mhc_type = HyperConnectionType(mhc_type)
-        u, context = self.pre(x)
+        # Not self._pre: here FSDP has gathered the parameters already.
+        u, context = self._with_context(x, ManifoldConstrainedHyperConnections._pre(self, x))
         inputs = norm_fn(u)
         metadata: dict[str, Any] = {}
         if mhc_type is HyperConnectionType.ATTENTION:
@@ -135,7 +185,7 @@ class ManifoldConstrainedHyperConnections(_Weighted):
         return self.post(y, context), metadata
 
 
-class HyperHead(_Weighted):
+class HyperHead(Site):
     """The learned reduction of the streams to one."""
 
     def __init__(
@@ -144,4 +194,6 @@ class HyperHead(_Weighted):
         super().__init__(config, functional.head_shapes(config), device, dtype)
 
     def forward(self, x: Float[Tensor, "... streams dim"]) -> Float[Tensor, "... dim"]:
+        if self.sharding is not None:
+            return self.sharding.head(x, self.weights(), self.config)
         return functional.head(x, self.weights(), self.config)
