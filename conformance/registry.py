@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from conformance.interface import Capabilities, SetupError, describe
+from conformance.mesh import MARK, Member, parse_mesh
 from conformance.stages import STAGES
 
 EXEC = "exec:"
 GROUP = "mhc_conformance.implementations"
+SHARDED = "mhc_conformance.sharded"
+"""Entry points that are called with a `mesh.Member`, and run on a mesh."""
 MODULES = {
     "jax": ("jax", "flax"),
     "torch": ("torch",),
@@ -24,13 +27,15 @@ MODULES = {
     "mhc-mlx": ("mlx.core", "mhc_mlx"),
 }
 """What a registered implementation imports, by the beginning of its name."""
-ON_REQUEST = ("torch-inductor",)
+ON_REQUEST = ("torch-inductor", "jax-explicit")
+MANY_DEVICES = ("jax", "jax-explicit")
+"""What has all devices of a mesh in one process unless told otherwise; others have one process a device."""
 
 
-def registered() -> dict[str, str]:
+def registered(group: str = GROUP) -> dict[str, str]:
     """Registered names and where they point; of two installations of one package, the first on the path counts."""
     found: dict[str, str] = {}
-    for point in entry_points(group=GROUP):
+    for point in entry_points(group=group):
         found.setdefault(point.name, point.value)
     return found
 
@@ -56,10 +61,10 @@ def version_of(package: str) -> str:
         return "?"
 
 
-def defaults() -> tuple[list[str], dict[str, str]]:
+def defaults(group: str = GROUP) -> tuple[list[str], dict[str, str]]:
     """(the implementations that run without being named, the others with the reason)."""
     chosen, left = [], {}
-    for name in registered():
+    for name in registered(group):
         missing = missing_modules(name)
         if name in ON_REQUEST:
             left[name] = "runs only when named by --impl"
@@ -73,10 +78,11 @@ def defaults() -> tuple[list[str], dict[str, str]]:
 def load(reference: str, limit: float = 60.0) -> Any:
     """The implementation behind a registered name, a ``module:attribute`` or an ``exec:COMMAND``.
 
-    The attribute may be an instance, a class, or a function without arguments that returns an instance.
+    The attribute may be an instance, a class, or a function without arguments that returns an instance. With a mesh
+    behind it (``jax@data=2,tensor=2``) it is what takes a `mesh.Member`, and runs in processes of its own.
 
     Args:
-        limit: seconds that a command has for one answer.
+        limit: seconds that a command or a group of processes has for one answer.
 
     Raises:
         SetupError: it can't be found, imported or made, or lacks a method for a stage it claims.
@@ -85,19 +91,55 @@ def load(reference: str, limit: float = 60.0) -> Any:
         from conformance.adapters.program import ProgramImplementation
 
         return ProgramImplementation(reference.removeprefix(EXEC), limit)
-    target = registered().get(reference, reference)
-    module, separator, attribute = target.partition(":")
+    if MARK in reference:
+        from conformance.adapters.group import GroupImplementation
+
+        name, _, text = reference.partition(MARK)
+        mesh = parse_mesh(text)
+        _target(name, SHARDED)
+        alone = 1 if name in MANY_DEVICES else mesh.devices
+        return GroupImplementation(name, mesh, mesh.processes or alone, limit)
+    module, attribute = _target(reference, GROUP)
+    try:
+        found = _found(reference, module, attribute)
+        return _checked(reference, found if hasattr(found, "capabilities") and not isinstance(found, type) else found())
+    except SetupError:
+        raise
+    except Exception as error:
+        raise SetupError(f"{reference}: could not be set up: {describe(error)}") from error
+
+
+def load_sharded(reference: str, member: Member) -> Any:
+    """The implementation behind a name or ``module:attribute``, for one process of a mesh.
+
+    Raises:
+        SetupError: it can't be found, imported or made, or lacks a method for a stage it claims.
+        NotImplementedError: it can't run on such a mesh.
+    """
+    return _checked(reference, _found(reference, *_target(reference, SHARDED))(member))
+
+
+def _target(reference: str, group: str) -> tuple[str, str]:
+    """Module and attribute of a registered name or of ``module:attribute``."""
+    module, separator, attribute = registered(group).get(reference, reference).partition(":")
     if not separator:
-        known = ", ".join(registered()) or "none"
-        raise SetupError(f"{reference}: expected a registered name ({known}), module:attribute or {EXEC}COMMAND")
+        known = ", ".join(registered(group)) or "none"
+        kind = "registered name" if group == GROUP else "name registered to run on a mesh"
+        raise SetupError(f"{reference}: expected a {kind} ({known}), module:attribute or {EXEC}COMMAND")
+    return module, attribute
+
+
+def _found(reference: str, module: str, attribute: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), attribute)
-        implementation = found if hasattr(found, "capabilities") and not isinstance(found, type) else found()
+        return getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise SetupError(f"{reference}: could not be set up: {describe(error)}") from error
+
+
+def _checked(reference: str, implementation: Any) -> Any:
     claimed = getattr(implementation, "capabilities", None)
     if not isinstance(claimed, Capabilities) or not getattr(implementation, "name", None):
         raise SetupError(

@@ -303,7 +303,7 @@ def post_mix(
     """``out_j = post_j y + sum_i H[i, j] x_i`` (``H[j, i]`` for "out-in"), in x's dtype.
 
     Args:
-        shards: the shards of dim; post and H are taken as `Shards.share` gives them.
+        shards: the shards of dim; post and H are taken as `pre` shares them, rounded already.
 
     Raises:
         ValueError: x or y of another shape than the configuration's.
@@ -313,7 +313,7 @@ def post_mix(
     _check("y", y, (dim,))
     wide = _wide(x.dtype)
     rounded = config.mixing == "activation"
-    if rounded:
+    if rounded and shards is None:
         post, H = post.to(x.dtype), H.to(x.dtype)
     own = post.to(wide).unsqueeze(-1) * y.to(wide).unsqueeze(-2)
     if config.mix == "identity":
@@ -337,9 +337,13 @@ def pre(
     """
     gates, post_gates, H = coefficients(x, weights, config, shards=shards)
     if shards:
-        n = config.streams
+        n, wide = config.streams, _wide(x.dtype)
+        if config.mixing == "activation":
+            post_gates, H = post_gates.to(x.dtype), H.to(x.dtype)
         mixing = [gates, post_gates] if config.residual == "identity" else [gates, post_gates, H.flatten(-2)]
-        gates, post_gates, *rest = shards.share(torch.cat(mixing, -1)).split([part.shape[-1] for part in mixing], -1)
+        # Wide from here on: of a narrow dtype each part's cotangent would be rounded before they are added up.
+        shared = shards.share(torch.cat([part.to(wide) for part in mixing], -1))
+        gates, post_gates, *rest = shared.split([part.shape[-1] for part in mixing], -1)
         H = rest[0].unflatten(-1, (n, n)) if rest else H
     return pre_mix(x, gates), Context(x, post_gates, H, config, shards)
 
@@ -368,4 +372,4 @@ def head(
         (h,) = _projections(x, [weights["head_fn"]], None, config, shards)
         gates = torch.sigmoid(_logits(h, weights["head_scale"], weights["head_base"], dtype)) + config.pre_eps
         gates = gates.to(dtype)
-    return pre_mix(x, shards.share(gates) if shards else gates)
+    return pre_mix(x, shards.share(gates.to(_wide(x.dtype))) if shards else gates)

@@ -214,8 +214,8 @@ def parallelize(
     Args:
         gradients: ``"mean"``, FSDP's default: of the mean of all processes' losses over data, fsdp and sequence;
             ``"sum"``: of their sum. Over tensor a loss is the sum of what the processes compute from their parts.
-        policy: of FSDP; parameters stay in their dtype, their gradients are reduced in float32 or wider, and the
-            activations are as they come, unless given.
+        policy: of FSDP; parameters are kept in their dtype, gathered and their gradients reduced in float32 or wider,
+            and activations taken as they come, unless given.
         reshard_after_forward: of FSDP.
 
     Raises:
@@ -277,8 +277,9 @@ def _fully_shard(
 ) -> None:
     split = {id(value) for name, value in site.weights().items() if name in functional.SHARDED}
     if policy is None:
-        narrow = any(value.dtype.itemsize < 4 for value in site.parameters())
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False)
+        # Of narrow parameters each process's gradient would be rounded before they are added up: 145 times the bound.
+        wide = torch.float32 if any(value.dtype.itemsize < 4 for value in site.parameters()) else None
+        policy = MixedPrecisionPolicy(param_dtype=wide, reduce_dtype=wide, cast_forward_inputs=False)
     fully_shard(
         site,
         mesh=mesh,

@@ -56,7 +56,7 @@ class JaxImplementation:
             key = (name, relevant(name, config), wide)
             if self._last[0] != key:  # items of one graph come together; the executables of the others are let go
                 c = configuration({**config, "reduce": "sum"} if name == "stack" else config)
-                run = _vector_jacobian(lambda values: function(values, c, config), STAGES[name].constants)
+                run = vector_jacobian(lambda values: function(values, c, config), STAGES[name].constants)
                 self._last = (key, jax.jit(run) if self.jit else run)
             # XLA has no strided arrays: a copy in order is what any caller gets.
             given = {k: jnp.asarray(np.ascontiguousarray(v).reshape(v.shape)) for k, v in inputs.items()}
@@ -91,7 +91,7 @@ class JaxImplementation:
         return self._stage("stack", _scanned_stack if self.jit else _stack, inputs, config, cotangents)
 
 
-def _vector_jacobian(function: Callable[..., Any], constants: tuple[str, ...]) -> Callable[..., Any]:
+def vector_jacobian(function: Callable[..., Any], constants: tuple[str, ...]) -> Callable[..., Any]:
     """Outputs, and the gradients of every input that isn't the test's own."""
 
     def run(inputs: dict[str, jax.Array], cotangents: dict[str, jax.Array] | None) -> Any:
@@ -170,6 +170,10 @@ def _scanned_stack(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str
     x = jax_impl.expand(values["embedding"], c.streams)
     x, _ = jax.lax.scan(lambda x, w: (layer(x, w), None), x, weights)
     return _reduced(x, options["reduce"])
+
+
+SHARDABLE = {"pre": _pre, "head": _head, "layer": _layer, "stack": _scanned_stack}
+"""The stages that x can be sharded in (`jax_mesh`)."""
 
 
 def eager() -> JaxImplementation:

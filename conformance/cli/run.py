@@ -68,6 +68,13 @@ def run(
     case: Annotated[
         list[str] | None, typer.Option(help="Only cases whose id matches this glob, or a case file; repeatable.")
     ] = None,
+    mesh: Annotated[
+        list[str] | None,
+        typer.Option(help="Run sharded, for instance data=2,tensor=2 (data, fsdp, sequence, tensor); repeatable."),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Share each mesh's devices out to so many processes; 0: as the framework does.")
+    ] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A covering subset.")] = False,
     jsonl: Annotated[Path | None, typer.Option(help="Write every check to this file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit report.")] = None,
@@ -94,6 +101,7 @@ def run(
     from conformance.crossframework import CrossFramework
     from conformance.interface import SetupError
     from conformance.known import judge, load_known
+    from conformance.mesh import MARK, parse_mesh
     from conformance.report import files, terminal
     from conformance.runner import run as run_items
     from conformance.stages import STAGES
@@ -133,7 +141,13 @@ def run(
         for item in items:
             typer.echo(item.id)
         raise typer.Exit(0)
-    chosen, left = (list(impl), {}) if impl else registry.defaults()
+    chosen, left = (list(impl), {}) if impl else registry.defaults(registry.SHARDED if mesh else registry.GROUP)
+    if processes and not mesh:
+        stop("--processes goes with --mesh, for instance --mesh data=2,tensor=2 --processes 2", USAGE)
+    try:
+        chosen = [f"{name}{MARK}{parse_mesh(one, processes)}" for one in mesh for name in chosen] if mesh else chosen
+    except SetupError as error:
+        stop(str(error), USAGE)
     if not chosen:
         stop("no implementation is installed: " + "; ".join(f"{k}: {v}" for k, v in left.items()), SETUP)
     for name, reason in left.items():
