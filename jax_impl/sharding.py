@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ import numpy as np
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
 from jax import Array
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -33,8 +34,14 @@ RULES: Rules = (
     ("activation_embed", "tensor"),
     ("embed", ("tensor", "fsdp")),
     ("norm", ("tensor", "fsdp")),
+    ("layers", None),
 )
-"""MaxText's logical names to mesh axes; a name that isn't here (``layers``) is whole everywhere."""
+"""MaxText's logical names to mesh axes; ``layers`` is that of a scan."""
+
+
+keep_coefficients = jax.checkpoint_policies.save_only_these_names("mhc_coefficients")
+"""A policy of `jax.checkpoint`: the coefficients and the sums they come from are kept (`functional.COEFFICIENTS`), u
+and the mixed streams computed again, so that nothing is sent a second time."""
 
 
 def activation_axes(axes: int, streams: bool = True) -> tuple[str | None, ...]:
@@ -82,7 +89,9 @@ def make_mesh(
             f"change a size, or pass as many devices"
         )
     kind = AxisType.Explicit if explicit else AxisType.Auto
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES), devices=devices)
+    # An axis may be made of parts of a torus' axes: tensor=8 of 4 x 4 x 4 chips.
+    laid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(laid, AXES, axis_types=(kind,) * len(AXES))
 
 
 @contextlib.contextmanager
@@ -152,7 +161,7 @@ def _explicit() -> bool:
 
 
 def over_shards(
-    function: Callable[[Array, list[Array], list[Array], Callable[[Array], Array]], Array],
+    function: Callable[..., Array],
     x: Array,
     held: list[Array],
     shared: list[Array],
@@ -163,8 +172,8 @@ def over_shards(
     each time the whole, and outside TPUs doesn't scatter those of fsdp.
 
     Args:
-        function: takes a part of x, of ``held`` and of ``shared``, and what sums a value over the parts of dim;
-            returns ``[m, *leading axes of x]``.
+        function: takes a part of x, of ``held`` and of ``shared``, and ``add``, which sums a value over the parts of
+            dim; returns ``[m, *leading axes of x]``.
         x: ``[..., streams, dim]``; the first axis is batch, the second seq.
         held: weights ``[streams, dim, ...]``, kept in parts over fsdp too, and gathered over it here.
         shared: weights that every device has.
@@ -174,7 +183,7 @@ def over_shards(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not get_logical_axis_rules():
-        return function(x, held, shared, lambda value: value)
+        return function(x, held, shared, add=lambda value: value)
     where, weight = partition(activation_axes(x.ndim)), partition((None, "embed"))
     on_dim = _listed(where[-1])
     over = tuple(axis for axis in _listed(weight[1]) if axis not in on_dim)
@@ -187,7 +196,12 @@ def over_shards(
         if over:  # copies first: backward, gradients are scattered over fsdp, and only their parts added over copies
             held = [jax.lax.pcast(value, copies, to="varying") for value in held] if copies else held
             held = [jax.lax.all_gather(value, over, axis=1, tiled=True) for value in held]
-        return function(x, held, shared, lambda value: jax.lax.psum(value, on_dim) if on_dim else value)
+        # Of what it computes only the sums are kept: else x is written in float32 for the way back, 77 units for 61.
+        run = jax.checkpoint(partial(function, add=add), policy=keep_coefficients, prevent_cse=False)
+        return run(x, held, shared)
+
+    def add(value: Array) -> Array:
+        return jax.lax.psum(value, on_dim) if on_dim else value
 
     if _explicit():  # there a shard_map takes its inputs only where they lie already
         held = [jax.sharding.reshard(value, part) for value, part in zip(held, parts, strict=True)]
@@ -199,11 +213,6 @@ def over_shards(
 def _listed(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a `PartitionSpec`."""
     return (part,) if isinstance(part, str) else tuple(part or ())
-
-
-keep_coefficients = jax.checkpoint_policies.save_only_these_names("mhc_coefficients")
-"""A policy of `jax.checkpoint`: the coefficients and the sums they come from are kept (`functional.COEFFICIENTS`), u
-and the mixed streams computed again, so that nothing is sent a second time."""
 
 
 def shard(x: Any, mesh: Mesh, rules: Rules = RULES) -> Array:

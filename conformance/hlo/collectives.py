@@ -1,6 +1,6 @@
 """The collectives of a compiled program: what is sent between devices, how often and how large.
 
-A TPU's compiler hides some in fusions: an asynchronous one as the steps of one channel, which count once, and a
+A TPU's compiler hides some in fusions: an asynchronous one in every fusion that it runs beside, which count once, and a
 reduce-scatter as a fusion ``all-reduce-scatter`` around an all-reduce, which counts as what it is.
 """
 
@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from conformance.hlo.text import Array, Instruction, Module
+from conformance.hlo.text import Array, Computation, Instruction, Module
 
 KINDS = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -58,17 +58,11 @@ def collectives(module: Module) -> list[Collective]:
         HloError: the number of rounds of a loop can't be read.
     """
     found = []
-    seen: set[tuple[str, str, str]] = set()
     for instruction, home, times in module.walk():
-        for inner in _inside(instruction, module):
+        for inner, body in _inside(instruction, home, module):
             kind = inner.opcode.removesuffix("-start")
-            if kind not in KINDS:
+            if kind not in KINDS or stage(inner, body) in ("step", "done"):
                 continue
-            channel = inner.attribute("channel_id")
-            if inner is not instruction and channel:
-                if (home.name, kind, channel) in seen:
-                    continue
-                seen.add((home.name, kind, channel))
             arrays = _arrived(inner, kind)
             if "all-reduce-scatter" in instruction.attribute("calls"):
                 kind, arrays = "reduce-scatter", list(instruction.arrays)
@@ -80,13 +74,28 @@ def collectives(module: Module) -> list[Collective]:
     return found
 
 
-def _inside(instruction: Instruction, module: Module) -> Iterator[Instruction]:
-    """The instruction, and of a fusion what it calls."""
-    yield instruction
+def stage(collective: Instruction, body: Computation) -> str:
+    """Of a collective that a TPU hides in fusions: ``start``, ``step`` or ``done``, else ``whole``.
+
+    Every fusion that it runs beside names it again, with the same channel as others have: the first hands it to a
+    call AsyncCollectiveStart, the last to AsyncCollectiveDone, those between return it beside its own operands.
+    """
+    users = body.users[collective.name]
+    for name in ("Start", "Done"):
+        if any(f'custom_call_target="AsyncCollective{name}"' in user.attributes for user in users):
+            return name.lower()
+    held = {*collective.operands, collective.name}
+    return "step" if any(user.root and held <= {*user.operands} for user in users) else "whole"
+
+
+def _inside(instruction: Instruction, home: Computation, module: Module) -> Iterator[tuple[Instruction, Computation]]:
+    """The instruction, and of a fusion what it calls, each with the computation that it stands in."""
+    yield instruction, home
     if instruction.opcode == "fusion":
         for name in instruction.called("calls"):
-            for inner in module.computations[name].instructions.values():
-                yield from _inside(inner, module)
+            body = module.computations[name]
+            for inner in body.instructions.values():
+                yield from _inside(inner, body, module)
 
 
 def _arrived(instruction: Instruction, kind: str) -> list[Array]:

@@ -82,16 +82,20 @@ class Instruction:
 
     def attribute(self, name: str) -> str:
         """The text behind ``name=`` up to the next attribute, empty where there is none."""
-        found = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
-        start = found.end() if found else len(self.attributes)
-        depth, quoted = 0, False
-        for end in range(start, len(self.attributes)):
-            character = self.attributes[end]
-            quoted ^= character == '"'
+        return self._attributes.get(name, "")
+
+    @functools.cached_property
+    def _attributes(self) -> dict[str, str]:
+        """What stands behind each name, without what merely looks like one inside braces and strings."""
+        parts, depth, quoted, start = [], 0, False, 0
+        text = self.attributes + ","
+        for end, character in enumerate(text):
+            quoted ^= character == '"' and text[end - 1] != "\\"
             depth += (character in "{([") - (character in "})]") if not quoted else 0
             if depth == 0 and not quoted and character == ",":
-                return self.attributes[start:end]
-        return self.attributes[start:]
+                parts.append(text[start:end].strip())
+                start = end + 1
+        return dict((name, value) for name, _, value in (part.partition("=") for part in parts) if value)
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,10 @@ class Computation:
         return found
 
 
-CALLS = ("to_apply", "calls", "called_computation", "branch_computations", "true_computation", "false_computation")
+CALLS = (
+    "to_apply", "calls", "called_computation", "called_computations", "branch_computations", "true_computation",
+    "false_computation",
+)  # fmt: skip
 """Attributes that name what an instruction hands control to."""
 
 
@@ -158,10 +165,22 @@ class Module:
                 rounds = self.rounds(instruction, computation)
                 for name in instruction.called("body"):
                     yield from self._walk(self.computations[name], times * rounds)
-            elif instruction.opcode in ("conditional", "call", "async-start"):
-                for attribute in CALLS:
-                    for name in instruction.called(attribute):
-                        yield from self._walk(self.computations[name], times)
+            else:
+                for entered in self.entered(instruction):
+                    yield from self._walk(entered, times)
+
+    def entered(self, instruction: Instruction) -> list[Computation]:
+        """What an instruction hands control to, once: a call, an asynchronous one too, and each branch.
+
+        A custom call does where a computation that it names makes its result: so a TPU7x runs collectives on its
+        SparseCores.
+        """
+        if instruction.opcode not in ("conditional", "call", "async-start", "custom-call"):
+            return []
+        found = [self.computations[name] for attribute in CALLS for name in instruction.called(attribute)]
+        if instruction.opcode == "custom-call":
+            found = [computation for computation in found if computation.root.arrays == instruction.arrays]
+        return found
 
     def rounds(self, loop: Instruction, home: Computation) -> int:
         """How often a loop goes round: stated by XLA, or a counter from a constant to a constant.
@@ -173,28 +192,38 @@ class Module:
         if stated:
             return int(stated.group(1))
         condition = self.computations[loop.called("condition")[0]]
-        sides = self._compared(condition)
-        if sides is not None and isinstance(sides[0], State):
+        test, sides = self._operation(condition.root, condition)
+        if (
+            test.opcode == "compare"
+            and re.search(r"direction=(LT|NE)", test.attributes)
+            and isinstance(sides[0], State)
+        ):
             start, stop = (self._start(side, loop, home) if isinstance(side, State) else side for side in sides)
-            if start is not None and stop is not None:
-                return max(0, stop - start)
+            step = self._step(sides[0], self.computations[loop.called("body")[0]])
+            if start is not None and stop is not None and step:
+                return max(0, -(-(stop - start) // step))
         raise HloError(f"{loop.name}: the number of rounds can't be read from {condition.name}")
 
-    def _compared(self, condition: Computation) -> tuple[int | State | None, ...] | None:
-        """Both sides of the "less than" that a loop's condition is, also inside a fusion."""
-        root = condition.root
-        inner = self.computations[root.called("calls")[0]] if root.opcode == "fusion" else condition
-        test = inner.root
-        if test.opcode != "compare" or not re.search(r"direction=(LT|NE)", test.attributes):
-            return None
+    def _operation(self, instruction: Instruction, home: Computation) -> tuple[Instruction, list[int | State | None]]:
+        """A scalar operation, also one that is all a fusion returns, and what its operands are."""
+        if instruction.opcode != "fusion":
+            return instruction, [_scalar(home, name) for name in instruction.operands]
+        inner = self.computations[instruction.called("calls")[0]]
         sides = []
-        for name in test.operands:
+        for name in inner.root.operands:
             side = inner.instructions[name]
-            if inner is not condition and side.opcode == "parameter":
-                sides.append(_scalar(condition, root.operands[int(side.argument)]))
-            else:
-                sides.append(_scalar(inner, name))
-        return tuple(sides)
+            outside = side.opcode == "parameter"
+            sides.append(_scalar(home, instruction.operands[int(side.argument)]) if outside else _scalar(inner, name))
+        return inner.root, sides
+
+    def _step(self, counter: State, body: Computation) -> int | None:
+        """The constant that a round adds to an element of a loop's state."""
+        if body.root.opcode != "tuple":
+            return None
+        instruction = _origin(body, body.root.operands[counter.index])
+        addition, sides = self._operation(instruction, body)
+        steps = [side for side in sides if isinstance(side, int)]
+        return steps[0] if addition.opcode == "add" and counter in sides and steps and steps[0] > 0 else None
 
     def _start(self, element: State, loop: Instruction, home: Computation) -> int | None:
         """The constant that an element of a loop's state begins with."""
@@ -205,14 +234,20 @@ class Module:
 
 def _scalar(computation: Computation, name: str) -> int | State | None:
     """What a scalar is: a constant, an element of the loop's state, or neither."""
-    instruction = computation.instructions[name]
-    while instruction.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
-        instruction = computation.instructions[instruction.operands[0]]
+    instruction = _origin(computation, name)
     if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.argument):
         return int(instruction.argument)
     if instruction.opcode == "get-tuple-element":
         return State(int(instruction.attribute("index")))
     return None
+
+
+def _origin(computation: Computation, name: str) -> Instruction:
+    """What was copied, of a chain of copies."""
+    instruction = computation.instructions[name]
+    while instruction.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
+        instruction = computation.instructions[instruction.operands[0]]
+    return instruction
 
 
 def arrays_of(shape: str) -> tuple[Array, ...]:

@@ -5,7 +5,7 @@ Counted, for each instruction that control reaches, times the rounds of the loop
 * the operands and results of every fusion, copy, convolution, reduction, collective and custom call, as far as their
   layout puts them in main memory (memory space 0), in whole tiles;
 * of an operand that a fusion only slices, the slices; of a buffer that it updates in place, the part written;
-* of an asynchronous copy, its source and its target, once, where it starts.
+* of an asynchronous copy or collective, its source and its target, once, where it starts.
 
 Not counted: parameters, constants, tuples, bitcasts (nothing moves), arrays in on-chip memory, and what an instruction
 reads twice (a window that overlaps). So it is what the program must move if each instruction reads every operand once;
@@ -14,9 +14,11 @@ XLA's own ``bytes accessed`` counts on-chip arrays and prefetches too, and takes
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from conformance.hlo.collectives import KINDS, stage
 from conformance.hlo.text import HBM, Array, Computation, Instruction, Module
 
 FREE = frozenset(
@@ -72,7 +74,9 @@ def _bytes(instruction: Instruction, home: Computation, module: Module) -> tuple
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith(("-done", "-update")) or opcode == "async-start":
         return 0, 0
-    if opcode == "custom-call" and any(f'custom_call_target="{name}"' in instruction.attributes for name in BUFFERS):
+    if opcode == "custom-call" and (
+        any(f'custom_call_target="{name}"' in instruction.attributes for name in BUFFERS) or module.entered(instruction)
+    ):
         return 0, 0
     operands = [home.instructions[name] for name in dict.fromkeys(instruction.operands)]
     if opcode == "copy-start":  # its shape is (target, source, flag)
@@ -81,11 +85,15 @@ def _bytes(instruction: Instruction, home: Computation, module: Module) -> tuple
         target = instruction.arrays[1]
         source = instruction.arrays[0].resized(target.sizes)
         return _sum([source]), _sum([target])
-    if opcode.endswith("-start"):  # a collective: its shape is (operands, results, flags)
-        results = instruction.arrays[len([a for o in operands for a in o.arrays]) :]
-        return _sum(a for o in operands for a in o.arrays), _sum(a for a in results if a.sizes)
+    if opcode.endswith("-start"):  # a collective: its shape is (operands, results, flags), an all-reduce's the results
+        first = 0 if opcode == "all-reduce-start" else len(instruction.operands)
+        results = instruction.arrays[first : first + len(instruction.operands)]
+        return _sum(a for o in operands for a in o.arrays), _sum(results)
     if opcode in SLICES:
-        return _sum([operands[0].arrays[0].resized(instruction.arrays[0].sizes)]), _sum(instruction.arrays)
+        result, whole = instruction.arrays[0], operands[0].arrays[0]
+        same = len(result.sizes) == len(whole.sizes)  # a gather may drop axes
+        part = whole.resized(result.sizes) if same else dataclasses.replace(result, space=whole.space)
+        return _sum([part]), _sum([result])
     if opcode == "dynamic-update-slice":
         update = home.instructions[instruction.operands[1]].arrays
         return _sum(update), _sum([instruction.arrays[0].resized(update[0].sizes)])
@@ -96,11 +104,15 @@ def _bytes(instruction: Instruction, home: Computation, module: Module) -> tuple
 
 def _fusion(instruction: Instruction, home: Computation, body: Computation) -> tuple[int, int]:
     updated = _updated(body)
+    running = _running(body)
+    returned = {body.root.name} if body.root.opcode == "tuple" else set()
     read = 0
     counted: set[str] = set()
     for parameter, name in zip(body.parameters, instruction.operands, strict=True):
         arrays = home.instructions[name].arrays
-        if parameter.name in updated.values() or all(u is body.root for u in body.users[parameter.name]):
+        if parameter.name in updated.values() or all(
+            user.name in running | returned for user in body.users[parameter.name]
+        ):
             continue  # written in place, or handed through: of it nothing is read
         slices = _slices(parameter, body)
         if slices is not None:
@@ -109,19 +121,41 @@ def _fusion(instruction: Instruction, home: Computation, body: Computation) -> t
             counted.add(name)
             read += _sum(arrays)
     written = 0
-    results = [body.root]
-    if body.root.opcode == "tuple":
-        results = [body.instructions[name] for name in body.root.operands]
-    if len(results) != len(instruction.arrays):  # one step of an asynchronous collective: its results are one call's
-        results = [body.root] * len(instruction.arrays)
-    for array, result in zip(instruction.arrays, results, strict=True):
+    for array, result in zip(instruction.arrays, _results(instruction, body), strict=True):
         update = _behind(result, body)
         if update.name in updated:
             sizes = body.instructions[update.operands[1]].arrays[0].sizes
             written += _sum([array.resized(sizes)]) if len(sizes) == len(array.sizes) else _sum([array])
-        elif result.opcode != "parameter":
+        elif result.opcode != "parameter" and result.name not in running:
             written += _sum([array])
     return read, written
+
+
+def _results(instruction: Instruction, body: Computation) -> list[Instruction]:
+    """What computes each array that a fusion returns.
+
+    The call that starts an asynchronous collective returns its operands, its results and flags: the operands are
+    where they were.
+    """
+    root = body.root
+    if root.opcode == "tuple":
+        return [body.instructions[name] for name in root.operands]
+    kept: list[Instruction] = []
+    for name in root.operands:
+        collective = body.instructions[name]
+        if collective.opcode in KINDS and stage(collective, body) == "start":
+            kept += [body.instructions[operand] for operand in collective.operands]
+    return kept + [root] * (len(instruction.arrays) - len(kept))
+
+
+def _running(body: Computation) -> set[str]:
+    """Of a fusion that runs beside an asynchronous collective: the collective, and the call that waits for it."""
+    found = set()
+    for instruction in body.instructions.values():
+        if instruction.opcode in KINDS and stage(instruction, body) in ("step", "done"):
+            found.add(instruction.name)
+            found |= {user.name for user in body.users[instruction.name] if user.opcode == "custom-call"}
+    return found
 
 
 def _behind(instruction: Instruction, body: Computation) -> Instruction:

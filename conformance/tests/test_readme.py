@@ -1,0 +1,41 @@
+"""The README's examples of sharding: short, and run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conformance.registry import missing_modules
+
+SECTION = (Path(__file__).parents[2] / "README.md").read_text().partition("\n## Sharding\n")[2].partition("\n## ")[0]
+EXAMPLES = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+
+
+def run(tmp_path: Path, framework: str, *command: str, **environment: str) -> str:
+    (source,) = [text for text in EXAMPLES if f"from {framework}_impl" in text]
+    assert len(source.strip().splitlines()) < 20
+    script = tmp_path / "example.py"
+    script.write_text(source)
+    done = subprocess.run(
+        [sys.executable, *command, str(script)], capture_output=True, text=True, timeout=240, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(bool(missing_modules("jax")), reason="jax or flax isn't installed")
+def test_the_jax_example_runs_on_eight_devices(tmp_path):
+    said = run(tmp_path, "jax", XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
+    assert re.match(r"\d\.\d+ NamedSharding", said) and "('tensor', 'fsdp')" in said, said
+
+
+@pytest.mark.skipif(bool(missing_modules("torch")), reason="torch isn't installed")
+def test_the_torch_example_runs_on_four_processes(tmp_path):
+    said = run(tmp_path, "torch", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
+    assert said.count("torch.Size([4, 16, 4, 32])") == said.count("Shard(dim=1))") == 4, said
