@@ -1,11 +1,13 @@
 """Bounds on what `jax_impl` moves and sends on a TPU, compiled here and now; needs libtpu (`tox run -e tpu`).
 
-Bounds on bytes are 2% above what was measured with the versions of constraints.txt, in units of tokens x dim x 2 bytes.
+Bounds on bytes are half a percent above what was measured with the versions of constraints.txt, and no higher than what
+was asked for with gradients, 73 and 71 (forward 20 and 22 are met to rounding), in units of tokens x dim x 2 bytes.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -23,10 +25,12 @@ from jax_impl import functional, sharding
 
 SMALL, MIDDLE, LARGE = SHAPES
 UNITS = [
-    (MIDDLE, "forward", 20.05),
-    (MIDDLE, "both", 66.34),
-    (LARGE, "forward", 22.39),
-    (LARGE, "both", 70.82),
+    (1, MIDDLE, "forward", 20.06),
+    (1, MIDDLE, "both", 66.7),
+    (1, LARGE, "forward", 22.4),
+    (1, LARGE, "both", 71.0),
+    (1, LARGE, "stack", 365.0),
+    (8, LARGE, "both", 61.5),
 ]
 
 
@@ -40,11 +44,11 @@ def problems(program: Program) -> list[str]:
     return surplus(collectives(compiled(program).module), site, sizes, backward=program.kind == "both")
 
 
-@pytest.mark.parametrize(("shape", "kind", "units"), UNITS)
-def test_a_layer_moves_little_more_than_the_mathematics(shape, kind, units):
-    program = Program("v5e", 1, "deepseek-v4", shape, kind)
+@pytest.mark.parametrize(("devices", "shape", "kind", "bound"), UNITS)
+def test_a_layer_moves_little_more_than_the_mathematics(devices, shape, kind, bound):
+    program = Program("v5e", devices, "deepseek-v4", shape, kind)
     found = total(compiled(program).module) / program.unit
-    assert found <= 1.02 * units, f"{program.name}: {found:.2f} units, measured before: {units}"
+    assert found <= bound, f"{program.name}: {found:.2f} units, at most {bound}"
 
 
 @pytest.mark.parametrize("kind", ["forward", "both"])
@@ -56,6 +60,30 @@ def test_a_sharded_layer_sends_one_small_sum_forward_and_no_array_as_large_as_x(
     assert problems(program) == [], program.name
 
 
+@dataclass(frozen=True)
+class Spread(Program):
+    """A program on a mesh that isn't among those recorded."""
+
+    mesh: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return dict(self.mesh)
+
+
+@pytest.mark.parametrize("kind", ["forward", "both"])
+@pytest.mark.parametrize("mesh", [{"sequence": 8}, {"data": 4, "sequence": 2}, {"fsdp": 4, "sequence": 2}], ids=str)
+def test_without_tensor_nothing_is_sent_forward_but_the_parameters_of_fsdp(mesh, kind):
+    program = Spread("v5e", 8, "deepseek-v4", (4, 4096, 4, 2048), kind, tuple(mesh.items()))
+    assert problems(program) == [], program
+
+
+def test_a_stack_sends_one_sum_a_site_forward_and_two_on_the_way_back():
+    found = collectives(compiled(Program("v5e", 8, "deepseek-v4", SMALL, "stack")).module)
+    assert {one.kind for one in found} == {"all-reduce"}
+    assert sum(one.times for one in found) <= 3 * tpu_aot.STACKED
+
+
 def test_a_flattened_contraction_is_caught(monkeypatch):
     """MaxText's reshape of (streams, dim) into one axis, planted: x is gathered or exchanged at every site."""
 
@@ -63,12 +91,13 @@ def test_a_flattened_contraction_is_caught(monkeypatch):
         joined = x.reshape(*x.shape[:-2], -1).astype("float32")
         return tpu_aot.jnp.einsum("fm,...f->m...", phi.reshape(-1, phi.shape[-1]), joined, precision="highest")
 
-    monkeypatch.setattr(functional, "_contract", flat)
-    monkeypatch.setattr(
-        sharding, "over_shards", lambda function, x, *weights: function(x, *weights, lambda value: value)
-    )
-    found = problems(Program("v5e", 8, "deepseek-v4", SMALL, "forward"))
-    assert any(f"not needed: {kind}" in line for line in found for kind in MOVING), found
+    whole = lambda function, x, *weights: function(x, *weights, add=lambda value: value)  # noqa: E731
+    monkeypatch.setattr(sharding, "over_shards", whole)  # XLA's partitioner alone, which can't flatten a part
+    for planted in (False, True):
+        if planted:
+            monkeypatch.setattr(functional, "_contract", flat)
+        found = problems(Program("v5e", 8, "deepseek-v4", SMALL, "forward"))
+        assert any(f"not needed: {kind}" in line for line in found for kind in MOVING) == planted, found
 
 
 MOVING = ("all-gather", "all-to-all", "collective-permute")
@@ -88,15 +117,15 @@ def test_the_recorded_figures_are_those_of_this_code(program):
     held = recorded()
     if not held:
         pytest.skip(f"{tpu_aot.RESULTS} was recorded with other versions")
+    assert {*held} == {*(one.name for one in tpu_aot.programs()), "model"}
     assert measure(program) == held[program.name]
 
 
 def test_43_layers_compile_for_256_chips():
     """A device holds a 64th of the projections; what is sent is small beside x, and nothing is exchanged."""
     found = measure_model()
-    assert found == recorded().get("model", found)
+    assert found == recorded()["model"]
     whole, small = found["parameter bytes"], 2 * 43 * 4 * (3 + 2 * 4 + 4**2)
     assert found["parameter bytes a device"] == (whole - small) // 64 + small
     assert set(found["collectives"]) <= {"all-gather", "all-reduce", "reduce-scatter"}
-    for kind, one in found["collectives"].items():
-        assert one["bytes"] / one["count"] < 4 * found["unit bytes"] / 20, kind
+    assert found["largest collective bytes"] < 4 * found["unit bytes"] / 20

@@ -64,7 +64,7 @@ TOPOLOGIES = {
     "v5e": {1: "v5e:1x1", 8: "v5e:2x4", 16: "v5e:4x4", 64: "v5e:8x8"},
     "v5p": {1: "v5p:2x2x1", 8: "v5p:2x2x2", 64: "v5p:4x4x4"},
     "v6e": {1: "v6e:1x1", 8: "v6e:2x4", 64: "v6e:8x8"},
-    "tpu7x": {1: "tpu7x:2x2x1", 8: "tpu7x:2x2x1", 64: "tpu7x:4x4x2", 128: "tpu7x:4x4x4"},
+    "tpu7x": {1: "tpu7x:2x2x1", 8: "tpu7x:2x2x1", 128: "tpu7x:4x4x4"},
 }
 """By number of devices; a TPU7x chip is two. Of a topology with more devices than asked for the first is taken."""
 MESHES = {
@@ -240,12 +240,14 @@ def measure_model() -> dict[str, Any]:
         where = jax.NamedSharding(mesh, sharding.partition(sharding.activation_axes(4)))
         shape = (MODEL["batch"], MODEL["seq"], STREAMS, DIM)
         x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
-        found = figures(finished(nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1))).lower(model, x)))
+        program = finished(nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1))).lower(model, x))
+    found = figures(program)
     weights = jax.tree.leaves(nnx.state(model, nnx.Param))
     unit = math.prod(shape) // STREAMS * 2 // len(devices)
     return {
         "topology": MODEL["topology"], "devices": len(devices), "mesh": MODEL["mesh"], "dialect": "deepseek-v4",
         "shape": list(shape), "program": "model", "layers": LAYERS, "sites": 2 * LAYERS, **found,
+        "largest collective bytes": max(one.bytes for one in collectives(program.module)),
         "parameter bytes": parameter_bytes(model),
         "parameter bytes a device": sum(4 * math.prod(v.sharding.shard_shape(v.shape)) for v in weights),
         "initialisation temporary bytes": made.temp_size_in_bytes, "unit bytes": unit,

@@ -3,7 +3,9 @@
 With dim on ``tensor``, each token's n*n + 2n projections and its sum of squares are partial sums: one all-reduce a site
 adds them up, and backward the cotangents of pre, post and H. With the parameters on ``fsdp``, they are gathered where
 they are used and their gradients scattered. Over data, fsdp and sequence the gradients of the parameters are added
-up. Nothing else: in particular nothing as large as x.
+up: at once, but with fsdp and copies the scattered ones over the copies, and those that every device has over all.
+Where the norm's output is rounded, its sum is added up on its own, forward and backward. Nothing else: in particular
+nothing as large as x.
 """
 
 from __future__ import annotations
@@ -68,9 +70,10 @@ def surplus(
         count, numbers = sent("all-reduce")
         problems.append(f"expected {rounds * sites} all-reduce of {sums * sites} numbers, got {count} of {numbers}")
     if backward:
-        reduced = copies * fsdp > 1
-        most = rounds + 2 * (tensor > 1) + reduced
-        limit = sums + site.tokens * site.columns * (tensor > 1) + weights // fsdp * (copies > 1) + small * reduced
+        reduced = (copies * fsdp > 1) + (copies > 1 and fsdp > 1)
+        most = rounds * 2 + (tensor > 1) + reduced
+        cotangents = site.tokens * (site.columns + site.rounded) * (tensor > 1)
+        limit = sums + cotangents + weights // fsdp * (copies > 1) + small * (reduced > 0)
         count, numbers = sent("all-reduce")
         if count > most * sites or numbers > limit * sites:
             problems.append(

@@ -100,7 +100,8 @@ def refuse_indivisible(config: Mapping[str, Any], mesh: Mesh) -> None:
     parts = mesh.sizes["tensor"] * mesh.sizes["fsdp"]
     if config["dim"] % parts:
         raise NotImplementedError(
-            f"dim {config['dim']} isn't a multiple of tensor={mesh.sizes['tensor']} x fsdp={mesh.sizes['fsdp']}"
+            f"dim {config['dim']} isn't a multiple of tensor={mesh.sizes['tensor']} x fsdp={mesh.sizes['fsdp']}: "
+            "a mesh of data and sequence takes it"
         )
 
 

@@ -125,7 +125,8 @@ def _target(reference: str, group: str) -> tuple[str, str]:
     if not separator:
         known = ", ".join(registered(group)) or "none"
         kind = "registered name" if group == GROUP else "name registered to run on a mesh"
-        raise SetupError(f"{reference}: expected a {kind} ({known}), module:attribute or {EXEC}COMMAND")
+        command = f" or {EXEC}COMMAND" if group == GROUP else ""
+        raise SetupError(f"{reference}: expected a {kind} ({known}), module:attribute{command}")
     return module, attribute
 
 

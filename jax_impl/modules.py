@@ -32,8 +32,8 @@ def _attribute(name: str) -> str:
     return name.replace(".", "_")
 
 
-class _Weighted(nnx.Module):
-    """Parameters of given names and shapes, MaxText's initial values, canonical files in and out."""
+class Site(nnx.Module):
+    """What layer and head share: named parameters, MaxText's initial values, canonical files in and out."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class _Weighted(nnx.Module):
     ):
         self.config = config
         self.precision = precision
-        self._names = tuple(shapes)
+        self._shapes = shapes
         deviation = (config.streams * config.dim) ** -0.5
         for name, shape in shapes.items():
             axes = sharding.logical_axes(name, shape)
@@ -60,31 +60,54 @@ class _Weighted(nnx.Module):
 
     def weights(self) -> dict[str, Array]:
         """The parameters' values under their canonical names."""
-        return {name: getattr(self, _attribute(name))[...] for name in self._names}
+        return {name: getattr(self, _attribute(name))[...] for name in self._shapes}
 
     def load_weights(self, path: str | Path, prefix: str | Sequence[str] = "") -> None:
         """Fills the parameters from a canonical safetensors file (`weights.load_weights`), each shard by its own part.
 
         Args:
             prefix: of this site; for layers that are stacked (`flax.nnx.scan`) one for each.
+
+        Raises:
+            ValueError: as `weights.load_weights`, or not a prefix for each layer; on every process if on one.
         """
         held = self.weights()
-        stacked = 0 if isinstance(prefix, str) else 1
-        shapes = {name: value.shape[stacked:] for name, value in held.items()}
+        self._check_prefixes(prefix)
         shardings = {name: value.sharding for name, value in held.items()}
-        for name, value in weights.load_weights(path, self.config, prefix, shapes, shardings).items():
+        with sharding.agreed():
+            loaded = weights.load_weights(path, self.config, prefix, self._shapes, shardings)
+        for name, value in loaded.items():
             parameter = getattr(self, _attribute(name))
             parameter[...] = value.astype(held[name].dtype)
 
-    def save_weights(self, path: str | Path, prefix: str = "") -> None:
+    def save_weights(self, path: str | Path, prefix: str | Sequence[str] = "") -> None:
         """Writes the parameters as a canonical safetensors file (`weights.save_weights`); of several processes the
-        first writes."""
+        first writes.
+
+        Args:
+            prefix: of this site; for layers that are stacked one for each.
+
+        Raises:
+            OSError: the target can't be written; on every process.
+            ValueError: not a prefix for each layer.
+        """
+        self._check_prefixes(prefix)
         whole = {name: sharding.gather(value) for name, value in self.weights().items()}
-        if jax.process_index() == 0:
-            weights.save_weights(path, whole, self.config, prefix)
+        with sharding.agreed():
+            if jax.process_index() == 0:
+                weights.save_weights(path, whole, self.config, prefix)
+
+    def _check_prefixes(self, prefix: str | Sequence[str]) -> None:
+        name, shape = next(iter(self._shapes.items()))
+        held = self.weights()[name].shape
+        layers = held[: len(held) - len(shape)]
+        given = () if isinstance(prefix, str) else (len(prefix),)
+        if given != layers:
+            expected = f"a prefix for each of {layers[0]} stacked layers" if layers else "one prefix, a string"
+            raise ValueError(f"prefix must be {expected}, got {prefix!r}")
 
 
-class ManifoldConstrainedHyperConnections(_Weighted):
+class ManifoldConstrainedHyperConnections(Site):
     """The residual connection of n streams around one sub-layer (mathematics.md, "Forward").
 
     Args:
@@ -149,7 +172,7 @@ class ManifoldConstrainedHyperConnections(_Weighted):
         return self.post(y, context), metadata
 
 
-class HyperHead(_Weighted):
+class HyperHead(Site):
     """The learned reduction of the streams to one."""
 
     def __init__(

@@ -7,7 +7,8 @@ axis hold it on tensor and fsdp, and are gathered over fsdp where they are used;
 The same code runs with automatic sharding (XLA propagates it) and with explicit axis types (it is part of every
 array's type), since nothing in `functional` flattens (streams, dim). Communication, on either: none forward for data
 and sequence; for tensor one all-reduce of n*n + 2n + 1 numbers a token and site (of a dialect that rounds the norm's
-output, two); for fsdp a gather of the projections; backward one reduction of the parameters' gradients.
+output, two), backward n*n + 2n numbers (one more of such a dialect); for fsdp a gather of the projections; backward one
+reduction of the parameters' gradients, those of fsdp scattered first, so that small ones are reduced apart.
 """
 
 from __future__ import annotations
@@ -39,9 +40,12 @@ RULES: Rules = (
 """MaxText's logical names to mesh axes; ``layers`` is that of a scan."""
 
 
-keep_coefficients = jax.checkpoint_policies.save_only_these_names("mhc_coefficients")
-"""A policy of `jax.checkpoint`: the coefficients and the sums they come from are kept (`functional.COEFFICIENTS`), u
-and the mixed streams computed again, so that nothing is sent a second time."""
+COEFFICIENTS = "mhc_coefficients"
+"""The name, for policies of `jax.checkpoint`, of what is small and takes a pass over x or a collective to make again:
+projections, sum of squares, pre, post and H, 49 numbers a token at n = 4."""
+keep_coefficients = jax.checkpoint_policies.save_only_these_names(COEFFICIENTS)
+"""A policy of `jax.checkpoint`: what has the name `COEFFICIENTS` is kept, u and the mixed streams are computed again.
+Of collectives only fsdp's gather is repeated, as elsewhere with parameters that aren't kept whole."""
 
 
 def activation_axes(axes: int, streams: bool = True) -> tuple[str | None, ...]:
@@ -108,7 +112,7 @@ def partition(names: Sequence[str | None], mesh: Any = None, rules: Rules | None
         mesh: that of the context (`use`) unless given; the rules likewise.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    table = dict(get_logical_axis_rules() if rules is None else rules)
+    table = dict(reversed(tuple(get_logical_axis_rules() if rules is None else rules)))  # the first of a name counts
 
     def axes(name: str | None) -> str | tuple[str, ...] | None:
         found = table.get(name) if name else None
@@ -196,7 +200,8 @@ def over_shards(
         if over:  # copies first: backward, gradients are scattered over fsdp, and only their parts added over copies
             held = [jax.lax.pcast(value, copies, to="varying") for value in held] if copies else held
             held = [jax.lax.all_gather(value, over, axis=1, tiled=True) for value in held]
-        # Of what it computes only the sums are kept: else x is written in float32 for the way back, 77 units for 61.
+        # Of what it computes only the sums are kept: else x is written in float32 for the way back, 77 units for 61
+        # with gradients on a v5e 2x4 at (4, 4096, 4, 7168) (benchmarks/tpu_aot.py).
         run = jax.checkpoint(partial(function, add=add), policy=keep_coefficients, prevent_cse=False)
         return run(x, held, shared)
 
@@ -243,6 +248,26 @@ def gather(value: Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))
 
 
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """What fails on one process fails on all, once all have come here.
+
+    Raises:
+        Exception: this process's own; else RuntimeError, that another's failed.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if jax.process_count() > 1:
+        failed = np.asarray(multihost_utils.process_allgather(np.array([error is not None]))).reshape(-1)
+        if error is None and failed.any():
+            raise RuntimeError(f"process {int(failed.argmax())} of {failed.size} failed here: see its own message")
+    if error is not None:
+        raise error
+
+
 def weight_shardings(
     shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, rules: Rules = RULES
 ) -> dict[str, NamedSharding]:
@@ -262,7 +287,10 @@ def weight_shardings(
 def create(make: Callable[[], Any], mesh: Mesh, rules: Rules = RULES) -> Any:
     """The module that ``make`` makes, its parameters drawn in their shards: none is ever whole anywhere.
 
-    The values don't depend on the mesh.
+    Args:
+        make: makes the module, or a stack of them; takes nothing.
+
+    The values don't depend on the mesh, with JAX's default random numbers (partitionable threefry).
     """
     with use(mesh, rules):
         return nnx.jit(make)()

@@ -136,18 +136,22 @@ def _part(path: str | Path, file: Any, name: str, shape: tuple[int, ...], index:
 
 
 def save_weights(
-    path: str | Path, weights: Mapping[str, Array | np.ndarray], config: MHCConfig, prefix: str = ""
+    path: str | Path, weights: Mapping[str, Array | np.ndarray], config: MHCConfig, prefix: str | Sequence[str] = ""
 ) -> None:
     """Writes the weights flat under ``prefix``; the file appears whole or not at all.
+
+    Args:
+        prefix: of one site; several are those of layers that are stacked along a first axis.
 
     Raises:
         OSError: the target can't be written; a former file is left as it was.
     """
     path = Path(path)
-    flat = {
-        prefix + name: np.ascontiguousarray(np.asarray(value).reshape(_flat(name, value.shape)))
-        for name, value in weights.items()
-    }
+    flat = {}
+    for name, value in weights.items():
+        parts = [np.asarray(value)] if isinstance(prefix, str) else list(np.asarray(value))
+        for one, part in zip([prefix] if isinstance(prefix, str) else prefix, parts, strict=True):
+            flat[one + name] = np.ascontiguousarray(part.reshape(_flat(name, part.shape)))
     metadata = {"format": FORMAT, "parameters": json.dumps(config.parameters(), sort_keys=True)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -23,8 +23,8 @@ from conformance.interface import Arrays, Result, SetupError
 from conformance.mesh import MARK, Member, Mesh, cropped, filled, refuse_indivisible
 from conformance.stages import STAGES
 
-START = 120.0  # seconds for the processes to meet: importing a framework takes some on a busy machine
-LINGER = 2.0  # seconds in which the others may report the same failure
+START = 120.0  # seconds for the processes to meet, each of which imports a framework first
+LINGER = 2.0  # seconds in which the others may report the same, or a process end that has hung up
 
 
 class GroupError(RuntimeError):
@@ -44,8 +44,11 @@ class _Process:
     errors: IO[bytes]
 
     def died(self) -> str:
-        """How it ended, and the last line it wrote to standard error."""
-        status = self.process.wait()
+        """How it ended, and the last line it wrote."""
+        try:
+            status = self.process.wait(LINGER)
+        except subprocess.TimeoutExpired:
+            return "closed its connection without ending"
         how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         self.errors.seek(0)
         said = self.errors.read().decode(errors="replace").strip().splitlines()
@@ -83,15 +86,23 @@ class GroupImplementation:
 
     def _call(self, stage: str, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         refuse_indivisible(config, self._mesh)
+        if not self._processes:
+            self._restart()
         try:
-            if not self._processes:
-                self._start()
             given, wanted = filled(stage, inputs, cotangents, self._mesh)
             result = self._exchange((stage, given, config, wanted), f"in {stage}", self._limit)
         except GroupError:
             self._stop()
             raise
         return cropped(result, stage, inputs)
+
+    def _restart(self) -> None:
+        """After a call that has ended all of them."""
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
 
     def _start(self) -> Any:
         with socket.socket() as free:
@@ -122,7 +133,7 @@ class GroupImplementation:
             waiting = {one.connection: one for one in self._processes if one.rank not in answers}
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                problem = self._failure(answers)
+                problem = self._failure(answers, alone=True)
                 late = ", ".join(str(one.rank) for one in waiting.values())
                 raise GroupError(problem or f"no answer {when} from process {late} of {self._count} in {limit:g} s")
             for connection in ready:
@@ -130,9 +141,10 @@ class GroupImplementation:
                 try:
                     answers[one.rank] = one.connection.recv()
                 except (EOFError, ConnectionError):
-                    problem = self._failure(answers) or f"process {one.rank} of {self._count} {one.died()} {when}"
-                    raise GroupError(f"{problem}; the others were ended") from None
-            if any(kind == "error" for kind, _ in answers.values()):
+                    died = f"process {one.rank} of {self._count} {one.died()} {when}; the others were ended"
+                    also = self._failure(answers)
+                    raise GroupError(f"{died} ({also})" if also else died) from None
+            if any(kind != "done" for kind, _ in answers.values()):
                 deadline = min(deadline, time.monotonic() + LINGER)
         if all(answer[0] == "error" and answer == answers[0] for answer in answers.values()):
             raise CallError(f"all {self._count} processes: {answers[0][1]}")
@@ -144,13 +156,15 @@ class GroupImplementation:
             raise NotImplementedError(content)
         return content
 
-    def _failure(self, answers: dict[int, tuple[str, Any]]) -> str:
-        """What a process reported, or that they don't agree."""
+    def _failure(self, answers: dict[int, tuple[str, Any]], alone: bool = False) -> str:
+        """What a process reported, or that they don't agree; ``alone``: others haven't answered."""
         for rank, (kind, content) in sorted(answers.items()):
             if kind == "error":
                 return f"process {rank} of {self._count}: {content}"
-        kinds = {kind for kind, _ in answers.values()}
-        return f"some of {self._count} processes refuse, others don't" if len(kinds) > 1 else ""
+        refusing = [rank for rank, (kind, _) in sorted(answers.items()) if kind == "refused"]
+        if refusing and (alone or len(refusing) < len(answers)):
+            return f"process {refusing[0]} of {self._count} refuses, others don't: {answers[refusing[0]][1]}"
+        return ""
 
     def _stop(self) -> None:
         processes, self._processes = self._processes, []

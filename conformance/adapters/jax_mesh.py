@@ -1,4 +1,4 @@
-"""`jax_impl` on a mesh for the suite: virtual CPU devices, or the machine's own; one process, or several by gloo."""
+"""`jax_impl` on a mesh for the suite: virtual CPU devices in one process or several (gloo), or in one the machine's."""
 
 from __future__ import annotations
 
@@ -52,11 +52,10 @@ class JaxMesh:
         wide = any(v.dtype == np.float64 for v in inputs.values())
         with jax.enable_x64(wide), sharding.use(self._mesh):
             key = (stage, relevant(stage, config), wide)
+            c = configuration({**config, "reduce": "sum"} if stage == "stack" else config)
             if self._last[0] != key:
-                c = configuration({**config, "reduce": "sum"} if stage == "stack" else config)
                 run = vector_jacobian(lambda v: SHARDABLE[stage](v, c, config), STAGES[stage].constants)
                 self._last = (key, jax.jit(run))
-            c = configuration({**config, "reduce": "sum"} if stage == "stack" else config)
             given = self._placed(inputs, c)
             wanted = cotangents and {k: self._activation(v) for k, v in cotangents.items()}
             outputs, gradients = self._last[1](given, wanted)

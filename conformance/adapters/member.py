@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import threading
+import traceback
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -63,6 +64,13 @@ def _answer(connection: Connection, run: Any) -> Any:
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        serve(Connection(int(sys.argv[1])))
-    os._exit(0)  # frameworks wait for one another when they end; nobody needs that here
+    status = 1
+    try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            serve(Connection(int(sys.argv[1])))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:  # not by returning: frameworks, and threads of an implementation, would wait for one another
+        sys.stderr.flush()
+        os._exit(status)

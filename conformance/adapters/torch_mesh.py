@@ -79,14 +79,11 @@ class TorchMesh:
         gradients: dict[str, np.ndarray] = {}
         if cotangents is not None:
             parts = {k: self._part(k, to_torch(np.array(v)).to(self._device)) for k, v in cotangents.items()}
-            reached = [k for k, v in outputs.items() if v.ndim >= 3]
+            reached = [k for k, v in outputs.items() if v.requires_grad]
             torch.autograd.backward([outputs[k] for k in reached], [parts[k].to(outputs[k].dtype) for k in reached])
             for name in wanted:
                 found = given[name].grad
-                if given[name].ndim < 3:  # handed through: its cotangent is its gradient
-                    gradients[name] = to_numpy(parts[name])
-                else:
-                    gradients[name] = self._whole(torch.zeros_like(given[name]) if found is None else found)
+                gradients[name] = self._whole(torch.zeros_like(given[name]) if found is None else found)
             found = [_gradients(site) for site in sites]
             for name, value in weights.items():
                 stacked = torch.stack([one[name] for one in found]) if lead else found[0][name]

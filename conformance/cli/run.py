@@ -114,6 +114,10 @@ def run(
         entries = load_known(known) if known else []
     except CaseError as error:
         stop(str(error), USAGE)
+    if mesh and search:
+        stop("--search draws cases for one device: it doesn't go with --mesh", USAGE)
+    if mesh and any(name.startswith(registry.EXEC) for name in impl or []):
+        stop("--mesh doesn't go with exec:COMMAND, which is one process: name module:attribute instead", USAGE)
     if search:
         _search(impl, dialects, stages, dtypes, search, seed, found)
     try:

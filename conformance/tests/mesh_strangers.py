@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
 from typing import Any
 
@@ -64,6 +66,23 @@ class FailsAlone(Stranger):
     def act(self) -> None:
         if self.rank == 1:
             raise ValueError("a shape that only this process has")
+        waits_for_the_others()
+
+
+class Quits(Stranger):
+    """Leaves by ``sys.exit`` while a thread of its own goes on."""
+
+    def act(self) -> None:
+        if self.rank == 1:
+            threading.Thread(target=waits_for_the_others).start()
+            sys.exit(3)
+        waits_for_the_others()
+
+
+class RefusesAlone(Stranger):
+    def act(self) -> None:
+        if self.rank == 1:
+            raise NotImplementedError("not on this device")
         waits_for_the_others()
 
 

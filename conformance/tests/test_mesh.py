@@ -102,6 +102,8 @@ def test_a_dim_that_the_mesh_does_not_divide_is_refused_by_name():
         ("Exits", "process 1 of 2 ended with status 7: out of memory on device 1 in pre; the others were ended", 5),
         ("FailsAlone", "process 1 of 2: ValueError: a shape that only this process has", 6),
         ("Hangs", "no answer in pre from process 1 of 2 in 3 s", 8),
+        ("Quits", "process 1 of 2 ended with status 1: SystemExit: 3 in pre; the others were ended", 5),
+        ("RefusesAlone", "process 1 of 2 refuses, others don't: not on this device", 6),
     ],
 )
 def test_a_process_that_is_lost_ends_the_call_and_the_next_one_starts_anew(kind, said, seconds):
@@ -132,8 +134,13 @@ def test_a_process_that_never_comes_is_named(monkeypatch):
 def test_what_cannot_run_on_a_mesh_says_so():
     with pytest.raises(SetupError, match="expected a name registered to run on a mesh"):
         load("nobody@data=2")
-    result = CliRunner().invoke(app, ["run", "--processes", "2", "--case", "smoke-paper"])
-    assert result.exit_code == 2 and "--processes goes with --mesh" in result.output
+    for arguments, said in (
+        (["--processes", "2"], "--processes goes with --mesh"),
+        (["--mesh", "data=2", "--impl", "exec:true"], "--mesh doesn't go with exec:COMMAND"),
+        (["--mesh", "data=2", "--search", "1", "--impl", "torch"], "--search draws cases for one device"),
+    ):
+        result = CliRunner().invoke(app, ["run", *arguments, "--case", "smoke-paper"])
+        assert result.exit_code == 2 and said in result.output.replace("\n", " "), result.output
 
 
 FRAMEWORKS = [
@@ -142,10 +149,11 @@ FRAMEWORKS = [
 ]
 
 
+@pytest.mark.parametrize(("meshes", "processes"), [(("tensor=2", "data=2"), "2"), (("fsdp=2,tensor=2",), "4")])
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_golden_cases_pass_on_two_processes(name):
-    arguments = ["run", "--impl", name, "--mesh", "tensor=2", "--mesh", "data=2", "--processes", "2", "--no-progress"]
-    cases = ["--case", "smoke-maxtext", "--case", "generic-n4-deepseek-v4", "--dtype", "float32"]
+def test_golden_cases_pass_on_two_and_four_processes(name, meshes, processes):
+    arguments = ["run", "--impl", name, *(f"--mesh={mesh}" for mesh in meshes), "--processes", processes]
+    cases = ["--case", "smoke-maxtext", "--case", "generic-n4-deepseek-v4", "--dtype", "float32", "--no-progress"]
     result = CliRunner().invoke(app, [*arguments, *cases, "--stage", "layer", "--stage", "head"])
     assert result.exit_code == 0 and ", 0 failed" in result.output, result.output
 
@@ -165,7 +173,8 @@ def test_a_killed_process_of_a_framework_ends_the_others_within_a_minute(name):
     timer = threading.Timer(0.3, victim.kill)
     timer.start()
     started = time.monotonic()
-    with pytest.raises(group.GroupError, match=r"process \d of 2 (died of SIGKILL|ended with|:)|process \d of 2: "):
+    said = r"process 1 of 2 died of SIGKILL.* in pre; the others were ended|process 0 of 2: \w+Error: .*"
+    with pytest.raises(group.GroupError, match=said):
         while time.monotonic() - started < 60:
             implementation.pre(inputs, config, None)
     assert time.monotonic() - started < 60

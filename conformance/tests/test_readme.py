@@ -37,5 +37,16 @@ def test_the_jax_example_runs_on_eight_devices(tmp_path):
 
 @pytest.mark.skipif(bool(missing_modules("torch")), reason="torch isn't installed")
 def test_the_torch_example_runs_on_four_processes(tmp_path):
+    import torch
+
+    from torch_impl import ManifoldConstrainedHyperConnections, MHCConfig
+
     said = run(tmp_path, "torch", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
-    assert said.count("torch.Size([4, 16, 4, 32])") == said.count("Shard(dim=1))") == 4, said
+    torch.manual_seed(1)
+    layer = ManifoldConstrainedHyperConnections(MHCConfig.from_dialect("deepseek-v4", streams=4, dim=64))
+    x = torch.randn(8, 16, 4, 64)
+    layer(lambda u: u, lambda inputs: inputs.tanh(), x, "mlp_dense")[0].square().mean().backward()
+    assert layer.pre_alpha.grad is not None
+    norms = [float(value) for value in re.findall(r"\) ?(\d+\.\d+(?:e-\d+)?)", said)]
+    assert len(norms) == 4 and norms == pytest.approx([float(layer.pre_alpha.grad.norm())] * 4, rel=1e-4), said
+    assert said.count("torch.Size([4, 16, 4, 32])") == 4, said

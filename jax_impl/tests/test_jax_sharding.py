@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,40 @@ def test_layers_of_a_scan_are_read_from_a_prefix_each(tmp_path):
         np.testing.assert_array_equal(stack.blocks.mlp.weights()[key], expected)
 
 
+def test_a_stack_is_written_layer_by_layer_and_wants_a_prefix_for_each(tmp_path):
+    stack = sharding.create(lambda: Stack(nnx.Rngs(0)), sharding.make_mesh(fsdp=4, tensor=2))
+    site, path = stack.blocks.mlp, tmp_path / "stack.safetensors"
+    prefixes = [f"layers.{i}.mlp." for i in range(LAYERS)]
+    for wrong in ("layers.0.mlp.", prefixes[:1], [*prefixes, "more."]):
+        for call in (site.save_weights, site.load_weights):
+            with pytest.raises(ValueError, match="prefix must be a prefix for each of 3 stacked layers, got"):
+                call(path, wrong)
+    site.save_weights(path, prefixes)
+    for index, prefix in enumerate(prefixes):
+        one = layer(site.config)
+        one.load_weights(path, prefix)
+        assert all(np.array_equal(v, site.weights()[k][index]) for k, v in one.weights().items())
+    with pytest.raises(ValueError, match="prefix must be one prefix, a string, got"):
+        layer(site.config).load_weights(path, prefixes)
+
+
+def test_hessian_vector_products_are_there_by_forward_over_reverse():
+    config = MHCConfig.from_dialect("deepseek-v4", streams=STREAMS, dim=DIM)
+    module, x, weight = randomised(layer(config)), jnp.asarray(example()[:1, :1]), jnp.asarray(example(1)[:1, :1])
+    graph, state = nnx.split(module)
+    gradient = jax.grad(lambda x: loss(nnx.merge(graph, state), x, weight))
+    direction, step = jnp.asarray(example(2)[:1, :1]), 1e-5
+    _, product = jax.jvp(gradient, (x,), (direction,))
+    near = (gradient(x + step * direction) - gradient(x - step * direction)) / (2 * step)
+    np.testing.assert_allclose(product, near, rtol=1e-5, atol=1e-6)
+
+
+def test_the_first_of_several_rules_for_a_name_counts():
+    rules = (("embed", ["tensor", "fsdp"]), ("embed", None))
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    assert sharding.partition((None, "embed"), mesh, rules) == jax.P(None, ("tensor", "fsdp"))
+
+
 def test_only_the_parts_of_a_process_are_read(tmp_path, monkeypatch):
     config = MHCConfig.from_dialect("deepseek-v4", streams=STREAMS, dim=DIM)
     from jax_impl import weights
@@ -311,8 +346,12 @@ def test_a_process_that_is_killed_ends_the_other_with_a_message(tmp_path):
         for rank in range(2)
     ]
     try:
-        assert processes[0].stdout is not None
-        assert b"ran\n" in iter(processes[0].stdout.readline, b""), "it never ran"
+        output = processes[0].stdout
+        assert output is not None
+        timer = threading.Timer(120, processes[0].kill)
+        timer.start()
+        assert b"ran\n" in iter(output.readline, b""), "it never ran"
+        timer.cancel()
         processes[1].kill()
         started = time.monotonic()
         _, errors = processes[0].communicate(timeout=60)
