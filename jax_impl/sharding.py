@@ -28,7 +28,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "sequence", "tensor")
-Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+Rules = Sequence[tuple[str, Any]]  # a mesh axis, several, or None
 RULES: Rules = (
     ("activation_batch", ("data", "fsdp")),
     ("activation_length", "sequence"),
@@ -215,7 +215,7 @@ def over_shards(
     return jax.shard_map(local, in_specs=(where, parts, everywhere), out_specs=out)(x, held, shared)
 
 
-def _listed(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def _listed(part: str | Sequence[str] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a `PartitionSpec`."""
     return (part,) if isinstance(part, str) else tuple(part or ())
 

@@ -29,7 +29,8 @@ class JaxMesh:
         self.name = name
         _join(member)
         try:
-            self._mesh = sharding.make_mesh(**member.mesh.sizes, explicit=axis_types)
+            sizes: dict[str, Any] = dict(member.mesh.sizes)
+            self._mesh = sharding.make_mesh(**sizes, explicit=axis_types)
         except ValueError as error:
             raise SetupError(str(error)) from error
         self._last: tuple[Any, Any] = (None, None)

@@ -82,7 +82,7 @@ def test_tokens_are_filled_up_and_cut_off_again():
     given, wanted = mesh.filled("pre", inputs, cotangents, shape)
     assert given["x"].shape == (4, 6, 2, 4) and wanted is not None and wanted["u"].shape == (4, 6, 4)
     assert (given["x"][3, :5] == inputs["x"][2]).all() and not wanted["u"][3].any() and not wanted["u"][:, 5].any()
-    outputs, gradients = mesh.cropped(({"u": wanted["u"]}, given), "pre", inputs)
+    outputs, gradients = mesh.cropped(({"u": wanted["u"]}, dict(given)), "pre", inputs)
     assert (outputs["u"] == cotangents["u"]).all() and (gradients["x"] == inputs["x"]).all()
     assert gradients["pre_beta"] is given["pre_beta"]
     empty, _ = mesh.filled("pre", {"x": np.ones((1, 0, 2, 4))}, None, shape)

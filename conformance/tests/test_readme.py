@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_the_torch_example_runs_on_four_processes(tmp_path):
 
     said = run(tmp_path, "torch", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
     torch.manual_seed(1)
-    layer = ManifoldConstrainedHyperConnections(MHCConfig.from_dialect("deepseek-v4", streams=4, dim=64))
+    layer: Any = ManifoldConstrainedHyperConnections(MHCConfig.from_dialect("deepseek-v4", streams=4, dim=64))
     x = torch.randn(8, 16, 4, 64)
     layer(lambda u: u, lambda inputs: inputs.tanh(), x, "mlp_dense")[0].square().mean().backward()
     assert layer.pre_alpha.grad is not None
