@@ -20,7 +20,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
-from jax_impl import sharding
+from jax_impl import mixing, sharding
 from jax_impl.config import MHCConfig
 
 Weights = Mapping[str, Array]
@@ -315,69 +315,9 @@ def coefficients(
     return pre, post, _tokens_first(_kept(H), 2)
 
 
-def _repeated(y: Array, gates: Array) -> Array:
-    """y for each stream, ``[..., n, dim]`` in float32 or wider.
-
-    The select takes y wherever the gate is a number, so it changes no result. Without it XLA converts y before it is
-    repeated, and writes it to memory in float32: 26.4 units for 22.4 forward on a v5e at (4, 4096, 4, 7168)
-    (benchmarks/tpu_aot.py).
-    """
-    repeated = jnp.where((gates == gates)[..., None], y[..., None, :], jnp.zeros((), y.dtype))
-    return repeated.astype(_wide(y.dtype))
-
-
-def _weighted(x: Array, gates: Array) -> Array:
-    """``sum_i gates_i x_i`` in float32 or wider."""
-    wide = _wide(x.dtype)
-    return (gates.astype(wide)[..., None] * x.astype(wide)).sum(-2)
-
-
-# The two mixings with gates are each other's transpose. They have derivatives of their own, since the transpose that
-# JAX derives converts cotangents before it repeats them (`_repeated`): 75.8 units with backward, against 70.8. The
-# price is forward mode: `jax.jvp` of a layer is refused, forward over reverse (a Hessian-vector product) is not.
-@jax.custom_vjp
-def _gather(x: Array, gates: Array) -> Array:
-    """``sum_i gates_i x_i``, rounded once to x's dtype."""
-    return _weighted(x, gates).astype(x.dtype)
-
-
-def _gather_forward(x: Array, gates: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _weighted(x, gates).astype(x.dtype), (x, gates)
-
-
-def _gather_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    x, gates = kept
-    wide = _wide(x.dtype)
-    repeated = _repeated(cotangent, gates)
-    of_gates = (repeated * x.astype(wide)).sum(-1)
-    return (gates.astype(wide)[..., None] * repeated).astype(x.dtype), of_gates.astype(gates.dtype)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-@jax.custom_vjp
-def _spread(y: Array, gates: Array) -> Array:
-    """``gates_i y`` as ``[..., n, dim]`` in float32 or wider."""
-    return gates.astype(_wide(y.dtype))[..., None] * _repeated(y, gates)
-
-
-def _spread_forward(y: Array, gates: Array) -> tuple[Array, tuple[Array, Array]]:
-    return gates.astype(_wide(y.dtype))[..., None] * _repeated(y, gates), (y, gates)
-
-
-def _spread_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    y, gates = kept
-    of_gates = (cotangent * _repeated(y, gates)).sum(-1)
-    return _weighted(cotangent, gates).astype(y.dtype), of_gates.astype(gates.dtype)
-
-
-_spread.defvjp(_spread_forward, _spread_backward)
-
-
 def pre_mix(x: Float[Array, "... streams dim"], pre: Float[Array, "... n"]) -> Float[Array, "... dim"]:
     """``u = sum_i pre_i x_i``, summed in float32 or wider and rounded once to x's dtype."""
-    return _gather(x, jnp.broadcast_to(pre, x.shape[:-1]))
+    return mixing.weighted_sum(x, jnp.broadcast_to(pre, x.shape[:-1]))
 
 
 def post_mix(
@@ -398,7 +338,7 @@ def post_mix(
     rounded = config.mixing == "activation"
     if rounded:
         post, H = post.astype(x.dtype), H.astype(x.dtype)
-    own = _spread(y, jnp.broadcast_to(post, x.shape[:-1]))
+    own = mixing.spread(y, jnp.broadcast_to(post, x.shape[:-1]))
     if config.mix == "identity":
         mixed = x.astype(wide)
     else:

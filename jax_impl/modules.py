@@ -50,7 +50,9 @@ class Site(nnx.Module):
         for name, shape in shapes.items():
             axes = sharding.logical_axes(name, shape)
             if name.endswith("_alpha") or name == "head_fn":
-                value = jax.random.normal(rngs.params(), shape, param_dtype, out_sharding=sharding.drawn(axes))
+                value = jax.random.normal(
+                    rngs.params(), shape, param_dtype, out_sharding=sharding.random_sharding(axes)
+                )
                 value = value * jnp.asarray(deviation, param_dtype)
             else:
                 constant = 1.0 if name == "mhc_norm.scale" else ALPHA_SCALE if name.endswith("_scale") else 0.0

@@ -155,7 +155,7 @@ def constrain(value: Array, names: Sequence[str | None]) -> Array:
     return jax.lax.with_sharding_constraint(value, spec)
 
 
-def drawn(names: Sequence[str | None]) -> PartitionSpec | None:
+def random_sharding(names: Sequence[str | None]) -> PartitionSpec | None:
     """Where random values by these logical axes are drawn; None where XLA finds it out from `constrain`."""
     return partition(names) if _explicit() and get_logical_axis_rules() else None
 

@@ -11,7 +11,7 @@ not ``float32``. PyTorch's default is off; nothing here changes the setting.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -133,24 +133,26 @@ def rms_norm(
     Returns:
         float32 (float64 for float64), rounded to x's dtype where the coefficients are kept in it.
     """
-    wide = x.to(_wide(x.dtype))
-    mean = wide.square().mean((-2, -1), keepdim=True)
-    return _normed(wide, _root(mean, config), scale, _coefficient_dtype(x, config))
+    mean = x.to(_wide(x.dtype)).square().mean((-2, -1), keepdim=True)
+    return _normed(x, mean, scale, config)
 
 
-def _root(mean: Tensor, config: MHCConfig) -> Tensor:
-    """The root mean square from the mean of the squares."""
-    if config.norm_eps_position == "mean":
-        return (mean + config.norm_eps).sqrt()
-    nothing = mean == 0  # the root's slope is infinite there; the norm's is 1 / eps
-    return torch.where(nothing, 0.0, torch.where(nothing, 1.0, mean).sqrt()) + config.norm_eps
-
-
-def _normed(wide: Tensor, rms: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    normed = wide / rms
+def _normed(x: Tensor, mean: Tensor, scale: Tensor | None, config: MHCConfig) -> Tensor:
+    """x over the root of its mean square, times ``scale``, in the dtype of the coefficients."""
+    dtype, wide = _coefficient_dtype(x, config), _wide(x.dtype)
+    normed = _over_rms(x.to(wide), mean, config)
     if scale is not None:
-        normed = normed * scale.to(dtype).to(wide.dtype)
+        normed = normed * scale.to(dtype).to(wide)
     return normed.to(dtype)
+
+
+def _over_rms(value: Tensor, mean: Tensor, config: MHCConfig) -> Tensor:
+    """``value`` over the root of the mean square, with eps where the configuration has it."""
+    if config.norm_eps_position == "mean":
+        return value / (mean + config.norm_eps).sqrt()
+    empty = mean == 0  # the root's slope is infinite there; the norm's is 1 / eps
+    root = torch.where(empty, 0.0, torch.where(empty, 1.0, mean).sqrt())
+    return value / (root + config.norm_eps)
 
 
 def sinkhorn(logits: Float[Tensor, "... n n"], config: MHCConfig) -> Float[Tensor, "... n n"]:
@@ -206,48 +208,53 @@ def residual_matrix(logits: Float[Tensor, ...], config: MHCConfig) -> Float[Tens
     return sinkhorn(logits, config)
 
 
-def _sums(x: Tensor, phi: Tensor, scale: Tensor | None) -> Tensor:
-    """All that the coefficients need of x: its projections on φ times ``scale``, and its sum of squares.
-
-    Returns:
-        ``[..., m + 1]`` in float32 or wider: what the shards of dim add, once for every token.
-    """
-    if scale is not None:
-        phi = phi * scale.unsqueeze(-1)
-    return torch.cat([_project(x, phi), x.square().sum((-2, -1)).unsqueeze(-1)], -1)
+def _contract(phi: Tensor, x: Tensor) -> Tensor:
+    """``[..., m]``: (streams, dim) contracted at once, accumulated in float32 or wider."""
+    wide = _wide(x.dtype)
+    return torch.einsum("...nc,ncm->...m", x.to(wide), phi.to(wide))
 
 
-def _project(x: Tensor, phi: Tensor) -> Tensor:
-    """(streams, dim) contracted at once."""
-    return torch.einsum("...nc,ncm->...m", x, phi)
-
-
-def _projections(
-    x: Tensor, phis: list[Tensor], scale: Tensor | None, config: MHCConfig, shards: Shards | None
+def _logits(
+    x: Tensor,
+    weights: Weights,
+    names: Sequence[tuple[str, str, str]],
+    norm: Tensor | None,
+    config: MHCConfig,
+    shards: Shards | None,
 ) -> tuple[Tensor, ...]:
-    """h for each φ, in the dtype of the coefficients; the norm's division comes after the projection.
+    """``scale * (normed x @ phi) + shift`` of every ``(phi, scale, shift)``, ``[..., m]``, wide."""
+    dtype, wide = _coefficient_dtype(x, config), _wide(x.dtype)
 
-    Where the normed x is rounded it can't: then the root mean square must be known before the projection.
+    def rounded(value: Tensor) -> Tensor:
+        """Held wide from here on, so that gradients are added up before they are rounded."""
+        return value.to(dtype).to(wide)
+
+    phis, scales, shifts = ([rounded(weights[name]) for name in part] for part in zip(*names, strict=True))
+    widths = [phi.shape[-1] for phi in phis]
+    scale = torch.cat([value.expand(width) for value, width in zip(scales, widths, strict=True)])
+    phi, shift = torch.cat(phis, -1), torch.cat([value.reshape(-1) for value in shifts])
+    h = _projected(x, phi, None if norm is None else rounded(norm), config, shards)
+    return (scale * h + shift).split(widths, -1)
+
+
+def _projected(x: Tensor, phi: Tensor, norm: Tensor | None, config: MHCConfig, shards: Shards | None) -> Tensor:
+    """The normed streams times phi, ``[..., m]``, from this shard's part of dim.
+
+    The norm's division comes after the product, so that partial sums of both are added up at once, m + 1 numbers a
+    token. Where the norm's output is rounded to a narrow dtype (``coefficients="activation"``) the division has to
+    come first, and the norm's sum and the projections are added up one after the other.
     """
     dtype, wide = _coefficient_dtype(x, config), _wide(x.dtype)
-    phi = torch.cat([value.to(dtype).to(wide) for value in phis], -1)
-    values, elements = x.to(wide), config.streams * config.dim
+    squares = x.to(wide).square().sum((-2, -1))
+    count = config.streams * config.dim
     if dtype == wide:
-        sums = _sums(values, phi, None if scale is None else scale.to(wide))
+        phi = phi if norm is None else phi * norm.unsqueeze(-1)
+        sums = torch.cat([_contract(phi, x), squares.unsqueeze(-1)], -1)
         sums = shards.add(sums) if shards else sums
-        h = sums[..., :-1] / _root(sums[..., -1:] / elements, config)
-    else:
-        squares = values.square().sum((-2, -1), keepdim=True)
-        rms = _root((shards.add(squares) if shards else squares) / elements, config)
-        normed = _normed(values, shards.share(rms) if shards else rms, scale, dtype)
-        h = _project(normed.to(wide), phi)
-        h = (shards.add(h) if shards else h).to(dtype)
-    return h.split([value.shape[-1] for value in phis], -1)
-
-
-def _logits(h: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    wide = _wide(h.dtype)
-    return scale.to(dtype).to(wide) * h.to(wide) + shift.to(dtype).to(wide)
+        return _over_rms(sums[..., :-1], sums[..., -1:] / count, config)
+    mean = (shards.add(squares) if shards else squares)[..., None, None] / count
+    h = _contract(phi, _normed(x, shards.share(mean) if shards else mean, norm, config))
+    return (shards.add(h) if shards else h).to(dtype).to(wide)
 
 
 def coefficients(
@@ -269,19 +276,16 @@ def coefficients(
     _check_weights(weights, weight_shapes(config), dim)
     dtype = _coefficient_dtype(x, config)
     with torch.autocast(x.device.type, enabled=False):
-        kinds = ("pre", "post") if config.residual == "identity" else ("pre", "post", "res")
-        phis = [weights[f"{kind}_alpha"] for kind in kinds]
-        logits = {
-            kind: _logits(h, weights[f"{kind}_alpha_scale"], weights[f"{kind}_beta"].reshape(-1), dtype)
-            for kind, h in zip(kinds, _projections(x, phis, weights.get("mhc_norm.scale"), config, shards), strict=True)
-        }
-        pre = (torch.sigmoid(logits["pre"]) + config.pre_eps).to(dtype)
-        post = (config.post_scale * torch.sigmoid(logits["post"]) + config.post_eps).to(dtype)
+        kinds = ("pre", "post", "res") if config.residual_columns else ("pre", "post")
+        names = [(f"{kind}_alpha", f"{kind}_alpha_scale", f"{kind}_beta") for kind in kinds]
+        logits = _logits(x, weights, names, weights.get("mhc_norm.scale"), config, shards)
+        pre = (torch.sigmoid(logits[0]) + config.pre_eps).to(dtype)
+        post = (config.post_scale * torch.sigmoid(logits[1]) + config.post_eps).to(dtype)
         if config.residual == "identity":
             H = torch.eye(n, dtype=dtype, device=x.device).expand(*x.shape[:-2], n, n)
         else:
-            z = logits["res"]
-            H = residual_matrix(z.unflatten(-1, (n, n)) if config.residual == "sinkhorn" else z, config).to(dtype)
+            z = logits[2].unflatten(-1, (n, n)) if config.residual == "sinkhorn" else logits[2]
+            H = residual_matrix(z, config).to(dtype)
     return pre, post, H
 
 
@@ -367,9 +371,8 @@ def head(
     dim = _local_dim(config, shards)
     _check("x", x, (config.streams, dim))
     _check_weights(weights, head_shapes(config), dim)
-    dtype = _coefficient_dtype(x, config)
     with torch.autocast(x.device.type, enabled=False):
-        (h,) = _projections(x, [weights["head_fn"]], None, config, shards)
-        gates = torch.sigmoid(_logits(h, weights["head_scale"], weights["head_base"], dtype)) + config.pre_eps
-        gates = gates.to(dtype)
+        (logits,) = _logits(x, weights, [("head_fn", "head_scale", "head_base")], None, config, shards)
+        gates = torch.sigmoid(logits) + config.pre_eps
+        gates = gates.to(_coefficient_dtype(x, config))
     return pre_mix(x, shards.share(gates.to(_wide(x.dtype))) if shards else gates)
