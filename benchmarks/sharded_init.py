@@ -39,6 +39,8 @@ MESH: dict[str, Any] = {"fsdp": 4, "tensor": 2}
 PROCESSES = 4
 EXPECTED = {"sharded": 1.0, "at once": 1.0, "whole": 2.0, "processes": 1 / PROCESSES}
 """By the way of making them, how many times all parameters a process should come to hold."""
+MOST = {"sharded": 1.5, "processes": 0.6}
+"""How many times all parameters its memory may rise by, with what compiling takes; else the exit status is 1."""
 LIMIT = 300  # seconds
 RESULTS = Path(__file__).parent / "results" / "sharded-init.json"
 CONFIG = MHCConfig.from_dialect("deepseek-v4", streams=STREAMS, dim=DIM)
@@ -159,7 +161,7 @@ def run(how: str) -> list[dict[str, int]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, default=RESULTS, help="write the figures to this file")
     parser.add_argument("--measure", choices=EXPECTED, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -171,6 +173,7 @@ def main() -> int:
             jax.distributed.initialize(f"127.0.0.1:{arguments.port}", PROCESSES, arguments.rank)
         print(json.dumps(measure(arguments.measure)))
         return 0
+    over = []
     result: dict[str, Any] = {
         "versions": {name: metadata.version(name) for name in ("flax", "jax", "jaxlib")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "layers": LAYERS, "streams": STREAMS, "dim": DIM,
@@ -185,9 +188,12 @@ def main() -> int:
             **{key: [one[key] for one in found] for key in ("rise bytes", "held bytes")},
         }  # fmt: skip
         rises = ", ".join(f"{one['rise bytes'] / 1e6:.1f}" for one in found)
+        over += [how] if max(one["rise bytes"] for one in found) > MOST.get(how, math.inf) * whole else []
         print(f"{how:9} rise {rises} MB, expected {wholes * whole / 1e6:.1f} MB, of {whole / 1e6:.1f} MB")
     atomic.write(arguments.json, json.dumps(result, indent=1) + "\n")
-    return 0
+    for how in over:
+        print(f"{how}: a process' memory rose by more than {MOST[how]} times the parameters", file=sys.stderr)
+    return 1 if over else 0
 
 
 if __name__ == "__main__":

@@ -268,7 +268,7 @@ def recorded(path: Path = RESULTS) -> dict[str, dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--only", action="append", metavar="PATTERN",
         help="compile what matches, e.g. 'v5e/8/*' (generation/devices/dialect/shape/program, or 'model'), and keep "

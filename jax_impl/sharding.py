@@ -122,7 +122,24 @@ def partition(names: Sequence[str | None], mesh: Any = None, rules: Rules | None
     return PartitionSpec(*(axes(name) for name in names))
 
 
-def check_divisible(shape: Sequence[int], spec: PartitionSpec, sizes: Mapping[str, int], what: str = "x") -> None:
+def check_divisible(mesh: Mesh, shape: Sequence[int], rules: Rules = RULES) -> None:
+    """Checks that every device can have an equal part of ``[batch, seq, streams, dim]`` or ``[batch, seq, dim]``.
+
+    Raises:
+        ValueError: another number of axes, or a size that the mesh doesn't divide.
+    """
+    _activation_spec(mesh, shape, rules)
+
+
+def _activation_spec(mesh: Mesh, shape: Sequence[int], rules: Rules) -> PartitionSpec:
+    if len(shape) not in (3, 4):
+        raise ValueError(f"x must be [batch, seq, streams, dim] or [batch, seq, dim], got {list(shape)}")
+    spec = partition(activation_axes(len(shape), streams=len(shape) == 4), mesh, rules)
+    _check_even(shape, spec, mesh.shape)
+    return spec
+
+
+def _check_even(shape: Sequence[int], spec: PartitionSpec, sizes: Mapping[str, int], what: str = "x") -> None:
     """That every axis is shared out evenly.
 
     Raises:
@@ -149,7 +166,7 @@ def constrain(value: Array, names: Sequence[str | None]) -> Array:
     if mesh.empty or not get_logical_axis_rules():
         return value
     spec = partition(names)
-    check_divisible(value.shape, spec, mesh.shape)
+    _check_even(value.shape, spec, mesh.shape)
     if _explicit():
         return jax.sharding.reshard(value, spec)
     return jax.lax.with_sharding_constraint(value, spec)
@@ -193,8 +210,8 @@ def over_shards(
     over = tuple(axis for axis in _listed(weight[1]) if axis not in on_dim)
     copies = tuple(axis for part in where[:-2] for axis in _listed(part) if axis not in over)
     parts = [PartitionSpec(None, on_dim + over, *(None,) * (value.ndim - 2)) for value in held]
-    check_divisible(x.shape, where, mesh.shape)
-    check_divisible(held[0].shape, parts[0], mesh.shape, "the projections")
+    _check_even(x.shape, where, mesh.shape)
+    _check_even(held[0].shape, parts[0], mesh.shape, "the projections")
 
     def local(x: Array, held: list[Array], shared: list[Array]) -> Array:
         if over:  # copies first: backward, gradients are scattered over fsdp, and only their parts added over copies
@@ -228,21 +245,17 @@ def shard(x: Any, mesh: Mesh, rules: Rules = RULES) -> Array:
     Raises:
         ValueError: another number of axes, or a size that the mesh doesn't divide.
     """
-    if np.ndim(x) not in (3, 4):
-        raise ValueError(f"x must be [batch, seq, streams, dim] or [batch, seq, dim], got {list(np.shape(x))}")
-    spec = partition(activation_axes(np.ndim(x), streams=np.ndim(x) == 4), mesh, rules)
-    check_divisible(np.shape(x), spec, mesh.shape)
-    return place(x, NamedSharding(mesh, spec))
+    return place(x, NamedSharding(mesh, _activation_spec(mesh, np.shape(x), rules)))
 
 
 def place(value: Any, where: NamedSharding) -> Array:
-    """A host array in its shards, each process making those of its own devices."""
+    """A whole host array of any shape in its shards, each process making those of its own devices."""
     value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
 
 def gather(value: Array) -> np.ndarray:
-    """The whole of a sharded array, on every process."""
+    """The whole of a sharded array of any shape, on every process; all of them must call it."""
     if value.is_fully_addressable:
         return np.asarray(value)
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))
@@ -271,7 +284,10 @@ def agreed() -> Iterator[None]:
 def weight_shardings(
     shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, rules: Rules = RULES
 ) -> dict[str, NamedSharding]:
-    """Where each weight lies, from the names and shapes of `functional.weight_shapes` or `functional.head_shapes`.
+    """Where each weight lies.
+
+    Args:
+        shapes: in-memory shapes by canonical name, of `functional.weight_shapes` or `functional.head_shapes`.
 
     Raises:
         ValueError: the mesh doesn't divide dim.
@@ -279,7 +295,7 @@ def weight_shardings(
     found = {}
     for name, shape in shapes.items():
         spec = partition(logical_axes(name, shape), mesh, rules)
-        check_divisible(shape, spec, mesh.shape, name)
+        _check_even(shape, spec, mesh.shape, name)
         found[name] = NamedSharding(mesh, spec)
     return found
 

@@ -285,6 +285,9 @@ def test_errors_name_the_axis_and_what_to_do():
         sharding.shard(example()[..., :6], mesh)
     with pytest.raises(ValueError, match=r"x must be \[batch, seq, streams, dim\] or"):
         sharding.shard(np.zeros((8, 16)), mesh)
+    with pytest.raises(ValueError, match=r"x \[8, 8, 6\]: axis 2 of size 6 must be a multiple of 4"):
+        sharding.check_divisible(mesh, (8, 8, 6))
+    sharding.check_divisible(mesh, (8, 8, STREAMS, DIM))
     config = MHCConfig.from_dialect("deepseek-v4", streams=STREAMS, dim=6)
     with pytest.raises(ValueError, match=r"pre_alpha \[4, 6, 4\]: axis 1 of size 6"):
         sharding.weight_shardings(weight_shapes(config), mesh)
