@@ -17,7 +17,7 @@ from transformers.models.glm5_next import configuration_glm5_next, modeling_glm5
 from transformers.models.hy_v4 import configuration_hy_v4, modeling_hy_v4
 
 from conformance.adapters import branch
-from conformance.adapters.torch_adapter import settings, vector_jacobian
+from conformance.adapters.torch_gradients import settings, vector_jacobian
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import PROJECTIONS
 
