@@ -17,7 +17,7 @@ from conformance.witnesses.loading import load
 PACKAGE = "mlx-lm==0.32.2"
 MODULE = "mlx_lm.models.deepseek_v41"
 NEEDED = tuple(f"mlx_lm.models.{name}" for name in ("base", "pipeline"))
-NAMES = {"norm_eps": "rms_norm_eps", "iterations": "hc_sinkhorn_iters", "eps": "hc_eps", "pre_eps": "hc_eps"}
+NAMES = {"norm_eps": "rms_norm_eps", "iterations": "hc_sinkhorn_iters"}  # its one hc_eps is pre_eps and Sinkhorn's eps
 
 
 class MlxLm(Site):

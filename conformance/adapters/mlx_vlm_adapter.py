@@ -22,7 +22,10 @@ from conformance.witnesses.loading import load
 PACKAGE = "mlx-vlm==0.7.10"
 MODELS = "mlx_vlm.models"
 CONFIG = f"{MODELS}.xing4_0.config"
-NEEDED = (CONFIG, *(f"{MODELS}.{name}" for name in ("base", "pipeline", "deepseek_v3.config", "deepseek_v3.language")))
+NEEDED = (
+    CONFIG,
+    *(f"{MODELS}.{name}" for name in ("base", "cache", "pipeline", "deepseek_v3.config", "deepseek_v3.language")),
+)
 NAMES = {"norm_eps": "rms_norm_eps", "iterations": "hc_sinkhorn_iters", "eps": "hc_eps"}
 
 

@@ -18,7 +18,7 @@ MODELS = "nemo_automodel.components.models"
 CONFIG = f"{MODELS}.deepseek_v41.config"
 NEEDED = (CONFIG, f"{MODELS}.deepseek_v4.optimized_kernels", "nemo_automodel.shared.import_utils",
           f"{MODELS}.deepseek_v4.kernels._tilelang")  # fmt: skip
-NAMES = {"norm_eps": "rms_norm_eps", "iterations": "hc_sinkhorn_iters", "eps": "hc_eps", "pre_eps": "hc_eps"}
+NAMES = {"norm_eps": "rms_norm_eps", "iterations": "hc_sinkhorn_iters"}  # its one hc_eps is pre_eps and Sinkhorn's eps
 
 
 class NemoAutomodel(Site):

@@ -69,6 +69,15 @@ class Delayed(Vllm):
         found = {"pre": pre, "post": post.squeeze(-1), "H": H, "u": u}
         return {k: v.unflatten(0, x.shape[:2]) for k, v in found.items()}
 
+    def reduce_streams(self, x: Any, how: str, carried: Any) -> Any:
+        """By the line that reads x with a carried pre: the coefficients of weights 0 are thrown away."""
+        if how != "carried":
+            return super().reduce_streams(x, how, carried)
+        n = x.shape[2]
+        fn, base = torch.zeros(2 * n + n**2, n * x.shape[3]), torch.zeros(2 * n + n**2)
+        given = x.flatten(0, 1), fn, torch.zeros(3), base, 1.0, 0.0, 0.0, 1.0, 1, carried.flatten(0, 1)
+        return self._mhc.mhc_pre_delayed_torch(*given)[2].unflatten(0, x.shape[:2])
+
 
 def vllm_mhc() -> Vllm:
     return Vllm("vllm-mhc", "deepseek-v4", {"bfloat16"}, {"coefficients": ("post", "H")})
