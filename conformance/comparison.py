@@ -102,7 +102,8 @@ def compare(a: Any, b: Any, call: Call) -> list[Row] | str:
         claimed = implementation.capabilities
         if call.stage not in claimed.stages or call.config["dialect"] not in claimed.dialects:
             return f"not claimed by {implementation.name}"
-        if str(call.inputs[next(iter(call.inputs))].dtype) not in claimed.dtypes and "logits" not in call.inputs:
+        dtype = str(call.inputs[next(iter(call.inputs))].dtype)
+        if dtype not in claimed.dtypes_of(call.stage) and "logits" not in call.inputs:
             return f"this dtype is not claimed by {implementation.name}"
         try:
             given = {k: v.copy() for k, v in call.inputs.items()}

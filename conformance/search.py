@@ -107,7 +107,7 @@ def search(
     claimed = implementation.capabilities
     dialects = [d for d in dialects if d in claimed.dialects]
     stages = [s for s in stages if s in claimed.stages and s in STAGES]
-    dtypes = [d for d in dtypes if d in claimed.dtypes]
+    dtypes = [d for d in dtypes if any(d in claimed.dtypes_of(stage) for stage in stages)]
     if not dialects or not stages or not dtypes:
         raise ValueError(f"{implementation.name} claims none of these dialects, stages and dtypes together")
     found, started, round_ = Found(), time.monotonic(), 0
