@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 from conformance.cases import Case, load_case
-from conformance.corpus import dialect_rows
+from conformance.dialects import dialect_rows
 from conformance.oracle.balls import PrecisionExhausted
 from conformance.oracle.build import CORE, Wish, build
 from conformance.oracle.generate import complete

@@ -97,8 +97,9 @@ def run(
     """
     from conformance import registry
     from conformance.cases import DTYPES, CaseError, load_case
-    from conformance.corpus import dialect_names, load_corpus
+    from conformance.corpus import load_corpus
     from conformance.crossframework import CrossFramework
+    from conformance.dialects import dialect_names
     from conformance.interface import SetupError
     from conformance.known import judge, load_known
     from conformance.mesh import MARK, parse_mesh

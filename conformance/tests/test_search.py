@@ -13,7 +13,7 @@ pytest.importorskip("hypothesis", reason="hypothesis, of the extra 'regenerate',
 pytest.importorskip("torch", reason="the plain implementation is in PyTorch, which is not installed")
 
 from conformance.cases import DTYPES
-from conformance.corpus import dialect_names
+from conformance.dialects import dialect_names
 from conformance.power import mutants
 from conformance.power.plain import Plain
 from conformance.search import STAGES, search
