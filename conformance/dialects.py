@@ -186,13 +186,12 @@ def parse(text: str) -> Dialect:
     if name.endswith(".json"):
         raise DialectError(f"dialect {text!r}: a file holds the whole row, write {', '.join(changes)} into it")
     base = published(name)
-    parameters, seen = dict(base.parameters), set()
+    parameters = dict(base.parameters)
     for change in changes:
         key, equals, value = change.partition("=")
         _known(f"dialect {text!r}", [key])
-        if not equals or key in seen:
-            raise DialectError(f"dialect {text!r}: {key} must be given once, as {key}=value, got {change!r}")
-        seen.add(key)
+        if not equals:
+            raise DialectError(f"dialect {text!r}: a change must be {key}=value, got {change!r}")
         try:
             parameters[key] = domains()[key].read(value)
         except (ValueError, KeyError):
