@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from conformance.cases import DTYPES
-from conformance.corpus import dialect_rows
+from conformance.dialects import dialect_rows
 from conformance.interface import describe
 from conformance.oracle.build import Wish, build
 from conformance.stages import ACTIVATION, COEFFICIENT, STAGES

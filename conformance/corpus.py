@@ -5,35 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from conformance.cases import Case, CaseError, load_case
+from conformance.dialects import dialect_names
+from conformance.places import fixtures
 
 MANIFEST_FORMAT = "mhc-conformance-manifest/1"
-
-
-def fixtures() -> Path:
-    """The fixtures folder: beside the packages in a checkout, ``mhc_fixtures`` in an installation."""
-    home = Path(__file__).resolve().parent.parent
-    for place in (home / "fixtures", home / "mhc_fixtures"):
-        if (place / "dialects.json").is_file():
-            return place
-    raise CaseError(f"no fixtures beside {home}: reinstall the package")
 
 
 def is_golden(path: Path) -> bool:
     """Whether a file lies in the corpus."""
     return path.resolve().parent == fixtures() / "golden"
-
-
-def dialect_names() -> list[str]:
-    return list(json.loads((fixtures() / "dialects.json").read_text())["dialects"])
-
-
-def dialect_rows() -> dict[str, dict[str, Any]]:
-    """Each dialect's parameters."""
-    rows = json.loads((fixtures() / "dialects.json").read_text())["dialects"]
-    return {name: {k: v["value"] for k, v in row["parameters"].items()} for name, row in rows.items()}
 
 
 def manifest(golden: Path | None = None) -> dict[str, dict[str, object]]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 from conformance.cases import Case, load_case
-from conformance.corpus import dialect_rows
+from conformance.dialects import Dialect, unclaimed
 from conformance.oracle.balls import PrecisionExhausted
 from conformance.oracle.build import CORE, Wish, build
 from conformance.oracle.generate import complete
@@ -49,14 +49,13 @@ class Found:
     why: str = ""
 
 
-def wishes(dialects: Sequence[str], stages: Sequence[str], dtypes: Sequence[str]) -> st.SearchStrategy[Wish]:
+def wishes(dialects: Sequence[Dialect], stages: Sequence[str], dtypes: Sequence[str]) -> st.SearchStrategy[Wish]:
     """Cases within the families' ranges; small ones first, so that shrinking leads there."""
-    rows = dialect_rows()
 
     @st.composite
     def draw(draw: Callable[..., Any]) -> Wish:
         dialect = draw(st.sampled_from(list(dialects)))
-        row = rows[dialect]
+        row = dialect.parameters
         possible = [s for s in stages if s in STAGES and not (s == "residual_matrix" and row["residual"] == "identity")]
         stage = draw(st.sampled_from(possible))
         variant = draw(st.sampled_from([v for v in CORE if v.split("-")[0] in dtypes]))
@@ -76,12 +75,12 @@ def wishes(dialects: Sequence[str], stages: Sequence[str], dtypes: Sequence[str]
             if draw(st.booleans()):
                 weights[f"{kind}_beta"] = draw(st.sampled_from((0.0, 3.0) if vanishing else (0.0, 3.0, -18.0)))
         return Wish(
-            "search", "drawn by a search", "", dialect, str(draw(st.integers(0, 1 << 30))), streams,
+            "search", "drawn by a search", "", dialect.name, str(draw(st.integers(0, 1 << 30))), streams,
             draw(st.integers(1, 24)), (draw(st.integers(1, 3)), draw(st.integers(1, 4))),
             stages=["coefficients", entry] if stage == "post" else [entry], variants=(variant,),
             logit_deviation=draw(st.sampled_from(DEVIATIONS)),
             x_scale=draw(st.sampled_from(SCALES[2:] if vanishing else SCALES)),
-            fine=variant == "float32-float32" and draw(st.booleans()), weights=weights,
+            fine=variant == "float32-float32" and draw(st.booleans()), weights=weights, row=dialect,
         )  # fmt: skip
 
     return draw()
@@ -89,7 +88,7 @@ def wishes(dialects: Sequence[str], stages: Sequence[str], dtypes: Sequence[str]
 
 def search(
     implementation: Any,
-    dialects: Sequence[str],
+    dialects: Sequence[Dialect],
     stages: Sequence[str],
     dtypes: Sequence[str],
     seconds: float,
@@ -105,7 +104,7 @@ def search(
         ValueError: nothing of that is claimed.
     """
     claimed = implementation.capabilities
-    dialects = [d for d in dialects if d in claimed.dialects]
+    dialects = [d for d in dialects if not unclaimed(d, claimed)]
     stages = [s for s in stages if s in claimed.stages and s in STAGES]
     dtypes = [d for d in dtypes if any(d in claimed.dtypes_of(stage) for stage in stages)]
     if not dialects or not stages or not dtypes:

@@ -35,7 +35,7 @@ def compare(
     """
     from conformance import comparison, registry
     from conformance.cases import DTYPES
-    from conformance.corpus import dialect_rows
+    from conformance.dialects import dialect_rows
     from conformance.interface import SetupError
     from conformance.stages import STAGES
 

@@ -25,7 +25,8 @@ def identify(
     """
     from conformance import registry
     from conformance.cases import DTYPES, CaseError
-    from conformance.corpus import dialect_rows, load_corpus
+    from conformance.corpus import load_corpus
+    from conformance.dialects import dialect_rows
     from conformance.identify import identify as run
     from conformance.identify import same_layer
     from conformance.interface import SetupError

@@ -5,17 +5,22 @@ from __future__ import annotations
 import fnmatch
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.fresh import HELP, Workshop, dialects_given, making
+
+if TYPE_CHECKING:
+    from conformance.dialects import Dialect
 
 
 def _search(
     impl: list[str] | None,
-    dialects: list[str],
+    dialects: Sequence[Dialect],
     stages: list[str],
     dtypes: list[str],
     seconds: float,
@@ -62,7 +67,10 @@ def run(
     impl: Annotated[
         list[str] | None, typer.Option(help="A registered name, module:attribute or exec:COMMAND; repeatable.")
     ] = None,
-    dialect: Annotated[list[str] | None, typer.Option(help="Only this dialect; repeatable.")] = None,
+    dialect: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{HELP}: only this one, its cases made on the spot; repeatable."),
+    ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype of x; repeatable.")] = None,
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; repeatable.")] = None,
     case: Annotated[
@@ -97,8 +105,9 @@ def run(
     """
     from conformance import registry
     from conformance.cases import DTYPES, CaseError, load_case
-    from conformance.corpus import dialect_names, load_corpus
+    from conformance.corpus import load_corpus
     from conformance.crossframework import CrossFramework
+    from conformance.dialects import dialect_names
     from conformance.interface import SetupError
     from conformance.known import judge, load_known
     from conformance.mesh import MARK, parse_mesh
@@ -107,7 +116,7 @@ def run(
     from conformance.stages import STAGES
 
     try:
-        dialects = known_names("dialect", dialect, dialect_names())
+        dialects = dialects_given(dialect or dialect_names())
         dtypes = known_names("dtype", dtype, list(DTYPES))
         stages = known_names("stage", stage, list(STAGES))
         cases = load_corpus()
@@ -127,24 +136,38 @@ def run(
     except CaseError as error:
         stop(str(error), USAGE)
     patterns = [p for p in case or [] if not p.endswith(".safetensors")]
+    told = {row.told for row in dialects if row.published}
+    fresh = [row for row in dialects if not row.published] if patterns or not case else []
+    wishes = {row.name: making(fresh).chosen(row, stages, dtypes, patterns, quick=quick) for row in fresh}
+    ids = [c.id for c in cases] + [wish.id for row in fresh for wish in wishes[row.name]]
     for pattern in patterns:
-        if not fnmatch.filter([c.id for c in cases], pattern):
-            stop(f"no case matches {pattern!r}; for instance {cases[0].id}", USAGE)
+        if not fnmatch.filter(ids, pattern):
+            stop(f"no case matches {pattern!r}; for instance {ids[0]}", USAGE)
+    selected = [
+        c
+        for c in cases
+        if c.dialect in told
+        and (not quick or c.quick)
+        and (not case or any(fnmatch.fnmatchcase(c.id, pattern) for pattern in patterns))
+    ]
+    selected += [c for c in files_given if not dialect or c.dialect in {row.told for row in dialects}]
+    workshop = Workshop()
+    if fresh and not listing:
+        selected += workshop.cases(fresh, lambda row: wishes[row.name], jobs)
     items = [
         item
-        for c in (*cases, *files_given)
-        if c.dialect in dialects
-        and (not quick or c.quick)
-        and (not case or c in files_given or any(fnmatch.fnmatchcase(c.id, pattern) for pattern in patterns))
+        for c in selected
         for item in c.items()
         if item.stage in stages and item.variant.x in dtypes and not (quick and item.variant.pure)
     ]
+    if listing:
+        unmade = [making(fresh).item_ids(wish, stages) for row in fresh for wish in wishes[row.name]]
+        lines = [item.id for item in items] + [line for ids in unmade for line in ids]
+        for line in lines:
+            typer.echo(line)
+        raise typer.Exit(0 if lines else USAGE)
     if not items:
         stop("nothing selected: no case has these dialects, dtypes and stages together", USAGE)
-    if listing:
-        for item in items:
-            typer.echo(item.id)
-        raise typer.Exit(0)
     chosen, left = (list(impl), {}) if impl else registry.defaults(registry.SHARDED if mesh else registry.GROUP)
     if processes and not mesh:
         stop("--processes goes with --mesh, for instance --mesh data=2,tensor=2 --processes 2", USAGE)
@@ -184,6 +207,9 @@ def run(
                 write(path, outcomes)
             except OSError as error:
                 stop(f"{path}: can't be written ({error.strerror})", USAGE)
+    if any(o.failed and o.file.startswith(str(workshop.folder)) for o in outcomes):
+        workshop.keep()
+        typer.echo(f"the cases that were made are in {workshop.folder}")
     if broken:
         stop(f"{broken[0]}; the run ended there", broken[1])
     idle = {o.implementation for o in outcomes} - {o.implementation for o in outcomes if not o.skipped}

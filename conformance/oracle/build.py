@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance.corpus import dialect_rows
+from conformance.dialects import Dialect, published
 from conformance.oracle import data
 from conformance.stages import HEAD_WEIGHTS, STAGES
 
@@ -17,6 +17,7 @@ CORE = ("float32-float32", "bfloat16-float32", "float16-float32", "float64-float
 PURE = ("bfloat16-bfloat16", "float16-float16", "float64-float32")
 PROJECTING = ("coefficients", "pre", "head", "layer")
 LOGIT_SCALE = 1.4
+PER_STREAM = (1, 0.25, 4, 0.5, 2, 1, 0.125, 1)
 
 
 @dataclass
@@ -46,6 +47,8 @@ class Wish:
     """What a family asks for; the rest has the generic values.
 
     Attributes:
+        dialect: the row's name, of which ids and data are made.
+        row: the row itself; None for the published one of that name.
         stages: names, or (name, options) pairs.
         only: stages that are run in fewer variants than the rest, and which.
         fine: x and the projections keep all of float32's bits (then no narrow variants).
@@ -76,6 +79,7 @@ class Wish:
     quick: bool = False
     exact: bool = False
     gradients: bool = True
+    row: Dialect | None = None
 
     @property
     def id(self) -> str:
@@ -84,6 +88,13 @@ class Wish:
 
 def _float32(values: np.ndarray) -> np.ndarray:
     return np.asarray(values).astype(np.float32)
+
+
+def stream_scales(streams: int) -> np.ndarray:
+    """Powers of two that set the streams apart; beyond 8 the same pattern, times other powers."""
+    index = np.arange(streams)
+    repeat = index // len(PER_STREAM) % 5
+    return np.take(PER_STREAM, index % len(PER_STREAM)) * np.take([1, 0.5, 2, 0.25, 4], repeat)
 
 
 def layer_weights(wish: Wish, p: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -120,12 +131,13 @@ def _vary(wish: Wish, name: str, value: np.ndarray, index: int) -> np.ndarray:
 
 def build(wish: Wish) -> Case:
     """All tensors of a case, except post's own inputs where they come from the oracle (`generate`)."""
-    p = {**dialect_rows()[wish.dialect], **wish.overrides, "streams": wish.streams, "dim": wish.dim}
+    row = wish.row or published(wish.dialect)
+    p = {**row.parameters, **wish.overrides, "streams": wish.streams, "dim": wish.dim}
     n, width, label = p["streams"], p["streams"] * p["dim"], wish.id
     names = [s if isinstance(s, str) else s[0] for s in wish.stages]
     options = {s if isinstance(s, str) else s[0]: {} if isinstance(s, str) else dict(s[1]) for s in wish.stages}
     snap = _float32 if wish.fine else data.shared_grid
-    per_stream = np.array([1, 0.25, 4, 0.5, 2, 1, 0.125, 1])[:n, None]
+    per_stream = stream_scales(n)[:, None]
     scale = data.normal(f"{label}/token", (*wish.lead, 1, 1)) * 0.25 + 1
     x = snap(data.normal(f"{label}/x", (*wish.lead, n, p["dim"])) * per_stream * scale * wish.x_scale)
     matrix = (math.factorial(n),) if p["residual"] == "permutations" else (n, n)
@@ -183,8 +195,8 @@ def build(wish: Wish) -> Case:
     if wish.tf32:
         variants += _variant("float32-float32", _wanted(wish, "float32-float32", names), p, True)
     return Case(
-        id=label, family=wish.family, why=wish.why, clause=wish.clause, dialect=wish.dialect,
-        overrides=dict(wish.overrides), parameters=p, stages=stages, variants=variants, tensors=made,
+        id=label, family=wish.family, why=wish.why, clause=wish.clause, dialect=row.told,
+        overrides={**row.overrides, **wish.overrides}, parameters=p, stages=stages, variants=variants, tensors=made,
         cotangents=cotangents, layout=wish.layout, quick=wish.quick, exact=wish.exact, gradients=wish.gradients,
     )  # fmt: skip
 

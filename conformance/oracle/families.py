@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance.corpus import dialect_rows
+from conformance.dialects import Dialect, dialect_names, published
 from conformance.oracle import data
 from conformance.oracle.build import CORE, PURE, Wish
 
@@ -27,15 +28,26 @@ DENSE = ("layer", {"branch": "mlp_dense"})
 
 def wishes() -> Iterator[Wish]:
     """Every case of the corpus, in a fixed order."""
-    for name, parameters in dialect_rows().items():
-        yield from _whole_layers(name, parameters)
-        yield from _sizes(name, parameters)
-        if parameters["residual"] != "identity":
-            yield from _matrices(name, parameters)
-        yield from _activations(name, parameters)
-        yield from _plumbing(name, parameters)
+    for name in dialect_names():
+        yield from wishes_of(published(name))
     yield from _exact()
     yield from _other_parameters()
+
+
+def wishes_of(dialect: Dialect) -> Iterator[Wish]:
+    """The cases of every family that fits a row, published or not."""
+    for wish in _of_row(dialect.name, dict(dialect.parameters)):
+        yield dataclasses.replace(wish, row=dialect)
+
+
+def _of_row(name: str, parameters: dict[str, Any]) -> Iterator[Wish]:
+    yield from _whole_layers(name, parameters)
+    yield from _sizes(name, parameters)
+    if parameters["residual"] != "identity":
+        yield from _matrices(name, parameters)
+    yield from _activations(name, parameters)
+    yield from _plumbing(name, parameters)
+    yield _exact_mixing(name, parameters)
 
 
 def _reductions(p: dict[str, Any]) -> list[Any]:
@@ -239,15 +251,17 @@ def _exact() -> Iterator[Wish]:
                            DENSE],
                    tensors={"x": small, "logits": np.zeros((3, 4, 4, 4), np.float32)}, weights=zero, exact=True,
                    gradients=False, quick=name == "paper")  # fmt: skip
-    matrices = np.eye(4, dtype=np.float32)[
-        np.argsort(data.uniform("exact/order", (3, 4, 4), 0, 10**6), axis=-1, kind="stable")
-    ]
-    for name, p in dialect_rows().items():
-        H = np.broadcast_to(np.eye(4, dtype=np.float32), matrices.shape) if p["residual"] == "identity" else matrices
-        yield Wish("exact", "permutation matrices: zero tolerance", "Forward", name, "permutation", stages=["post"],
-                   tensors={"x": small, "y": small[..., 1, :] * 2, "H": np.ascontiguousarray(H),
-                            "post": np.exp2(data.uniform(f"exact/post/{name}", (3, 4, 4), -1, 1)).astype(np.float32)},
-                   exact=True, gradients=False)  # fmt: skip
+
+
+def _exact_mixing(name: str, p: dict[str, Any]) -> Wish:
+    small = data.uniform("exact/x", (3, 4, 4, 8), -8, 8).astype(np.float32)
+    order = np.argsort(data.uniform("exact/order", (3, 4, 4), 0, 10**6), axis=-1, kind="stable")
+    matrices = np.eye(4, dtype=np.float32)[order]
+    H = np.broadcast_to(np.eye(4, dtype=np.float32), matrices.shape) if p["residual"] == "identity" else matrices
+    return Wish("exact", "permutation matrices: zero tolerance", "Forward", name, "permutation", stages=["post"],
+                tensors={"x": small, "y": small[..., 1, :] * 2, "H": np.ascontiguousarray(H),
+                         "post": np.exp2(data.uniform(f"exact/post/{name}", (3, 4, 4), -1, 1)).astype(np.float32)},
+                exact=True, gradients=False)  # fmt: skip
 
 
 def _other_parameters() -> Iterator[Wish]:

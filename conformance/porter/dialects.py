@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from conformance.corpus import dialect_rows, fixtures
+from conformance import dialects
+from conformance.dialects import Parameters, dialect_rows
 from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
 
-Parameters = dict[str, Any]
-MOST = 1e300
 FROM_METADATA, FROM_CONFIG = "from its metadata", "from its config.json"
 
 
@@ -24,73 +24,33 @@ def known() -> dict[str, Parameters]:
 
 
 def parse(text: str) -> Parameters:
-    """A dialect with what departs from it, ``maxtext,norm_eps=1e-6``.
+    """The parameters of a dialect: its name, what departs from it (``maxtext,norm_eps=1e-6``), or a file of all of it.
 
     Raises:
         PortError: an unknown dialect or parameter, or a value of the wrong kind.
     """
-    name, *changes = text.split(",")
-    rows = known()
-    if name not in rows:
-        raise PortError(f"unknown dialect {name!r}, expected one of {', '.join(rows)}")
-    found = dict(rows[name])
-    for change in changes:
-        key, _, value = change.partition("=")
-        if key not in found:
-            raise PortError(f"dialect {text!r}: unknown parameter {key!r}, expected one of {', '.join(found)}")
-        found[key] = _value(text, key, value)
-    return check(found, text)
-
-
-def _value(text: str, key: str, value: str) -> Any:
-    try:
-        if key == "norm_weight":
-            return {"true": True, "false": False}[value.lower()]
-        if key == "iterations":
-            return int(value)
-        if key in ("norm_eps", "eps", "pre_eps", "post_scale", "post_eps"):
-            return float(value)
-    except (ValueError, KeyError):
-        raise PortError(f"dialect {text!r}: {key} can't be {value!r}") from None
-    return value
-
-
-@functools.cache
-def choices() -> dict[str, list[Any]]:
-    """What each parameter may be, where that is a choice: the schema of the dialects says it."""
-    schema = json.loads((fixtures() / "dialects.schema.json").read_text())
-    rows = schema["$defs"]["dialect"]["properties"]["parameters"]["properties"]
-    values = {name: row["allOf"][1]["properties"]["value"] for name, row in rows.items() if "allOf" in row}
-    return {name: value["enum"] for name, value in values.items() if "enum" in value}
+    with _ported():
+        return dict(dialects.parse(text).parameters)
 
 
 def check(parameters: Parameters, where: str) -> Parameters:
-    """The parameters, where a layer can have them (``jax_impl.MHCConfig`` and ``torch_impl.MHCConfig`` check the same).
+    """The parameters, where a layer can have them.
 
     Raises:
         PortError: a value that no layer has, or a combination.
     """
-    for key, allowed in choices().items():
-        if parameters[key] not in allowed:
-            raise PortError(f"{where}: {key} must be one of {', '.join(map(str, allowed))}, got {parameters[key]!r}")
-    sinkhorn = parameters["residual"] == "sinkhorn"
-    if type(parameters["norm_weight"]) is not bool:
-        raise PortError(f"{where}: norm_weight must be true or false, got {parameters['norm_weight']!r}")
-    for key in ("norm_eps", "pre_eps", "post_scale", "post_eps", *(("eps",) if sinkhorn else ())):
-        value = parameters[key]
-        real = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
-        if not real or value < 0 or (key == "post_scale" and value == 0):
-            raise PortError(f"{where}: {key} must be a finite non-negative number, got {str(value)[:40]}")
-    for key in ("order", "guard", "eps", "iterations"):
-        if (parameters[key] is not None) != sinkhorn:
-            raise PortError(f"{where}: {key} belongs to residual=sinkhorn, got {parameters[key]!r}")
-    if (parameters["mix"] == "identity") != (parameters["residual"] == "identity"):
-        raise PortError(f"{where}: mix=identity goes with residual=identity alone")
-    if sinkhorn and (parameters["guard"] == "none") != (parameters["eps"] == 0):
-        raise PortError(f"{where}: eps must be 0 with guard none and positive with any other, got {parameters['eps']}")
-    if sinkhorn and (type(parameters["iterations"]) is not int or parameters["iterations"] < 1):
-        raise PortError(f"{where}: iterations must be an integer of at least 1, got {parameters['iterations']!r}")
+    with _ported():
+        dialects.check(parameters, where)
     return parameters
+
+
+@contextlib.contextmanager
+def _ported() -> Iterator[None]:
+    """Turns what is no dialect into the porter's error."""
+    try:
+        yield
+    except dialects.DialectError as error:
+        raise PortError(str(error)) from error
 
 
 def described(parameters: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from conformance.adapters import branch
 from conformance.adapters.torch_gradients import vector_jacobian
 from conformance.cases import DTYPES
-from conformance.corpus import dialect_names
+from conformance.dialects import dialect_names
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.power.sums import Sums, contract_tf32
 from conformance.stages import PROJECTIONS, STAGES

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance.corpus import dialect_rows
+from conformance.dialects import dialect_rows
 from conformance.oracle import formulas
 from conformance.oracle.floats import FloatArithmetic, Quick
 from conformance.oracle.style import ensemble

@@ -9,7 +9,7 @@ import pytest
 
 from conformance.cases import DTYPES
 from conformance.comparison import ORDER, calls, compare
-from conformance.corpus import dialect_rows
+from conformance.dialects import dialect_rows
 
 pytest.importorskip("torch", reason="both implementations of these tests are in PyTorch, which is not installed")
 

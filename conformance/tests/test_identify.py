@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from conformance.corpus import dialect_rows, load_corpus
+from conformance.corpus import load_corpus
+from conformance.dialects import dialect_rows
 from conformance.identify import identify, same_layer
 
 ROWS = dialect_rows()

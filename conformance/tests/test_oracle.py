@@ -7,7 +7,7 @@ import pytest
 
 flint = pytest.importorskip("flint", reason="python-flint, of the extra 'regenerate', is not installed")
 
-from conformance.corpus import dialect_rows  # noqa: E402
+from conformance.dialects import dialect_rows  # noqa: E402
 from conformance.oracle import balls, build, families, floats, style  # noqa: E402
 from conformance.oracle.evaluate import evaluate  # noqa: E402
 from conformance.oracle.generate import _inputs_from_oracle, complete  # noqa: E402

@@ -10,7 +10,8 @@ import pytest
 if importlib.util.find_spec("triton") and not os.path.exists("/dev/nvidia0"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-from conformance.corpus import dialect_rows, load_corpus
+from conformance.corpus import load_corpus
+from conformance.dialects import dialect_rows
 from conformance.identify import identify
 from conformance.registry import load, missing_modules
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from conformance.cli import app
-from conformance.corpus import dialect_rows
+from conformance.dialects import dialect_rows
 from conformance.oracle.build import Wish
 from conformance.oracle.build import build as build_case
 from conformance.oracle.evaluate import evaluate

@@ -1,0 +1,84 @@
+"""Rows that a user writes, on the command line."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from conformance.cli.app import SETUP, USAGE, stop
+
+if TYPE_CHECKING:
+    from conformance.cases import Case
+    from conformance.dialects import Dialect
+
+HELP = "A dialect, a dialect with changes (deepseek-v4,norm_eps=1e-20), or a JSON file of a whole row"
+
+
+def dialects_given(texts: Sequence[str]) -> list[Dialect]:
+    """The rows that the texts stand for; the command ends where one stands for none."""
+    from conformance.dialects import DialectError, parse
+
+    try:
+        rows = [parse(text) for text in texts]
+    except DialectError as error:
+        stop(str(error), USAGE)
+    different = {row.name: row for row in rows}
+    for row in rows:
+        if different[row.name].parameters != row.parameters:
+            stop(f"two rows are called {row.name}: give one of the files another name", USAGE)
+    return list(different.values())
+
+
+def making(rows: Sequence[Dialect]) -> Any:
+    """The module that makes cases; the command ends where python-flint is missing."""
+    try:
+        from conformance import making as module
+    except ImportError as error:
+        stop(
+            f"the corpus has no cases of {rows[0].name}, and making them needs the extra 'regenerate': "
+            f"pip install 'mhc-conformance[regenerate]' ({error})",
+            SETUP,
+        )
+    return module
+
+
+class Workshop:
+    """A temporary folder of the cases made for one command; it goes when the command ends, unless it is kept."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="mhc-conformance-"))
+        atexit.register(self._remove)
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def keep(self) -> None:
+        """Leaves the case files where they are, so that what failed can be repeated."""
+        atexit.unregister(self._remove)
+
+    def cases(self, rows: Sequence[Dialect], choose: Callable[[Dialect], list[Any]], jobs: int) -> list[Case]:
+        """Makes the cases that ``choose`` picks for each row, and says how many there are and how long it took."""
+        from rich.console import Console
+        from rich.progress import Progress
+
+        make, found = making(rows).make, []
+        for number, row in enumerate(rows):
+            folder, started = self.folder / str(number), time.monotonic()
+            folder.mkdir()
+            with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+                task = bar.add_task(f"cases of {row.name}", total=None)
+                made = make(choose(row), folder, jobs, lambda k, n, b=bar, t=task: b.update(t, completed=k, total=n))
+            seconds = time.monotonic() - started
+            typer.echo(f"made {len(made.cases)} cases of {row.name} in {seconds:.0f} s")
+            for line in made.left_out:
+                typer.echo(f"  left out, the row can't have it: {line}")
+            found += made.cases
+        return found

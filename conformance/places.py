@@ -1,0 +1,16 @@
+"""Where the fixtures lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conformance.casecheck import CaseError
+
+
+def fixtures() -> Path:
+    """The fixtures folder: beside the packages in a checkout, ``mhc_fixtures`` in an installation."""
+    home = Path(__file__).resolve().parent.parent
+    for place in (home / "fixtures", home / "mhc_fixtures"):
+        if (place / "dialects.json").is_file():
+            return place
+    raise CaseError(f"no fixtures beside {home}: reinstall the package")
