@@ -59,6 +59,16 @@ def _normalise(p: Array, axis: int, config: MHCConfig) -> Array:
     return p / total
 
 
+def _largest(logits: Array, axis: int) -> Array:
+    """The maximum along ``axis``, whose gradient goes to the entry that it is.
+
+    By its index: the gradient of `jnp.max` looks for an equal entry, and where XLA computes the logits again for the
+    way back, in another fusion, none is equal: a division by zero.
+    """
+    where = jnp.expand_dims(jnp.argmax(logits, axis), axis) == jax.lax.broadcasted_iota(int, logits.shape, axis)
+    return jnp.where(where, logits, 0).sum(axis, keepdims=True)
+
+
 @partial(jax.jit, static_argnums=1)
 def _sinkhorn(logits: Array, config: MHCConfig) -> Array:
     """On ``[n, n, ...]``, since a TPU pads the last axis to 128: with n there an array takes 32 times its size.
@@ -68,7 +78,7 @@ def _sinkhorn(logits: Array, config: MHCConfig) -> Array:
     rows, columns = 1, 0
     first, second = (rows, columns) if config.order == "rows-first" else (columns, rows)
     if config.softmax == "none":
-        p = jnp.exp(logits - logits.max(first, keepdims=True))
+        p = jnp.exp(logits - _largest(logits, first))
     else:
         p = jax.nn.softmax(logits, axis=rows if config.softmax == "rows" else columns)
     if config.guard == "add":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,8 @@ def _matrices(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     if sinkhorn:
         yield _matrix_wish("permutation", "orientation, rows that have not converged", name, p, near, 1.0)
     yield Wish("wide", "logits of deviation 5: rows that have not converged, wrong gradients", clause, name,
-               stages=MATRIX, logit_deviation=5.0, weights={"res_alpha_scale": 3.0})  # fmt: skip
+               stages=MATRIX, logit_deviation=5.0, weights={"res_alpha_scale": 3.0},
+               only={"residual_matrix": _sharp(CORE, p)})  # fmt: skip
     offsets = (120.0, 9984.0)
     for offset in offsets:
         shape = (3, 4, n, n) if sinkhorn else (3, 4, 24)
@@ -160,6 +161,11 @@ def _matrices(name: str, p: dict[str, Any]) -> Iterator[Wish]:
                        name, p, turned(floor), 1.0)  # fmt: skip
 
 
+def _sharp(variants: Sequence[str], p: dict[str, Any]) -> list[str]:
+    """The variants in which sharp logits have finite gradients: passes in float16 overflow on the way back."""
+    return [v for v in variants if v != "float16-float32" or p["matrix"] == "float32"]
+
+
 def _matrix_wish(family: str, why: str, name: str, p: dict[str, Any], logits: np.ndarray, noise: float) -> Wish:
     """Logits through both doors: as the input of residual_matrix, and as b_res of the coefficients."""
     n = logits.shape[0]
@@ -169,7 +175,7 @@ def _matrix_wish(family: str, why: str, name: str, p: dict[str, Any], logits: np
     variants = CORE if n == 4 else ("float32-float32", "float64-float64", *NARROW)
     return Wish(
         family, why, "The residual matrix", name, label, streams=n, stages=MATRIX if n == 4 else MATRIX[:1],
-        variants=[v for v in variants if v != "float16-float32" or p["matrix"] == "float32"],  # gradients overflow
+        variants=_sharp(variants, p),
         tensors={"logits": grid(logits + jitter)},
         weights={"res_beta": logits, "res_alpha_scale": 2.0**-7 if noise < 0.5 else 0.5},
     )  # fmt: skip
