@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import os
 import re
+from typing import Any
 
 import pytest
 
@@ -29,13 +30,16 @@ LIGER = {
 }  # fmt: skip
 
 
-def needed(name, adapter=None):
-    """The adapter of a registered implementation; skips where that, or the package that it loads, isn't there."""
+def installed(name):
+    """Skips where what a registered implementation imports isn't there."""
     missing = missing_modules(name)
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
-    if adapter is None:
-        return None
+
+
+def needed(name, adapter) -> Any:
+    """The adapter of a registered implementation; skips where that, or the package that it loads, isn't there."""
+    installed(name)
     module = importlib.import_module(f"conformance.adapters.{adapter}")
     fetched(module.PACKAGE)
     return module
@@ -69,7 +73,7 @@ def arguments(function, names):
     ("hunyuan-v4", "hunyuan-v4", "hy_v4", "HYV4Config", HUNYUAN),
 ])  # fmt: skip
 def test_transformers(name, dialect, module, configuration, names):
-    needed(f"transformers-{name}")
+    installed(f"transformers-{name}")
     found = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
     same(dialect, attributes(getattr(found, configuration)(), names))
 
@@ -77,7 +81,7 @@ def test_transformers(name, dialect, module, configuration, names):
 def test_liger_kernel():
     if importlib.util.find_spec("triton") and not os.path.exists("/dev/nvidia0"):
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    needed("liger-kernel")
+    installed("liger-kernel")
     module = importlib.import_module("liger_kernel.transformers.mhc")
     same("liger", arguments(module.LigerMHC.__init__, LIGER))
 
