@@ -10,7 +10,7 @@ from conformance.adapters.torch_gradients import settings, vector_jacobian
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.witnesses.loading import load
 
-PACKAGE = "fla-core==0.6.0"
+PACKAGE, MODULE = "fla-core==0.6.0", "fla.ops.utils.sinkhorn.naive"
 
 
 class FlaCore:
@@ -20,7 +20,7 @@ class FlaCore:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        self._sinkhorn: Any = load(PACKAGE, "fla.ops.utils.sinkhorn.naive").naive_sinkhorn
+        self._sinkhorn: Any = load(PACKAGE, MODULE).naive_sinkhorn
         self.capabilities = Capabilities(
             stages=frozenset({"residual_matrix"}),
             dialects=frozenset({"paper"}),

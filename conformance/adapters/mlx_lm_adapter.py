@@ -31,13 +31,14 @@ class MlxLm(Site):
             dtypes=frozenset({"float32", "bfloat16", "float16"}),
             weights=("float32",),
             overrides=frozenset(NAMES),
+            empty=False,  # its reshape to [batch, seq, -1] is ambiguous without tokens
             description=f"{PACKAGE}, mlx {version_of('mlx')}",
         )
         super().__init__("mlx-lm", claimed, vector_jacobian)
 
     def open_site(self, values: Values, config: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = {"hidden_size": config["dim"], "hc_mult": config["streams"], **settings_of(config, NAMES)}
-        module = self._model.HyperConnection(self._model.ModelArgs(**arguments))
+        told = {"hidden_size": config["dim"], "hc_mult": config["streams"], **settings_of(config, NAMES)}
+        module = self._model.HyperConnection(self._model.ModelArgs(**told))
         module.update(branch.joined(values, mx.concatenate))
         pre, post, H = module(values["x"])
         u = {"u": self._model._collapse(values["x"], values["carried"])} if "carried" in values else {}

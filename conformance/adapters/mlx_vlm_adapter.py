@@ -26,6 +26,7 @@ NEEDED = (
     CONFIG,
     *(f"{MODELS}.{name}" for name in ("base", "cache", "pipeline", "deepseek_v3.config", "deepseek_v3.language")),
 )
+ABSENT = ("PIL",)
 NAMES = {"norm_eps": "rms_norm_eps", "iterations": "hc_sinkhorn_iters", "eps": "hc_eps"}
 
 
@@ -33,14 +34,15 @@ class MlxVlm(Site):
     """Sites by `HyperConnection` and `DecoderLayer`, expanding and the mean by `Xing4_0Model`."""
 
     def __init__(self) -> None:
-        self._language: Any = load(PACKAGE, f"{MODELS}.xing4_0.language", (*NEEDED,), ("PIL",))
-        self._config: Any = load(PACKAGE, CONFIG, NEEDED)
+        self._language: Any = load(PACKAGE, f"{MODELS}.xing4_0.language", NEEDED, ABSENT)
+        self._config: Any = load(PACKAGE, CONFIG, NEEDED, ABSENT)
         claimed = Capabilities(
             stages=frozenset({"expand", "coefficients", "pre", "post", "layer", "reduce", "stack"}),
             dialects=frozenset({"xing-4"}),
             dtypes=frozenset({"float32"}),
             overrides=frozenset(NAMES),
             outputs={"coefficients": ("post", "H")},
+            empty=False,  # its reshape to [batch, seq, -1] is ambiguous without tokens
             description=f"{PACKAGE}, mlx {version_of('mlx')}",
         )
         super().__init__("mlx-vlm", claimed, vector_jacobian)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,8 +41,10 @@ class NemoAutomodel(Site):
         self._class = self._layers.DeepseekV41HyperConnection
 
     def open_site(self, values: Values, config: Mapping[str, Any]) -> dict[str, Any]:
-        set_here = {"hidden_size": config["dim"], "hc_mult": config["streams"], **settings_of(config, NAMES)}
-        module = self._class(self._layers.DeepseekV41TextConfig(**set_here))
+        told = {"hidden_size": config["dim"], "hc_mult": config["streams"], **settings_of(config, NAMES)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its default of rope_scaling, by transformers
+            module = self._class(self._layers.DeepseekV41TextConfig(**told))
         found = torch.func.functional_call(module, branch.joined(values, torch.cat), (values["x"],))
         u = {"u": self._class.collapse(values["x"], values["carried"])} if "carried" in values else {}
         return {"pre": found.pre, "post": found.post, "H": found.comb, **u}

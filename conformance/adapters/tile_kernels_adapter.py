@@ -17,7 +17,7 @@ from conformance.adapters.torch_gradients import settings, vector_jacobian
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.witnesses.loading import load
 
-PACKAGE = "tile-kernels==2.1.0"
+PACKAGE, MODULE = "tile-kernels==2.1.0", "tile_kernels.torch.mhc"
 BFLOAT16 = {"bfloat16"}
 
 
@@ -26,7 +26,7 @@ class TileKernels(Site):
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        self._mhc: Any = load(PACKAGE, "tile_kernels.torch.mhc")
+        self._mhc: Any = load(PACKAGE, MODULE)
         narrow = {stage: BFLOAT16 for stage in ("pre", "post", "layer", "stack", "head")}
         every = {"float32", "bfloat16", "float16"}
         claimed = Capabilities(

@@ -17,7 +17,7 @@ from conformance.adapters.torch_gradients import settings, vector_jacobian
 from conformance.interface import Capabilities
 from conformance.witnesses.loading import load
 
-PACKAGE = "vllm-tpu==0.32.0"
+PACKAGE, MODULE = "vllm-tpu==0.32.0", "vllm.model_executor.kernels.mhc.torch"
 SITE = ("coefficients", "pre", "layer", "stack")
 EVERY = {"float32", "bfloat16", "float16"}
 
@@ -25,13 +25,16 @@ EVERY = {"float32", "bfloat16", "float16"}
 class Vllm(Site):
     """One site by `mhc_pre_torch` and `mhc_post_torch`, or with the pre of the site before it."""
 
+    others: tuple[str, ...] = ("post",)
+    """Stages that take any dtype."""
+
     def __init__(self, name: str, dialect: str, dtypes: set[str], outputs: dict[str, tuple[str, ...]]):
         torch.set_num_threads(1)
-        self._mhc: Any = load(PACKAGE, "vllm.model_executor.kernels.mhc.torch")
+        self._mhc: Any = load(PACKAGE, MODULE)
         claimed = Capabilities(
-            stages=frozenset({*SITE, "post"}),
+            stages=frozenset({*SITE, *self.others}),
             dialects=frozenset({dialect}),
-            dtypes=dict.fromkeys(SITE, dtypes) | {"post": EVERY},
+            dtypes=dict.fromkeys(SITE, dtypes) | dict.fromkeys(self.others, EVERY),
             weights=("float32",),
             overrides=frozenset({"norm_eps", "eps", "iterations", "pre_eps", "post_scale"}),
             outputs=outputs,
@@ -59,6 +62,8 @@ class Vllm(Site):
 
 class Delayed(Vllm):
     """`mhc_pre_delayed_torch` has one axis of tokens, and stands for the first carried pre itself."""
+
+    others = ("post", "reduce")
 
     def open_site(self, values: Values, config: Mapping[str, Any]) -> dict[str, Any]:
         x, carried = values["x"], values.get("carried")

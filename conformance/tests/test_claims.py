@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from conformance.adapters.program import ProgramError, _claims
@@ -15,8 +17,9 @@ ITEMS = [
 ]  # fmt: skip
 
 
-def claims(**changes):
-    return Capabilities(frozenset({"pre", "post"}), frozenset({"paper"}), **{"overrides": None} | changes)
+def claims(**changes: Any):
+    named: dict[str, Any] = {"overrides": None} | changes
+    return Capabilities(frozenset({"pre", "post"}), frozenset({"paper"}), **named)
 
 
 def reasons(claimed, stage, x="float32", weights="float32"):
