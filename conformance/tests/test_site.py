@@ -7,7 +7,7 @@ import pytest
 
 from conformance.adapters.branch import joined
 from conformance.adapters.site import settings_of
-from conformance.corpus import dialect_rows
+from conformance.dialects import dialect_rows
 from conformance.stages import layer_shapes
 
 NAMES = {"norm_eps": "rms_norm_eps", "eps": "hc_eps", "pre_eps": "hc_eps"}
