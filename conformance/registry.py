@@ -73,8 +73,8 @@ def unavailable(name: str) -> str:
     try:
         if package:
             folder(package)
-    except WitnessError as error:
-        return f"not fetched: {error}"
+    except WitnessError:
+        return f"not fetched: {package} (python -m conformance.witnesses.fetch)"
     return ""
 
 

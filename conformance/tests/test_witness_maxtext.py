@@ -139,5 +139,5 @@ def test_iterations_of_the_configuration_are_those_of_the_function(version):
 def test_a_package_that_is_not_fetched_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("MHC_WITNESSES", str(tmp_path))
     pytest.importorskip("flax")
-    assert "maxtext==0.2.2 must be unpacked" in unavailable("maxtext-0.2.2")
-    assert "maxtext==0.2.5 must be unpacked" in unavailable("maxtext-0.2.5-mhc-lite")
+    assert "not fetched: maxtext==0.2.2" in unavailable("maxtext-0.2.2")
+    assert "not fetched: maxtext==0.2.5" in unavailable("maxtext-0.2.5-mhc-lite")
