@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from conformance.interface import Capabilities, SetupError, describe
 from conformance.mesh import MARK, Member, parse_mesh
 from conformance.stages import STAGES
+from conformance.witnesses.fetch import WitnessError, folder
 
 EXEC = "exec:"
 GROUP = "mhc_conformance.implementations"
@@ -31,8 +33,20 @@ MODULES = {
     "mlx-lm": ("mlx.core",),
     "mlx-vlm": ("mlx.core",),
     "fla-core": ("torch",),
+    "maxtext": ("jax", "flax"),
 }
 """What a registered implementation imports, by the beginning of its name."""
+FETCHED = {
+    "maxtext-0.2.2": "maxtext==0.2.2",
+    "maxtext-0.2.5": "maxtext==0.2.5",
+    "tile-kernels": "tile-kernels==2.1.0",
+    "vllm-mhc": "vllm-tpu==0.32.0",
+    "nemo-automodel": "nemo-automodel==0.7.0",
+    "mlx-lm": "mlx-lm==0.32.2",
+    "mlx-vlm": "mlx-vlm==0.7.10",
+    "fla-core": "fla-core==0.6.0",
+}
+"""The package of `witnesses.fetch` that a registered implementation runs, by the beginning of its name."""
 ON_REQUEST = ("torch-inductor", "jax-explicit")
 MANY_DEVICES = ("jax", "jax-explicit")
 """What has all devices of a mesh in one process unless told otherwise; others have one process a device."""
@@ -48,8 +62,25 @@ def registered(group: str = GROUP) -> dict[str, str]:
 
 def missing_modules(name: str) -> list[str]:
     """What would have to be installed for a registered implementation."""
-    wanted = next((modules for prefix, modules in MODULES.items() if f"{name}-".startswith(f"{prefix}-")), ())
-    return [module for module in wanted if not _installed(module)]
+    return [module for module in _of_prefix(MODULES, name) or () if not _installed(module)]
+
+
+def unavailable(name: str) -> str:
+    """Why a registered implementation can't run here; empty where it can."""
+    missing, package = missing_modules(name), _of_prefix(FETCHED, name)
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    try:
+        if package:
+            folder(package)
+    except WitnessError:
+        return f"not fetched: {package} (python -m conformance.witnesses.fetch)"
+    return ""
+
+
+def _of_prefix(table: Mapping[str, Any], name: str) -> Any:
+    """The entry whose key is the name or its beginning, up to a hyphen."""
+    return next((value for prefix, value in table.items() if f"{name}-".startswith(f"{prefix}-")), None)
 
 
 def _installed(module: str) -> bool:
@@ -71,11 +102,11 @@ def defaults(group: str = GROUP) -> tuple[list[str], dict[str, str]]:
     """(the implementations that run without being named, the others with the reason)."""
     chosen, left = [], {}
     for name in registered(group):
-        missing = missing_modules(name)
+        reason = unavailable(name)
         if name in ON_REQUEST:
             left[name] = "runs only when named by --impl"
-        elif missing:
-            left[name] = f"not installed: {', '.join(missing)}"
+        elif reason:
+            left[name] = reason
         else:
             chosen.append(name)
     return chosen, left

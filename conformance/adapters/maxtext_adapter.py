@@ -1,8 +1,8 @@
 """MaxText's released mHC layer: its class called whole under `jax.jit`, with its own norm, gates, Sinkhorn and head.
 
-It is told what MaxText reads from its configuration, which is the norm's eps and the iterations; every other parameter
-is a constant of its code. Claimed is no float64 (Sinkhorn runs in float32) and no ``post`` (the mixing has no function
-of its own).
+What MaxText reads from its configuration, the norm's eps and the iterations, has the package's default unless a case
+departs from its dialect; every other parameter is a constant of its code. float64 isn't claimed, since Sinkhorn runs in
+float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from conformance.adapters import branch, maxtext_layer
 from conformance.adapters.jax_gradients import StageCalls, Values
 from conformance.interface import Arrays, Capabilities, Result
 
-STAGES = frozenset({"expand", "reduce", "residual_matrix", "coefficients", "pre", "layer", "stack"})
+STAGES = frozenset({"expand", "reduce", "residual_matrix", "coefficients", "pre", "post", "layer", "stack"})
 
 
 class MaxTextImplementation:
@@ -29,14 +29,14 @@ class MaxTextImplementation:
     """
 
     def __init__(self, name: str, version: str, dialect: str, lite: bool, head: bool, jit: bool = True):
-        self.name, self._lite = name, lite
+        self.name, self._version, self._lite = name, version, lite
         self._mhc = maxtext_layer.load(version)
         self._calls = StageCalls(jit)
         self.capabilities = Capabilities(
             stages=STAGES | ({"head"} if head else set()),
             dialects=frozenset({dialect}),
             dtypes=frozenset({"float32", "bfloat16", "float16"}),
-            overrides=frozenset({"norm_eps"} if lite else {"norm_eps", "iterations"}),
+            overrides=frozenset({"norm_eps"} if lite else maxtext_layer.NAMES),
             device=jax.default_backend(),
             description=f"maxtext {version}, jax {jax.__version__}, {'jit' if jit else 'eager'}",
             settings={"matmul_precision": "highest"},
@@ -66,16 +66,17 @@ class MaxTextImplementation:
 
     def head(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         def body(values: Values) -> Values:
-            return {"out": maxtext_layer.head(self._mhc, self._settings(config, values["x"], values), values)}
+            return {"out": maxtext_layer.head(self._mhc, self._configuration(config, values["x"], values), values)}
 
         return self._call("head", config, body, inputs, cotangents)
 
     def residual_matrix(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         def body(values: Values) -> Values:
             logits = values["logits"]
-            if not self._lite:
-                return {"H": self._mhc.sinkhorn(logits, config["iterations"])}
-            return {"H": maxtext_layer.permutation_matrix(self._mhc, self._settings(config, logits, {}), logits)}
+            read = self._configuration(config, logits, values)
+            if self._lite:
+                return {"H": maxtext_layer.permutation_matrix(self._mhc, read, logits)}
+            return {"H": self._mhc.sinkhorn(logits, read.sinkhorn_iterations)}
 
         return self._call("residual_matrix", config, body, inputs, cotangents)
 
@@ -93,6 +94,12 @@ class MaxTextImplementation:
             return {"u": kept[0]}
 
         return self._call("pre", config, body, inputs, cotangents)
+
+    def post(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
+        def body(values: Values) -> Values:
+            return {"out": maxtext_layer.mixed(self._mhc, self._configuration(config, values["x"], values), values)}
+
+        return self._call("post", config, body, inputs, cotangents)
 
     def layer(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         def body(values: Values) -> Values:
@@ -122,13 +129,13 @@ class MaxTextImplementation:
     def _layer(
         self, values: Values, config: dict[str, Any], norm_fn: Any, branch_fn: Any, kind: str = "mlp_dense"
     ) -> tuple[jax.Array, dict[str, Any], list[jax.Array]]:
-        settings = self._settings(config, values["x"], values)
-        return maxtext_layer.run(self._mhc, settings, values, norm_fn, branch_fn, kind)
+        read = self._configuration(config, values["x"], values)
+        return maxtext_layer.run(self._mhc, read, values, norm_fn, branch_fn, kind)
 
-    def _settings(self, config: dict[str, Any], x: jax.Array, values: Values) -> Any:
+    def _configuration(self, config: dict[str, Any], x: jax.Array, values: Values) -> Any:
         weights = branch.split(values)[1]
         weight_dtype = next(iter(weights.values()), x).dtype
-        return maxtext_layer.settings(config, x.dtype, weight_dtype, self._lite)
+        return maxtext_layer.configuration(self._version, config, x.dtype, weight_dtype, self._lite)
 
 
 def maxtext_v1() -> MaxTextImplementation:
