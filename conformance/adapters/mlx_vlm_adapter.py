@@ -39,7 +39,7 @@ class MlxVlm(Site):
         claimed = Capabilities(
             stages=frozenset({"expand", "coefficients", "pre", "post", "layer", "reduce", "stack"}),
             dialects=frozenset({"xing-4"}),
-            dtypes=frozenset({"float32"}),
+            dtypes=frozenset({"float32", "bfloat16", "float16"}),
             overrides=frozenset(NAMES),
             outputs={"coefficients": ("post", "H")},
             empty=False,  # its reshape to [batch, seq, -1] is ambiguous without tokens

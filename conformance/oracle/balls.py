@@ -112,7 +112,7 @@ class BallArithmetic:
     def act(self, a: Array) -> Array:
         return a
 
-    mix = store = weight = logits = product = gate_product = round_matrix = act
+    mix = store = weight = logits = product = gate_product = round_matrix = gate_step = act
 
     def sum_tokens(self, a: Array) -> Array:
         return self.sum(a, -1)
@@ -126,6 +126,11 @@ class BallArithmetic:
 
     def wide(self) -> BallArithmetic:
         return self
+
+    def sigmoid_and_rest(self, z: Array) -> tuple[Array, Array]:
+        """sigmoid(z) and 1 - sigmoid(z)."""
+        s = self.sigmoid(z)
+        return s, self.constant(1) - s
 
     @staticmethod
     def add_parts(parts: list[Array]) -> Array:

@@ -167,6 +167,20 @@ class FloatArithmetic:
     def gate_product(self, a: np.ndarray) -> np.ndarray:
         return self._narrowed(a, self.acts and self.style.round_products)
 
+    def gate_step(self, a: np.ndarray) -> np.ndarray:
+        return self._narrowed(a, self.acts and self.style.round_gates)
+
+    def sigmoid_and_rest(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """sigmoid(z) and 1 - sigmoid(z)."""
+        one = self.constant(1)
+        if not (self.acts and self.style.round_gates):
+            s = self.sigmoid(z)
+            return s, one - s
+        r = self.gate_step
+        e = r(self.exp(-np.abs(z)))
+        s = r(np.where(z >= 0, one, e) / r(one + e))
+        return s, r(one - s)
+
     def sum_tokens(self, a: np.ndarray) -> np.ndarray:
         """Sum along the last axis, which runs over tokens; JAX's transpose of a narrow broadcast rounds every step."""
         if not (self.acts and self.style.round_sums):

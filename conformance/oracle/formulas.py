@@ -94,8 +94,9 @@ def normalise_and_project(x: Array, scale: Array | None, phi: Mapping[str, Array
 
 def gate(z: Array, slope: Any, offset: Any, A: Any):
     """``slope * sigmoid(z) + offset`` and its pullback."""
-    s = A.sigmoid(z)
-    return slope * s + offset, lambda g: g * slope * s * (A.constant(1) - s)
+    s, rest = A.sigmoid_and_rest(z)
+    value = A.gate_step(A.gate_step(slope * s) + A.gate_step(offset))
+    return value, lambda g: A.gate_step(A.gate_step(g * slope) * A.gate_step(s * rest))
 
 
 def coefficients(x: Array, weights: Mapping[str, Array], p: Parameters, A: Any):
@@ -249,7 +250,7 @@ def head(x: Array, weights: Mapping[str, Array], p: Parameters, A: Any):
 def reduce(x: Array, how: str, p: Parameters, A: Any):
     """Sum or mean over the streams."""
     n = x.shape[1]
-    share = A.constant(1) / A.constant(n) if how == "mean" else A.constant(1)
+    share = A.product(A.constant(1) / A.constant(n)) if how == "mean" else A.constant(1)
     total = A.sum_in_activation(x, 1) if p["reduction"] == "activation" else A.sum(x, 1)
     value = total / A.constant(n) if how == "mean" else total
     return value, lambda g: np.repeat((g * share)[:, None, :], n, axis=1)

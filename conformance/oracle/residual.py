@@ -56,6 +56,7 @@ def permutations(logits: Array, streams: int, A: Any):
     """mHC-lite: a softmax over the n! permutation matrices, ``P[i, p(i)] = 1``."""
     table = list(itertools.permutations(range(streams)))
     q, softmax_pullback = softmax(logits, -1, A)
+    q = A.act(q)  # kept in the activations' dtype before the matrices are summed
     value = np.empty((logits.shape[0], streams, streams), dtype=logits.dtype)
     for i, j in itertools.product(range(streams), repeat=2):
         value[:, i, j] = A.sum(q[:, [k for k, order in enumerate(table) if order[i] == j]], -1)
@@ -64,7 +65,7 @@ def permutations(logits: Array, streams: int, A: Any):
         g_q = np.empty_like(q)
         for k, order in enumerate(table):
             g_q[:, k] = A.sum(np.stack([g[:, i, order[i]] for i in range(streams)], -1), -1)
-        return softmax_pullback(g_q)
+        return softmax_pullback(A.act(g_q))
 
     return value, pullback
 

@@ -22,6 +22,7 @@ class Style:
         round_products: narrow products are rounded before they are summed in a gradient.
         round_parts: the parts of a gradient are rounded before they are added.
         round_sums: there, a gradient that is a sum over tokens is added up in that dtype.
+        round_gates: there, every step of a gate and of its derivative is rounded, as a narrow sigmoid is made.
     """
 
     order: str = "forward"
@@ -34,6 +35,7 @@ class Style:
     round_products: bool = False
     round_parts: bool = False
     round_sums: bool = False
+    round_gates: bool = False
 
 
 def ensemble() -> tuple[Style, ...]:
@@ -50,6 +52,7 @@ def ensemble() -> tuple[Style, ...]:
             round_products=(k // 2 + k) % 2 == 1,
             round_parts=(k // 8 + k) % 2 == 1,
             round_sums=k % 4 >= 2,
+            round_gates=(k // 2 + k // 8) % 2 == 1,
         )
         for k in range(16)
     )
