@@ -333,8 +333,8 @@ def _contradictions(p: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 def _later_contradictions(p: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """The rules of the single pass and of the roundings of real code."""
-    if p.get("matrix") == "activation" and p["coefficients"] != "activation":
-        yield "matrix", "matrix=activation needs coefficients=activation"
+    if p.get("matrix") == "activation" and (p["coefficients"] != "activation" or p["residual"] != "sinkhorn"):
+        yield "matrix", "matrix=activation needs coefficients=activation and residual=sinkhorn"
     if (p.get("pre_from") == "previous") != (p["reduce"] == "carried"):
         yield "reduce", "reduce=carried and pre_from=previous go with each other alone"
     if p.get("pre_from") == "previous" and p["coefficients"] != "float32":
@@ -346,6 +346,5 @@ def unclaimed(dialect: Dialect, claimed: Any) -> str:
     own = dialect.base is None and claimed.overrides is None
     if dialect.told not in claimed.dialects and not own:
         return f"dialect {dialect.told} not claimed"
-    if claimed.overrides is not None and not set(dialect.overrides) <= claimed.overrides:
-        return f"other values of {', '.join(sorted(set(dialect.overrides) - claimed.overrides))} not claimed"
-    return ""
+    others = [] if claimed.overrides is None else [key for key in dialect.overrides if key not in claimed.overrides]
+    return f"other values of {', '.join(others)} not claimed" if others else ""

@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from conformance.cases import Case, load_case
 from conformance.dialects import Dialect
 from conformance.oracle.balls import PrecisionExhausted
@@ -23,6 +25,7 @@ from conformance.oracle.generate import complete
 QUICK = (("smoke", ""), ("generic", "n4"), ("closed-gate", ""), ("closed-gate", "post-18"), ("big-eps", ""))
 """Families and labels that a quick run takes."""
 WORKERS = 2
+NARROW = ("bfloat16", "float16")
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Made:
 
     Attributes:
         cases: those that were made, in the order of the families.
-        left_out: a line for each that the row has no true value or no honest evaluation of.
+        left_out: a line for each that wasn't, at least not in narrow dtypes, and why.
     """
 
     cases: list[Case] = field(default_factory=list)
@@ -104,12 +107,12 @@ def make(
     jobs = min(jobs, WORKERS, len(wishes))
     context = multiprocessing.get_context("spawn")
     with context.Pool(jobs) if jobs > 1 else _Alone() as pool:
-        for done, (wish, answer) in enumerate(zip(wishes, pool.imap(_completed, wishes), strict=True), 1):
-            if isinstance(answer, str):
-                made.left_out.append(answer)
-            elif answer is not None:
+        for done, (wish, (content, note)) in enumerate(zip(wishes, pool.imap(_completed, wishes), strict=True), 1):
+            if note:
+                made.left_out.append(note)
+            if content is not None:
                 path = folder / f"{'-'.join(part for part in (wish.family, wish.label) if part)}.safetensors"
-                path.write_bytes(answer)
+                path.write_bytes(content)
                 made.cases.append(load_case(path))
             if progress:
                 progress(done, len(wishes))
@@ -128,10 +131,23 @@ class _Alone:
         pass
 
 
-def _completed(wish: Wish) -> bytes | str | None:
-    """The bytes of a case; a line where the row can't have it, None where no variant tells anything of its stages."""
+def _completed(wish: Wish) -> tuple[bytes | None, str]:
+    """The bytes of a case, without its narrow dtypes where the row overflows them, and a line on what was left out."""
     try:
-        case = build(wish)
-        return complete(case) if case.variants else None
+        return _bytes(wish), ""
     except (ValueError, ArithmeticError, PrecisionExhausted) as error:
-        return f"{wish.id} ({' '.join(str(error).split())[:160]})"
+        reason = " ".join(str(error).split())[:160]
+    wide = [variant for variant in wish.variants if not variant.startswith(NARROW)]
+    if 0 < len(wide) < len(wish.variants):
+        try:
+            return _bytes(dataclasses.replace(wish, variants=wide)), f"{wish.id} in narrow dtypes: {reason}"
+        except (ValueError, ArithmeticError, PrecisionExhausted) as error:
+            reason = " ".join(str(error).split())[:160]
+    return None, f"{wish.id}: {reason}"
+
+
+def _bytes(wish: Wish) -> bytes | None:
+    """None where no variant tells anything of the stages."""
+    case = build(wish)
+    with np.errstate(all="ignore"):  # what isn't finite raises
+        return complete(case) if case.variants else None
