@@ -61,7 +61,7 @@ def calls(
     if row["residual"] == "permutations" and streams > 5:
         raise ValueError(f"{dialect.name} has {streams}! permutations; at most 5 streams, got {streams}")
     head = [] if row["reduce"] != "head" else ["head"]
-    how = row["reduce"] if row["reduce"] in ("sum", "mean") else "sum"
+    how = row["reduce"] if row["reduce"] in ("sum", "mean", "carried") else "sum"
     stages: list[Any] = [
         *("expand", "coefficients", "pre", "post", ("layer", {"branch": "mlp_dense"}), ("reduce", {"how": how}), *head),
         *([] if row["residual"] == "identity" else ["residual_matrix"]),
@@ -105,7 +105,8 @@ def compare(a: Any, b: Any, call: Call) -> list[Row] | str:
         reason = "" if call.stage in claimed.stages else f"stage {call.stage} not claimed"
         if reason := reason or unclaimed(call.dialect, claimed):
             return f"{reason} by {implementation.name}"
-        if str(call.inputs[next(iter(call.inputs))].dtype) not in claimed.dtypes and "logits" not in call.inputs:
+        dtype = str(call.inputs[next(iter(call.inputs))].dtype)
+        if dtype not in claimed.dtypes_of(call.stage) and "logits" not in call.inputs:
             return f"this dtype is not claimed by {implementation.name}"
         try:
             given = {k: v.copy() for k, v in call.inputs.items()}

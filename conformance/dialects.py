@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conformance.interface import Capabilities
 from conformance.places import fixtures
 
 Parameters = dict[str, Any]
@@ -341,10 +342,10 @@ def _later_contradictions(p: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "coefficients", "pre_from=previous needs coefficients=float32"
 
 
-def unclaimed(dialect: Dialect, claimed: Any) -> str:
-    """Why an implementation doesn't claim a row (`interface.Capabilities`); empty where it does."""
+def unclaimed(dialect: Dialect, claimed: Capabilities) -> str:
+    """Why an implementation doesn't claim a row; empty where it does."""
     own = dialect.base is None and claimed.overrides is None
     if dialect.told not in claimed.dialects and not own:
         return f"dialect {dialect.told} not claimed"
-    others = [] if claimed.overrides is None else [key for key in dialect.overrides if key not in claimed.overrides]
+    others = [key for key, value in dialect.overrides.items() if not claimed.allows(key, value)]
     return f"other values of {', '.join(others)} not claimed" if others else ""

@@ -14,7 +14,7 @@ A `NotImplementedError` is a refusal and counts as skipped; every other exceptio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,10 +30,12 @@ class Capabilities:
     Attributes:
         stages: names of `stages.STAGES`.
         dialects: names of ``fixtures/dialects.json``.
-        dtypes: dtypes of x.
-        weights: ``"float32"`` (the wide dtype of the variant), ``"x"`` (weights in the dtype of x).
+        dtypes: dtypes of x; or, for each claimed stage, its dtypes of x.
+        weights: ``"float32"`` (the wide dtype of the variant), ``"x"`` (weights in the dtype of x); or these for
+            each claimed stage.
         gradients: whether vector-Jacobian products come back.
-        overrides: parameters in which it may depart from a dialect; None for any.
+        overrides: parameters in which it may depart from a dialect, None for any; or, for each such parameter,
+            the values that it may take, None for any.
         contracts: precisions kept; ``"tf32"`` takes the place of ``"float32"`` where the two differ.
         outputs: for a stage, the outputs returned if not all of them.
         streams: numbers of streams, None for any.
@@ -45,10 +47,10 @@ class Capabilities:
 
     stages: frozenset[str]
     dialects: frozenset[str]
-    dtypes: frozenset[str] = frozenset({"float32"})
-    weights: tuple[str, ...] = ("float32", "x")
+    dtypes: frozenset[str] | Mapping[str, Collection[str]] = frozenset({"float32"})
+    weights: tuple[str, ...] | Mapping[str, Collection[str]] = ("float32", "x")
     gradients: bool = True
-    overrides: frozenset[str] | None = frozenset()
+    overrides: frozenset[str] | Mapping[str, Collection[Any] | None] | None = frozenset()
     contracts: frozenset[str] = frozenset({"float32", "mixing", "activation", "float64"})
     outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     streams: frozenset[int] | None = None
@@ -56,6 +58,25 @@ class Capabilities:
     device: str = "cpu"
     description: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def dtypes_of(self, stage: str) -> frozenset[str]:
+        """The dtypes of x that a stage is claimed for; none for a stage that a mapping leaves out."""
+        return _of_stage(self.dtypes, stage)
+
+    def weights_of(self, stage: str) -> frozenset[str]:
+        """The kinds of weights that a stage is claimed for; none for a stage that a mapping leaves out."""
+        return _of_stage(self.weights, stage)
+
+    def allows(self, parameter: str, value: Any) -> bool:
+        """Whether a parameter may depart from the dialect's value and take this one."""
+        if self.overrides is None:
+            return True
+        values = self.overrides.get(parameter) if isinstance(self.overrides, Mapping) else None
+        return parameter in self.overrides and (values is None or value in values)
+
+
+def _of_stage(claim: Collection[str] | Mapping[str, Collection[str]], stage: str) -> frozenset[str]:
+    return frozenset(claim.get(stage, ()) if isinstance(claim, Mapping) else claim)
 
 
 class Implementation(Protocol):

@@ -25,6 +25,12 @@ MODULES = {
     "hyper-connections": ("torch", "hyper_connections"),
     "mlx-mhc": ("mlx.core", "mlx_mhc"),
     "mhc-mlx": ("mlx.core", "mhc_mlx"),
+    "tile-kernels": ("torch",),
+    "vllm-mhc": ("torch",),
+    "nemo-automodel": ("torch", "transformers"),
+    "mlx-lm": ("mlx.core",),
+    "mlx-vlm": ("mlx.core",),
+    "fla-core": ("torch",),
 }
 """What a registered implementation imports, by the beginning of its name."""
 ON_REQUEST = ("torch-inductor", "jax-explicit")

@@ -79,11 +79,11 @@ def refusal(item: Item, claimed: Capabilities) -> str:
         return f"stage {item.stage} not claimed"
     if case.dialect not in claimed.dialects and not (case.unpublished and claimed.overrides is None):
         return f"dialect {case.dialect} not claimed"
-    if variant.x not in claimed.dtypes:
+    if variant.x not in claimed.dtypes_of(item.stage):
         return f"{variant.x} not claimed"
     wide = "float64" if variant.x == "float64" else "float32"
     kind = "float32" if variant.weights in (wide, "float32") else "x"
-    if case.stages[item.stage]["weights"] and kind not in claimed.weights:
+    if case.stages[item.stage]["weights"] and kind not in claimed.weights_of(item.stage):
         return f"weights in {variant.weights} not claimed"
     if "tf32" in claimed.contracts and variant.name + "-tf32" in case.bounds[item.stage]:
         return "judged by the tf32 contract instead"
@@ -93,8 +93,9 @@ def refusal(item: Item, claimed: Capabilities) -> str:
         return f"{case.parameters['streams']} streams not claimed"
     if not claimed.empty and not all(case.tensors[f"input/{k}"].size for k in case.stages[item.stage]["inputs"]):
         return "zero tokens not claimed"
-    if claimed.overrides is not None and not set(case.overrides) <= claimed.overrides:
-        return f"other values of {', '.join(sorted(set(case.overrides) - claimed.overrides))} not claimed"
+    unclaimed = sorted(k for k, v in case.overrides.items() if not claimed.allows(k, v))
+    if unclaimed:
+        return f"other values of {', '.join(unclaimed)} not claimed"
     return ""
 
 

@@ -64,7 +64,8 @@ def wishes(dialects: Sequence[Dialect], stages: Sequence[str], dtypes: Sequence[
         if stage == "layer":
             entry = ("layer", {"branch": draw(st.sampled_from(("mlp_dense", "attention", "mlp_moe")))})
         if stage == "reduce":
-            entry = ("reduce", {"how": draw(st.sampled_from(("sum", "mean")))})
+            ways = ("sum", "mean", *(("carried",) if row["reduce"] == "carried" else ()))
+            entry = ("reduce", {"how": draw(st.sampled_from(ways))})
         # A u below float16's normal numbers has lost its precision before the layer goes on from it: honest layers
         # then differ by all of it. The family closed-gate looks at u itself there.
         vanishing = stage == "layer" and variant.startswith("float16")
@@ -106,7 +107,7 @@ def search(
     claimed = implementation.capabilities
     dialects = [d for d in dialects if not unclaimed(d, claimed)]
     stages = [s for s in stages if s in claimed.stages and s in STAGES]
-    dtypes = [d for d in dtypes if d in claimed.dtypes]
+    dtypes = [d for d in dtypes if any(d in claimed.dtypes_of(stage) for stage in stages)]
     if not dialects or not stages or not dtypes:
         raise ValueError(f"{implementation.name} claims none of these dialects, stages and dtypes together")
     found, started, round_ = Found(), time.monotonic(), 0

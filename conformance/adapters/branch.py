@@ -1,14 +1,14 @@
 """The sub-layer of the layer and stack cases, and the shapes in memory: the same for every framework.
 
-Only operators are used, so that NumPy, JAX and PyTorch arrays all pass through.
+Only operators are used, so that NumPy, JAX, PyTorch and mlx arrays all pass through. It is public (CONTRACT.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from conformance.stages import HEAD_WEIGHTS, LAYER_WEIGHTS
+from conformance.stages import HEAD_WEIGHTS, LAYER_WEIGHTS, PROJECTIONS
 
 
 def in_memory(weights: Mapping[str, Any], streams: int, dim: int, lead: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -21,6 +21,22 @@ def in_memory(weights: Mapping[str, Any], streams: int, dim: int, lead: tuple[in
             value = value.reshape(*lead, streams, dim, value.shape[-1])
         shaped[name] = value
     return shaped
+
+
+def joined(
+    weights: Mapping[str, Any], concatenate: Callable[[list[Any]], Any], kinds: Sequence[str] = PROJECTIONS
+) -> dict[str, Any]:
+    """Canonical flat weights as DeepSeek's files have them: fn [2n+n², n*C], base [2n+n²], scale [3].
+
+    Args:
+        concatenate: joins arrays along their first axis: ``torch.cat``, ``numpy.concatenate`` and their like.
+        kinds: the projections that there are; without a residual one fn has 2n rows and scale 2 elements.
+    """
+    return {
+        "fn": concatenate([weights[f"{kind}_alpha"].T for kind in kinds]),
+        "base": concatenate([weights[f"{kind}_beta"].reshape(-1) for kind in kinds]),
+        "scale": concatenate([weights[f"{kind}_alpha_scale"] for kind in kinds]),
+    }
 
 
 def split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

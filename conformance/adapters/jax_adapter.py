@@ -6,16 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 import jax_impl
 import jax_impl.config
 from conformance.adapters import branch
+from conformance.adapters.jax_gradients import StageCalls
 from conformance.cases import DTYPES
 from conformance.interface import Arrays, Capabilities, Result
-from conformance.stages import STAGES, relevant
+from conformance.stages import STAGES
 
 
 def configuration(config: dict[str, Any]) -> jax_impl.MHCConfig:
@@ -34,7 +33,7 @@ class JaxImplementation:
     def __init__(self, name: str, jit: bool):
         self.name = name
         self.jit = jit
-        self._last: tuple[Any, Callable[..., Any]] = (None, dict)
+        self._calls = StageCalls(jit)
         self.capabilities = Capabilities(
             stages=frozenset(STAGES),
             dialects=frozenset(jax_impl.config.dialects()),
@@ -51,17 +50,10 @@ class JaxImplementation:
     def _stage(
         self, name: str, function: Callable[..., Any], inputs: Arrays, config: dict[str, Any], cotangents: Any
     ) -> Result:
-        wide = any(v.dtype == np.float64 for v in inputs.values())
-        with jax.enable_x64(wide):
-            key = (name, relevant(name, config), wide)
-            if self._last[0] != key:  # items of one graph come together; the executables of the others are let go
-                c = configuration({**config, "reduce": "sum"} if name == "stack" else config)
-                run = vector_jacobian(lambda values: function(values, c, config), STAGES[name].constants)
-                self._last = (key, jax.jit(run) if self.jit else run)
-            # XLA has no strided arrays: a copy in order is what any caller gets.
-            given = {k: jnp.asarray(np.ascontiguousarray(v).reshape(v.shape)) for k, v in inputs.items()}
-            outputs, gradients = self._last[1](given, cotangents)
-            return {k: np.asarray(v) for k, v in outputs.items()}, {k: np.asarray(v) for k, v in gradients.items()}
+        def body(values: Any) -> dict[str, jax.Array]:
+            return function(values, configuration({**config, "reduce": "sum"} if name == "stack" else config), config)
+
+        return self._calls(name, config, body, inputs, cotangents)
 
     def expand(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         return self._stage("expand", _expand, inputs, config, cotangents)
@@ -89,21 +81,6 @@ class JaxImplementation:
 
     def stack(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         return self._stage("stack", _scanned_stack if self.jit else _stack, inputs, config, cotangents)
-
-
-def vector_jacobian(function: Callable[..., Any], constants: tuple[str, ...]) -> Callable[..., Any]:
-    """Outputs, and the gradients of every input that isn't the test's own."""
-
-    def run(inputs: dict[str, jax.Array], cotangents: dict[str, jax.Array] | None) -> Any:
-        fixed = {k: v for k, v in inputs.items() if k in constants}
-        free = {k: v for k, v in inputs.items() if k not in constants}
-        if cotangents is None:
-            return function(inputs), {}
-        outputs, pullback = jax.vjp(lambda values: function({**fixed, **values}), free)
-        (gradients,) = pullback({k: jnp.asarray(cotangents[k], v.dtype) for k, v in outputs.items()})
-        return outputs, gradients
-
-    return run
 
 
 def _weights(values: dict[str, jax.Array], c: jax_impl.MHCConfig) -> dict[str, jax.Array]:

@@ -10,7 +10,8 @@ import numpy as np
 import jax_impl
 import jax_impl.config
 from conformance.adapters import branch
-from conformance.adapters.jax_adapter import SHARDABLE, configuration, vector_jacobian
+from conformance.adapters.jax_adapter import SHARDABLE, configuration
+from conformance.adapters.jax_gradients import vector_jacobian
 from conformance.cases import DTYPES
 from conformance.interface import Arrays, Capabilities, Result, SetupError
 from conformance.mesh import Member

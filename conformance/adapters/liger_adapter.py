@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 from liger_kernel.ops.mhc import LigerMHCCoeffsFunction, LigerMHCPostResFunction, LigerMHCPreFunction  # pyright: ignore[reportMissingImports]
 
 from conformance.adapters import branch
-from conformance.adapters.torch_adapter import settings, vector_jacobian
+from conformance.adapters.torch_gradients import settings, vector_jacobian
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.registry import version_of
 from conformance.stages import PROJECTIONS

@@ -30,7 +30,9 @@ from conformance.stages import HEAD_WEIGHTS, LAYER_WEIGHTS, STAGES
 PROTOCOL, RESULT = "mhc-conformance-harness/1", "mhc-conformance-result/1"
 LONGEST_LINE = 1 << 20
 LARGEST_FILE = 1 << 28  # bytes; a result of the corpus has less than 1 MiB
-LISTS = {"stages", "dialects", "dtypes", "overrides", "contracts", "streams"}
+LISTS = {"stages", "dialects", "dtypes", "weights", "overrides", "contracts", "streams"}
+OBJECTS = {"dtypes", "weights", "overrides"}
+"""Claims that may differ: by stage, and the values of a parameter."""
 
 
 class ProgramError(RuntimeError):
@@ -209,12 +211,20 @@ def _claims(greeting: dict[str, Any]) -> tuple[str, Capabilities]:
         raise ProgramError(f"capabilities: missing {missing}, unknown {unknown}, known {', '.join(sorted(fields))}")
     if not set(claimed["stages"]) <= set(STAGES):
         raise ProgramError(f"capabilities: stages must be among {', '.join(STAGES)}, got {claimed['stages']}")
-    values: dict[str, Any] = {}
-    for key, value in claimed.items():
-        if key in LISTS and value is not None:
-            if not isinstance(value, list):
-                raise ProgramError(f"capabilities: {key} must be a list, got {value!r}")
-            values[key] = frozenset(value)
-        else:
-            values[key] = tuple(value or ()) if key == "weights" else value
-    return name, Capabilities(**values)
+    return name, Capabilities(**{key: _claim(key, value) for key, value in claimed.items()})
+
+
+def _claim(key: str, value: Any) -> Any:
+    """One claim: a list as a set, an object of lists as a mapping to sets; anything else is as it came."""
+    if key not in LISTS or value is None:
+        return value
+    if key in OBJECTS and isinstance(value, dict):
+        entries = {k: v for k, v in value.items() if v is not None or key != "overrides"}
+        wrong = sorted(k for k, v in entries.items() if not isinstance(v, list))
+        if wrong:
+            raise ProgramError(f"capabilities: {key} must hold lists, got {entries[wrong[0]]!r} for {wrong[0]}")
+        return {k: None if v is None else tuple(v) for k, v in value.items()}
+    if not isinstance(value, list):
+        objects = " or an object of lists" if key in OBJECTS else ""
+        raise ProgramError(f"capabilities: {key} must be a list{objects}, got {value!r}")
+    return tuple(value) if key == "weights" else frozenset(value)

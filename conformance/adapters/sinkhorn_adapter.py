@@ -11,8 +11,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.registry import version_of
 
@@ -37,7 +35,7 @@ class HyperConnections:
         self.capabilities = _capabilities(("hyper-connections", "torch"), {"iterations", "order"})
 
     def residual_matrix(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
-        from conformance.adapters.torch_adapter import vector_jacobian
+        from conformance.adapters.torch_gradients import vector_jacobian
 
         return vector_jacobian(
             "residual_matrix", lambda v: {"H": self._function(v["logits"], config["iterations"])}, inputs, cotangents
@@ -52,28 +50,21 @@ class Mlx:
     """
 
     def __init__(self, name: str, packages: tuple[str, ...], function: Callable[[Any, int], Any]):
-        import mlx.core as mx  # pyright: ignore[reportMissingImports]
-
-        mx.set_default_device(mx.cpu)
-        self.name, self._function, self._mx = name, function, mx
+        self.name, self._function = name, function
         self.capabilities = _capabilities(packages, {"iterations"})
 
     def residual_matrix(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
-        mx, n = self._mx, config["streams"]
-        logits = np.ascontiguousarray(inputs["logits"])
-        tokens = logits.reshape(-1, n, n)
+        import mlx.core as mx  # pyright: ignore[reportMissingImports]
 
-        def every(matrices: Any) -> Any:
-            return mx.stack([self._function(matrices[k], config["iterations"]) for k in range(len(tokens))])
+        from conformance.adapters.mlx_gradients import vector_jacobian
 
-        if cotangents is None:
-            return {"H": np.array(every(mx.array(tokens))).reshape(logits.shape)}, {}
-        g = mx.array(np.ascontiguousarray(cotangents["H"]).reshape(-1, n, n))
-        (value,), (gradient,) = mx.vjp(every, [mx.array(tokens)], [g])
-        return (
-            {"H": np.array(value).reshape(logits.shape)},
-            {"logits": np.array(gradient).reshape(logits.shape)},
-        )
+        def every(values: dict[str, Any]) -> dict[str, Any]:
+            logits = values["logits"]
+            tokens = logits.reshape(-1, *logits.shape[-2:])  # [T, n, n]
+            matrices = [self._function(tokens[k], config["iterations"]) for k in range(len(tokens))]
+            return {"H": mx.stack(matrices).reshape(logits.shape)}
+
+        return vector_jacobian("residual_matrix", every, inputs, cotangents)
 
 
 def hyper_connections() -> HyperConnections:

@@ -11,8 +11,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import torch
 from functorch.compile import default_partition, make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
 from torch._dynamo.backends.common import aot_autograd
@@ -20,11 +18,10 @@ from torch._dynamo.backends.common import aot_autograd
 import torch_impl
 import torch_impl.config
 from conformance.adapters import branch
+from conformance.adapters.torch_gradients import settings, vector_jacobian
 from conformance.cases import DTYPES
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import STAGES, relevant
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def _as_it_is(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -35,55 +32,9 @@ def _as_it_is(graph: torch.fx.GraphModule, _: Any) -> Any:
 CAPTURE = aot_autograd(fw_compiler=_as_it_is, bw_compiler=_as_it_is, partition_fn=default_partition)
 
 
-def to_torch(value: np.ndarray) -> torch.Tensor:
-    """Shares memory and strides; bfloat16 by way of its bits."""
-    if value.dtype == BFLOAT16:
-        return torch.from_numpy(value.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(value)
-
-
-def to_numpy(value: torch.Tensor) -> np.ndarray:
-    value = value.detach().cpu().contiguous()
-    return value.view(torch.uint16).numpy().view(BFLOAT16) if value.dtype == torch.bfloat16 else value.numpy()
-
-
-def settings() -> dict[str, Any]:
-    """What torch's figures depend on here."""
-    return {
-        "threads": torch.get_num_threads(),
-        "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
-        "matmul_precision": torch.get_float32_matmul_precision(),
-    }
-
-
 def configuration(config: dict[str, Any]) -> torch_impl.MHCConfig:
     known = torch_impl.MHCConfig(streams=1, dim=1).parameters()
     return torch_impl.MHCConfig.from_parameters({k: v for k, v in config.items() if k in known})
-
-
-def vector_jacobian(
-    stage: str, function: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], inputs: Arrays,
-    cotangents: Arrays | None,
-) -> Result:  # fmt: skip
-    """Outputs of ``function`` and the gradients of its floating inputs by autograd; zeros where it ignores one."""
-    tensors = {k: to_torch(v) for k, v in inputs.items()}
-    wanted = [k for k in tensors if k not in STAGES[stage].constants]
-    for name in wanted:
-        tensors[name] = tensors[name].detach().requires_grad_(cotangents is not None)
-    outputs = function(tensors)
-    gradients: dict[str, np.ndarray] = {}
-    if cotangents is not None:
-        reached = [k for k, v in outputs.items() if v.requires_grad]
-        found = torch.autograd.grad(
-            [outputs[k] for k in reached],
-            [tensors[k] for k in wanted],
-            [to_torch(cotangents[k]).to(outputs[k].dtype) for k in reached],
-            allow_unused=True,
-        )
-        gradients = {
-            k: to_numpy(torch.zeros_like(tensors[k]) if g is None else g) for k, g in zip(wanted, found, strict=True)
-        }
-    return {k: to_numpy(v) for k, v in outputs.items()}, gradients
 
 
 class TorchImplementation:

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 import torch_impl
 import torch_impl.config
 from conformance.adapters import branch
-from conformance.adapters.torch_adapter import configuration, settings, to_numpy, to_torch
+from conformance.adapters.torch_adapter import configuration
+from conformance.adapters.torch_gradients import settings, to_numpy, to_torch
 from conformance.cases import DTYPES
 from conformance.interface import Arrays, Capabilities, Result, SetupError
 from conformance.mesh import Member

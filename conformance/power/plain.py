@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from conformance.adapters import branch
-from conformance.adapters.torch_adapter import vector_jacobian
+from conformance.adapters.torch_gradients import vector_jacobian
 from conformance.cases import DTYPES
 from conformance.dialects import dialect_names
 from conformance.interface import Arrays, Capabilities, Result
