@@ -24,6 +24,11 @@ SINKHORN = ("softmax", "order", "guard", "eps", "iterations", "logit_limit")
 OPTIONAL = ("logit_limit",)
 """Those of them that may be null with Sinkhorn too."""
 
+SILENT: Parameters = {
+    "logit_limit": None, "pre_from": "own", "matrix": "float32", "reduction": "float32", "head_norm_eps": None,
+}  # fmt: skip
+"""What a row that doesn't know these parameters means by it."""
+
 
 class DialectError(ValueError):
     """A text or a file that is no row: what was expected, what came and what to do, in one line."""
@@ -340,6 +345,14 @@ def _later_contradictions(p: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "reduce", "reduce=carried and pre_from=previous go with each other alone"
     if p.get("pre_from") == "previous" and p["coefficients"] != "float32":
         yield "coefficients", "pre_from=previous needs coefficients=float32"
+
+
+def completed(parameters: Mapping[str, Any]) -> Parameters:
+    """Parameters that were written down before some existed, with the values that these had then."""
+    if "residual" not in parameters:
+        return dict(parameters)
+    first = {"rows-first": "rows", "columns-first": "columns"}.get(str(parameters.get("order")))
+    return {"softmax": first, **SILENT, **parameters}
 
 
 def unclaimed(dialect: Dialect, claimed: Capabilities) -> str:
