@@ -133,7 +133,8 @@ def _roundings(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Rea
     for value, where in (("float32", "in float32"), ("activation", "in the dtype of x")):
         moved = [name for key, name in ROUNDED.items() if source[key] != target[key] == value]
         if moved:
-            text = f"the target keeps {' and '.join(moved)} {where}: it rounds elsewhere when it runs"
+            names = " and ".join(filter(None, (", ".join(moved[:-1]), moved[-1])))
+            text = f"the target keeps {names} {where}: it rounds elsewhere when it runs"
             reasons.append(Reason(ROUNDING, text))
     return reasons
 
