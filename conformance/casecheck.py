@@ -85,6 +85,7 @@ def _endings(parameters: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     weights = {**layer_shapes(n, dim, parameters["residual"]), **head_shapes(n, dim)}
     return {
         "input/x": (n, dim), "input/embedding": (dim,), "input/y": (dim,), "input/post": (n,), "input/H": (n, n),
+        "input/carried": (n,),
         "input/logits": res, "input/norm_scale": (dim,), "input/branch_scale": (dim,),
         **{f"weight/{name}": shape for name, shape in weights.items()},
     }  # fmt: skip

@@ -124,10 +124,15 @@ class Dialect:
 
 
 @functools.cache
+def _published() -> dict[str, dict[str, Any]]:
+    """The table of ``fixtures/dialects.json`` as it stands, not to be changed."""
+    return json.loads((fixtures() / "dialects.json").read_text())["dialects"]
+
+
+@functools.cache
 def _rows() -> dict[str, Parameters]:
     """Every published row, not to be changed."""
-    rows = json.loads((fixtures() / "dialects.json").read_text())["dialects"]
-    return {name: {k: v["value"] for k, v in row["parameters"].items()} for name, row in rows.items()}
+    return {name: {k: v["value"] for k, v in row["parameters"].items()} for name, row in _published().items()}
 
 
 def dialect_names() -> list[str]:
@@ -137,6 +142,16 @@ def dialect_names() -> list[str]:
 def dialect_rows() -> dict[str, Parameters]:
     """The parameters of each published dialect."""
     return {name: dict(row) for name, row in _rows().items()}
+
+
+def edition(name: str) -> str:
+    """What the ids of a row's cases end in: its edition where its function was once corrected, else nothing."""
+    return str(_published().get(name, {}).get("edition", ""))
+
+
+def evidence(name: str) -> dict[str, str]:
+    """What a published row rests on: the software that ``ran``, or what was ``read`` and the ``date``; a ``note``."""
+    return dict(_published()[name]["evidence"])
 
 
 def published(name: str) -> Dialect:

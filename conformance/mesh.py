@@ -127,7 +127,7 @@ def cropped(result: Result, stage: str, inputs: Arrays) -> Result:
 
 def _streams(stage: str) -> tuple[str, ...]:
     """The inputs that have tokens."""
-    return tuple(name for name in STAGES[stage].inputs if name in ("x", "embedding"))
+    return tuple(name for name in STAGES[stage].inputs if name in ("x", "embedding", "carried"))
 
 
 def _fill(value: np.ndarray, parts: list[int], how: Any) -> np.ndarray:

@@ -43,7 +43,7 @@ def head_shapes(streams: int, dim: int) -> dict[str, tuple[int, ...]]:
 
 
 NORM = ("norm_eps", "norm_eps_position", "coefficients")
-MATRIX = ("residual", "order", "guard", "eps", "iterations")
+MATRIX = ("residual", "softmax", "order", "guard", "eps", "iterations", "logit_limit", "matrix")
 GATES = (*NORM, *MATRIX, "norm_weight", "pre_eps", "post_scale", "post_eps")
 MIXING = ("mix", "mixing")
 
@@ -65,14 +65,22 @@ class Stage:
 
 
 _BRANCH = {"norm_scale": ACTIVATION, "branch_scale": ACTIVATION}
+_CARRIED, _HANDED = {"carried": COEFFICIENT}, {"pre": COEFFICIENT}
+"""What a single-pass site reads with, and its own pre, which it hands on; only such dialects' cases have them."""
 _ROUTER = {"load_balance_loss": "float32", "moe_bias_updates": "float32"}
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("expand", {"embedding": ACTIVATION}, {"out": ACTIVATION}),
-        Stage("reduce", {"x": ACTIVATION}, {"out": ACTIVATION}, ("how",)),
-        Stage("head", {"x": ACTIVATION}, {"out": ACTIVATION}, (*NORM, "pre_eps"), weights=HEAD_WEIGHTS),
+        Stage("reduce", {"x": ACTIVATION, **_CARRIED}, {"out": ACTIVATION}, ("how", "reduction")),
+        Stage(
+            "head",
+            {"x": ACTIVATION},
+            {"out": ACTIVATION},
+            ("norm_eps", "norm_eps_position", "head_norm_eps", "pre_eps"),
+            weights=HEAD_WEIGHTS,
+        ),
         Stage("residual_matrix", {"logits": COEFFICIENT}, {"H": COEFFICIENT}, MATRIX),
         Stage(
             "coefficients",
@@ -81,7 +89,13 @@ STAGES: dict[str, Stage] = {
             GATES,
             weights=LAYER_WEIGHTS,
         ),
-        Stage("pre", {"x": ACTIVATION}, {"u": ACTIVATION}, GATES, weights=LAYER_WEIGHTS),
+        Stage(
+            "pre",
+            {"x": ACTIVATION, **_CARRIED},
+            {"u": ACTIVATION, **_HANDED},
+            (*GATES, "pre_from"),
+            weights=LAYER_WEIGHTS,
+        ),
         Stage(
             "post",
             {"y": ACTIVATION, "x": ACTIVATION, "post": COEFFICIENT, "H": COEFFICIENT},
@@ -90,9 +104,9 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "layer",
-            {"x": ACTIVATION, **_BRANCH, **_ROUTER},
-            {"out": ACTIVATION, **_ROUTER},
-            (*GATES, *MIXING, "branch"),
+            {"x": ACTIVATION, **_CARRIED, **_BRANCH, **_ROUTER},
+            {"out": ACTIVATION, **_HANDED, **_ROUTER},
+            (*GATES, *MIXING, "pre_from", "branch"),
             constants=("norm_scale", "branch_scale"),
             weights=LAYER_WEIGHTS,
         ),
@@ -100,7 +114,7 @@ STAGES: dict[str, Stage] = {
             "stack",
             {"embedding": ACTIVATION, **_BRANCH},
             {"out": ACTIVATION},
-            (*GATES, *MIXING, "layers", "reduce"),
+            (*GATES, *MIXING, "pre_from", "layers", "reduce", "reduction"),
             constants=("norm_scale", "branch_scale"),
             weights=LAYER_WEIGHTS,
         ),

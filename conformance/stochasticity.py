@@ -20,8 +20,10 @@ ROUNDOFF = {
 def check_stochasticity(item: Item, H: object) -> Check | None:
     """Entries and both axes' sums of a returned H against the oracle's; None where it doesn't apply.
 
-    The axis normalised last must have the oracle's sums (what the guard makes of 1) within (n + 2) u, the other
-    within the bound of H for each of its n entries. Under ``permutations`` each sum runs over all n! weights of
+    Along the axis that is normalised last, each sum must agree with the oracle's to (n + 2) u. (With a guard that sum
+    isn't exactly 1.) Where no eps guards the sums, an implementation may work on logarithms, whose exponentials don't
+    keep a sum that well: there the case has a bound of its own. Along the other axis a sum may differ by n times the
+    bound of H. Under ``permutations`` each sum runs over all n! weights of
     one softmax, so that (n! + 2) u takes its place, on both axes.
     """
     residual = item.case.parameters["residual"]
@@ -41,6 +43,7 @@ def check_stochasticity(item: Item, H: object) -> Check | None:
         )
     last = -2 if item.case.parameters["order"] == "rows-first" else -1
     rounding = (terms + 2) * u + n * ROUNDOFF[DTYPES["float64"]] / 2  # the stored entries are rounded themselves
+    rounding = max(rounding, item.bounds.get("H stochastic", {"bound": 0.0})["bound"])
     worst = Check("H stochastic", "passed", bound=rounding)
     for axis in (-1, -2):
         tight = residual == "permutations" or axis == last

@@ -6,17 +6,16 @@ from jax_impl.functional import (
     coefficients,
     expand,
     head,
-    permutations,
+    one_hot,
     post,
     post_mix,
     pre,
     pre_mix,
     reduce,
-    residual_matrix,
     rms_norm,
-    sinkhorn,
 )
 from jax_impl.modules import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections
+from jax_impl.residual import permutations, residual_matrix, sinkhorn
 from jax_impl.weights import from_flat, load_weights, save_weights
 
 __all__ = [
@@ -30,6 +29,7 @@ __all__ = [
     "from_flat",
     "head",
     "load_weights",
+    "one_hot",
     "permutations",
     "post",
     "post_mix",

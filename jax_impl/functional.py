@@ -15,16 +15,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from jax_impl import mixing, sharding
 from jax_impl.config import MHCConfig
+from jax_impl.residual import HIGHEST, check_shape, residual_matrix, tokens_first, tokens_last, wide_dtype
 
 Weights = Mapping[str, Array]
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["x", "post", "H"], meta_fields=["config"])
@@ -38,18 +37,8 @@ class Context:
     config: MHCConfig
 
 
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype that coefficients are computed in: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _coefficient_dtype(x: Array, config: MHCConfig) -> jnp.dtype:
-    return x.dtype if config.coefficients == "activation" else _wide(x.dtype)
-
-
-def _check(name: str, value: Array, tail: tuple[int, ...]) -> None:
-    if value.ndim < len(tail) or value.shape[value.ndim - len(tail) :] != tail:
-        raise ValueError(f"{name} must end in {list(tail)}, got {list(value.shape)}")
+    return x.dtype if config.coefficients == "activation" else wide_dtype(x.dtype)
 
 
 def _check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -91,16 +80,52 @@ def expand(x: Float[Array, "... dim"], streams: int) -> Float[Array, "... stream
     return jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], streams, x.shape[-1]))
 
 
-def reduce(x: Float[Array, "... streams dim"], how: str) -> Float[Array, "... dim"]:
-    """Sum or mean over the streams, accumulated in float32 or wider and rounded once.
+def one_hot(x: Float[Array, "... streams dim"]) -> Float[Array, "... streams"]:
+    """What the first site of a single-pass stack reads with: 1 for stream 0, in float32 (float64 for float64)."""
+    first = jnp.arange(x.shape[-2]) == 0
+    return jnp.broadcast_to(first.astype(wide_dtype(x.dtype)), x.shape[:-1])  # [..., n]
+
+
+def reduce(
+    x: Float[Array, "... streams dim"],
+    how: str,
+    carried: Float[Array, "... streams"] | None = None,
+    *,
+    reduction: str = "float32",
+) -> Float[Array, "... dim"]:
+    """Sum or mean over the streams, or the sum that the last site's pre weights (mathematics.md, "Single pass").
+
+    Args:
+        how: ``"sum"``, ``"mean"`` or ``"carried"``.
+        carried: the last site's pre, for ``"carried"`` alone; float32 (float64 for float64).
+        reduction: ``"float32"`` accumulates in float32 or wider and rounds once, ``"activation"`` in x's dtype.
 
     Raises:
-        ValueError: ``how`` is neither ``"sum"`` nor ``"mean"``.
+        ValueError: another ``how``, or a ``carried`` that is missing, surplus, of another shape or narrower dtype.
     """
-    if how not in ("sum", "mean"):
-        raise ValueError(f"how must be sum or mean, got {how!r}")
-    total = x.astype(_wide(x.dtype)).sum(-2)
+    if how not in ("sum", "mean", "carried"):
+        raise ValueError(f"how must be sum, mean or carried, got {how!r}")
+    if how == "carried":
+        return pre_mix(x, _check_carried(x, carried))
+    if carried is not None:
+        raise ValueError(f"carried goes with how='carried' alone, got it with {how!r}")
+    total = x.sum(-2, dtype=x.dtype if reduction == "activation" else wide_dtype(x.dtype))
     return (total if how == "sum" else total / x.shape[-2]).astype(x.dtype)
+
+
+def _check_carried(x: Array, carried: Array | None) -> Array:
+    """The pre that the site before handed on, once it is known to be one for this x."""
+    if carried is None:
+        raise ValueError("carried must be the pre of the site before: one_hot(x) for the first site, got None")
+    if carried.shape != x.shape[:-1]:
+        raise ValueError(f"carried must be {list(x.shape[:-1])}, got {list(carried.shape)}")
+    kept = wide_dtype(x.dtype)
+    if carried.dtype != kept:
+        raise ValueError(
+            f"carried must be {kept} for x in {x.dtype}, got {carried.dtype}: hand it on as it was returned, "
+            "outside of what casts a layer's inputs or outputs to a narrow dtype"
+        )
+    return sharding.constrain(carried, sharding.gate_axes(carried.ndim))
 
 
 def rms_norm(
@@ -111,13 +136,13 @@ def rms_norm(
     Returns:
         float32 (float64 for float64), rounded to x's dtype where the coefficients are kept in it.
     """
-    mean = jnp.mean(jnp.square(x.astype(_wide(x.dtype))), axis=(-2, -1), keepdims=True)
+    mean = jnp.mean(jnp.square(x.astype(wide_dtype(x.dtype))), axis=(-2, -1), keepdims=True)
     return _normed(x, mean, scale, config)
 
 
 def _normed(x: Array, mean: Array, scale: Array | None, config: MHCConfig) -> Array:
     """x over the root of its mean square, times ``scale``, in the dtype of the coefficients."""
-    dtype, wide = _coefficient_dtype(x, config), _wide(x.dtype)
+    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
     normed = _over_rms(x.astype(wide), mean, config)
     if scale is not None:
         normed = normed * scale.astype(dtype).astype(wide)
@@ -133,80 +158,6 @@ def _over_rms(value: Array, mean: Array, config: MHCConfig) -> Array:
     return value / (root + config.norm_eps)
 
 
-def _normalise(p: Array, axis: int, guard: str, eps: float) -> Array:
-    total = p.sum(axis, keepdims=True)
-    if guard == "add":
-        total = total + eps
-    elif guard == "clip":
-        total = jnp.maximum(total, eps)
-    return p / total
-
-
-@partial(jax.jit, static_argnums=1)
-def _sinkhorn(logits: Array, settings: tuple[str, str, float, int]) -> Array:
-    """On ``[n, n, ...]``, since a TPU pads the last axis to 128: with n there an array takes 32 times its size.
-
-    Compiled on its own, so that an eager caller doesn't trace the loop at every call.
-    """
-    order, guard, eps, iterations = settings
-    first, second = (1, 0) if order == "rows-first" else (0, 1)
-    p = jax.nn.softmax(logits.astype(_wide(logits.dtype)), axis=first)
-    if guard == "add":
-        p = p + eps
-    p = _normalise(p, second, guard, eps)
-
-    def both(p: Array, _: None) -> tuple[Array, None]:
-        return _normalise(_normalise(p, first, guard, eps), second, guard, eps), None
-
-    return jax.lax.scan(both, p, None, length=iterations - 1)[0].astype(logits.dtype)
-
-
-def sinkhorn(logits: Float[Array, "... n n"], config: MHCConfig) -> Float[Array, "... n n"]:
-    """``config.iterations`` Sinkhorn iterations as written, in float32 or wider.
-
-    Returns:
-        H in the dtype of the logits. The axis normalised last sums to 1 to rounding, the other need not.
-    """
-    settings = (config.order, config.guard, config.eps, config.iterations)
-    return _tokens_first(_sinkhorn(_tokens_last(logits, 2), settings), 2)
-
-
-def permutations(logits: Float[Array, "... factorial"], config: MHCConfig) -> Float[Array, "... n n"]:
-    """A softmax over the n! permutation matrices in `itertools.permutations` order, ``P[i, p(i)] = 1``."""
-    orders = np.array(list(itertools.permutations(range(config.streams))))
-    matrices = np.eye(config.streams)[orders]
-    weight = jax.nn.softmax(logits.astype(_wide(logits.dtype)), axis=-1)
-    return jnp.einsum("...p,pij->...ij", weight, jnp.asarray(matrices, weight.dtype), precision=HIGHEST).astype(
-        logits.dtype
-    )
-
-
-def residual_matrix(logits: Float[Array, ...], config: MHCConfig) -> Float[Array, "... n n"]:
-    """H from its logits, ``[..., n, n]`` for Sinkhorn and ``[..., n!]`` for permutations.
-
-    Raises:
-        ValueError: the logits' shape, or a dialect whose H is the identity and has none.
-    """
-    n = config.streams
-    if config.residual == "identity":
-        raise ValueError("residual='identity' has no logits: H is the identity")
-    if config.residual == "permutations":
-        _check("logits", logits, (config.residual_columns,))
-        return permutations(logits, config)
-    _check("logits", logits, (n, n))
-    return sinkhorn(logits, config)
-
-
-def _tokens_last(value: Array, axes: int) -> Array:
-    """The last ``axes`` axes in front."""
-    return jnp.moveaxis(value, range(-axes, 0), range(axes))
-
-
-def _tokens_first(value: Array, axes: int) -> Array:
-    """The first ``axes`` axes at the end."""
-    return jnp.moveaxis(value, range(axes), range(-axes, 0))
-
-
 def _kept(value: Array) -> Array:
     return checkpoint_name(value, sharding.COEFFICIENTS)
 
@@ -216,7 +167,7 @@ def _contract(phi: Array, x: Array, precision: jax.lax.PrecisionLike) -> Array:
 
     Never by way of ``[..., n*C]``: a flattened axis can't be sharded as dim is, and x would be gathered.
     """
-    wide = _wide(x.dtype)
+    wide = wide_dtype(x.dtype)
     return jnp.einsum(
         "ncm,...nc->m...",
         phi.astype(wide),
@@ -235,7 +186,7 @@ def _logits(
     precision: jax.lax.PrecisionLike,
 ) -> list[Array]:
     """``scale * (normed x @ phi) + shift`` of every ``(phi, scale, shift)``, tokens last ``[m, ...]``, wide."""
-    dtype, wide = _coefficient_dtype(x, config), _wide(x.dtype)
+    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
 
     def rounded(value: Array) -> Array:
         """Held wide from here on, so that gradients are added up before they are rounded."""
@@ -271,7 +222,7 @@ def _projected(
     token. Where the norm's output is rounded to a narrow dtype (``coefficients="activation"``) the division has to
     come first, and the norm's sum and the projections are added up one after the other.
     """
-    dtype, wide = _coefficient_dtype(x, config), _wide(x.dtype)
+    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
     squares = jnp.square(x.astype(wide)).sum((-2, -1))
     count = config.streams * config.dim
     if dtype == wide:
@@ -298,7 +249,7 @@ def coefficients(
         ValueError: x or a weight of another shape than the configuration's.
     """
     n = config.streams
-    _check("x", x, (n, config.dim))
+    check_shape("x", x, (n, config.dim))
     _check_weights(weights, weight_shapes(config))
     dtype = _coefficient_dtype(x, config)
     kinds = ("pre", "post", "res") if config.residual_columns else ("pre", "post")
@@ -306,13 +257,15 @@ def coefficients(
     logits = _logits(x, weights, names, weights.get("mhc_norm.scale"), config, precision)
     pre = (jax.nn.sigmoid(logits[0]) + config.pre_eps).astype(dtype)
     post = (config.post_scale * jax.nn.sigmoid(logits[1]) + config.post_eps).astype(dtype)
-    pre, post = _tokens_first(_kept(pre), 1), _tokens_first(_kept(post), 1)
+    pre, post = tokens_first(_kept(pre), 1), tokens_first(_kept(post), 1)
     if config.residual == "identity":
         return pre, post, jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*x.shape[:-2], n, n))
-    z = logits[2]
-    z = _tokens_first(z.reshape(n, n, *z.shape[1:]), 2) if config.residual == "sinkhorn" else _tokens_first(z, 1)
-    H = _tokens_last(residual_matrix(z, config).astype(dtype), 2)
-    return pre, post, _tokens_first(_kept(H), 2)
+    z = logits[2]  # [n*n or n!, ...]
+    if config.matrix == "activation":
+        z = z.astype(dtype)
+    z = tokens_first(z.reshape(n, n, *z.shape[1:]), 2) if config.residual == "sinkhorn" else tokens_first(z, 1)
+    H = tokens_last(residual_matrix(z, config).astype(dtype), 2)  # [n, n, ...]
+    return pre, post, tokens_first(_kept(H), 2)
 
 
 def pre_mix(x: Float[Array, "... streams dim"], pre: Float[Array, "... n"]) -> Float[Array, "... dim"]:
@@ -332,9 +285,9 @@ def post_mix(
     Raises:
         ValueError: x or y of another shape than the configuration's.
     """
-    _check("x", x, (config.streams, config.dim))
-    _check("y", y, (config.dim,))
-    wide = _wide(x.dtype)
+    check_shape("x", x, (config.streams, config.dim))
+    check_shape("y", y, (config.dim,))
+    wide = wide_dtype(x.dtype)
     rounded = config.mixing == "activation"
     if rounded:
         post, H = post.astype(x.dtype), H.astype(x.dtype)
@@ -353,13 +306,29 @@ def pre(
     x: Float[Array, "... streams dim"],
     weights: Weights,
     config: MHCConfig,
+    carried: Float[Array, "... streams"] | None = None,
     *,
     precision: jax.lax.PrecisionLike = None,
-) -> tuple[Float[Array, "... dim"], Context]:
-    """The first half of the layer: u for the sub-layer, and what `post` needs afterwards."""
+) -> tuple[Float[Array, "... dim"], Context, Float[Array, "... streams"] | None]:
+    """The first half of the layer: u for the sub-layer, what `post` needs, and what the next site reads with.
+
+    Args:
+        carried: for ``pre_from="previous"`` the pre of the site before (`one_hot` for the first), else None.
+
+    Returns:
+        u, the context, and this site's own pre for the next site; None for ``pre_from="own"``, which hands none on.
+
+    Raises:
+        ValueError: x, a weight or ``carried`` isn't what the configuration needs.
+    """
     x = sharding.constrain(x, sharding.activation_axes(x.ndim))
     gates, post_gates, H = coefficients(x, weights, config, precision=precision)
-    return pre_mix(x, gates), Context(x, post_gates, H, config)
+    context = Context(x, post_gates, H, config)
+    if config.pre_from == "previous":
+        return pre_mix(x, _check_carried(x, carried)), context, gates
+    if carried is not None:
+        raise ValueError("carried goes with pre_from='previous' alone: this configuration reads with its own pre")
+    return pre_mix(x, gates), context, None
 
 
 def post(y: Float[Array, "... dim"], context: Context) -> Float[Array, "... streams dim"]:
@@ -377,12 +346,19 @@ def head(
 ) -> Float[Array, "... dim"]:
     """The learned reduction: ``sum_i g_i x_i`` with gates g from one projection of the normed streams.
 
+    The gates are float32 (float64 for float64) in every dialect, whatever ``config.coefficients`` says of the layer's.
+
     Raises:
         ValueError: x or a weight of another shape than the configuration's.
     """
-    _check("x", x, (config.streams, config.dim))
+    check_shape("x", x, (config.streams, config.dim))
     _check_weights(weights, head_shapes(config))
     x = sharding.constrain(x, sharding.activation_axes(x.ndim))
-    (logits,) = _logits(x, weights, [("head_fn", "head_scale", "head_base")], None, config, precision)
-    gates = jax.nn.sigmoid(logits) + config.pre_eps
-    return pre_mix(x, _tokens_first(gates.astype(_coefficient_dtype(x, config)), 1))
+    (logits,) = _logits(x, weights, [("head_fn", "head_scale", "head_base")], None, _of_head(config), precision)
+    return pre_mix(x, tokens_first(jax.nn.sigmoid(logits) + config.pre_eps, 1))  # gates [n, ...] -> [..., n]
+
+
+def _of_head(config: MHCConfig) -> MHCConfig:
+    """The configuration that the head's norm and projection follow."""
+    eps = config.norm_eps if config.head_norm_eps is None else config.head_norm_eps
+    return dataclasses.replace(config, coefficients="float32", matrix="float32", norm_eps=eps)

@@ -129,9 +129,11 @@ class ManifoldConstrainedHyperConnections(Site):
     ):
         super().__init__(config, functional.weight_shapes(config), rngs, param_dtype, precision)
 
-    def pre(self, x: Float[Array, "... streams dim"]) -> tuple[Float[Array, "... dim"], functional.Context]:
-        """u for the sub-layer, and the context that `post` takes."""
-        return functional.pre(x, self.weights(), self.config, precision=self.precision)
+    def pre(
+        self, x: Float[Array, "... streams dim"], carried: Float[Array, "... streams"] | None = None
+    ) -> tuple[Float[Array, "... dim"], functional.Context, Float[Array, "... streams"] | None]:
+        """u for the sub-layer, the context that `post` takes, and what the next site reads with (`functional.pre`)."""
+        return functional.pre(x, self.weights(), self.config, carried, precision=self.precision)
 
     def post(self, y: Float[Array, "... dim"], context: functional.Context) -> Float[Array, "... streams dim"]:
         """The sub-layer's output spread over the mixed streams."""
@@ -143,6 +145,8 @@ class ManifoldConstrainedHyperConnections(Site):
         branch_fn: Callable[..., Any],
         x: Float[Array, "batch seq streams dim"],
         mhc_type: HyperConnectionType,
+        *,
+        carried: Float[Array, "batch seq streams"] | None = None,
         **kwargs: Any,
     ) -> tuple[Float[Array, "batch seq streams dim"], dict[str, Any]]:
         """The whole layer around ``branch_fn``.
@@ -151,20 +155,23 @@ class ManifoldConstrainedHyperConnections(Site):
             norm_fn: the sub-layer's own pre-norm.
             branch_fn: ATTENTION: called with ``inputs_q`` and ``inputs_kv``, returns ``(y, _)``; MLP_DENSE: with
                 ``inputs``, returns y; MLP_MOE: with ``inputs``, returns ``(y, load_balance_loss, moe_bias_updates)``.
+            carried: for ``pre_from="previous"`` the pre of the site before, whatever its kind: ``one_hot(x)`` for the
+                first site, then each site's ``metadata["carried"]`` for the next, the last for ``reduce``.
             kwargs: handed to ``branch_fn``.
 
         Returns:
-            The streams, and metadata: for MLP_MOE ``load_balance_loss`` and ``moe_bias_updates``, else empty.
+            The streams, and metadata: for MLP_MOE ``load_balance_loss`` and ``moe_bias_updates``; for
+            ``pre_from="previous"`` ``carried``, this site's own pre; else empty.
 
         Raises:
-            ValueError: x isn't ``[batch, seq, streams, dim]``.
+            ValueError: x isn't ``[batch, seq, streams, dim]``, or ``carried`` isn't what the configuration needs.
         """
         if x.ndim != 4:
             raise ValueError(f"x must be [batch, seq, streams, dim], got {list(x.shape)}")
         mhc_type = HyperConnectionType(mhc_type)
-        u, context = self.pre(x)
+        u, context, handed = self.pre(x, carried)
         inputs = norm_fn(u)
-        metadata: dict[str, Any] = {}
+        metadata: dict[str, Any] = {} if handed is None else {"carried": handed}
         if mhc_type is HyperConnectionType.ATTENTION:
             y, _ = branch_fn(inputs_q=inputs, inputs_kv=inputs, **kwargs)
         elif mhc_type is HyperConnectionType.MLP_DENSE:

@@ -131,10 +131,16 @@ def check_divisible(mesh: Mesh, shape: Sequence[int], rules: Rules = RULES) -> N
     _activation_spec(mesh, shape, rules)
 
 
-def _activation_spec(mesh: Mesh, shape: Sequence[int], rules: Rules) -> PartitionSpec:
+def gate_axes(axes: int) -> tuple[str | None, ...]:
+    """The logical axes of gates ``[batch, seq, …, streams]``."""
+    return (*activation_axes(axes, streams=False)[:-1], None)
+
+
+def _activation_spec(mesh: Mesh, shape: Sequence[int], rules: Rules, gates: bool = False) -> PartitionSpec:
     if len(shape) not in (3, 4):
         raise ValueError(f"x must be [batch, seq, streams, dim] or [batch, seq, dim], got {list(shape)}")
-    spec = partition(activation_axes(len(shape), streams=len(shape) == 4), mesh, rules)
+    names = gate_axes(len(shape)) if gates else activation_axes(len(shape), streams=len(shape) == 4)
+    spec = partition(names, mesh, rules)
     _check_even(shape, spec, mesh.shape)
     return spec
 
@@ -237,15 +243,18 @@ def _listed(part: str | Sequence[str] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else tuple(part or ())
 
 
-def shard(x: Any, mesh: Mesh, rules: Rules = RULES) -> Array:
+def shard(x: Any, mesh: Mesh, rules: Rules = RULES, *, gates: bool = False) -> Array:
     """A whole x ``[batch, seq, streams, dim]`` or ``[batch, seq, dim]``, laid out on the mesh.
 
     With several processes each is handed the whole and keeps its own part.
 
+    Args:
+        gates: x is ``[batch, seq, streams]``, gates or what a single-pass site reads with, whole over tensor.
+
     Raises:
         ValueError: another number of axes, or a size that the mesh doesn't divide.
     """
-    return place(x, NamedSharding(mesh, _activation_spec(mesh, np.shape(x), rules)))
+    return place(x, NamedSharding(mesh, _activation_spec(mesh, np.shape(x), rules, gates)))
 
 
 def place(value: Any, where: NamedSharding) -> Array:

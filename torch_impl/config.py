@@ -12,24 +12,30 @@ from typing import Any
 CHOICES = {
     "norm_eps_position": ("mean", "root"),
     "residual": ("sinkhorn", "permutations", "identity"),
+    "softmax": ("rows", "columns", "none"),
     "order": ("rows-first", "columns-first"),
-    "guard": ("none", "add", "clip"),
+    "guard": ("none", "add", "denominator", "clip"),
     "mix": ("in-out", "out-in", "identity"),
+    "pre_from": ("own", "previous"),
     "coefficients": ("float32", "activation"),
+    "matrix": ("float32", "activation"),
     "mixing": ("float32", "activation"),
-    "reduce": ("sum", "mean", "head", "none"),
+    "reduce": ("sum", "mean", "head", "carried", "none"),
+    "reduction": ("float32", "activation"),
 }
 MOST_PERMUTED = 5  # 6! = 720 columns of the projection are out of proportion
-SINKHORN = {"order": "rows-first", "guard": "none", "eps": 0.0, "iterations": 20}
+SINKHORN = {"order": "columns-first", "softmax": None, "guard": "none", "eps": 0.0, "iterations": 20}
+FIRST = {"rows-first": "rows", "columns-first": "columns"}
 
 
 @dataclasses.dataclass(frozen=True)
 class MHCConfig:
     """Parameters of one layer; the defaults are the paper's (arXiv:2512.24880).
 
-    The meaning of each is mathematics.md's. ``order``, ``guard``, ``eps`` and ``iterations`` belong to
-    ``residual="sinkhorn"`` and stay None for the others; ``mix`` and ``mixing`` follow from ``residual`` and
-    ``coefficients`` where they aren't given.
+    The meaning of each is mathematics.md's. ``softmax``, ``order``, ``guard``, ``eps``, ``iterations`` and
+    ``logit_limit`` belong to ``residual="sinkhorn"`` and stay None for the others. Where they aren't given, ``softmax``
+    is the axis that ``order`` normalises first, ``mix`` follows from ``residual``, ``mixing`` from ``coefficients``,
+    ``reduce`` from ``pre_from``, and ``head_norm_eps`` None means ``norm_eps``.
 
     Args:
         streams: residual streams n, at least 1.
@@ -43,27 +49,35 @@ class MHCConfig:
     dim: int
     _: dataclasses.KW_ONLY
     norm_weight: bool = False
-    norm_eps: float = 0.0
+    norm_eps: float = 1e-20
     norm_eps_position: str = "mean"
     residual: str = "sinkhorn"
+    softmax: str | None = None
     order: str | None = None
     guard: str | None = None
     eps: float | None = None
     iterations: int | None = None
+    logit_limit: float | None = None
     pre_eps: float = 0.0
     post_scale: float = 2.0
     post_eps: float = 0.0
     mix: str | None = None
+    pre_from: str = "own"
     coefficients: str = "float32"
+    matrix: str = "float32"
     mixing: str | None = None
-    reduce: str = "sum"
+    reduce: str | None = None
+    reduction: str = "float32"
+    head_norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         if self.residual == "sinkhorn":
             for name, value in SINKHORN.items():
                 self._default(name, value)
-        self._default("mix", "identity" if self.residual == "identity" else "in-out")
+            self._default("softmax", FIRST.get(str(self.order)))
+        self._default("mix", "identity" if self.residual == "identity" else "out-in")
         self._default("mixing", self.coefficients)
+        self._default("reduce", "carried" if self.pre_from == "previous" else "sum")
         self._check()
 
     def _default(self, name: str, value: Any) -> None:
@@ -81,14 +95,17 @@ class MHCConfig:
             value = getattr(self, name)
             if value not in choices and not (value is None and name in SINKHORN and self.residual != "sinkhorn"):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("norm_eps", "pre_eps", "post_scale", "post_eps", *(("eps",) if self.eps is not None else ())):
+        for name in ("norm_eps", "pre_eps", "post_scale", "post_eps", "eps", "logit_limit", "head_norm_eps"):
             value = getattr(self, name)
+            if value is None and name in ("eps", "logit_limit", "head_norm_eps"):
+                continue
             real = isinstance(value, int | float) and not isinstance(value, bool)
-            if not real or not math.isfinite(value) or value < 0 or (name == "post_scale" and value == 0):
-                kind = "positive" if name == "post_scale" else "non-negative"
+            positive = name in ("post_scale", "logit_limit")
+            if not real or not math.isfinite(value) or value < 0 or (positive and value == 0):
+                kind = "positive" if positive else "non-negative"
                 raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")
         if self.residual != "sinkhorn":
-            given = [name for name in SINKHORN if getattr(self, name) is not None]
+            given = [name for name in (*SINKHORN, "logit_limit") if getattr(self, name) is not None]
             if given:
                 raise ValueError(
                     f"{', '.join(given)} must be None for residual={self.residual!r}: only Sinkhorn has them"
@@ -97,6 +114,8 @@ class MHCConfig:
             raise ValueError(
                 f"eps must be 0 with guard 'none' and positive with any other, got {self.eps!r} with {self.guard!r}"
             )
+        if self.guard == "add" and self.softmax == "none":
+            raise ValueError("guard='add' adds eps to a softmax, and softmax='none' has none: use guard='denominator'")
         if self.residual == "permutations" and self.streams > MOST_PERMUTED:
             raise ValueError(f"streams must be at most {MOST_PERMUTED} for residual='permutations', got {self.streams}")
         if (self.mix == "identity") != (self.residual == "identity"):
@@ -105,6 +124,19 @@ class MHCConfig:
             )
         if self.coefficients == "activation" and self.mixing != "activation":
             raise ValueError(f"mixing must be 'activation' where coefficients is, got {self.mixing!r}")
+        if self.matrix == "activation" and (self.coefficients != "activation" or self.residual != "sinkhorn"):
+            raise ValueError(
+                "matrix='activation' rounds Sinkhorn's passes where the coefficients are rounded: it goes with "
+                f"residual='sinkhorn' and coefficients='activation', got {self.residual!r} and {self.coefficients!r}"
+            )
+        if (self.pre_from == "previous") != (self.reduce == "carried"):
+            raise ValueError(
+                f"reduce='carried' goes with pre_from='previous' alone, got {self.reduce!r} with {self.pre_from!r}"
+            )
+        if self.pre_from == "previous" and self.coefficients != "float32":
+            raise ValueError(
+                f"coefficients must be 'float32' where pre_from='previous' hands them on, got {self.coefficients!r}"
+            )
 
     @property
     def residual_columns(self) -> int:

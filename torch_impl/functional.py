@@ -10,7 +10,7 @@ not ``float32``. PyTorch's default is off; nothing here changes the setting.
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_impl.config import MHCConfig
+from torch_impl.residual import check_shape, residual_matrix, wide_dtype
 
 Weights = Mapping[str, Tensor]
 SHARDED = ("mhc_norm.scale", "pre_alpha", "post_alpha", "res_alpha", "head_fn")  # [streams, dim, ...]: split with dim
@@ -55,18 +56,8 @@ class Context(NamedTuple):
     shards: Shards | None = None
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that coefficients are computed in: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _coefficient_dtype(x: Tensor, config: MHCConfig) -> torch.dtype:
-    return x.dtype if config.coefficients == "activation" else _wide(x.dtype)
-
-
-def _check(name: str, value: Tensor, tail: tuple[int, ...]) -> None:
-    if tuple(value.shape[value.ndim - len(tail) :]) != tail or value.ndim < len(tail):
-        raise ValueError(f"{name} must end in {list(tail)}, got {list(value.shape)}")
+    return x.dtype if config.coefficients == "activation" else wide_dtype(x.dtype)
 
 
 def _local_dim(config: MHCConfig, shards: Shards | None) -> int:
@@ -113,16 +104,56 @@ def expand(x: Float[Tensor, "... dim"], streams: int) -> Float[Tensor, "... stre
     return x.unsqueeze(-2).expand(*x.shape[:-1], streams, x.shape[-1])
 
 
-def reduce(x: Float[Tensor, "... streams dim"], how: str) -> Float[Tensor, "... dim"]:
-    """Sum or mean over the streams, accumulated in float32 or wider and rounded once.
+def one_hot(x: Float[Tensor, "... streams dim"]) -> Float[Tensor, "... streams"]:
+    """What the first site of a single-pass stack reads with: 1 for stream 0, in float32 (float64 for float64)."""
+    first = torch.arange(x.shape[-2], device=x.device) == 0
+    return first.to(wide_dtype(x.dtype)).expand(x.shape[:-1])  # [..., n]
+
+
+def reduce(
+    x: Float[Tensor, "... streams dim"],
+    how: str,
+    carried: Float[Tensor, "... streams"] | None = None,
+    *,
+    reduction: str = "float32",
+    shards: Shards | None = None,
+) -> Float[Tensor, "... dim"]:
+    """Sum or mean over the streams, or the sum that the last site's pre weights (mathematics.md, "Single pass").
+
+    Args:
+        how: ``"sum"``, ``"mean"`` or ``"carried"``.
+        carried: the last site's pre, for ``"carried"`` alone; float32 (float64 for float64).
+        reduction: ``"float32"`` accumulates in float32 or wider and rounds once, ``"activation"`` in x's dtype.
+        shards: the shards of dim, for ``"carried"``, whose cotangent they add up.
 
     Raises:
-        ValueError: ``how`` is neither ``"sum"`` nor ``"mean"``.
+        ValueError: another ``how``, or a ``carried`` that is missing, surplus, of another shape or narrower dtype.
     """
-    if how not in ("sum", "mean"):
-        raise ValueError(f"how must be sum or mean, got {how!r}")
-    wide = x.to(_wide(x.dtype))
-    return (wide.sum(-2) if how == "sum" else wide.mean(-2)).to(x.dtype)
+    if how not in ("sum", "mean", "carried"):
+        raise ValueError(f"how must be sum, mean or carried, got {how!r}")
+    if how == "carried":
+        gates = _check_carried(x, carried)
+        return pre_mix(x, shards.share(gates) if shards else gates)
+    if carried is not None:
+        raise ValueError(f"carried goes with how='carried' alone, got it with {how!r}")
+    total = x.sum(-2, dtype=x.dtype if reduction == "activation" else wide_dtype(x.dtype))
+    return (total if how == "sum" else total / x.shape[-2]).to(x.dtype)
+
+
+def _check_carried(x: Tensor, carried: Tensor | None) -> Tensor:
+    """The pre that the site before handed on, once it is known to be one for this x."""
+    if carried is None:
+        raise ValueError("carried must be the pre of the site before: one_hot(x) for the first site, got None")
+    if carried.shape != x.shape[:-1]:
+        raise ValueError(f"carried must be {list(x.shape[:-1])}, got {list(carried.shape)}")
+    kept = wide_dtype(x.dtype)
+    if carried.dtype != kept:
+        raise ValueError(
+            f"carried must be {kept} for x in {x.dtype}, got {carried.dtype}: hand it on as it was returned; "
+            "FSDP casts it unless its MixedPrecisionPolicy has cast_forward_inputs=False and output_dtype=None, and "
+            "autocast must not be applied to it"
+        )
+    return carried
 
 
 def rms_norm(
@@ -133,13 +164,13 @@ def rms_norm(
     Returns:
         float32 (float64 for float64), rounded to x's dtype where the coefficients are kept in it.
     """
-    mean = x.to(_wide(x.dtype)).square().mean((-2, -1), keepdim=True)
+    mean = x.to(wide_dtype(x.dtype)).square().mean((-2, -1), keepdim=True)
     return _normed(x, mean, scale, config)
 
 
 def _normed(x: Tensor, mean: Tensor, scale: Tensor | None, config: MHCConfig) -> Tensor:
     """x over the root of its mean square, times ``scale``, in the dtype of the coefficients."""
-    dtype, wide = _coefficient_dtype(x, config), _wide(x.dtype)
+    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
     normed = _over_rms(x.to(wide), mean, config)
     if scale is not None:
         normed = normed * scale.to(dtype).to(wide)
@@ -155,62 +186,9 @@ def _over_rms(value: Tensor, mean: Tensor, config: MHCConfig) -> Tensor:
     return value / (root + config.norm_eps)
 
 
-def sinkhorn(logits: Float[Tensor, "... n n"], config: MHCConfig) -> Float[Tensor, "... n n"]:
-    """``config.iterations`` Sinkhorn iterations as written, in float32 or wider.
-
-    Returns:
-        H in the dtype of the logits. The axis normalised last sums to 1 to rounding, the other need not.
-    """
-    first, second = (-1, -2) if config.order == "rows-first" else (-2, -1)
-    eps = config.eps or 0.0
-
-    def normalise(p: Tensor, axis: int) -> Tensor:
-        total = p.sum(axis, keepdim=True)
-        if config.guard == "add":
-            total = total + eps
-        elif config.guard == "clip":
-            total = total.clamp(min=eps)
-        return p / total
-
-    p = torch.softmax(logits.to(_wide(logits.dtype)), first)
-    if config.guard == "add":
-        p = p + eps
-    p = normalise(p, second)
-    for _ in range(config.iterations - 1):  # type: ignore[operator]
-        p = normalise(normalise(p, first), second)
-    return p.to(logits.dtype)
-
-
-def permutations(logits: Float[Tensor, "... factorial"], config: MHCConfig) -> Float[Tensor, "... n n"]:
-    """A softmax over the n! permutation matrices in `itertools.permutations` order, ``P[i, p(i)] = 1``."""
-    weight = torch.softmax(logits.to(_wide(logits.dtype)), -1)
-    matrices = torch.zeros(config.residual_columns, config.streams, config.streams, dtype=torch.bool)
-    for index, order in enumerate(itertools.permutations(range(config.streams))):
-        for i, j in enumerate(order):
-            matrices[index, i, j] = True
-    chosen = matrices.to(logits.device, weight.dtype)
-    return torch.einsum("...p,pij->...ij", weight, chosen).to(logits.dtype)
-
-
-def residual_matrix(logits: Float[Tensor, ...], config: MHCConfig) -> Float[Tensor, "... n n"]:
-    """H from its logits, ``[..., n, n]`` for Sinkhorn and ``[..., n!]`` for permutations.
-
-    Raises:
-        ValueError: the logits' shape, or a dialect whose H is the identity and has none.
-    """
-    n = config.streams
-    if config.residual == "identity":
-        raise ValueError("residual='identity' has no logits: H is the identity")
-    if config.residual == "permutations":
-        _check("logits", logits, (config.residual_columns,))
-        return permutations(logits, config)
-    _check("logits", logits, (n, n))
-    return sinkhorn(logits, config)
-
-
 def _contract(phi: Tensor, x: Tensor) -> Tensor:
     """``[..., m]``: (streams, dim) contracted at once, accumulated in float32 or wider."""
-    wide = _wide(x.dtype)
+    wide = wide_dtype(x.dtype)
     return torch.einsum("...nc,ncm->...m", x.to(wide), phi.to(wide))
 
 
@@ -223,7 +201,7 @@ def _logits(
     shards: Shards | None,
 ) -> tuple[Tensor, ...]:
     """``scale * (normed x @ phi) + shift`` of every ``(phi, scale, shift)``, ``[..., m]``, wide."""
-    dtype, wide = _coefficient_dtype(x, config), _wide(x.dtype)
+    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
 
     def rounded(value: Tensor) -> Tensor:
         """Held wide from here on, so that gradients are added up before they are rounded."""
@@ -244,7 +222,7 @@ def _projected(x: Tensor, phi: Tensor, norm: Tensor | None, config: MHCConfig, s
     token. Where the norm's output is rounded to a narrow dtype (``coefficients="activation"``) the division has to
     come first, and the norm's sum and the projections are added up one after the other.
     """
-    dtype, wide = _coefficient_dtype(x, config), _wide(x.dtype)
+    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
     squares = x.to(wide).square().sum((-2, -1))
     count = config.streams * config.dim
     if dtype == wide:
@@ -272,7 +250,7 @@ def coefficients(
         ValueError: x or a weight of another shape than the configuration's.
     """
     n, dim = config.streams, _local_dim(config, shards)
-    _check("x", x, (n, dim))
+    check_shape("x", x, (n, dim))
     _check_weights(weights, weight_shapes(config), dim)
     dtype = _coefficient_dtype(x, config)
     with torch.autocast(x.device.type, enabled=False):
@@ -284,14 +262,15 @@ def coefficients(
         if config.residual == "identity":
             H = torch.eye(n, dtype=dtype, device=x.device).expand(*x.shape[:-2], n, n)
         else:
-            z = logits[2].unflatten(-1, (n, n)) if config.residual == "sinkhorn" else logits[2]
+            z = logits[2].to(dtype) if config.matrix == "activation" else logits[2]  # [..., n*n or n!]
+            z = z.unflatten(-1, (n, n)) if config.residual == "sinkhorn" else z
             H = residual_matrix(z, config).to(dtype)
     return pre, post, H
 
 
 def pre_mix(x: Float[Tensor, "... streams dim"], pre: Float[Tensor, "... n"]) -> Float[Tensor, "... dim"]:
     """``u = sum_i pre_i x_i``, summed in float32 or wider and rounded once to x's dtype."""
-    wide = _wide(x.dtype)
+    wide = wide_dtype(x.dtype)
     return (pre.to(wide).unsqueeze(-1) * x.to(wide)).sum(-2).to(x.dtype)
 
 
@@ -313,9 +292,9 @@ def post_mix(
         ValueError: x or y of another shape than the configuration's.
     """
     dim = _local_dim(config, shards)
-    _check("x", x, (config.streams, dim))
-    _check("y", y, (dim,))
-    wide = _wide(x.dtype)
+    check_shape("x", x, (config.streams, dim))
+    check_shape("y", y, (dim,))
+    wide = wide_dtype(x.dtype)
     rounded = config.mixing == "activation"
     if rounded and shards is None:
         post, H = post.to(x.dtype), H.to(x.dtype)
@@ -332,16 +311,34 @@ def post_mix(
 
 
 def pre(
-    x: Float[Tensor, "... streams dim"], weights: Weights, config: MHCConfig, *, shards: Shards | None = None
-) -> tuple[Float[Tensor, "... dim"], Context]:
-    """The first half of the layer: u for the sub-layer, and what `post` needs afterwards.
+    x: Float[Tensor, "... streams dim"],
+    weights: Weights,
+    config: MHCConfig,
+    carried: Float[Tensor, "... streams"] | None = None,
+    *,
+    shards: Shards | None = None,
+) -> tuple[Float[Tensor, "... dim"], Context, Float[Tensor, "... streams"] | None]:
+    """The first half of the layer: u for the sub-layer, what `post` needs, and what the next site reads with.
 
     Args:
-        shards: the shards of dim: those of `coefficients`, and one sum of all three coefficients' cotangents.
+        carried: for ``pre_from="previous"`` the pre of the site before (`one_hot` for the first), else None.
+        shards: the shards of dim: those of `coefficients`, and one sum of all the cotangents of the gates and H.
+
+    Returns:
+        u, the context, and this site's own pre for the next site; None for ``pre_from="own"``, which hands none on.
+
+    Raises:
+        ValueError: x, a weight or ``carried`` isn't what the configuration needs.
     """
-    gates, post_gates, H = coefficients(x, weights, config, shards=shards)
+    own, post_gates, H = coefficients(x, weights, config, shards=shards)
+    if config.pre_from == "previous":
+        gates, handed = _check_carried(x, carried), own
+    elif carried is not None:
+        raise ValueError("carried goes with pre_from='previous' alone: this configuration reads with its own pre")
+    else:
+        gates, handed = own, None
     if shards:
-        n, wide = config.streams, _wide(x.dtype)
+        n, wide = config.streams, wide_dtype(x.dtype)
         if config.mixing == "activation":
             post_gates, H = post_gates.to(x.dtype), H.to(x.dtype)
         mixing = [gates, post_gates] if config.residual == "identity" else [gates, post_gates, H.flatten(-2)]
@@ -349,7 +346,7 @@ def pre(
         shared = shards.share(torch.cat([part.to(wide) for part in mixing], -1))
         gates, post_gates, *rest = shared.split([part.shape[-1] for part in mixing], -1)
         H = rest[0].unflatten(-1, (n, n)) if rest else H
-    return pre_mix(x, gates), Context(x, post_gates, H, config, shards)
+    return pre_mix(x, gates), Context(x, post_gates, H, config, shards), handed
 
 
 def post(y: Float[Tensor, "... dim"], context: Context) -> Float[Tensor, "... streams dim"]:
@@ -362,6 +359,8 @@ def head(
 ) -> Float[Tensor, "... dim"]:
     """The learned reduction: ``sum_i g_i x_i`` with gates g from one projection of the normed streams.
 
+    The gates are float32 (float64 for float64) in every dialect, whatever ``config.coefficients`` says of the layer's.
+
     Args:
         shards: the shards of dim; they add as in `coefficients`, and the cotangents of g once.
 
@@ -369,10 +368,15 @@ def head(
         ValueError: x or a weight of another shape than the configuration's.
     """
     dim = _local_dim(config, shards)
-    _check("x", x, (config.streams, dim))
+    check_shape("x", x, (config.streams, dim))
     _check_weights(weights, head_shapes(config), dim)
     with torch.autocast(x.device.type, enabled=False):
-        (logits,) = _logits(x, weights, [("head_fn", "head_scale", "head_base")], None, config, shards)
+        (logits,) = _logits(x, weights, [("head_fn", "head_scale", "head_base")], None, _of_head(config), shards)
         gates = torch.sigmoid(logits) + config.pre_eps
-        gates = gates.to(_coefficient_dtype(x, config))
-    return pre_mix(x, shards.share(gates.to(_wide(x.dtype))) if shards else gates)
+    return pre_mix(x, shards.share(gates) if shards else gates)
+
+
+def _of_head(config: MHCConfig) -> MHCConfig:
+    """The configuration that the head's norm and projection follow."""
+    eps = config.norm_eps if config.head_norm_eps is None else config.head_norm_eps
+    return dataclasses.replace(config, coefficients="float32", matrix="float32", norm_eps=eps)

@@ -17,6 +17,8 @@ from torch_impl.config import MHCConfig
 if TYPE_CHECKING:
     from torch_impl.sharding import Sharding
 
+Mixing = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""u, post, H, and the pre that a single-pass site hands on."""
 ALPHA_SCALE = 0.01  # MaxText's initial gating scalars
 
 
@@ -126,20 +128,23 @@ class ManifoldConstrainedHyperConnections(Site):
     ):
         super().__init__(config, functional.weight_shapes(config), device, dtype)
 
-    def pre(self, x: Float[Tensor, "... streams dim"]) -> tuple[Float[Tensor, "... dim"], functional.Context]:
-        """u for the sub-layer, and the context that `post` takes."""
-        return self._with_context(x, self._pre(x))
+    def pre(
+        self, x: Float[Tensor, "... streams dim"], carried: Float[Tensor, "... streams"] | None = None
+    ) -> tuple[Float[Tensor, "... dim"], functional.Context, Float[Tensor, "... streams"] | None]:
+        """u for the sub-layer, the context that `post` takes, and what the next site reads with (`functional.pre`)."""
+        return self._with_context(x, self._pre(x, carried))
 
-    def _pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u, post and H: the part that needs the parameters, and that FSDP gathers them for."""
+    def _pre(self, x: Tensor, carried: Tensor | None) -> Mixing:
+        """The part that needs the parameters, and that FSDP gathers them for."""
         if self.sharding is not None:
-            return self.sharding.pre(x, self.weights(), self.config)
-        u, context = functional.pre(x, self.weights(), self.config)
-        return u, context.post, context.H
+            return self.sharding.pre(x, self.weights(), self.config, carried)
+        u, context, handed = functional.pre(x, self.weights(), self.config, carried)
+        return u, context.post, context.H, handed
 
-    def _with_context(self, x: Tensor, mixing: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, functional.Context]:
-        u, post, H = mixing
-        return u, functional.Context(x, post, H, self.config, self.sharding.shards if self.sharding else None)
+    def _with_context(self, x: Tensor, mixing: Mixing) -> tuple[Tensor, functional.Context, Tensor | None]:
+        u, post, H, handed = mixing
+        shards = self.sharding.shards if self.sharding else None
+        return u, functional.Context(x, post, H, self.config, shards), handed
 
     def post(self, y: Float[Tensor, "... dim"], context: functional.Context) -> Float[Tensor, "... streams dim"]:
         """The sub-layer's output spread over the mixed streams."""
@@ -153,6 +158,8 @@ class ManifoldConstrainedHyperConnections(Site):
         branch_fn: Callable[..., Any],
         x: Float[Tensor, "batch seq streams dim"],
         mhc_type: HyperConnectionType,
+        *,
+        carried: Float[Tensor, "batch seq streams"] | None = None,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "batch seq streams dim"], dict[str, Any]]:
         """The whole layer around ``branch_fn``.
@@ -161,21 +168,24 @@ class ManifoldConstrainedHyperConnections(Site):
             norm_fn: the sub-layer's own pre-norm.
             branch_fn: ATTENTION: called with ``inputs_q`` and ``inputs_kv``, returns ``(y, _)``; MLP_DENSE: with
                 ``inputs``, returns y; MLP_MOE: with ``inputs``, returns ``(y, load_balance_loss, moe_bias_updates)``.
+            carried: for ``pre_from="previous"`` the pre of the site before, whatever its kind: ``one_hot(x)`` for the
+                first site, then each site's ``metadata["carried"]`` for the next, the last for ``reduce``.
             kwargs: handed to ``branch_fn``.
 
         Returns:
-            The streams, and metadata: for MLP_MOE ``load_balance_loss`` and ``moe_bias_updates``, else empty.
+            The streams, and metadata: for MLP_MOE ``load_balance_loss`` and ``moe_bias_updates``; for
+            ``pre_from="previous"`` ``carried``, this site's own pre; else empty.
 
         Raises:
-            ValueError: x isn't ``[batch, seq, streams, dim]``.
+            ValueError: x isn't ``[batch, seq, streams, dim]``, or ``carried`` isn't what the configuration needs.
         """
         if x.ndim != 4:
             raise ValueError(f"x must be [batch, seq, streams, dim], got {list(x.shape)}")
         mhc_type = HyperConnectionType(mhc_type)
         # Not self._pre: here FSDP has gathered the parameters already.
-        u, context = self._with_context(x, ManifoldConstrainedHyperConnections._pre(self, x))
+        u, context, handed = self._with_context(x, ManifoldConstrainedHyperConnections._pre(self, x, carried))
         inputs = norm_fn(u)
-        metadata: dict[str, Any] = {}
+        metadata: dict[str, Any] = {} if handed is None else {"carried": handed}
         if mhc_type is HyperConnectionType.ATTENTION:
             y, _ = branch_fn(inputs_q=inputs, inputs_kv=inputs, **kwargs)
         elif mhc_type is HyperConnectionType.MLP_DENSE:

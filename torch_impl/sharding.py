@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from torch_impl import functional, weights
 from torch_impl.config import MHCConfig
-from torch_impl.modules import ManifoldConstrainedHyperConnections, Site
+from torch_impl.modules import ManifoldConstrainedHyperConnections, Mixing, Site
 from torch_impl.shards import TensorShards
 
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -77,8 +77,11 @@ def _size(mesh: DeviceMesh, axis: str) -> int:
     return mesh.size(AXES.index(axis))
 
 
-def check_divisible(mesh: DeviceMesh, shape: Sequence[int]) -> None:
+def check_divisible(mesh: DeviceMesh, shape: Sequence[int], gates: bool = False) -> None:
     """Checks that every process can have an equal part of ``[batch, seq, streams, dim]`` or ``[batch, seq, dim]``.
+
+    Args:
+        gates: the shape is ``[batch, seq, streams]``, of gates, whose last axis is whole everywhere.
 
     Raises:
         ValueError: another number of dimensions, or one that its axes don't divide.
@@ -88,7 +91,7 @@ def check_divisible(mesh: DeviceMesh, shape: Sequence[int]) -> None:
     for name, size, axes in (
         ("batch", shape[0], ("data", "fsdp")),
         ("seq", shape[1], ("sequence",)),
-        ("dim", shape[-1], ("tensor",)),
+        ("dim", shape[-1], () if gates else ("tensor",)),
     ):
         parts = math.prod(_size(mesh, axis) for axis in axes)
         if size % parts:
@@ -104,34 +107,37 @@ def _placements(names: Sequence[str], ndim: int) -> list[Shard]:
     return [Shard(where[name]) for name in names]
 
 
-def shard(x: Tensor, mesh: DeviceMesh) -> Tensor:
+def shard(x: Tensor, mesh: DeviceMesh, *, gates: bool = False) -> Tensor:
     """This process's part of a whole tensor that all processes have; no communication.
 
     Args:
         x: ``[batch, seq, streams, dim]`` or ``[batch, seq, dim]``.
+        gates: x is ``[batch, seq, streams]``, gates or what a single-pass site reads with, whole over tensor.
 
     Raises:
         ValueError: an axis doesn't divide its dimension (`check_divisible`).
     """
-    check_divisible(mesh, x.shape)
+    check_divisible(mesh, x.shape, gates)
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    for placement, index, parts in zip(_placements(AXES, x.ndim), coordinate, mesh.shape, strict=True):
-        x = x.chunk(parts, placement.dim)[index]
+    for axis, placement, index, parts in zip(AXES, _placements(AXES, x.ndim), coordinate, mesh.shape, strict=True):
+        if not (gates and axis == "tensor"):
+            x = x.chunk(parts, placement.dim)[index]
     return x.contiguous()
 
 
 @torch.no_grad()
-def gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
+def gather(x: Tensor, mesh: DeviceMesh, *, gates: bool = False) -> Tensor:
     """The whole tensor from every process's part, on every process; without gradient.
 
     Args:
         x: this process's part of ``[batch, seq, streams, dim]`` or ``[batch, seq, dim]``, or the DTensor of it.
+        gates: x is a part of ``[batch, seq, streams]``, whole over tensor.
     """
     if isinstance(x, DTensor):
         return x.full_tensor()
     for index, placement in reversed(list(enumerate(_placements(AXES, x.ndim)))):
-        if mesh.size(index) > 1:
+        if mesh.size(index) > 1 and not (gates and AXES[index] == "tensor"):
             parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(mesh.size(index))]
             dist.all_gather(parts, x.contiguous(), group=mesh.get_group(index))
             x = torch.cat(parts, placement.dim)
@@ -172,11 +178,12 @@ class Sharding:
             name: v.to_local(grad_placements=v.placements) if isinstance(v, DTensor) else v for name, v in whole.items()
         }
 
-    def pre(self, x: Tensor, parameters: Mapping[str, Tensor], config: MHCConfig) -> tuple[Tensor, Tensor, Tensor]:
-        """u, post and H of `functional.pre` on parts."""
-        u, context = functional.pre(self._local(x, "x"), self._weights(parameters), config, shards=self.shards)
+    def pre(self, x: Tensor, parameters: Mapping[str, Tensor], config: MHCConfig, carried: Tensor | None) -> Mixing:
+        """u, post, H and the pre handed on of `functional.pre` on parts; all but u are this process's tokens, whole."""
+        local, weights = self._local(x, "x"), self._weights(parameters)
+        u, context, handed = functional.pre(local, weights, config, carried, shards=self.shards)
         # Copies, since FSDP hangs its hooks on what is returned, and warns of views.
-        return self._like(u, x), context.post.clone(), context.H.clone()
+        return self._like(u, x), context.post.clone(), context.H.clone(), None if handed is None else handed.clone()
 
     def post(self, y: Tensor, context: functional.Context) -> Tensor:
         """`functional.post` on parts.

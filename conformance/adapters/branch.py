@@ -10,6 +10,9 @@ from typing import Any
 
 from conformance.stages import HEAD_WEIGHTS, LAYER_WEIGHTS, PROJECTIONS
 
+GATES = ("carried", "pre")
+"""Inputs and outputs `[batch, seq, streams]`: their last axis is whole where dim is sharded."""
+
 
 def in_memory(weights: Mapping[str, Any], streams: int, dim: int, lead: tuple[int, ...] = ()) -> dict[str, Any]:
     """Flat weights ``[n*C, m]`` as ``[n, C, m]``; the flat axis is streams first, dim second."""

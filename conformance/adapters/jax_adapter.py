@@ -18,8 +18,11 @@ from conformance.stages import STAGES
 
 
 def configuration(config: dict[str, Any]) -> jax_impl.MHCConfig:
+    """The parameters of what a stage is told; a stack's own ``reduce`` isn't the dialect's."""
     known = jax_impl.MHCConfig(streams=1, dim=1).parameters()
-    return jax_impl.MHCConfig.from_parameters({k: v for k, v in config.items() if k in known})
+    given = {k: v for k, v in config.items() if k in known}
+    reduce = "carried" if given["pre_from"] == "previous" else "sum"
+    return jax_impl.MHCConfig.from_parameters({**given, "reduce": reduce})
 
 
 def _set(name: str) -> Any:
@@ -51,7 +54,7 @@ class JaxImplementation:
         self, name: str, function: Callable[..., Any], inputs: Arrays, config: dict[str, Any], cotangents: Any
     ) -> Result:
         def body(values: Any) -> dict[str, jax.Array]:
-            return function(values, configuration({**config, "reduce": "sum"} if name == "stack" else config), config)
+            return function(values, configuration(config), config)
 
         return self._calls(name, config, body, inputs, cotangents)
 
@@ -92,7 +95,7 @@ def _expand(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.A
 
 
 def _reduce(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
-    return {"out": jax_impl.reduce(values["x"], options["how"])}
+    return _reduced(values["x"], values.get("carried"), c, options["how"])
 
 
 def _head(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
@@ -109,7 +112,8 @@ def _coefficients(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str,
 
 
 def _pre(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
-    return {"u": jax_impl.pre(values["x"], _weights(values, c), c)[0]}
+    u, _, handed = jax_impl.pre(values["x"], _weights(values, c), c, values.get("carried"))
+    return {"u": u} if handed is None else {"u": u, "pre": handed}
 
 
 def _post(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
@@ -121,32 +125,47 @@ def _layer(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Ar
     for name, value in _weights(values, c).items():
         setattr(module, name.replace(".", "_"), nnx.Param(value))
     kind = jax_impl.HyperConnectionType(options["branch"])
-    out, metadata = module(branch.norm_fn(values), branch.branch_fn(options["branch"], values), values["x"], kind)
-    return {"out": out, **metadata}
+    call = (branch.norm_fn(values), branch.branch_fn(options["branch"], values), values["x"], kind)
+    out, metadata = module(*call, carried=values.get("carried"))
+    return {"out": out, **{"pre" if k == "carried" else k: v for k, v in metadata.items()}}
 
 
-def _one_layer(values: Any, c: jax_impl.MHCConfig) -> Callable[[jax.Array, dict[str, jax.Array]], jax.Array]:
+State = tuple[jax.Array, jax.Array | None]
+"""The streams, and what the next site of a single-pass stack reads with."""
+
+
+def _one_layer(values: Any, c: jax_impl.MHCConfig) -> Callable[[State, dict[str, jax.Array]], State]:
     given = {k: values[k] for k in ("norm_scale", "branch_scale")}
-    return lambda x, weights: _layer({**given, "x": x, **weights}, c, {"branch": "mlp_dense"})["out"]
+
+    def run(state: State, weights: dict[str, jax.Array]) -> State:
+        x, carried = state
+        handed = {} if carried is None else {"carried": carried}
+        found = _layer({**given, "x": x, **handed, **weights}, c, {"branch": "mlp_dense"})
+        return found["out"], found.get("pre")
+
+    return run
 
 
-def _reduced(x: jax.Array, how: str) -> dict[str, jax.Array]:
-    return {"out": x if how == "none" else jax_impl.reduce(x, how)}
+def _begin(values: Any, c: jax_impl.MHCConfig) -> State:
+    x = jax_impl.expand(values["embedding"], c.streams)
+    return x, jax_impl.one_hot(x) if c.pre_from == "previous" else None
+
+
+def _reduced(x: jax.Array, carried: jax.Array | None, c: jax_impl.MHCConfig, how: str) -> dict[str, jax.Array]:
+    return {"out": x if how == "none" else jax_impl.reduce(x, how, carried, reduction=c.reduction)}
 
 
 def _stack(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
-    weights, layer = branch.split(values)[1], _one_layer(values, c)
-    x = jax_impl.expand(values["embedding"], c.streams)
+    weights, layer, state = branch.split(values)[1], _one_layer(values, c), _begin(values, c)
     for index in range(options["layers"]):
-        x = layer(x, {k: v[index] for k, v in weights.items()})
-    return _reduced(x, options["reduce"])
+        state = layer(state, {k: v[index] for k, v in weights.items()})
+    return _reduced(*state, c, options["reduce"])
 
 
 def _scanned_stack(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
     weights, layer = branch.split(values)[1], _one_layer(values, c)
-    x = jax_impl.expand(values["embedding"], c.streams)
-    x, _ = jax.lax.scan(lambda x, w: (layer(x, w), None), x, weights)
-    return _reduced(x, options["reduce"])
+    state, _ = jax.lax.scan(lambda state, w: (layer(state, w), None), _begin(values, c), weights)
+    return _reduced(*state, c, options["reduce"])
 
 
 SHARDABLE = {"pre": _pre, "head": _head, "layer": _layer, "stack": _scanned_stack}

@@ -54,12 +54,12 @@ class JaxMesh:
         wide = any(v.dtype == np.float64 for v in inputs.values())
         with jax.enable_x64(wide), sharding.use(self._mesh):
             key = (stage, relevant(stage, config), wide)
-            c = configuration({**config, "reduce": "sum"} if stage == "stack" else config)
+            c = configuration(config)
             if self._last[0] != key:
                 run = vector_jacobian(lambda v: SHARDABLE[stage](v, c, config), STAGES[stage].constants)
                 self._last = (key, jax.jit(run))
             given = self._placed(inputs, c)
-            wanted = cotangents and {k: self._activation(v) for k, v in cotangents.items()}
+            wanted = cotangents and {k: self._activation(k, v) for k, v in cotangents.items()}
             outputs, gradients = self._last[1](given, wanted)
             flat = {k: v.reshape(inputs[k].shape) for k, v in self._whole(gradients).items()}
             return self._whole(outputs), flat
@@ -69,16 +69,16 @@ class JaxMesh:
         others, flat = branch.split(inputs)
         lead = flat["pre_alpha"].shape[:-2] if "pre_alpha" in flat else ()
         weights = branch.in_memory(flat, c.streams, c.dim, lead)
-        placed = {k: self._activation(v) for k, v in others.items()}
+        placed = {k: self._activation(k, v) for k, v in others.items()}
         for name, value in weights.items():
             names = sharding.logical_axes(name, value.shape[len(lead) :])
             spec = sharding.partition((*(None,) * len(lead), *names), self._mesh)
             placed[name] = sharding.place(value, jax.NamedSharding(self._mesh, spec))
         return placed
 
-    def _activation(self, value: np.ndarray) -> jax.Array:
+    def _activation(self, name: str, value: np.ndarray) -> jax.Array:
         if value.ndim >= 3:
-            return sharding.shard(value, self._mesh)
+            return sharding.shard(value, self._mesh, gates=name in branch.GATES)
         return sharding.place(value, jax.NamedSharding(self._mesh, jax.P(*(None,) * value.ndim)))
 
     def _whole(self, values: dict[str, jax.Array]) -> dict[str, np.ndarray]:

@@ -14,8 +14,8 @@ from conformance.stages import LAYER_WEIGHTS
 from conformance.witnesses import loading
 
 COMPUTES = ("common.common_types", "layers.initializers", "layers.normalizations", "layers.nnx_wrappers")
-"""The modules that compute, beside the layer's. The kernels that 0.2.5 imports are for TPU, in Python 3.12's syntax, and
-are called only where its configuration asks for them: they are stood in for."""
+"""The modules that compute, beside the layer's. The kernels that 0.2.5 imports are for TPU, in Python 3.12's syntax,
+and are called only where its configuration asks for them: they are stood in for."""
 ABSENT = ("aqt", "qwix")
 HEAD = {"hc_fn": "head_fn", "hc_base": "head_base", "hc_scale": "head_scale"}
 """MaxText's names of a head's weights, and ours."""

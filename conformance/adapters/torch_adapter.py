@@ -33,8 +33,11 @@ CAPTURE = aot_autograd(fw_compiler=_as_it_is, bw_compiler=_as_it_is, partition_f
 
 
 def configuration(config: dict[str, Any]) -> torch_impl.MHCConfig:
+    """The parameters of what a stage is told; a stack's own ``reduce`` isn't the dialect's."""
     known = torch_impl.MHCConfig(streams=1, dim=1).parameters()
-    return torch_impl.MHCConfig.from_parameters({k: v for k, v in config.items() if k in known})
+    given = {k: v for k, v in config.items() if k in known}
+    reduce = "carried" if given["pre_from"] == "previous" else "sum"
+    return torch_impl.MHCConfig.from_parameters({**given, "reduce": reduce})
 
 
 class TorchImplementation:
@@ -95,18 +98,20 @@ class TorchImplementation:
         return self._stage("layer", _layer, inputs, config, cotangents)
 
     def stack(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
-        """The layer compiled alone and called in a loop, as deep models are compiled."""
-        c = configuration({**config, "reduce": "sum"})
-        told = {"branch": "mlp_dense", "module": _module(c)}
-        one = self._run(f"stack/{relevant('stack', config)}", lambda values: _layer(values, c, told)["out"])
+        c = configuration(config)
+        told = {**config, "branch": "mlp_dense", "module": _module(c)}
+        one = self._run(f"stack/{relevant('stack', config)}", lambda values: _layer(values, c, told))
 
         def body(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             given, weights = branch.split(values)
             x = torch_impl.expand(given["embedding"], c.streams)
+            carried = torch_impl.one_hot(x) if c.pre_from == "previous" else None
             for index in range(config["layers"]):
-                x = one({**{k: given[k] for k in ("norm_scale", "branch_scale")}, "x": x,
-                         **{k: v[index] for k, v in weights.items()}})  # fmt: skip
-            return {"out": x if config["reduce"] == "none" else torch_impl.reduce(x, config["reduce"])}
+                handed = {} if carried is None else {"carried": carried}
+                found = one({**{k: given[k] for k in ("norm_scale", "branch_scale")}, "x": x, **handed,
+                             **{k: v[index] for k, v in weights.items()}})  # fmt: skip
+                x, carried = found["out"], found.get("pre")
+            return _reduced(x, carried, c, config["reduce"])
 
         return vector_jacobian("stack", body, inputs, cotangents)
 
@@ -120,7 +125,13 @@ def _expand(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, tor
 
 
 def _reduce(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torch.Tensor]:
-    return {"out": torch_impl.reduce(values["x"], options["how"])}
+    return _reduced(values["x"], values.get("carried"), c, options["how"])
+
+
+def _reduced(
+    x: torch.Tensor, carried: torch.Tensor | None, c: torch_impl.MHCConfig, how: str
+) -> dict[str, torch.Tensor]:
+    return {"out": x if how == "none" else torch_impl.reduce(x, how, carried, reduction=c.reduction)}
 
 
 def _head(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torch.Tensor]:
@@ -137,7 +148,8 @@ def _coefficients(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[st
 
 
 def _pre(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torch.Tensor]:
-    return {"u": torch_impl.pre(values["x"], _weights(values, c), c)[0]}
+    u, _, handed = torch_impl.pre(values["x"], _weights(values, c), c, values.get("carried"))
+    return {"u": u} if handed is None else {"u": u, "pre": handed}
 
 
 def _post(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torch.Tensor]:
@@ -148,8 +160,8 @@ def _layer(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torc
     named = {k.replace(".", "_"): v for k, v in _weights(values, c).items()}
     kind = torch_impl.HyperConnectionType(options["branch"])
     call = (branch.norm_fn(values), branch.branch_fn(options["branch"], values), values["x"], kind)
-    out, metadata = torch.func.functional_call(options["module"], named, call)
-    return {"out": out, **metadata}
+    out, metadata = torch.func.functional_call(options["module"], named, call, {"carried": values.get("carried")})
+    return {"out": out, **{"pre" if k == "carried" else k: v for k, v in metadata.items()}}
 
 
 @functools.cache

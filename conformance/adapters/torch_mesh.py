@@ -64,7 +64,7 @@ class TorchMesh:
 
     def _call(self, stage: str, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         others, weights = branch.split({k: to_torch(np.array(v)).to(self._device) for k, v in inputs.items()})
-        c = configuration({**config, "reduce": "sum"} if stage == "stack" else config)
+        c = configuration(config)
         lead = (config["layers"],) if stage == "stack" else ()
         shaped = branch.in_memory(weights, c.streams, c.dim, lead)
         dtype = next(iter(shaped.values())).dtype
@@ -84,22 +84,23 @@ class TorchMesh:
             torch.autograd.backward([outputs[k] for k in reached], [parts[k].to(outputs[k].dtype) for k in reached])
             for name in wanted:
                 found = given[name].grad
-                gradients[name] = self._whole(torch.zeros_like(given[name]) if found is None else found)
+                gradients[name] = self._whole(name, torch.zeros_like(given[name]) if found is None else found)
             found = [_gradients(site) for site in sites]
             for name, value in weights.items():
                 stacked = torch.stack([one[name] for one in found]) if lead else found[0][name]
                 gradients[name] = to_numpy(stacked).reshape(tuple(value.shape))
-        return {k: self._whole(v.detach()) for k, v in outputs.items()}, gradients
+        return {k: self._whole(k, v.detach()) for k, v in outputs.items()}, gradients
 
     def _part(self, name: str, value: Tensor) -> Tensor:
         """This process's part of an activation or of the branch's scales ``[dim]``; the rest is whole."""
         if value.ndim >= 3:
-            return sharding.shard(value, self._mesh)
+            return sharding.shard(value, self._mesh, gates=name in branch.GATES)
         axis = self._mesh["tensor"]
         return value.chunk(axis.size())[axis.get_local_rank()] if name in ("norm_scale", "branch_scale") else value
 
-    def _whole(self, value: Tensor) -> np.ndarray:
-        return to_numpy(sharding.gather(value, self._mesh) if value.ndim >= 3 else value)
+    def _whole(self, name: str, value: Tensor) -> np.ndarray:
+        gates = name in branch.GATES
+        return to_numpy(sharding.gather(value, self._mesh, gates=gates) if value.ndim >= 3 else value)
 
     def _sites(
         self, stage: str, c: torch_impl.MHCConfig, dtype: torch.dtype, wide: torch.dtype | None, config: dict[str, Any]
@@ -146,19 +147,26 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _run(stage: str, sites: Any, given: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    carried = given.get("carried")
     if stage == "pre":
-        return {"u": sites[0].pre(given["x"])[0]}
+        u, _, handed = sites[0].pre(given["x"], carried)
+        return {"u": u} if handed is None else {"u": u, "pre": handed}
     if stage == "head":
         return {"out": sites[0](given["x"])}
     kind = config["branch"] if stage == "layer" else "mlp_dense"
     call = branch.norm_fn(given), branch.branch_fn(kind, given)
     if stage == "layer":
-        out, metadata = sites[0](*call, given["x"], torch_impl.HyperConnectionType(kind))
-        return {"out": out, **metadata}
+        out, metadata = sites[0](*call, given["x"], torch_impl.HyperConnectionType(kind), carried=carried)
+        return {"out": out, **{"pre" if k == "carried" else k: v for k, v in metadata.items()}}
     x = torch_impl.expand(given["embedding"], config["streams"])
+    carried = torch_impl.one_hot(x) if config["pre_from"] == "previous" else None
     for site in sites:
-        x, _ = site(*call, x, torch_impl.HyperConnectionType(kind))
-    return {"out": x if config["reduce"] == "none" else torch_impl.reduce(x, config["reduce"])}
+        x, metadata = site(*call, x, torch_impl.HyperConnectionType(kind), carried=carried)
+        carried = metadata.get("carried")
+    if config["reduce"] == "none":
+        return {"out": x}
+    shards = sites[0].sharding.shards
+    return {"out": torch_impl.reduce(x, config["reduce"], carried, reduction=config["reduction"], shards=shards)}
 
 
 def _join(member: Member) -> torch.device:

@@ -7,7 +7,7 @@ carries a proved error with each value.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -31,7 +31,7 @@ class NotRounded(ArithmeticError):
 class BallArithmetic:
     """The arithmetic of `formulas`: exact up to a proved error, no rounding contract."""
 
-    mixes = False
+    mixes = separates = False
 
     def __init__(self, style: Style | None = None):
         self.style = style or Style()
@@ -83,6 +83,26 @@ class BallArithmetic:
         above = np.asarray(np.frompyfunc(lambda v: _decide(v, floor), 1, 1)(a)).astype(bool)
         return np.where(above, a, np.full(a.shape, floor, object)), above
 
+    @staticmethod
+    def clip(a: Array, limit: flint.arb) -> tuple[Array, Array]:
+        side = np.asarray(np.frompyfunc(lambda v: _side(v, limit), 1, 1)(a)).astype(int)
+        bounded = np.where(side > 0, np.full(a.shape, limit, object), np.full(a.shape, -limit, object))
+        return np.where(side == 0, a, bounded), side == 0
+
+    @staticmethod
+    def within(a: Array, limit: float) -> bool:
+        return a.size == 0 or float(np.abs(_midpoints(a)).max()) <= limit
+
+    @staticmethod
+    def first_equal(a: Array, largest: Array, axis: int) -> np.ndarray:
+        """Where ``a`` is what `maximum_along` chose."""
+        if a.size == 0:
+            return np.zeros(a.shape, bool)
+        index = np.expand_dims(np.argmax(_midpoints(a), axis=axis), axis)
+        found = np.zeros(a.shape, bool)
+        np.put_along_axis(found, index, True, axis)
+        return found
+
     def sum_exp(self, level: Array, axis: int) -> Array:
         return np.expand_dims(self.sum(self.exp(level), axis), axis)
 
@@ -92,7 +112,20 @@ class BallArithmetic:
     def act(self, a: Array) -> Array:
         return a
 
-    mix = store = weight = logits = product = gate_product = act
+    mix = store = weight = logits = product = gate_product = round_matrix = act
+
+    def sum_tokens(self, a: Array) -> Array:
+        return self.sum(a, -1)
+
+    def sum_in_activation(self, a: Array, axis: int) -> Array:
+        return self.sum(a, axis)
+
+    def of_matrix(self, p: Mapping[str, Any]) -> BallArithmetic:
+        del p
+        return self
+
+    def wide(self) -> BallArithmetic:
+        return self
 
     @staticmethod
     def add_parts(parts: list[Array]) -> Array:
@@ -108,6 +141,17 @@ def _decide(value: flint.arb, floor: flint.arb) -> bool:
     if value <= floor:
         return False
     raise NotRounded("a guarded sum can't be told from its floor")
+
+
+def _side(value: flint.arb, limit: flint.arb) -> int:
+    """-1 below ``-limit``, 1 above ``limit``, 0 between them."""
+    if value > limit:
+        return 1
+    if value < -limit:
+        return -1
+    if abs(value) < limit:
+        return 0
+    raise NotRounded("a logit can't be told from its limit")
 
 
 def _midpoints(a: Array) -> np.ndarray:

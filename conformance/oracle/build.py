@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance.dialects import Dialect, published
+from conformance.dialects import Dialect, edition, published
 from conformance.oracle import data
 from conformance.stages import HEAD_WEIGHTS, STAGES
 
@@ -83,7 +83,8 @@ class Wish:
 
     @property
     def id(self) -> str:
-        return "-".join(part for part in (self.family, self.label, self.dialect) if part)
+        """Unique, and never used again for other data: a row whose function was corrected has its edition in it."""
+        return "-".join(part for part in (self.family, self.label, self.dialect, edition(self.dialect)) if part)
 
 
 def _float32(values: np.ndarray) -> np.ndarray:
@@ -154,6 +155,8 @@ def build(wish: Wish) -> Case:
         * np.where(np.arange(p["dim"]) % 2, -1, 1).astype(np.float32),
         "load_balance_loss": np.array(0.375, np.float32),
         "moe_bias_updates": np.array([0.5, -0.25, 0.125], np.float32),
+        # All of float32's bits: where it is cast to a narrow dtype on its way, that shows.
+        "carried": _float32(data.uniform(f"{label}/carried", (*wish.lead, n), 0.0625, 1.25)),
     }
     made.update(wish.tensors)
     made.update(layer_weights(wish, p))
@@ -174,10 +177,11 @@ def build(wish: Wish) -> Case:
     }
     for name in names:
         spec = STAGES[name]
-        inputs = [k for k in spec.inputs if k not in ("load_balance_loss", "moe_bias_updates")]
-        outputs = [k for k in spec.outputs if k not in ("load_balance_loss", "moe_bias_updates")]
-        if options[name].get("branch") == "mlp_moe":
-            inputs, outputs = list(spec.inputs), list(spec.outputs)
+        absent = set() if options[name].get("branch") == "mlp_moe" else {"load_balance_loss", "moe_bias_updates"}
+        single_pass = p["pre_from"] == "previous" and options[name].get("how", "carried") == "carried"
+        absent |= set() if single_pass else {"carried"}
+        inputs = [k for k in spec.inputs if k not in absent]
+        outputs = [k for k in spec.outputs if k not in absent and (single_pass or name == "coefficients" or k != "pre")]
         weights = [k for k in spec.weights if k in made and (k in HEAD_WEIGHTS) == (name == "head")]
         stages[name] = {"inputs": inputs, "weights": weights, "outputs": outputs, "options": options[name]}
         shapes = {}

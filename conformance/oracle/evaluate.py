@@ -36,7 +36,7 @@ def evaluate(
     else:
         lead = tensors["x"].shape[:-2] if "x" in tensors else tensors["embedding"].shape[:-1]
     tokens = math.prod(lead)
-    per_token = {"x", "y", "post", "H", "logits", "embedding"}
+    per_token = {"x", "y", "post", "H", "logits", "embedding", "carried"}
     a = {
         k: A.array(v.reshape(tokens, *v.shape[len(lead) :]) if k in per_token else v)
         for k, v in tensors.items()
@@ -63,7 +63,11 @@ def _expand(a, g, p, options, A, tensors):
 
 
 def _reduce(a, g, p, options, A, tensors):
-    out, pullback = formulas.reduce(a["x"], options["how"], A)
+    if options["how"] == "carried":
+        out, pullback = formulas.pre_mix(a["x"], a["carried"], A)
+        g_x, g_carried = pullback(g["out"])
+        return {"out": out, "d/x": g_x, "d/carried": g_carried}
+    out, pullback = formulas.reduce(a["x"], options["how"], p, A)
     return {"out": out, "d/x": pullback(g["out"])}
 
 
@@ -85,11 +89,14 @@ def _coefficients(a, g, p, options, A, tensors):
 
 
 def _pre(a, g, p, options, A, tensors):
-    values, coefficients_pullback = formulas.coefficients(a["x"], a, p, A)
-    u, pullback = formulas.pre_mix(a["x"], A.act(values["pre"]), A)
-    direct, g_pre = pullback(g["u"])
-    parts, gradients = coefficients_pullback({"pre": g_pre})
-    return {"u": u, **_gradients([direct, *parts], gradients, A)}
+    u, kept, pullback = formulas.read(a["x"], a, p, a.get("carried"), A)
+    parts, gradients, g_carried = pullback(g["u"], {"pre": g["pre"]} if "pre" in g else {})
+    return {"u": u, **_handed(kept["pre"], g_carried), **_gradients(parts, gradients, A)}
+
+
+def _handed(pre, g_carried):
+    """What a single-pass site returns and takes beside the rest."""
+    return {} if g_carried is None else {"pre": pre, "d/carried": g_carried}
 
 
 def _post(a, g, p, options, A, tensors):
@@ -112,13 +119,13 @@ def _branch(tensors, A):
 
 
 def _layer(a, g, p, options, A, tensors):
-    out, pullback = formulas.layer(a["x"], a, _branch(tensors, A), p, A)
-    parts, gradients = pullback(g["out"])
-    return {"out": out, **_gradients(parts, gradients, A)}
+    out, handed, pullback = formulas.layer(a["x"], a, _branch(tensors, A), p, a.get("carried"), A)
+    parts, gradients, g_carried = pullback(g["out"], g.get("pre"))
+    return {"out": out, **_handed(handed, g_carried), **_gradients(parts, gradients, A)}
 
 
 def _stack(a, g, p, options, A, tensors):
-    weights = {k: v for k, v in a.items() if k not in ("x", "embedding")}
+    weights = {k: v for k, v in a.items() if k != "embedding"}
     out, pullback = formulas.stack(a["embedding"], weights, _branch(tensors, A), p, options["reduce"], A)
     parts, gradients = pullback(g["out"])
     return {

@@ -19,7 +19,9 @@ NARROW = ("bfloat16-float32", "float16-float32")
 F32 = ("float32-float32",)
 BF16 = ("bfloat16-float32",)
 F32_BF16 = (*F32, *BF16)
-EVERY_CONTRACT = ("paper", "maxtext", "deepseek-v4-transformers", "megatron")
+EVERY_CONTRACT = ("paper", "maxtext", "deepseek-v4-transformers", "megatron", "deepseek-v4.1")
+MANY_STREAMS = {6: ("deepseek-v4", "maxtext-v1"), 7: ("paper",), 12: ("deepseek-v4.1",), 16: ("deepseek-v4",)}
+"""Numbers of streams beyond those that every dialect has, and where."""
 QUICK_SMOKE = ("paper", "glm-5", "megatron", "mhc-lite", "hunyuan-v4")
 QUICK_GENERIC = ("maxtext", "deepseek-v4-transformers")
 MATRIX = ("residual_matrix", "coefficients")
@@ -52,8 +54,8 @@ def _of_row(name: str, parameters: dict[str, Any]) -> Iterator[Wish]:
 
 def _reductions(p: dict[str, Any]) -> list[Any]:
     """``head`` where the dialect has one (MaxText may have either), and the plain reduction."""
-    how = p["reduce"] if p["reduce"] in ("sum", "mean") else "sum"
-    with_head = p["reduce"] == "head" or (p["norm_weight"] and p["pre_eps"] > 0)
+    how = p["reduce"] if p["reduce"] in ("sum", "mean", "carried") else "sum"
+    with_head = p["reduce"] == "head" or p["head_norm_eps"] is not None
     return [("reduce", {"how": how}), *(["head"] if with_head else [])]
 
 
@@ -101,6 +103,13 @@ def _sizes(name: str, p: dict[str, Any]) -> Iterator[Wish]:
             streams=streams, stages=["coefficients", "post", *([DENSE] if layer else [])], variants=variants,
             only={"layer": layer},
         )  # fmt: skip
+    for streams, dialects in MANY_STREAMS.items():
+        if name in dialects:
+            yield Wish(
+                "generic", "more streams than any release has: a loop that ends at 8, a matrix that is padded",
+                "Forward", name, f"n{streams}", streams=streams, stages=["coefficients", "post", DENSE],
+                variants=F32_BF16, only={"layer": F32},
+            )  # fmt: skip
     if name in EVERY_CONTRACT:
         yield Wish(
             "generic", "a width at which the order of summation matters", "Forward", name, "n4-dim64", dim=64,
@@ -119,6 +128,8 @@ def _matrices(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     near = np.full((n, n), 0.0)
     near[np.arange(n), [1, 2, 3, 0]] = 9.0
     sinkhorn = p["residual"] == "sinkhorn"
+    # What is hard for rows first is hard for columns first once it is transposed.
+    turned = (lambda a: np.swapaxes(a, -1, -2)) if p["order"] == "columns-first" else (lambda a: a)
     if sinkhorn:
         yield _matrix_wish("permutation", "orientation, rows that have not converged", name, p, near, 1.0)
     yield Wish("wide", "logits of deviation 5: rows that have not converged, wrong gradients", clause, name,
@@ -130,20 +141,23 @@ def _matrices(name: str, p: dict[str, Any]) -> Iterator[Wish]:
         noise = data.normal(f"overflow/noise/{name}/{offset}", shape) * 2
         grid = data.shared_grid if p["coefficients"] == "activation" else (lambda v: np.asarray(v, np.float32))
         bias = np.array([offset, -offset, 0.0, offset])[:, None] if sinkhorn else rows[0, 0]
+        logits = grid(rows + np.round(noise * 64) / 64)
+        if p["softmax"] == "columns":  # along the axis of the softmax an offset cancels
+            logits, bias = np.ascontiguousarray(np.swapaxes(logits, -1, -2)), bias.T
         yield Wish("overflow", "a missing shift by the maximum", clause, name, f"{offset:.0f}", stages=MATRIX,
-                   tensors={"logits": grid(rows + np.round(noise * 64) / 64)}, weights={"res_beta": bias})  # fmt: skip
+                   tensors={"logits": logits}, weights={"res_beta": bias})  # fmt: skip
     if not sinkhorn:
         return
     blocks = np.array([[0, 1, -5, -6], [2, 0, -6, -5], [-6, -5, 1, 0], [-5, -7, 0, 3]], float)
     yield _matrix_wish("slow", "nearly decoupled blocks: 19 against 20 iterations, order, ending on rows",
-                       name, p, blocks, 0.25)  # fmt: skip
+                       name, p, turned(blocks), 0.25)  # fmt: skip
     for streams in (2, 3, 4, 8):
-        logits = np.array(SLOWEST[f"n{streams}-N20"])
+        logits = turned(np.array(SLOWEST[f"n{streams}-N20"]))
         yield _matrix_wish("slowest", "searched: the largest change from iteration N - 1 to N", name, p, logits, 0.0)
     floor = np.zeros((n, n))
     floor[:, 2] = -13.0
     yield _matrix_wish("eps-floor", "one column 13 below the rest: eps added against clipped, or missing",
-                       name, p, floor, 1.0)  # fmt: skip
+                       name, p, turned(floor), 1.0)  # fmt: skip
 
 
 def _matrix_wish(family: str, why: str, name: str, p: dict[str, Any], logits: np.ndarray, noise: float) -> Wish:
@@ -152,9 +166,10 @@ def _matrix_wish(family: str, why: str, name: str, p: dict[str, Any], logits: np
     jitter = data.normal(f"{family}/{name}/{n}", (3, 4, n, n)) * noise
     grid = data.shared_grid
     label = f"n{n}" if family == "slowest" else ""
+    variants = CORE if n == 4 else ("float32-float32", "float64-float64", *NARROW)
     return Wish(
         family, why, "The residual matrix", name, label, streams=n, stages=MATRIX if n == 4 else MATRIX[:1],
-        variants=CORE if n == 4 else ("float32-float32", "float64-float64", *NARROW),
+        variants=[v for v in variants if v != "float16-float32" or p["matrix"] == "float32"],  # gradients overflow
         tensors={"logits": grid(logits + jitter)},
         weights={"res_beta": logits, "res_alpha_scale": 2.0**-7 if noise < 0.5 else 0.5},
     )  # fmt: skip
@@ -164,13 +179,16 @@ def _activations(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     stages = ["coefficients", "pre", DENSE]
     yield Wish("tiny", "x at 1e-3: the norm's eps, inside or outside the root", "Forward", name,
                stages=stages, x_scale=2.0**-10, variants=CORE)  # fmt: skip
-    yield Wish("big", "x at 200: overflow of squares in float16", "Forward", name, stages=stages, x_scale=200.0)
+    # Gradients that are kept in float16 overflow on their way through u; the squares are looked at in the coefficients.
+    wide = [v for v in CORE if v != "float16-float32"] if p["coefficients"] == "activation" else CORE
+    yield Wish("big", "x at 200: overflow of squares in float16", "Forward", name, stages=stages, x_scale=200.0,
+               only={"pre": wide, "layer": wide})  # fmt: skip
     if p["norm_eps"] > 0:
         base = data.shared_grid(data.normal(f"zero/{name}", (3, 4, 4, 8)))
         base[1, 2] = 0.0
+        overflows = p["norm_eps_position"] == "root" or p["norm_eps"] < 1e-8  # 1e6 to 1e10 times a cotangent
         yield Wish("zero", "a token of zeros: the norm's eps and its gradient", "Forward", name,
-                   stages=stages, tensors={"x": base},  # with eps outside the root, 1e6 times a cotangent
-                   variants=CORE if p["norm_eps_position"] == "mean" else F32_BF16)  # fmt: skip
+                   stages=stages, tensors={"x": base}, variants=F32_BF16 if overflows else CORE)  # fmt: skip
     for bias in (18, 17, 20):
         yield Wish("closed-gate", f"pre bias -{bias}: only pre_eps is left", "Forward", name,
                    "" if bias == 18 else str(bias), stages=["pre", *_reductions(p)[1:]],
@@ -221,7 +239,7 @@ def _plumbing(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     yield Wish("head", "the other reduction; a head with one gate closed", "Forward", name,
                stages=[("reduce", other), *head], x_scale=3.0,
                weights={"head_base": np.array([-18.0, 0.5, -1.0, 1.0])})  # fmt: skip
-    how = p["reduce"] if p["reduce"] in ("sum", "mean", "none") else "sum"
+    how = p["reduce"] if p["reduce"] in ("sum", "mean", "none", "carried") else "sum"
     # Small gates' slopes and branches: 24 layers of order-1 gradients would overflow float16, and float32 soon after.
     yield Wish("stack", "24 layers: growth of error", clause, name, stages=[("stack", {"layers": 24, "reduce": how})],
                layers=24, lead=(1, 3), variants=F32_BF16 if name in EVERY_CONTRACT else BF16,
@@ -268,11 +286,20 @@ def _other_parameters() -> Iterator[Wish]:
     """Parameters that no published dialect combines: each must work on its own."""
     stages = ["residual_matrix", "coefficients", DENSE]
     combinations = (
-        ("paper", "columns-first", {"order": "columns-first"}),
-        ("deepseek-v4", "columns-first", {"order": "columns-first", "mix": "out-in"}),
-        ("megatron", "columns-first", {"order": "columns-first"}),
+        ("paper", "rows-first", {"softmax": "rows", "order": "rows-first"}),
+        ("deepseek-v4", "columns-first", {"softmax": "columns", "order": "columns-first", "mix": "out-in"}),
+        ("megatron", "columns-first", {"softmax": "columns", "order": "columns-first"}),
         ("paper", "one-iteration", {"iterations": 1}),
         ("paper", "three-iterations", {"iterations": 3, "guard": "clip", "eps": 0.25, "post_scale": 1.5}),
+        ("deepseek-v4", "one-iteration", {"iterations": 1}),
+        ("deepseek-v4", "two-iterations", {"iterations": 2}),
+        ("deepseek-v4", "fifty-iterations", {"iterations": 50}),
+        ("paper", "two-iterations", {"iterations": 2}),
+        ("maxtext-v1", "one-iteration", {"iterations": 1}),
+        ("xing-4", "two-iterations", {"iterations": 2}),
+        ("deepseek-v4", "softmax-columns", {"softmax": "columns"}),
+        ("deepseek-v4", "single-pass", {"pre_from": "previous", "reduce": "carried"}),
+        ("liger", "denominator", {"guard": "denominator", "eps": 0.03125, "logit_limit": 2.5}),
         ("transformer-engine", "norm-weight", {"norm_weight": True, "pre_eps": 0.125, "post_eps": 0.0625}),
         ("paper", "norm-weight", {"norm_weight": True}),
         ("deepseek-v4", "norm-weight", {"norm_weight": True}),
@@ -283,8 +310,9 @@ def _other_parameters() -> Iterator[Wish]:
                    stages=stages, overrides=overrides, only={"layer": F32},
                    variants=(*F32, *NARROW) if label == "norm-weight" else F32_BF16)  # fmt: skip
     for name in ("paper", "deepseek-v4"):
+        turned = np.transpose if name == "paper" else np.array
         for streams in (2, 3, 4, 8):
             yield Wish("slowest", "searched: the largest change from iteration 9 to 10", "The residual matrix", name,
                        f"n{streams}-N10", streams=streams, stages=MATRIX[:1], overrides={"iterations": 10},
                        variants=F32, tensors={"logits": data.shared_grid(np.broadcast_to(
-                           np.array(SLOWEST[f"n{streams}-N10"]), (3, 4, streams, streams)))})  # fmt: skip
+                           turned(np.array(SLOWEST[f"n{streams}-N10"])), (3, 4, streams, streams)))})  # fmt: skip

@@ -6,6 +6,9 @@ no libm result that is kept unchecked, no framework.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -74,9 +77,9 @@ class FloatArithmetic:
         self.acts = self.narrow is not None and contract == "activation"
         self.mixes = self.narrow is not None and contract in ("activation", "mixing")
         self.tf32 = contract == "tf32"
-        self.rounded = False
+        self.rounded = self.passes = self.separates = False
         if self.acts:  # the norm's output is rounded, so it comes before the projection
-            self.style = Style(**{**vars(style), "norm_after": False})
+            self.style = dataclasses.replace(style, norm_after=False)
 
     def constant(self, value: Any) -> Any:
         return self.dtype.type(value)
@@ -116,6 +119,19 @@ class FloatArithmetic:
     def at_least(self, a: np.ndarray, floor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.maximum(a, floor), a > floor
 
+    def clip(self, a: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.clip(a, -limit, limit), np.abs(a) < limit
+
+    @staticmethod
+    def within(a: np.ndarray, limit: float) -> bool:
+        return bool(np.all(np.abs(a) <= limit))
+
+    @staticmethod
+    def first_equal(a: np.ndarray, largest: np.ndarray, axis: int) -> np.ndarray:
+        """Where ``a`` is the maximum along ``axis``; of equal entries the first."""
+        equal = a == largest
+        return equal & (np.cumsum(equal, axis=axis) == 1)
+
     def sum_exp(self, level: np.ndarray, axis: int) -> np.ndarray:
         return np.expand_dims(self.sum(self.exp(level), axis), axis)
 
@@ -150,6 +166,40 @@ class FloatArithmetic:
 
     def gate_product(self, a: np.ndarray) -> np.ndarray:
         return self._narrowed(a, self.acts and self.style.round_products)
+
+    def sum_tokens(self, a: np.ndarray) -> np.ndarray:
+        """Sum along the last axis, which runs over tokens; JAX's transpose of a narrow broadcast rounds every step."""
+        if not (self.acts and self.style.round_sums):
+            return self.sum(a, -1)
+        return self._narrow_sum(a, -1)
+
+    def sum_in_activation(self, a: np.ndarray, axis: int) -> np.ndarray:
+        """Sum in the dtype of the activations, each addition rounded to it."""
+        return self.sum(a, axis) if self.narrow is None else self._narrow_sum(a, axis)
+
+    def _narrow_sum(self, a: np.ndarray, axis: int) -> np.ndarray:
+        self.rounded = True
+        with np.errstate(over="ignore"):
+            return ordered_sum(a.astype(self.narrow), axis, self.style.order).astype(self.dtype)
+
+    def of_matrix(self, p: Mapping[str, Any]) -> FloatArithmetic:
+        """The arithmetic of Sinkhorn's passes: rounded throughout where they are made in the activations' dtype."""
+        if self.narrow is None or p["matrix"] == "float32":
+            return self
+        found = copy.copy(self)
+        found.passes, found.separates = True, self.style.round_products
+        found.style = dataclasses.replace(self.style, log_domain=False, potentials=False)
+        self.rounded = True
+        return found
+
+    def round_matrix(self, a: np.ndarray) -> np.ndarray:
+        return self._narrowed(a, self.passes)
+
+    def wide(self) -> FloatArithmetic:
+        """The same with coefficients and mixing in the working precision."""
+        found = copy.copy(self)
+        found.acts = found.mixes = False
+        return found
 
     def add_parts(self, parts: list[np.ndarray]) -> np.ndarray:
         total = np.zeros_like(parts[0])

@@ -11,12 +11,12 @@ Shapes: T tokens, n streams, C dim. ``x`` is ``[T, n, C]``; projections are flat
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from conformance.oracle.residual import residual_matrix
 from conformance.stages import PROJECTIONS
 
 Array = Any
@@ -98,93 +98,6 @@ def gate(z: Array, slope: Any, offset: Any, A: Any):
     return slope * s + offset, lambda g: g * slope * s * (A.constant(1) - s)
 
 
-def softmax(logits: Array, axis: int, A: Any):
-    """Softmax along ``axis``, shifted by the maximum; returns (value, its pullback)."""
-    shifted = logits - A.maximum_along(logits, axis)
-    e = A.exp(shifted)
-    total = np.expand_dims(A.sum(e, axis), axis)
-    q = A.exp(shifted - A.log(total)) if A.style.log_domain else e / total
-
-    def pullback(g):
-        if logits.shape[axis] == 1:  # one entry is always 1, exactly: no ball around 0
-            return g * A.constant(0)
-        return q * (g - np.expand_dims(A.sum(q * g, axis), axis))
-
-    return q, pullback
-
-
-def sinkhorn(logits: Array, p: Parameters, A: Any):
-    """The N iterations as written (mathematics.md, "The residual matrix"), ``[T, n, n]``."""
-    first, second = (-1, -2) if p["order"] == "rows-first" else (-2, -1)
-    passes = [second] + [first, second] * (p["iterations"] - 1)
-    eps, add, clip = A.constant(p["eps"]), p["guard"] == "add", p["guard"] == "clip"
-    q, softmax_pullback = softmax(logits, first, A)
-    start = q + eps if add else q
-
-    def guarded(total):
-        """The denominator and whether it depends on the sum."""
-        if add:
-            return total + eps, None
-        if clip:
-            return A.at_least(total, eps)
-        return total, None
-
-    steps: list[tuple[int, Array, Array, Array | None]] = []
-    if A.style.log_domain:
-        level = A.log(start) if add else A.log_softmax(logits, first)
-        for axis in passes:
-            denominator, active = guarded(A.sum_exp(level, axis))
-            level = level - A.log(denominator)
-            steps.append((axis, level, denominator, active))
-        value = A.exp(level)
-
-        def pullback(g):
-            g = g * value
-            for axis, after, _, active in reversed(steps):
-                total = np.expand_dims(A.sum(g, axis), axis) * A.exp(after)
-                g = g - (total if active is None else np.where(active, total, A.constant(0)))
-            # log(q + eps) where eps is added; plain log-softmax otherwise
-            return softmax_pullback(g / start) if add else g - q * np.expand_dims(A.sum(g, first), first)
-
-        return value, pullback
-
-    value = start
-    for axis in passes:
-        denominator, active = guarded(np.expand_dims(A.sum(value, axis), axis))
-        value = value * (A.constant(1) / denominator) if A.style.reciprocal else value / denominator
-        steps.append((axis, value, denominator, active))
-
-    def pullback(g):
-        for axis, after, denominator, active in reversed(steps):
-            total = np.expand_dims(A.sum(g * after, axis), axis)
-            g = (g - (total if active is None else np.where(active, total, A.constant(0)))) / denominator
-        return softmax_pullback(g)
-
-    return value, pullback
-
-
-def permutations(logits: Array, streams: int, A: Any):
-    """mHC-lite: a softmax over the n! permutation matrices, ``P[i, p(i)] = 1``."""
-    table = list(itertools.permutations(range(streams)))
-    q, softmax_pullback = softmax(logits, -1, A)
-    value = np.empty((logits.shape[0], streams, streams), dtype=logits.dtype)
-    for i, j in itertools.product(range(streams), repeat=2):
-        value[:, i, j] = A.sum(q[:, [k for k, order in enumerate(table) if order[i] == j]], -1)
-
-    def pullback(g):
-        g_q = np.empty_like(q)
-        for k, order in enumerate(table):
-            g_q[:, k] = A.sum(np.stack([g[:, i, order[i]] for i in range(streams)], -1), -1)
-        return softmax_pullback(g_q)
-
-    return value, pullback
-
-
-def residual_matrix(logits: Array, p: Parameters, A: Any):
-    """H ``[T, n, n]`` from its logits ``[T, n, n]`` (``[T, n!]`` for permutations)."""
-    return permutations(logits, p["streams"], A) if p["residual"] == "permutations" else sinkhorn(logits, p, A)
-
-
 def coefficients(x: Array, weights: Mapping[str, Array], p: Parameters, A: Any):
     """pre ``[T, n]``, post ``[T, n]``, H ``[T, n, n]`` before their last rounding.
 
@@ -219,8 +132,8 @@ def coefficients(x: Array, weights: Mapping[str, Array], p: Parameters, A: Any):
                 continue
             g_z = A.logits(pullbacks[k](A.act(g)))
             g_h[k] = weights[f"{k}_alpha_scale"] * g_z
-            gradients[f"{k}_alpha_scale"] = A.weight(A.sum(A.gate_product(g_z * h[k]).reshape(1, -1), -1))
-            gradients[f"{k}_beta"] = A.weight(A.sum(g_z.T, -1).reshape(weights[f"{k}_beta"].shape))
+            gradients[f"{k}_alpha_scale"] = A.weight(A.sum_tokens(A.gate_product(g_z * h[k]).reshape(1, -1)))
+            gradients[f"{k}_beta"] = A.weight(A.sum_tokens(g_z.T).reshape(weights[f"{k}_beta"].shape))
         parts, g_scale, g_phi = projection_pullback(g_h)
         if g_scale is not None:
             gradients["mhc_norm.scale"] = g_scale
@@ -268,50 +181,76 @@ def post_mix(y: Array, x: Array, post: Array, H: Array, p: Parameters, A: Any):
     return value, pullback
 
 
-def layer(x: Array, weights: Mapping[str, Array], branch: Array, p: Parameters, A: Any):
-    """One layer whose sub-layer multiplies by ``branch [C]`` (powers of two: no rounding of its own)."""
-    values, coefficients_pullback = coefficients(x, weights, p, A)
-    pre, post, H = A.act(values["pre"]), A.act(values["post"]), A.act(values["H"])
-    u, pre_pullback = pre_mix(x, pre, A)
-    y = A.store(u) * branch
-    out, post_pullback = post_mix(y, x, post, H, p, A)
+def read(x: Array, weights: Mapping[str, Array], p: Parameters, carried: Array | None, A: Any):
+    """The first half of a layer: u ``[T, C]`` before its rounding, and the coefficients as they are kept.
 
-    def pullback(g):
+    A single-pass layer reads with ``carried [T, n]`` and hands its own pre on. The pullback maps the cotangents of u
+    and of ``{"pre", "post", "H"}`` (for a single-pass layer pre among them) to (parts of x's gradient, gradients of
+    the weights, carried's gradient or None).
+    """
+    values, coefficients_pullback = coefficients(x, weights, p, A)
+    kept = {k: A.act(v) for k, v in values.items()}
+    u, pre_pullback = pre_mix(x, kept["pre"] if carried is None else carried, A)
+
+    def pullback(g_u, cotangents):
+        direct, g_gates = pre_pullback(g_u)
+        cotangents = cotangents if carried is not None else {**cotangents, "pre": g_gates}
+        parts, gradients = coefficients_pullback(cotangents)
+        return [direct, *parts], gradients, None if carried is None else g_gates
+
+    return u, kept, pullback
+
+
+def layer(x: Array, weights: Mapping[str, Array], branch: Array, p: Parameters, carried: Array | None, A: Any):
+    """One layer whose sub-layer multiplies by ``branch [C]`` (powers of two: no rounding of its own).
+
+    Returns:
+        out, the pre that a single-pass layer hands on (None for others), and a pullback that maps the cotangents of
+        both to (parts of x's gradient, gradients of the weights, carried's gradient or None).
+    """
+    u, kept, read_pullback = read(x, weights, p, carried, A)
+    y = A.store(u) * branch
+    out, post_pullback = post_mix(y, x, kept["post"], kept["H"], p, A)
+
+    def pullback(g, g_handed=None):
         y_parts, mixed_part, g_post, g_H = post_pullback(g)
         g_u = A.store(A.sum(y_parts, 1)) * branch
-        pre_part, g_pre = pre_pullback(g_u)
-        cotangents = {"pre": g_pre, "post": g_post, **({} if g_H is None else {"H": g_H})}
-        parts, gradients = coefficients_pullback(cotangents)
-        return [mixed_part, pre_part, *parts], gradients
+        cotangents = {"post": g_post, **({} if g_H is None else {"H": g_H})}
+        if carried is not None:
+            cotangents["pre"] = g_handed
+        parts, gradients, g_carried = read_pullback(g_u, cotangents)
+        return [mixed_part, *parts], gradients, g_carried
 
-    return out, pullback
+    return out, None if carried is None else kept["pre"], pullback
 
 
 def head(x: Array, weights: Mapping[str, Array], p: Parameters, A: Any):
-    """The learned reduction: gates from one projection, then the gated sum of the streams."""
+    """The learned reduction: gates from one projection, then the gated sum of the streams; float32 in every dialect."""
+    A = A.wide()
+    p = p if p["head_norm_eps"] is None else {**p, "norm_eps": p["head_norm_eps"]}
     h, projection_pullback = normalise_and_project(x, None, {"head": weights["head_fn"]}, p, A)
-    z = A.logits(A.logits(weights["head_scale"] * h["head"]) + weights["head_base"])
+    z = weights["head_scale"] * h["head"] + weights["head_base"]
     gates, gate_pullback = gate(z, A.constant(1), A.constant(p["pre_eps"]), A)
-    out, mix_pullback = pre_mix(x, A.act(gates), A)
+    out, mix_pullback = pre_mix(x, gates, A)
 
     def pullback(g):
         direct, g_gates = mix_pullback(g)
-        g_z = A.logits(gate_pullback(A.act(g_gates)))
+        g_z = gate_pullback(g_gates)
         parts, _, g_phi = projection_pullback({"head": weights["head_scale"] * g_z})
         return [direct, *parts], {
             "head_fn": g_phi["head"],
-            "head_scale": A.weight(A.sum(A.gate_product(g_z * h["head"]).reshape(1, -1), -1)),
-            "head_base": A.weight(A.sum(g_z.T, -1)),
+            "head_scale": A.sum((g_z * h["head"]).reshape(1, -1), -1),
+            "head_base": A.sum(g_z.T, -1),
         }
 
     return out, pullback
 
 
-def reduce(x: Array, how: str, A: Any):
+def reduce(x: Array, how: str, p: Parameters, A: Any):
     """Sum or mean over the streams."""
     n = x.shape[1]
     share = A.constant(1) / A.constant(n) if how == "mean" else A.constant(1)
-    total = A.sum(x, 1)
+    total = A.sum_in_activation(x, 1) if p["reduction"] == "activation" else A.sum(x, 1)
     value = total / A.constant(n) if how == "mean" else total
     return value, lambda g: np.repeat((g * share)[:, None, :], n, axis=1)
 
@@ -322,25 +261,37 @@ def expand(embedding: Array, streams: int, A: Any):
 
 
 def stack(embedding: Array, weights: Mapping[str, Array], branch: Array, p: Parameters, how: str, A: Any):
-    """expand, one layer per leading index of the weights, reduce; x is stored between layers."""
+    """expand, one layer per leading index of the weights, reduce; x is stored between layers, carried as it is."""
     x, _ = expand(embedding, p["streams"], A)
+    carried = one_hot(x, A) if p["pre_from"] == "previous" else None
     depth = next(iter(weights.values())).shape[0]
     pullbacks = []
     for index in range(depth):
-        x, pullback = layer(x, {k: w[index] for k, w in weights.items()}, branch, p, A)
+        x, carried, pullback = layer(x, {k: w[index] for k, w in weights.items()}, branch, p, carried, A)
         pullbacks.append(pullback)
         if index + 1 < depth or how != "none":
             x = A.store(x)
-    out, reduce_pullback = (x, lambda g: g) if how == "none" else reduce(x, how, A)
+    if how == "carried":
+        out, reduce_pullback = pre_mix(x, carried, A)
+    elif how == "none":
+        out, reduce_pullback = x, lambda g: (g, None)
+    else:
+        out, spread = reduce(x, how, p, A)
+        reduce_pullback = lambda g: (spread(g), None)  # noqa: E731
 
     def pullback(g):
-        g = A.store(reduce_pullback(g))
-        gradients = []
+        g, g_carried = reduce_pullback(g)
+        g, gradients = A.store(g), []
         for layer_pullback in reversed(pullbacks):
-            parts, gradient = layer_pullback(g)
+            parts, gradient, g_carried = layer_pullback(g, g_carried)
             g = A.store(A.add_parts(parts))
             gradients.append(gradient)
         stacked = {k: np.stack([gradient[k] for gradient in reversed(gradients)]) for k in gradients[0]}
         return g, stacked
 
     return out, pullback
+
+
+def one_hot(x: Array, A: Any):
+    """``[T, n]``: 1 for stream 0, what the first site of a single-pass stack reads with."""
+    return np.broadcast_to(A.array(np.eye(x.shape[1])[:1]), x.shape[:2])

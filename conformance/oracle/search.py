@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from conformance import atomic
-from conformance.oracle import formulas
+from conformance.dialects import dialect_rows
+from conformance.oracle import residual
 from conformance.oracle.floats import FloatArithmetic, Quick
 from conformance.oracle.generate import K_FLOAT32
 from conformance.oracle.style import ensemble
@@ -49,11 +50,13 @@ def relative(logits: np.ndarray, iterations: int) -> float:
 def _bound(logits: np.ndarray, iterations: int, eps: float) -> float:
     """K times the honest error, with float64 in the place of the true value: it is nearer than float32 by 2^29."""
     guard = "add" if eps else "none"
-    p = {"residual": "sinkhorn", "order": "rows-first", "guard": guard, "eps": eps, "iterations": iterations}
-    true = formulas.sinkhorn(logits[None], p, Quick())[0]
+    p = {
+        **dialect_rows()["deepseek-v4"], "guard": guard, "eps": eps, "iterations": iterations,
+    }  # fmt: skip
+    true = residual.sinkhorn(logits[None], p, Quick())[0]
     honest = 0.0
     for style in ensemble():
-        found = formulas.sinkhorn(logits[None].astype(np.float32), p, FloatArithmetic(style, "float32", None))[0]
+        found = residual.sinkhorn(logits[None].astype(np.float32), p, FloatArithmetic(style, "float32", None))[0]
         honest = max(honest, float(np.abs(found.astype(np.float64) - true).max()))
     return K_FLOAT32 * max(honest, 2.0**-24)
 

@@ -14,22 +14,26 @@ class Style:
     Attributes:
         order: order of summation, one of `ORDERS`.
         log_domain: Sinkhorn and softmax on logarithms.
+        potentials: Sinkhorn on the logarithms of the scalings of rows and columns, where no eps guards a sum.
         norm_after: the norm is divided out after the projection.
         reciprocal: a division is a multiplication by the reciprocal.
         round_logits: where coefficients are kept in the activations' dtype, the logits and their gradients are too.
         round_weights: there, weights are used, and their gradients made, in that dtype.
         round_products: narrow products are rounded before they are summed in a gradient.
         round_parts: the parts of a gradient are rounded before they are added.
+        round_sums: there, a gradient that is a sum over tokens is added up in that dtype.
     """
 
     order: str = "forward"
     log_domain: bool = False
+    potentials: bool = False
     norm_after: bool = False
     reciprocal: bool = False
     round_logits: bool = False
     round_weights: bool = False
     round_products: bool = False
     round_parts: bool = False
+    round_sums: bool = False
 
 
 def ensemble() -> tuple[Style, ...]:
@@ -38,12 +42,14 @@ def ensemble() -> tuple[Style, ...]:
         Style(
             order=ORDERS[k % len(ORDERS)],
             log_domain=k % 4 == 3,
+            potentials=k % 8 == 5,
             norm_after=(k // 2) % 2 == 1,
             reciprocal=(k // 3) % 2 == 1,
             round_logits=(k // 4) % 2 == 1,
             round_weights=k % 2 == 1,
             round_products=(k // 2 + k) % 2 == 1,
             round_parts=(k // 8 + k) % 2 == 1,
+            round_sums=k % 4 >= 2,
         )
         for k in range(16)
     )

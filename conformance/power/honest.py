@@ -21,6 +21,7 @@ def choice(seed: int) -> Choice:
     return Choice(
         sums=Sums(draw.choice(ORDERS), draw.choice((1, 2, 4, 8, 16, 64)), draw.randrange(1, 1 << 30)),
         log_domain=draw.random() < 0.3,
+        potentials=seed % 8 == 5,
         reciprocal=draw.random() < 0.3,
         norm_after=after,
         fused=draw.random() < 0.5,

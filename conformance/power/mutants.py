@@ -54,8 +54,28 @@ class OtherOrder(Mutant):
 class OtherSoftmax(Mutant):
     """Softmax over the other axis."""
 
-    def softmax(self, logits: Tensor, axis: int, c: Any) -> Tensor:
-        return super().softmax(logits, -3 - axis if c.residual == "sinkhorn" else axis, c)
+    def start(self, logits: Tensor, c: Any) -> Tensor:
+        axis = self.softmax_axis(c)
+        if axis is None:
+            return self.exp(self.shift(logits, self.axes(c)[1], c))
+        p = self.softmax(logits, -3 - axis, c)
+        return p + self.eps(c) if c.guard == "add" else p
+
+
+class SoftmaxOfTheOtherDialect(Mutant):
+    """Softmax over the axis of the other dialect, with its passes."""
+
+    def softmax_axis(self, c: Any) -> int | None:
+        axis = super().softmax_axis(c)
+        return axis if axis is None else -3 - axis
+
+
+class OnePassMoreOrLess(Mutant):
+    """41 passes for 40, 40 for 41."""
+
+    def passes(self, c: Any) -> list[int]:
+        every = list(self.axes(c)) * self.iterations(c)
+        return every[1:] if len(super().passes(c)) == len(every) else every
 
 
 class NoEps(Mutant):
@@ -83,17 +103,33 @@ class ClipForAdd(Mutant):
     """clip for add."""
 
     def start(self, logits: Tensor, c: Any) -> Tensor:
-        return self.softmax(logits, self.axes(c)[0], c)
+        axis = self.softmax_axis(c)
+        return super().start(logits, c) if axis is None else self.softmax(logits, axis, c)
 
     def guarded(self, total: Tensor, c: Any) -> Tensor:
-        return total.clamp(min=c.eps) if c.guard == "add" else super().guarded(total, c)
+        return total.clamp(min=c.eps) if c.guard in ("add", "denominator") else super().guarded(total, c)
+
+
+class AddForDenominator(Mutant):
+    """eps added to the start too, where only denominators have it."""
+
+    def start(self, logits: Tensor, c: Any) -> Tensor:
+        p = super().start(logits, c)
+        return p + self.eps(c) if c.guard == "denominator" else p
+
+
+class NoLogitLimit(Mutant):
+    """The logits' limit dropped."""
+
+    def limited(self, logits: Tensor, c: Any) -> Tensor:
+        return logits
 
 
 class Transposed(Mutant):
     """H transposed."""
 
-    def matrix(self, logits: Tensor, c: Any) -> Tensor:
-        return super().matrix(logits, c).transpose(-1, -2)
+    def matrix(self, logits: Tensor, c: Any, kept: torch.dtype) -> Tensor:
+        return super().matrix(logits, c, kept).transpose(-1, -2)
 
 
 class NarrowSinkhorn(Mutant):
@@ -106,7 +142,7 @@ class NarrowSinkhorn(Mutant):
 class NoShift(Mutant):
     """No shift by the maximum."""
 
-    def shift(self, logits: Tensor, axis: int) -> Tensor:
+    def shift(self, logits: Tensor, axis: int, c: Any) -> Tensor:
         return logits
 
 
@@ -114,10 +150,10 @@ class LastIterationOnly(Mutant):
     """Gradient through the last iteration only."""
 
     def iterate(self, p: Tensor, c: Any) -> Tensor:
-        first, second = self.axes(c)
-        before = self.normalise(p, second, c)
-        for _ in range(self.iterations(c) - 2):
-            before = self.normalise(self.normalise(before, first, c), second, c)
+        *early, first, second = self.passes(c) if c.iterations > 1 else [*self.passes(c), None, None]
+        before = p
+        for axis in early:
+            before = self.normalise(before, axis, c)
         before = p + (before - p).detach()
         return self.normalise(self.normalise(before, first, c), second, c) if c.iterations > 1 else before
 
@@ -206,6 +242,13 @@ class AlphaFromOneRow(Mutant):
         value = weights[f"{kind}_alpha_scale"]
         rows = torch.arange(h.shape[0]).reshape(-1, *[1] * (h.ndim - 1)) == 0
         return torch.where(rows, value, value.detach())
+
+
+class HeadWithTheLayersEps(Mutant):
+    """Head with the layer's norm eps, where it has its own."""
+
+    def of_head(self, c: Any) -> Any:
+        return super().of_head(type(c)(**{**vars(c), "head_norm_eps": None}))
 
 
 class HeadWithoutEps(Mutant):
@@ -325,6 +368,36 @@ class NotTransposedBack(Mutant):
             return super().mixed(H, x, c)
         other = super().mixed(H.detach().transpose(-1, -2), x, c)
         return value + (other - other.detach())
+
+
+class OwnPre(Mutant):
+    """Single pass with its own pre."""
+
+    def reads_with(self, pre: Tensor, given: Values, c: Any) -> Tensor:
+        return pre if c.pre_from == "own" else pre + 0 * given["carried"]
+
+
+class CarriedGradientCut(Mutant):
+    """Gradient of the carried pre cut."""
+
+    def reads_with(self, pre: Tensor, given: Values, c: Any) -> Tensor:
+        found = super().reads_with(pre, given, c)
+        return found.detach() if c.pre_from == "previous" else found
+
+
+class NarrowCarried(Mutant):
+    """Carried pre in bfloat16."""
+
+    def reads_with(self, pre: Tensor, given: Values, c: Any) -> Tensor:
+        found = super().reads_with(pre, given, c)
+        return found.to(torch.bfloat16).to(found.dtype) if c.pre_from == "previous" else found
+
+
+class StartsWithAll(Mutant):
+    """Single pass that starts with all streams, not stream 0."""
+
+    def one_hot(self, x: Tensor) -> Tensor:
+        return torch.ones_like(super().one_hot(x))
 
 
 class StaleContext(Mutant):

@@ -25,7 +25,7 @@ from conformance.power.sums import Sums, contract_tf32
 from conformance.stages import PROJECTIONS, STAGES
 
 Values = dict[str, Tensor]
-PER_TOKEN = ("x", "y", "embedding", "logits", "post", "H")
+PER_TOKEN = ("x", "y", "embedding", "logits", "post", "H", "carried")
 OUTPUTS_PER_TOKEN = ("out", "u", "pre", "post", "H")
 
 
@@ -36,6 +36,7 @@ class Choice:
     Attributes:
         sums: how sums and contractions are ordered.
         log_domain: Sinkhorn on logarithms (where eps is not added to a sum, which has no such form).
+        potentials: Sinkhorn on the logarithms of the scalings of rows and columns, where logits are at most 32.
         reciprocal: multiply by a reciprocal instead of dividing.
         norm_after: multiply the norm weight into the projections, divide by the root mean square after them.
         fused: one projection for pre, post and the residual matrix, sliced afterwards.
@@ -47,6 +48,7 @@ class Choice:
 
     sums: Sums = field(default_factory=Sums)
     log_domain: bool = False
+    potentials: bool = False
     reciprocal: bool = False
     norm_after: bool = False
     fused: bool = False
@@ -177,32 +179,44 @@ class Plain:
         if c.residual == "identity":
             return pre, post, torch.eye(n, dtype=kept).expand(*x.shape[:-2], n, n)
         logits = z["res"] if c.residual == "permutations" else z["res"].unflatten(-1, (n, n))
-        return pre, post, self.matrix(logits, c).to(kept)
+        return pre, post, self.matrix(logits, c, kept).to(kept)
 
     # The residual matrix
 
     def axes(self, c: Any) -> tuple[int, int]:
         return (-1, -2) if c.order == "rows-first" else (-2, -1)
 
+    def softmax_axis(self, c: Any) -> int | None:
+        return {"rows": -1, "columns": -2}.get(c.softmax)
+
     def iterations(self, c: Any) -> int:
         return c.iterations
 
-    def shift(self, logits: Tensor, axis: int) -> Tensor:
-        return logits - logits.amax(axis, keepdim=True).detach()
+    def passes(self, c: Any) -> list[int]:
+        """The axes of all passes after the start."""
+        every = list(self.axes(c)) * self.iterations(c)
+        return every[1:] if self.softmax_axis(c) == every[0] else every
+
+    def shift(self, logits: Tensor, axis: int, c: Any) -> Tensor:
+        largest = logits.amax(axis, keepdim=True)
+        return logits - (largest if c.softmax == "none" else largest.detach())
 
     def softmax(self, logits: Tensor, axis: int, c: Any) -> Tensor:
-        e = self.exp(self.shift(logits, axis))
+        e = self.exp(self.shift(logits, axis, c))
         return self.divide(e, self.choice.sums.total(e, axis))
 
     def eps(self, c: Any) -> float:
         return c.eps
 
     def start(self, logits: Tensor, c: Any) -> Tensor:
-        p = self.softmax(logits, self.axes(c)[0], c)
+        axis = self.softmax_axis(c)
+        if axis is None:
+            return self.exp(self.shift(logits, self.axes(c)[0], c))
+        p = self.softmax(logits, axis, c)
         return p + self.eps(c) if c.guard == "add" else p
 
     def guarded(self, total: Tensor, c: Any) -> Tensor:
-        if c.guard == "add":
+        if c.guard in ("add", "denominator"):
             return total + self.eps(c)
         return total.clamp(min=self.eps(c)) if c.guard == "clip" else total
 
@@ -210,22 +224,35 @@ class Plain:
         return self.divide(p, self.guarded(self.choice.sums.total(p, axis), c))
 
     def iterate(self, p: Tensor, c: Any) -> Tensor:
-        first, second = self.axes(c)
-        p = self.normalise(p, second, c)
-        for _ in range(self.iterations(c) - 1):
-            p = self.normalise(self.normalise(p, first, c), second, c)
+        for axis in self.passes(c):
+            p = self.normalise(p, axis, c)
         return p
 
     def iterate_logarithms(self, logits: Tensor, c: Any) -> Tensor:
         """The same iterations on log P, with guard "none"."""
-        first, second = self.axes(c)
-        level = torch.log_softmax(logits, first)
-        for axis in [second] + [first, second] * (self.iterations(c) - 1):
+        axis = self.softmax_axis(c)
+        level = logits if axis is None else torch.log_softmax(logits, axis)
+        for axis in self.passes(c):
             level = level - torch.logsumexp(level, axis, keepdim=True)
         return self.exp(level)
 
+    def iterate_potentials(self, logits: Tensor, c: Any) -> Tensor:
+        """The same on the logarithms of the scalings of rows and columns, with guard "none"."""
+        start = self.softmax_axis(c)
+        potential: dict[int, Any] = {-1: 0.0, -2: 0.0}
+        for axis in [*([] if start is None else [start]), *self.passes(c)]:
+            potential[axis] = -torch.logsumexp(logits + potential[-3 - axis], axis, keepdim=True)
+        return self.exp(logits + potential[-1] + potential[-2])
+
+    def limited(self, logits: Tensor, c: Any) -> Tensor:
+        return logits if c.logit_limit is None else logits.clamp(-c.logit_limit, c.logit_limit)
+
     def sinkhorn(self, logits: Tensor, c: Any) -> Tensor:
-        if self.choice.log_domain and c.guard == "none":
+        logits = self.limited(logits, c)
+        plain = c.guard == "none" and c.matrix == "float32"
+        if self.choice.potentials and plain and bool((logits.abs() <= 32).all()):
+            return self.iterate_potentials(logits, c)
+        if self.choice.log_domain and plain:
             return self.iterate_logarithms(logits, c)
         return self.iterate(self.start(logits, c), c)
 
@@ -239,9 +266,10 @@ class Plain:
         ]
         return torch.cat(entries, -1).unflatten(-1, (n, n))
 
-    def matrix(self, logits: Tensor, c: Any) -> Tensor:
-        wide = logits.to(self.wide(logits.dtype))
-        return (self.permutations if c.residual == "permutations" else self.sinkhorn)(wide, c)
+    def matrix(self, logits: Tensor, c: Any, kept: torch.dtype) -> Tensor:
+        """H from its logits, whose passes run in the dtype that coefficients are kept in where the row says so."""
+        made_in = kept if c.matrix == "activation" else self.wide(logits.dtype)
+        return (self.permutations if c.residual == "permutations" else self.sinkhorn)(logits.to(made_in), c)
 
     # Mixing
 
@@ -276,18 +304,38 @@ class Plain:
     def one_layer(self, x: Tensor, weights: Values, given: Values, c: Any) -> Values:
         pre, post, H = self.gates(x, weights, c)
         post, H = self.context(x, post, H)
-        u = branch.norm_fn(given)(self.pre_mix(x, pre))
+        u = branch.norm_fn(given)(self.pre_mix(x, self.reads_with(pre, given, c)))
         y, routed = branch.call(c.branch, given, u)
-        return {"out": self.post_mix(y, x, post, H, c), **routed}
+        handed = {"pre": self.hands_on(pre)} if c.pre_from == "previous" else {}
+        return {"out": self.post_mix(y, x, post, H, c), **handed, **routed}
+
+    def reads_with(self, pre: Tensor, given: Values, c: Any) -> Tensor:
+        """The gates that u is read with: the site's own, or those of the site before."""
+        return given["carried"] if c.pre_from == "previous" else pre
+
+    def hands_on(self, pre: Tensor) -> Tensor:
+        return pre
+
+    def one_hot(self, x: Tensor) -> Tensor:
+        return (torch.arange(x.shape[-2]) == 0).to(self.wide(x.dtype)).expand(x.shape[:-1])
 
     def share(self, c: Any, how: str) -> float:
         return 1 / c.streams if how == "mean" else 1.0
 
-    def reduced(self, x: Tensor, how: str, c: Any) -> Tensor:
+    def reduced(self, x: Tensor, how: str, carried: Tensor | None, c: Any) -> Tensor:
         if how == "none":
             return x
-        total = self.choice.sums.total(x.to(self.wide(x.dtype)), -2).squeeze(-2)
+        if how == "carried":
+            assert carried is not None
+            return self.pre_mix(x, carried)
+        summed_in = x.dtype if c.reduction == "activation" else self.wide(x.dtype)
+        total = self.choice.sums.total(x.to(summed_in), -2).squeeze(-2)
         return (total * self.share(c, how)).to(x.dtype)
+
+    def of_head(self, c: Any) -> Any:
+        """The head keeps float32 in every dialect, and may have a norm eps of its own."""
+        eps = c.norm_eps if c.head_norm_eps is None else c.head_norm_eps
+        return type(c)(**{**vars(c), "coefficients": "float32", "norm_eps": eps})
 
     def head_gate(self, z: Tensor, c: Any) -> Tensor:
         return self.sigmoid(z) + c.pre_eps
@@ -298,10 +346,14 @@ class Plain:
         return self._run("expand", lambda v, w, c: {"out": self._expanded(v, c)}, inputs, config, cotangents)
 
     def reduce(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
-        return self._run("reduce", lambda v, w, c: {"out": self.reduced(v["x"], c.how, c)}, inputs, config, cotangents)
+        def body(v: Values, w: Values, c: Any) -> Values:
+            return {"out": self.reduced(v["x"], c.how, v.get("carried"), c)}
+
+        return self._run("reduce", body, inputs, config, cotangents)
 
     def head(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         def body(v: Values, w: Values, c: Any) -> Values:
+            c = self.of_head(c)
             kept = self.kept(v["x"], c)
             h = self.project(v["x"], {"head_alpha": w["head_fn"]}, ("head",), c)["head"]
             gates = self.head_gate(self.logits(h, w["head_scale"], w["head_base"], kept), c).to(kept)
@@ -311,7 +363,7 @@ class Plain:
 
     def residual_matrix(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         def body(v: Values, w: Values, c: Any) -> Values:
-            return {"H": self.matrix(v["logits"], c).to(v["logits"].dtype)}
+            return {"H": self.matrix(v["logits"], c, v["logits"].dtype).to(v["logits"].dtype)}
 
         return self._run("residual_matrix", body, inputs, config, cotangents)
 
@@ -323,7 +375,9 @@ class Plain:
 
     def pre(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         def body(v: Values, w: Values, c: Any) -> Values:
-            return {"u": self.pre_mix(v["x"], self.gates(v["x"], w, c)[0])}
+            pre = self.gates(v["x"], w, c)[0]
+            handed = {"pre": self.hands_on(pre)} if c.pre_from == "previous" else {}
+            return {"u": self.pre_mix(v["x"], self.reads_with(pre, v, c)), **handed}
 
         return self._run("pre", body, inputs, config, cotangents)
 
@@ -338,10 +392,12 @@ class Plain:
 
     def stack(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         def body(v: Values, w: Values, c: Any) -> Values:
-            x, how = self._expanded(v, c), c.reduce
+            x = self._expanded(v, c)
+            state = {"out": x, **({"pre": self.one_hot(x)} if c.pre_from == "previous" else {})}
             for index in range(c.layers):
-                x = self.one_layer(x, {k: value[index] for k, value in w.items()}, v, c)["out"]
-            return {"out": self.reduced(x, how, c)}
+                given = {**v, "carried": state["pre"]} if "pre" in state else v
+                state = self.one_layer(state["out"], {k: value[index] for k, value in w.items()}, given, c)
+            return {"out": self.reduced(state["out"], c.reduce, state.get("pre"), c)}
 
         return self._run("stack", body, inputs, {**config, "branch": "mlp_dense"}, cotangents)
 

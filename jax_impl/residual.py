@@ -1,0 +1,125 @@
+"""The residual matrix H from its logits (mathematics.md, "The residual matrix").
+
+Sinkhorn, with R and C for a pass over rows and columns, starts from a softmax over one axis and makes N iterations::
+
+    P = softmax(logits, rows or columns)        or exp(logits - their maximum over the axis normalised first)
+    repeat N times:  P = R(P);  P = C(P)        (C before R where columns come first)
+
+Where the softmax runs over the axis that is normalised first it takes the place of the first pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from jax_impl.config import MHCConfig
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype that coefficients are computed in: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def check_shape(name: str, value: Array, tail: tuple[int, ...]) -> None:
+    """Checks the last axes of an argument.
+
+    Raises:
+        ValueError: they are others.
+    """
+    if value.ndim < len(tail) or value.shape[value.ndim - len(tail) :] != tail:
+        raise ValueError(f"{name} must end in {list(tail)}, got {list(value.shape)}")
+
+
+def tokens_last(value: Array, axes: int) -> Array:
+    """The last ``axes`` axes in front."""
+    return jnp.moveaxis(value, range(-axes, 0), range(axes))
+
+
+def tokens_first(value: Array, axes: int) -> Array:
+    """The first ``axes`` axes at the end."""
+    return jnp.moveaxis(value, range(axes), range(-axes, 0))
+
+
+def _normalise(p: Array, axis: int, config: MHCConfig) -> Array:
+    total = p.sum(axis, keepdims=True)
+    if config.guard in ("add", "denominator"):
+        total = total + config.eps
+    elif config.guard == "clip":
+        total = jnp.maximum(total, config.eps)
+    return p / total
+
+
+@partial(jax.jit, static_argnums=1)
+def _sinkhorn(logits: Array, config: MHCConfig) -> Array:
+    """On ``[n, n, ...]``, since a TPU pads the last axis to 128: with n there an array takes 32 times its size.
+
+    Compiled on its own, so that an eager caller doesn't trace the loop at every call.
+    """
+    rows, columns = 1, 0
+    first, second = (rows, columns) if config.order == "rows-first" else (columns, rows)
+    if config.softmax == "none":
+        p = jnp.exp(logits - logits.max(first, keepdims=True))
+    else:
+        p = jax.nn.softmax(logits, axis=rows if config.softmax == "rows" else columns)
+    if config.guard == "add":
+        p = p + config.eps
+
+    def both(p: Array, _: None) -> tuple[Array, None]:
+        return _normalise(_normalise(p, first, config), second, config), None
+
+    whole = config.iterations
+    if config.softmax == {rows: "rows", columns: "columns"}[first]:  # it takes the place of the first pass
+        p, whole = _normalise(p, second, config), whole - 1
+    return jax.lax.scan(both, p, None, length=whole)[0]
+
+
+def sinkhorn(logits: Float[Array, "... n n"], config: MHCConfig) -> Float[Array, "... n n"]:
+    """``config.iterations`` Sinkhorn iterations as written (mathematics.md, "The residual matrix").
+
+    In float32 or wider; in the logits' own dtype where ``config.matrix`` is ``"activation"``.
+
+    Returns:
+        H in the dtype of the logits. The axis normalised last sums to 1 to rounding, the other need not.
+    """
+    z = logits if config.matrix == "activation" else logits.astype(wide_dtype(logits.dtype))
+    if config.logit_limit is not None:
+        z = jnp.clip(z, -config.logit_limit, config.logit_limit)
+    # One compiled loop serves all sizes of streams and dim.
+    settings = dataclasses.replace(config, streams=1, dim=1)
+    return tokens_first(_sinkhorn(tokens_last(z, 2), settings), 2).astype(logits.dtype)
+
+
+def permutations(logits: Float[Array, "... factorial"], config: MHCConfig) -> Float[Array, "... n n"]:
+    """A softmax over the n! permutation matrices in `itertools.permutations` order, ``P[i, p(i)] = 1``."""
+    orders = np.array(list(itertools.permutations(range(config.streams))))
+    matrices = np.eye(config.streams)[orders]
+    weight = jax.nn.softmax(logits.astype(wide_dtype(logits.dtype)), axis=-1)
+    return jnp.einsum("...p,pij->...ij", weight, jnp.asarray(matrices, weight.dtype), precision=HIGHEST).astype(
+        logits.dtype
+    )
+
+
+def residual_matrix(logits: Float[Array, ...], config: MHCConfig) -> Float[Array, "... n n"]:
+    """H from its logits, ``[..., n, n]`` for Sinkhorn and ``[..., n!]`` for permutations.
+
+    Raises:
+        ValueError: the logits' shape, or a dialect whose H is the identity and has none.
+    """
+    n = config.streams
+    if config.residual == "identity":
+        raise ValueError("residual='identity' has no logits: H is the identity")
+    if config.residual == "permutations":
+        check_shape("logits", logits, (config.residual_columns,))
+        return permutations(logits, config)
+    check_shape("logits", logits, (n, n))
+    return sinkhorn(logits, config)

@@ -1,0 +1,97 @@
+"""The residual matrix H from its logits (mathematics.md, "The residual matrix").
+
+Sinkhorn, with R and C for a pass over rows and columns, starts from a softmax over one axis and makes N iterations::
+
+    P = softmax(logits, rows or columns)        or exp(logits - their maximum over the axis normalised first)
+    repeat N times:  P = R(P);  P = C(P)        (C before R where columns come first)
+
+Where the softmax runs over the axis that is normalised first it takes the place of the first pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from torch_impl.config import MHCConfig
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that coefficients are computed in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_shape(name: str, value: Tensor, tail: tuple[int, ...]) -> None:
+    """Checks the last axes of an argument.
+
+    Raises:
+        ValueError: they are others.
+    """
+    if tuple(value.shape[value.ndim - len(tail) :]) != tail or value.ndim < len(tail):
+        raise ValueError(f"{name} must end in {list(tail)}, got {list(value.shape)}")
+
+
+def sinkhorn(logits: Float[Tensor, "... n n"], config: MHCConfig) -> Float[Tensor, "... n n"]:
+    """``config.iterations`` Sinkhorn iterations as written (mathematics.md, "The residual matrix").
+
+    In float32 or wider; in the logits' own dtype where ``config.matrix`` is ``"activation"``.
+
+    Returns:
+        H in the dtype of the logits. The axis normalised last sums to 1 to rounding, the other need not.
+    """
+    rows, columns = -1, -2
+    first, second = (rows, columns) if config.order == "rows-first" else (columns, rows)
+    eps, limit = config.eps or 0.0, config.logit_limit
+
+    def normalise(p: Tensor, axis: int) -> Tensor:
+        total = p.sum(axis, keepdim=True)
+        if config.guard in ("add", "denominator"):
+            total = total + eps
+        elif config.guard == "clip":
+            total = total.clamp(min=eps)
+        return p / total
+
+    z = logits if config.matrix == "activation" else logits.to(wide_dtype(logits.dtype))
+    z = z if limit is None else z.clamp(-limit, limit)
+    if config.softmax == "none":
+        p = (z - z.amax(first, keepdim=True)).exp()
+    else:
+        p = torch.softmax(z, rows if config.softmax == "rows" else columns)
+    if config.guard == "add":
+        p = p + eps
+    passes = [first, second] * config.iterations  # type: ignore[operator]
+    if config.softmax == {rows: "rows", columns: "columns"}[first]:  # it takes the place of the first pass
+        passes = passes[1:]
+    for axis in passes:
+        p = normalise(p, axis)
+    return p.to(logits.dtype)
+
+
+def permutations(logits: Float[Tensor, "... factorial"], config: MHCConfig) -> Float[Tensor, "... n n"]:
+    """A softmax over the n! permutation matrices in `itertools.permutations` order, ``P[i, p(i)] = 1``."""
+    weight = torch.softmax(logits.to(wide_dtype(logits.dtype)), -1)
+    matrices = torch.zeros(config.residual_columns, config.streams, config.streams, dtype=torch.bool)
+    for index, order in enumerate(itertools.permutations(range(config.streams))):
+        for i, j in enumerate(order):
+            matrices[index, i, j] = True
+    chosen = matrices.to(logits.device, weight.dtype)
+    return torch.einsum("...p,pij->...ij", weight, chosen).to(logits.dtype)
+
+
+def residual_matrix(logits: Float[Tensor, ...], config: MHCConfig) -> Float[Tensor, "... n n"]:
+    """H from its logits, ``[..., n, n]`` for Sinkhorn and ``[..., n!]`` for permutations.
+
+    Raises:
+        ValueError: the logits' shape, or a dialect whose H is the identity and has none.
+    """
+    n = config.streams
+    if config.residual == "identity":
+        raise ValueError("residual='identity' has no logits: H is the identity")
+    if config.residual == "permutations":
+        check_shape("logits", logits, (config.residual_columns,))
+        return permutations(logits, config)
+    check_shape("logits", logits, (n, n))
+    return sinkhorn(logits, config)
