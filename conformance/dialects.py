@@ -337,28 +337,23 @@ def _contradictions(p: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Each rule between parameters that is broken: the parameter at fault, and the rule."""
     sinkhorn = p["residual"] == "sinkhorn"
     for key in SINKHORN:
-        if key in p and not sinkhorn and p[key] is not None:
+        if not sinkhorn and p[key] is not None:
             yield key, f"{key} belongs to residual=sinkhorn and must be null for residual={p['residual']}"
-        if key in p and sinkhorn and p[key] is None and key not in OPTIONAL:
+        if sinkhorn and p[key] is None and key not in OPTIONAL:
             yield key, f"{key} belongs to residual=sinkhorn and must be given for it"
     if (p["mix"] == "identity") != (p["residual"] == "identity"):
         yield "mix", "mix=identity goes with residual=identity alone"
     if sinkhorn and (p["guard"] == "none") != (p["eps"] == 0):
         yield "eps", f"eps must be 0 with guard=none and positive with any other, here {p['guard']}"
-    if sinkhorn and p["guard"] == "add" and p.get("softmax") == "none":
+    if sinkhorn and p["guard"] == "add" and p["softmax"] == "none":
         yield "softmax", "guard=add adds eps to a softmax, so that softmax can't be none: take guard=denominator"
     if p["coefficients"] == "activation" and p["mixing"] != "activation":
         yield "mixing", "mixing must be activation where coefficients is"
-    yield from _later_contradictions(p)
-
-
-def _later_contradictions(p: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """The rules of the single pass and of the roundings of real code."""
-    if p.get("matrix") == "activation" and (p["coefficients"] != "activation" or p["residual"] != "sinkhorn"):
+    if p["matrix"] == "activation" and (p["coefficients"] != "activation" or p["residual"] != "sinkhorn"):
         yield "matrix", "matrix=activation needs coefficients=activation and residual=sinkhorn"
-    if (p.get("pre_from") == "previous") != (p["reduce"] == "carried"):
+    if (p["pre_from"] == "previous") != (p["reduce"] == "carried"):
         yield "reduce", "reduce=carried and pre_from=previous go with each other alone"
-    if p.get("pre_from") == "previous" and p["coefficients"] != "float32":
+    if p["pre_from"] == "previous" and p["coefficients"] != "float32":
         yield "coefficients", "pre_from=previous needs coefficients=float32"
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from conformance.dialects import completed
 from conformance.oracle import formulas
 from conformance.oracle.data import normal
 from conformance.oracle.floats import Quick
@@ -105,7 +104,6 @@ class Probes:
     target: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        self.source, self.target = completed(self.source), completed(self.target)
         self._units = self._normalised([self.source, self.target])
         self._head_units = self._normalised([of_head(self.source), of_head(self.target)])
         self._spaces = threading.local()

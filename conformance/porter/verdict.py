@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from conformance.dialects import completed
-
 EXACT, ROUNDING, APPROXIMATE, IMPOSSIBLE = "exact", "exact to rounding", "approximate", "impossible"
 KINDS = (EXACT, ROUNDING, APPROXIMATE, IMPOSSIBLE)
 NAMES = {
@@ -84,7 +82,6 @@ def derive(
         unfolded: φ is divided by a given norm weight.
         zero_norm: that norm weight has zeros.
     """
-    source, target = completed(source), completed(target)
     reasons: list[Reason] = []
     if source["residual"] != target["residual"]:
         reasons.append(Reason(IMPOSSIBLE, _residuals(source["residual"], target["residual"])))
