@@ -84,7 +84,7 @@ def computed(weights, config, site):
     """What `jax_impl` makes of a captured site."""
     x = jax.numpy.asarray(site.x)
     gates, _, _ = functional.coefficients(x, weights, config)
-    u, context = functional.pre(x, weights, config)
+    u, context, _ = functional.pre(x, weights, config)
     out = functional.post(jax.numpy.asarray(site.y), context)
     return {"pre": gates, "post": context.post, "H": context.H, "u": u, "out": out}
 
