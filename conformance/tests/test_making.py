@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ class Claims:
 
     name = "claims"
 
-    def __init__(self, *dialects, overrides=frozenset()):
+    def __init__(self, *dialects: str, overrides: Any = frozenset()):
         self.capabilities = Capabilities(frozenset(STAGES), frozenset(dialects), overrides=overrides)
 
 
