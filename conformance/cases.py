@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from conformance.casecheck import DTYPES, CaseError, check_description, check_tensors
+from conformance.dialects import dialect_names
 from conformance.stages import COEFFICIENT, STAGES, WEIGHT
 
 FORMAT = "mhc-conformance-case/1"
@@ -131,6 +132,11 @@ class Case:
     @property
     def dialect(self) -> str:
         return self.metadata["dialect"]
+
+    @property
+    def unpublished(self) -> bool:
+        """Whether its dialect is a row of its own, from a file, that ``fixtures/dialects.json`` doesn't have."""
+        return self.dialect not in dialect_names()
 
     @property
     def overrides(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from conformance.cases import DTYPES
-from conformance.dialects import dialect_rows
+from conformance.dialects import Dialect, unclaimed
 from conformance.interface import describe
 from conformance.oracle.build import Wish, build
 from conformance.stages import ACTIVATION, COEFFICIENT, STAGES
@@ -27,6 +27,7 @@ class Call:
     inputs: dict[str, np.ndarray]
     config: dict[str, Any]
     cotangents: dict[str, np.ndarray]
+    dialect: Dialect
 
 
 @dataclass
@@ -49,25 +50,25 @@ class Row:
 
 
 def calls(
-    dialect: str, streams: int, dim: int, lead: tuple[int, int], dtype: str, seed: int, deviation: float
+    dialect: Dialect, streams: int, dim: int, lead: tuple[int, int], dtype: str, seed: int, deviation: float
 ) -> Iterator[Call]:
     """The stages of one layer on fresh data, float32 weights (float64 under float64).
 
     Raises:
         ValueError: more than 5 streams for permutations.
     """
-    row = dialect_rows()[dialect]
+    row = dialect.parameters
     if row["residual"] == "permutations" and streams > 5:
-        raise ValueError(f"{dialect} has {streams}! permutations; at most 5 streams, got {streams}")
+        raise ValueError(f"{dialect.name} has {streams}! permutations; at most 5 streams, got {streams}")
     head = [] if row["reduce"] != "head" else ["head"]
-    how = row["reduce"] if row["reduce"] in ("sum", "mean") else "sum"
+    how = row["reduce"] if row["reduce"] in ("sum", "mean", "carried") else "sum"
     stages: list[Any] = [
         *("expand", "coefficients", "pre", "post", ("layer", {"branch": "mlp_dense"}), ("reduce", {"how": how}), *head),
         *([] if row["residual"] == "identity" else ["residual_matrix"]),
     ]
     wish = Wish(
-        "compare", "", "", dialect, f"seed{seed}", streams, dim, lead, stages=stages, logit_deviation=deviation,
-        variants=("float64-float64" if dtype == "float64" else f"{dtype}-float32",),
+        "compare", "", "", dialect.name, f"seed{seed}", streams, dim, lead, stages=stages, logit_deviation=deviation,
+        variants=("float64-float64" if dtype == "float64" else f"{dtype}-float32",), row=dialect,
     )  # fmt: skip
     case = build(wish)
     wide = "float64" if dtype == "float64" else "float32"
@@ -88,7 +89,8 @@ def calls(
         inputs.update({k: _cast(given[k], wide) for k in entry["weights"]})
         roles = STAGES[stage].outputs
         cotangents = {k: _cast(v, dtypes.get(roles[k], wide)) for k, v in case.cotangents[stage].items()}
-        yield Call(stage, inputs, {**case.parameters, "dialect": dialect, **entry["options"]}, cotangents)
+        config = {**case.parameters, "dialect": dialect.told, **entry["options"]}
+        yield Call(stage, inputs, config, cotangents, dialect)
 
 
 def _cast(value: np.ndarray, dtype: str) -> np.ndarray:
@@ -100,8 +102,9 @@ def compare(a: Any, b: Any, call: Call) -> list[Row] | str:
     found = []
     for implementation in (a, b):
         claimed = implementation.capabilities
-        if call.stage not in claimed.stages or call.config["dialect"] not in claimed.dialects:
-            return f"not claimed by {implementation.name}"
+        reason = "" if call.stage in claimed.stages else f"stage {call.stage} not claimed"
+        if reason := reason or unclaimed(call.dialect, claimed):
+            return f"{reason} by {implementation.name}"
         dtype = str(call.inputs[next(iter(call.inputs))].dtype)
         if dtype not in claimed.dtypes_of(call.stage) and "logits" not in call.inputs:
             return f"this dtype is not claimed by {implementation.name}"

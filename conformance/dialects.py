@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conformance.interface import Capabilities
 from conformance.places import fixtures
 
 Parameters = dict[str, Any]
@@ -22,6 +23,11 @@ SINKHORN = ("softmax", "order", "guard", "eps", "iterations", "logit_limit")
 """Parameters of ``residual=sinkhorn`` alone, null in every other row."""
 OPTIONAL = ("logit_limit",)
 """Those of them that may be null with Sinkhorn too."""
+
+SILENT: Parameters = {
+    "logit_limit": None, "pre_from": "own", "matrix": "float32", "reduction": "float32", "head_norm_eps": None,
+}  # fmt: skip
+"""What a row that doesn't know these parameters means by it."""
 
 
 class DialectError(ValueError):
@@ -331,36 +337,38 @@ def _contradictions(p: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Each rule between parameters that is broken: the parameter at fault, and the rule."""
     sinkhorn = p["residual"] == "sinkhorn"
     for key in SINKHORN:
-        if key in p and not sinkhorn and p[key] is not None:
+        if not sinkhorn and p[key] is not None:
             yield key, f"{key} belongs to residual=sinkhorn and must be null for residual={p['residual']}"
-        if key in p and sinkhorn and p[key] is None and key not in OPTIONAL:
+        if sinkhorn and p[key] is None and key not in OPTIONAL:
             yield key, f"{key} belongs to residual=sinkhorn and must be given for it"
     if (p["mix"] == "identity") != (p["residual"] == "identity"):
         yield "mix", "mix=identity goes with residual=identity alone"
     if sinkhorn and (p["guard"] == "none") != (p["eps"] == 0):
         yield "eps", f"eps must be 0 with guard=none and positive with any other, here {p['guard']}"
-    if sinkhorn and p["guard"] == "add" and p.get("softmax") == "none":
+    if sinkhorn and p["guard"] == "add" and p["softmax"] == "none":
         yield "softmax", "guard=add adds eps to a softmax, so that softmax can't be none: take guard=denominator"
     if p["coefficients"] == "activation" and p["mixing"] != "activation":
         yield "mixing", "mixing must be activation where coefficients is"
-    yield from _later_contradictions(p)
-
-
-def _later_contradictions(p: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """The rules of the single pass and of the roundings of real code."""
-    if p.get("matrix") == "activation" and p["coefficients"] != "activation":
-        yield "matrix", "matrix=activation needs coefficients=activation"
-    if (p.get("pre_from") == "previous") != (p["reduce"] == "carried"):
+    if p["matrix"] == "activation" and (p["coefficients"] != "activation" or p["residual"] != "sinkhorn"):
+        yield "matrix", "matrix=activation needs coefficients=activation and residual=sinkhorn"
+    if (p["pre_from"] == "previous") != (p["reduce"] == "carried"):
         yield "reduce", "reduce=carried and pre_from=previous go with each other alone"
-    if p.get("pre_from") == "previous" and p["coefficients"] != "float32":
+    if p["pre_from"] == "previous" and p["coefficients"] != "float32":
         yield "coefficients", "pre_from=previous needs coefficients=float32"
 
 
-def unclaimed(dialect: Dialect, claimed: Any) -> str:
-    """Why an implementation doesn't claim a row (`interface.Capabilities`); empty where it does."""
+def completed(parameters: Mapping[str, Any]) -> Parameters:
+    """Parameters that were written down before some existed, with the values that these had then."""
+    if "residual" not in parameters:
+        return dict(parameters)
+    first = {"rows-first": "rows", "columns-first": "columns"}.get(str(parameters.get("order")))
+    return {"softmax": first, **SILENT, **parameters}
+
+
+def unclaimed(dialect: Dialect, claimed: Capabilities) -> str:
+    """Why an implementation doesn't claim a row; empty where it does."""
     own = dialect.base is None and claimed.overrides is None
     if dialect.told not in claimed.dialects and not own:
         return f"dialect {dialect.told} not claimed"
-    if claimed.overrides is not None and not set(dialect.overrides) <= claimed.overrides:
-        return f"other values of {', '.join(sorted(set(dialect.overrides) - claimed.overrides))} not claimed"
-    return ""
+    others = [key for key, value in dialect.overrides.items() if not claimed.allows(key, value)]
+    return f"other values of {', '.join(others)} not claimed" if others else ""

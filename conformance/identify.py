@@ -125,6 +125,15 @@ def expected(item: Item, candidate: Candidate) -> dict[str, np.ndarray]:
     return outputs
 
 
+def separates(item: Item, told: Mapping[str, Any]) -> bool:
+    """Whether an item is of a row itself, and tells dialects apart."""
+    return (
+        item.case.family in FAMILIES
+        and item.stage in STAGES
+        and all(item.case.parameters[name] == value for name, value in told.items())
+    )
+
+
 def fits(candidate: Candidate, told: Mapping[str, Any]) -> bool:
     """Whether a candidate takes the weights of the dialect that the implementation was told."""
     return candidate.parameters["residual"] == told["residual"]
@@ -169,16 +178,14 @@ def identify(implementation: Any, told: str, rows: Mapping[str, Mapping[str, Any
 
     Args:
         implementation: what `registry.load` gives.
-        told: the dialect whose configuration, weights and cases it is handed.
-        rows: all dialects' parameters.
+        told: the row whose configuration, weights and cases it is handed.
+        rows: all dialects' parameters, and those of the told one where it isn't published.
         items: what may be run; those that don't separate dialects, or that it doesn't claim, are left out.
     """
     answers = {c: Answer(c) for c in candidates(told, rows) if fits(c, rows[told])}
     ran, seen, raised = 0, _Precision(), []
     for item in items:
-        if item.case.dialect != told or item.case.family not in FAMILIES or item.stage not in STAGES:
-            continue
-        if item.case.overrides or refusal(item, implementation.capabilities):
+        if not separates(item, rows[told]) or refusal(item, implementation.capabilities):
             continue
         try:
             outputs, _ = getattr(implementation, item.stage)(

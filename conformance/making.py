@@ -13,6 +13,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
+
 from conformance.cases import Case, load_case
 from conformance.dialects import Dialect
 from conformance.oracle.balls import PrecisionExhausted
@@ -23,6 +26,8 @@ from conformance.oracle.generate import complete
 QUICK = (("smoke", ""), ("generic", "n4"), ("closed-gate", ""), ("closed-gate", "post-18"), ("big-eps", ""))
 """Families and labels that a quick run takes."""
 WORKERS = 2
+NARROW = ("float16", "bfloat16")
+"""The dtypes that a row which overflows does without, one after the other."""
 
 
 @dataclass
@@ -31,7 +36,7 @@ class Made:
 
     Attributes:
         cases: those that were made, in the order of the families.
-        left_out: a line for each that the row has no true value or no honest evaluation of.
+        left_out: a line for each that wasn't, at least not in narrow dtypes, and why.
     """
 
     cases: list[Case] = field(default_factory=list)
@@ -102,14 +107,13 @@ def make(
     """
     made = Made()
     jobs = min(jobs, WORKERS, len(wishes))
+    paths = [folder / f"{'-'.join(part for part in (w.family, w.label) if part)}.safetensors" for w in wishes]
     context = multiprocessing.get_context("spawn")
     with context.Pool(jobs) if jobs > 1 else _Alone() as pool:
-        for done, (wish, answer) in enumerate(zip(wishes, pool.imap(_completed, wishes), strict=True), 1):
-            if isinstance(answer, str):
-                made.left_out.append(answer)
-            elif answer is not None:
-                path = folder / f"{'-'.join(part for part in (wish.family, wish.label) if part)}.safetensors"
-                path.write_bytes(answer)
+        notes = pool.imap(_write, list(zip(wishes, paths, strict=True)))
+        for done, (path, lines) in enumerate(zip(paths, notes, strict=True), 1):
+            made.left_out += lines
+            if path.exists():
                 made.cases.append(load_case(path))
             if progress:
                 progress(done, len(wishes))
@@ -128,10 +132,42 @@ class _Alone:
         pass
 
 
-def _completed(wish: Wish) -> bytes | str | None:
-    """The bytes of a case; a line where the row can't have it, None where no variant tells anything of its stages."""
+def _write(job: tuple[Wish, Path]) -> list[str]:
+    """Writes a case without the dtypes that the row overflows; a line for whatever was left out, and why."""
+    wish, path = job
     try:
         case = build(wish)
-        return complete(case) if case.variants else None
+        if not case.variants:  # they tell nothing new of these stages
+            return []
+        with np.errstate(all="ignore"):  # what isn't finite raises
+            path.write_bytes(complete(case))
+        beyond, reason = _beyond(load_case(path)), "true values beyond the dtype's largest number"
     except (ValueError, ArithmeticError, PrecisionExhausted) as error:
-        return f"{wish.id} ({' '.join(str(error).split())[:160]})"
+        narrow = [[v for v in wish.variants if v.startswith(dtype)] for dtype in NARROW]
+        beyond, reason = next((set(variants) for variants in narrow if variants), set()), _line(error)
+        if not beyond:
+            return [f"{wish.id}: {reason}"]
+    if not beyond:
+        return []
+    path.unlink(missing_ok=True)
+    rest = [variant for variant in wish.variants if variant not in beyond]
+    more = _write((dataclasses.replace(wish, variants=rest), path)) if rest else []
+    whole = [line for line in more if line.startswith(f"{wish.id}:")]
+    return whole or [f"{wish.id} in {', '.join(sorted(beyond))}: {reason}", *more]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _beyond(case: Case) -> set[str]:
+    """Variants in whose dtypes some true value is infinite: an honest implementation can't return it."""
+    found = set()
+    for item in case.items():
+        inputs = item.inputs()
+        for tensor, value in item.expected.items():
+            name = tensor.removeprefix("d/")
+            dtype = inputs[name].dtype if tensor != name else item.output_dtype(name)
+            if np.max(np.abs(value), initial=0.0) > float(ml_dtypes.finfo(dtype).max):
+                found.add(item.variant.name.removesuffix("-tf32"))
+    return found

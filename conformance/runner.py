@@ -77,7 +77,7 @@ def refusal(item: Item, claimed: Capabilities) -> str:
     case, variant = item.case, item.variant
     if item.stage not in claimed.stages:
         return f"stage {item.stage} not claimed"
-    if case.dialect not in claimed.dialects:
+    if case.dialect not in claimed.dialects and not (case.unpublished and claimed.overrides is None):
         return f"dialect {case.dialect} not claimed"
     if variant.x not in claimed.dtypes_of(item.stage):
         return f"{variant.x} not claimed"

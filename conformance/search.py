@@ -66,7 +66,7 @@ def wishes(dialects: Sequence[Dialect], stages: Sequence[str], dtypes: Sequence[
         if stage == "layer":
             entry = ("layer", {"branch": draw(st.sampled_from(("mlp_dense", "attention", "mlp_moe")))})
         if stage == "reduce":
-            ways = ("carried",) if row.get("pre_from") == "previous" else ("sum", "mean")
+            ways = ("carried",) if row["pre_from"] == "previous" else ("sum", "mean")
             entry = ("reduce", {"how": draw(st.sampled_from(ways))})
         # A u below float16's normal numbers has lost its precision before the layer goes on from it: honest layers
         # then differ by all of it. The family closed-gate looks at u itself there.

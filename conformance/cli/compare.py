@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.fresh import HELP, dialects_given
 
 
 @app.command()
 def compare(
     a: Annotated[str, typer.Argument(help="An implementation: a registered name, module:attribute or exec:COMMAND.")],
     b: Annotated[str, typer.Argument(help="The other one.")],
-    dialect: Annotated[str, typer.Option(help="Told to compute this one.")] = "paper",
+    dialect: Annotated[str, typer.Option(help=f"{HELP}: told to compute this one.")] = "paper",
     streams: Annotated[int, typer.Option(min=1)] = 4,
     dim: Annotated[int, typer.Option(min=1, help="Width of one stream.")] = 64,
     batch: Annotated[int, typer.Option(min=1)] = 2,
@@ -35,12 +36,10 @@ def compare(
     """
     from conformance import comparison, registry
     from conformance.cases import DTYPES
-    from conformance.dialects import dialect_rows
     from conformance.interface import SetupError
     from conformance.stages import STAGES
 
-    rows = dialect_rows()
-    known_names("dialect", [dialect], list(rows))
+    (row,) = dialects_given([dialect])
     known_names("dtype", [dtype], list(DTYPES))
     stages = known_names("stage", stage, list(STAGES))
     try:
@@ -48,7 +47,7 @@ def compare(
     except SetupError as error:
         stop(str(error), SETUP)
     try:
-        calls = list(comparison.calls(dialect, streams, dim, (batch, seq), dtype, seed, deviation))
+        calls = list(comparison.calls(row, streams, dim, (batch, seq), dtype, seed, deviation))
     except ValueError as error:
         stop(str(error), USAGE)
     compared, differing = 0, ""
@@ -60,15 +59,15 @@ def compare(
             typer.echo(f"{call.stage:16} {found}")
             continue
         compared += 1
-        for row in found:
-            apart = row.apart(tolerance)
-            where = f" at {row.index}: {row.a:.9g} and {row.b:.9g}" if row.largest else ""
+        for line in found:
+            apart = line.apart(tolerance)
+            where = f" at {line.index}: {line.a:.9g} and {line.b:.9g}" if line.largest else ""
             typer.echo(
-                f"{call.stage:16} {row.tensor:22} {row.largest:10.3g} {row.units:10.3g} units{where}"
-                f"{'   differs' if apart else ''}{' ' + row.note if row.note else ''}"
+                f"{call.stage:16} {line.tensor:22} {line.largest:10.3g} {line.units:10.3g} units{where}"
+                f"{'   differs' if apart else ''}{' ' + line.note if line.note else ''}"
             )
             if apart and not differing:
-                differing = f"{call.stage}, {row.tensor}"
+                differing = f"{call.stage}, {line.tensor}"
     if not compared:
         stop("no stage is claimed by both in this dialect, dtype and shape", USAGE)
     typer.echo(f"the first that differs: {differing}" if differing else f"no difference in {compared} stages")

@@ -79,6 +79,6 @@ class Workshop:
             seconds = time.monotonic() - started
             typer.echo(f"made {len(made.cases)} cases of {row.name} in {seconds:.0f} s")
             for line in made.left_out:
-                typer.echo(f"  left out, the row can't have it: {line}")
+                typer.echo(f"  left out, {line}")
             found += made.cases
         return found

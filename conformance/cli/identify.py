@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.fresh import HELP, Workshop, dialects_given, making
 
 
 @app.command()
 def identify(
     impl: Annotated[str, typer.Option(help="A registered name, module:attribute or exec:COMMAND.")],
     dialect: Annotated[
-        list[str] | None, typer.Option(help="Told to compute this one; repeatable. Default: each that it claims.")
+        list[str] | None, typer.Option(help=f"{HELP}: told to compute this one; repeatable. Default: each claimed.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of x.")] = "float32",
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
@@ -26,14 +27,14 @@ def identify(
     from conformance import registry
     from conformance.cases import DTYPES, CaseError
     from conformance.corpus import load_corpus
-    from conformance.dialects import dialect_rows
+    from conformance.dialects import dialect_names, dialect_rows, unclaimed
+    from conformance.identify import FAMILIES, STAGES, same_layer
     from conformance.identify import identify as run
-    from conformance.identify import same_layer
     from conformance.interface import SetupError
 
     try:
-        rows = dialect_rows()
-        given = known_names("dialect", dialect, list(rows)) if dialect else None
+        given = dialects_given(dialect or dialect_names())
+        rows = {**dialect_rows(), **{row.name: dict(row.parameters) for row in given}}
         known_names("dtype", [dtype], list(DTYPES))
         implementation = registry.load(impl, time_limit)
         items = [i for c in load_corpus() for i in c.items() if i.variant.x == dtype and not i.variant.pure]
@@ -41,8 +42,13 @@ def identify(
         stop(str(error), USAGE)
     except SetupError as error:
         stop(str(error), SETUP)
+    fresh = [row for row in given if not row.published and not unclaimed(row, implementation.capabilities)]
+    if fresh:
+        choose = making(fresh).chosen
+        made = Workshop().cases(fresh, lambda row: choose(row, STAGES, [dtype], families=FAMILIES), jobs=2)
+        items += [i for c in made for i in c.items() if not i.variant.pure]
     wrong = False
-    for told in given or [name for name in rows if name in implementation.capabilities.dialects]:
+    for told in [row.name for row in given if dialect or not unclaimed(row, implementation.capabilities)]:
         found = run(implementation, told, rows, items)
         for line in found.raised[:3]:
             typer.echo(f"{implementation.name}, told {told}, {dtype}: raised in {line}")

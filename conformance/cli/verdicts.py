@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from conformance.cli.app import USAGE, app, known_names, stop
+from conformance.cli.app import USAGE, app, stop
+from conformance.cli.fresh import HELP, dialects_given
 
 
 @app.command()
 def verdicts(
-    source: Annotated[str | None, typer.Argument(help="A dialect.")] = None,
+    source: Annotated[str | None, typer.Argument(help=f"{HELP}.")] = None,
     target: Annotated[str | None, typer.Argument(help="Another: say what differs, and what a port would be.")] = None,
     write: Annotated[
         Path | None,
@@ -24,14 +25,13 @@ def verdicts(
     Without dialects the table of all pairs; an approximate one has the deviation of out that a made-up site shows.
     """
     from conformance import document
-    from conformance.dialects import dialect_names
     from conformance.porter import table
 
     if (source is None) != (target is None):
         stop("name two dialects, or none", USAGE)
     if source is not None and target is not None:
-        known_names("dialect", [source, target], dialect_names())
-        for line in table.reasons(source, target):
+        before, after = (dict(dialects_given([text])[0].parameters) for text in (source, target))
+        for line in table.reasons(before, after):
             typer.echo(line)
         return
     text = table.markdown()

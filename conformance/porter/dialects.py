@@ -74,12 +74,13 @@ def of_checkpoint(layout: Layout, checkpoint: Checkpoint) -> tuple[Parameters, s
     noted = checkpoint.metadata.get(PORT_KEY)
     if noted is not None:
         stated = _json(_json(noted, checkpoint).get("parameters", {}), checkpoint)
-        found = {k: v for k, v in stated.items() if k in rows["paper"]}
+        found = {k: v for k, v in dialects.completed(stated).items() if k in rows["paper"]}
         if set(found) == set(rows["paper"]):
             return check(found, str(checkpoint.path)), FROM_METADATA
     if "parameters" in checkpoint.metadata and layout.keeps_dialect:
         stated = _json(checkpoint.metadata["parameters"], checkpoint)
-        found = {**rows[layout.dialect], **{k: v for k, v in stated.items() if k in rows["paper"]}}
+        given = {k: v for k, v in dialects.completed(stated).items() if k in rows["paper"]}
+        found = {**rows[layout.dialect], **given}
         return check(found, str(checkpoint.path)), FROM_METADATA
     return dict(rows[layout.dialect]), "its layout's own"
 

@@ -20,7 +20,7 @@ from conformance.porter.options import Options, Report
 from conformance.porter.site import ALONE, HEAD, NORM, Site
 from conformance.porter.storage.opening import open_checkpoint
 from conformance.porter.storage.stacks import Stacker, Stacks
-from conformance.porter.verdict import IMPOSSIBLE, Verdict, derive
+from conformance.porter.verdict import IMPOSSIBLE, ROUNDED, Verdict, derive
 
 
 @dataclass
@@ -124,7 +124,8 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
     places, left_out, head_lost = _places(model, layout, options, parameters, notes)
     norm, zeros = _norms(model, options, parameters, places)
     verdict = derive(
-        model.parameters, parameters, model.streams, narrowed=_narrowed(model, options), head_lost=head_lost,
+        model.parameters, parameters, model.streams, narrowed=_narrowed(model, options),
+        head=HEAD in places, head_lost=head_lost,
         unfolded=bool(norm), zero_norm=zeros,
     )  # fmt: skip
     if parameters["reduce"] == "head" and not model.head and model.layers:
@@ -200,7 +201,7 @@ def _target_parameters(model: Model, layout: Layout, options: Options) -> tuple[
     if options.to_dialect:
         found, told_by = dialects.parse(options.to_dialect), "as given"
         stated = _config(layout, options.into) if options.into is not None else None
-        if stated and any(stated[k] != found[k] for k in stated if k not in ("reduce", "coefficients", "mixing")):
+        if stated and any(stated[k] != found[k] for k in stated if k not in ("reduce", *ROUNDED)):
             told_by = f"as given, though the config.json there says {dialects.described(stated)}"
     elif options.into is not None and (config := _config(layout, options.into)):
         found, told_by = config, dialects.FROM_CONFIG
@@ -211,7 +212,7 @@ def _target_parameters(model: Model, layout: Layout, options: Options) -> tuple[
         if found["residual"] != model.residual:
             fits = dialects.fitting(layout, layout.norm == "always", model.residual)
             found = dialects.parse(fits[0]) if fits else found
-        if model.head and layout.head and found["reduce"] != "mean":
+        if model.head and layout.head and found["reduce"] not in ("mean", "carried"):
             found["reduce"] = "head"
     if model.residual not in layout.residuals or found["residual"] not in layout.residuals:
         broken = found["residual"] if model.residual in layout.residuals else model.residual
@@ -245,7 +246,7 @@ def _places(
         if layout.template(place) is None:
             left_out.append(str(site))
             head_lost |= site == HEAD
-        elif site == HEAD and parameters["reduce"] == "mean":
+        elif site == HEAD and parameters["reduce"] in ("mean", "carried"):
             left_out.append(str(site))
             head_lost = True
         else:

@@ -104,14 +104,19 @@ class Probes:
     target: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        self._units = [
+        self._units = self._normalised([self.source, self.target])
+        self._head_units = self._normalised([of_head(self.source), of_head(self.target)])
+        self._spaces = threading.local()
+
+    def _normalised(self, rows: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+        """The normalised probes ``[n*C, tokens]`` of each row; the same array where the norms are alike."""
+        found = [
             np.ascontiguousarray(
                 formulas.normalise_and_project(self.x, None, {"unit": None}, p, Float64())[0]["unit"].T
             )
-            for p in (self.source, self.target)
+            for p in rows
         ]
-        self._spaces = threading.local()
-        self._alike = np.array_equal(self._units[0], self._units[1])
+        return [found[0]] * 2 if np.array_equal(found[0], found[1]) else found
 
     def project(
         self, site: Site, source: Mapping[str, np.ndarray], target: Mapping[str, np.ndarray], ported: Converted
@@ -129,9 +134,10 @@ class Probes:
         known = set()
         if site.head or _like_one(source.get(NORM), target.get(NORM)):
             known = {part for part, names in _names(site).items() if {*names} <= same}
-        first = self._logits(site, wide, self._units[0], {})
-        held = self._logits(site, after, self._units[0], {part: first[part] for part in known})
-        second = held if self._alike else self._logits(site, after, self._units[1], {})
+        units = self._head_units if site.head else self._units
+        first = self._logits(site, wide, units[0], {})
+        held = self._logits(site, after, units[0], {part: first[part] for part in known})
+        second = held if units[0] is units[1] else self._logits(site, after, units[1], {})
         moved = {part: 0.0 for part in first}
         if not all(np.array_equal(first[part], held[part]) for part in first):
             moved = self._reach(site, ported)
@@ -163,7 +169,7 @@ class Probes:
         (|φ| + e_φ) + e_b``, and to that the error of evaluating in float64.
         """
         weights = {name: np.abs(value.astype(np.float64)) for name, value in ported.weights.items()}
-        normed = np.abs(self._units[0].T)
+        normed = np.abs((self._head_units if site.head else self._units)[0].T)
         e_w = ported.errors.get(NORM, 0.0)
         scaled = normed * weights[NORM] if NORM in weights and not site.head else normed
         own = 64 * ROUNDOFF * np.sqrt(normed.shape[1])
@@ -232,9 +238,12 @@ class Probes:
         return formulas.gate(logits, np.float64(slope), np.float64(offset), Float64())[0]
 
     def _compare(self, row: Projected, H: Any, other: Any, approximate: bool) -> Deviation:
-        values = []
+        """Where one dialect alone reads with the previous site's pre, this is its first site: it reads stream 0."""
+        values, first_site = [], np.eye(self.x.shape[1])[:1]
+        read_alike = self.source["pre_from"] == self.target["pre_from"]
         for logits, p, matrix in ((row.source, self.source, H), (row.target, self.target, other)):
-            pre = self._gate(logits["pre"], 1, p["pre_eps"])
+            own = read_alike or p["pre_from"] == "own"
+            pre = self._gate(logits["pre"], 1, p["pre_eps"]) if own else first_site
             post = self._gate(logits["post"], p["post_scale"], p["post_eps"])
             values.append((pre, post, matrix))
         if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*values, strict=True)):
@@ -267,6 +276,11 @@ class Probes:
         streams = np.abs(self.x).sum(1).max(initial=0.0)
         allowed = {"head": (row.moved["head"] / 4 + 8 * ROUNDOFF) * streams / _size(first)}
         return Deviation(measured, {} if approximate else allowed, {})
+
+
+def of_head(p: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's parameters as they hold for its head, which may have a norm eps of its own."""
+    return {**p, "norm_eps": p["norm_eps"] if p["head_norm_eps"] is None else p["head_norm_eps"]}
 
 
 def _names(site: Site) -> dict[str, tuple[str, str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from conformance.dialects import dialect_rows
+from conformance.dialects import Parameters, dialect_rows
 from conformance.oracle.data import normal
 from conformance.porter.convert import convert
 from conformance.porter.layouts import layouts
@@ -35,10 +35,8 @@ def made_up(residual: str, norm: bool) -> Weights:
     return {name: value.astype(np.float32) for name, value in weights.items()}
 
 
-def verdict(source: str, target: str) -> tuple[Verdict, float]:
-    """The verdict between two dialects, and the largest deviation of out that a port of `made_up` weights has."""
-    rows = dialect_rows()
-    before, after = rows[source], rows[target]
+def verdict(before: Parameters, after: Parameters) -> tuple[Verdict, float]:
+    """The verdict between two rows, and the largest deviation of out that a port of `made_up` weights has."""
     found = derive(before, after, STREAMS)
     if found.kind == IMPOSSIBLE:
         return found, 0.0
@@ -49,20 +47,20 @@ def verdict(source: str, target: str) -> tuple[Verdict, float]:
     (deviation,) = probes.measure([row], found)
     wrong = deviation.contradicts()
     if wrong:
-        raise ArithmeticError(f"{source} to {target}: {wrong}")
+        raise ArithmeticError(f"{before} to {after}: {wrong}")
     return found, deviation.measured["out"]
 
 
 def markdown() -> str:
     """The table: a row for each source, a column for each target."""
-    names = list(dialect_rows())
-    lines = ["| from \\ to | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for source in names:
+    rows = dialect_rows()
+    lines = ["| from \\ to | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    for name, before in rows.items():
         cells = []
-        for target in names:
-            found, out = verdict(source, target)
+        for after in rows.values():
+            found, out = verdict(before, after)
             cells.append(LEGEND.get(found.kind) or f"≈ {out:.0e}")
-        lines.append(f"| **{source}** | " + " | ".join(cells) + " |")
+        lines.append(f"| **{name}** | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""]) + "\n"
 
 
@@ -75,9 +73,9 @@ def layout_table() -> str:
     return "\n".join(["| layout | what it is | its own dialect |", "|---|---|---|", *rows, ""])
 
 
-def reasons(source: str, target: str) -> list[str]:
-    """A line for each difference between two dialects."""
-    found, out = verdict(source, target)
+def reasons(before: Parameters, after: Parameters) -> list[str]:
+    """A line for each difference between two rows."""
+    found, out = verdict(before, after)
     lines = [f"{reason.kind}: {reason.text}" for reason in found.reasons] or [EXACT]
     if found.kind != IMPOSSIBLE:
         lines.append(

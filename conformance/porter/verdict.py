@@ -10,9 +10,22 @@ EXACT, ROUNDING, APPROXIMATE, IMPOSSIBLE = "exact", "exact to rounding", "approx
 KINDS = (EXACT, ROUNDING, APPROXIMATE, IMPOSSIBLE)
 NAMES = {
     "norm_eps": "the norm's eps", "norm_eps_position": "where the norm's eps is added", "order": "Sinkhorn's order",
-    "guard": "Sinkhorn's guard", "eps": "Sinkhorn's eps", "iterations": "Sinkhorn's iterations", "pre_eps": "pre_eps",
+    "softmax": "the axis of Sinkhorn's softmax", "guard": "Sinkhorn's guard", "eps": "Sinkhorn's eps",
+    "iterations": "Sinkhorn's iterations", "logit_limit": "the limit of the residual logits", "pre_eps": "pre_eps",
     "post_scale": "post_scale", "post_eps": "post_eps",
 }  # fmt: skip
+VALUES = ("norm_eps", "norm_eps_position", "guard", "eps", "iterations", "logit_limit", "pre_eps", "post_scale",
+          "post_eps")  # fmt: skip
+"""Parameters of which another value is another function."""
+ROUNDED = {"coefficients": "coefficients", "matrix": "Sinkhorn's passes", "mixing": "mixing",
+           "reduction": "the sum over streams"}  # fmt: skip
+"""Parameters that say where it is rounded, and nothing else."""
+READS = {
+    "previous": "a site reads with the previous site's pre, and no longer with its own",
+    "own": "a site reads with its own pre, and no longer with the previous site's",
+}
+FIRST = {"rows-first": "rows", "columns-first": "columns"}
+MIRRORED = {"rows": "columns", "columns": "rows", "rows-first": "columns-first", "columns-first": "rows-first"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,7 @@ def derive(
     streams: int,
     *,
     narrowed: str = "",
+    head: bool | None = None,
     head_lost: bool = False,
     unfolded: bool = False,
     zero_norm: bool = False,
@@ -63,6 +77,7 @@ def derive(
         source, target: all parameters (mathematics.md, "Dialects").
         streams: n; with a single stream order and mix make no difference.
         narrowed: the narrower dtype that the weights are stored in, if they are.
+        head: whether a head is ported; None where that isn't known: then where one of the dialects reduces by a head.
         head_lost: the source has a head and the target has no place for it, or reduces otherwise.
         unfolded: φ is divided by a given norm weight.
         zero_norm: that norm weight has zeros.
@@ -82,15 +97,14 @@ def derive(
             reasons.append(Reason(EXACT, "the norm weight is set to 1", "ones"))
     reasons += _orientation(source, target, streams)
     no_norm_eps = source["norm_eps"] == target["norm_eps"] == 0
-    for key in ("norm_eps", "norm_eps_position", "guard", "eps", "iterations", "pre_eps", "post_scale", "post_eps"):
+    for key in VALUES:
         if source[key] != target[key] and not (key == "norm_eps_position" and no_norm_eps):
             reasons.append(Reason(APPROXIMATE, f"{NAMES[key]} {source[key]} becomes {target[key]}"))
-    moved = [key for key in ("coefficients", "mixing") if source[key] != target[key]]
-    if moved:
-        where = {"float32": "in float32", "activation": "in the dtype of x"}[target[moved[0]]]
-        reasons.append(
-            Reason(ROUNDING, f"the target keeps {' and '.join(moved)} {where}: it rounds elsewhere when it runs")
-        )
+    if source["pre_from"] != target["pre_from"]:
+        reasons.append(Reason(APPROXIMATE, READS[target["pre_from"]]))
+    if head or (head is None and "head" in (source["reduce"], target["reduce"])):
+        reasons += _head(source, target)
+    reasons += _roundings(source, target)
     if narrowed:
         reasons.append(Reason(ROUNDING, f"weights are stored in {narrowed}", "cast"))
     if head_lost:
@@ -103,13 +117,43 @@ def _residuals(source: str, target: str) -> str:
     return f"{columns[source]} ({source}) can't become {columns[target]} ({target})"
 
 
+def _head(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Reason]:
+    """A norm eps of the head's own; where neither has one, the norm's eps says it all."""
+    if source["head_norm_eps"] is None and target["head_norm_eps"] is None:
+        return []
+    before, after = (p["norm_eps"] if p["head_norm_eps"] is None else p["head_norm_eps"] for p in (source, target))
+    return [] if before == after else [Reason(APPROXIMATE, f"the head's norm eps {before} becomes {after}")]
+
+
+def _roundings(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Reason]:
+    reasons = []
+    for value, where in (("float32", "in float32"), ("activation", "in the dtype of x")):
+        moved = [name for key, name in ROUNDED.items() if source[key] != target[key] == value]
+        if moved:
+            names = " and ".join(filter(None, (", ".join(moved[:-1]), moved[-1])))
+            text = f"the target keeps {names} {where}: it rounds elsewhere when it runs"
+            reasons.append(Reason(ROUNDING, text))
+    return reasons
+
+
 def _orientation(source: Mapping[str, Any], target: Mapping[str, Any], streams: int) -> list[Reason]:
-    """Whether H or its transpose mixes, and which axis is normalised first."""
-    turned = source["mix"] != target["mix"] and streams > 1
-    reordered = source["order"] != target["order"] and streams > 1
-    if turned and (source["residual"] == "permutations" or reordered):
-        how = "the permutations are inverted" if source["residual"] == "permutations" else "the orders are the reverse"
-        return [Reason(EXACT, f"H is transposed: the residual logits are, and {how}", "transpose")]
+    """Whether H or its transpose mixes, and along which axes the start and the passes normalise.
+
+    Transposing the logits transposes H where the target's softmax and order are the source's with rows and columns
+    exchanged, and nowhere else: the 2N passes, or 2N - 1 where the softmax is one of them, are then the same ones.
+    """
+    if source["residual"] == "identity":
+        return []
+    if streams == 1:
+        return _of_one_stream(source, target)
+    turned = source["mix"] != target["mix"]
+    if source["residual"] == "permutations":
+        text = "H is transposed: the residual logits are, and the permutations are inverted"
+        return [Reason(EXACT, text, "transpose")] if turned else []
+    wanted = _mirrored(source) if turned else source
+    alike = (_start(wanted), wanted["order"]) == (_start(target), target["order"])
+    if alike:
+        return _aligned(wanted, target, turned)
     if turned and streams == 2:
         text = (
             "H is transposed; of two streams a converged H is its own transpose, so that the logits are copied, and "
@@ -119,9 +163,56 @@ def _orientation(source: Mapping[str, Any], target: Mapping[str, Any], streams: 
     if turned:
         text = (
             "H is transposed: the residual logits are, which is nearer than copying them, but a finite Sinkhorn "
-            "normalises the other axis last"
+            "normalises the other axis last, or starts from another one"
         )
         return [Reason(APPROXIMATE, text, "transpose")]
-    if reordered:
-        return [Reason(APPROXIMATE, f"{NAMES['order']} {source['order']} becomes {target['order']}")]
-    return []
+    return [_changed(key, source, target) for key in ("softmax", "order") if source[key] != target[key]]
+
+
+def _aligned(wanted: Mapping[str, Any], target: Mapping[str, Any], turned: bool) -> list[Reason]:
+    """The reasons where the passes are the same ones, once H is transposed if it must be."""
+    reasons = []
+    if turned:
+        text = "H is transposed: the residual logits are, and softmax and order are the reverse"
+        reasons.append(Reason(EXACT, text, "transpose"))
+    if wanted["softmax"] != target["softmax"]:
+        text = "the softmax is the first pass of a Sinkhorn without one: the same function, rounded elsewhere"
+        reasons.append(Reason(ROUNDING, text))
+    return reasons
+
+
+def _mirrored(p: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters whose H is the transpose of p's, on transposed logits."""
+    return {**p, **{key: MIRRORED.get(p[key], p[key]) for key in ("softmax", "order")}}
+
+
+def _start(p: Mapping[str, Any]) -> str:
+    """The axis of the softmax, or of the first pass where that is the softmax: nothing in it depends on a guard.
+
+    Sums of the first pass are at least 1 without a softmax, since the largest entry is exp(0).
+    """
+    plain = p["guard"] == "none" or (p["guard"] == "clip" and p["eps"] <= 1)
+    return FIRST[p["order"]] if p["softmax"] == "none" and plain else p["softmax"]
+
+
+def _changed(key: str, source: Mapping[str, Any], target: Mapping[str, Any]) -> Reason:
+    return Reason(APPROXIMATE, f"{NAMES[key]} {source[key]} becomes {target[key]}")
+
+
+def _of_one_stream(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Reason]:
+    """With one stream H is a number that no logit moves: axes matter where they change how often it is divided."""
+    if source["residual"] != "sinkhorn" or _alone(source) == _alone({**source, **_axes(target)}):
+        return []
+    return [_changed(key, source, target) for key in ("softmax", "order") if source[key] != target[key]]
+
+
+def _axes(p: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: p[key] for key in ("softmax", "order")}
+
+
+def _alone(p: Mapping[str, Any]) -> float:
+    """The only entry of H with one stream."""
+    value = 1 + p["eps"] if p["guard"] == "add" else 1.0
+    for _ in range(2 * p["iterations"] - (p["softmax"] == FIRST[p["order"]])):
+        value /= {"none": value, "clip": max(value, p["eps"])}.get(p["guard"], value + p["eps"])
+    return value

@@ -93,7 +93,7 @@ def layer(x: np.ndarray, branch: np.ndarray, weights: Mapping[str, np.ndarray], 
 
     def run(A: Any) -> dict[str, Any]:
         streams, given = A.array(x.reshape(-1, *x.shape[-2:])), {k: A.array(v) for k, v in weights.items()}
-        return {"out": formulas.layer(streams, given, A.array(branch), p, A)[0]}
+        return {"out": formulas.layer(streams, given, A.array(branch), p, None, A)[0]}
 
     return expect(run)
 

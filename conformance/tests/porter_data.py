@@ -173,17 +173,21 @@ def largest_error(found, exact):
 
 def sinkhorn(logits, p):
     """H ``[…, n, n]`` of the logits, as mathematics.md writes it."""
-    rows, columns = (-1, -2) if p["order"] == "rows-first" else (-2, -1)
-
-    def divide(matrix, axis):
-        total = matrix.sum(axis, keepdims=True)
-        return matrix / {"none": total, "add": total + p["eps"], "clip": np.maximum(total, p["eps"])}[p["guard"]]
-
-    P = np.exp(logits - logits.max(rows, keepdims=True))
-    P = P / P.sum(rows, keepdims=True) + (p["eps"] if p["guard"] == "add" else 0.0)
-    P = divide(P, columns)
-    for _ in range(p["iterations"] - 1):
-        P = divide(divide(P, rows), columns)
+    axes = {"rows": -1, "columns": -2}
+    first, second = (-1, -2) if p["order"] == "rows-first" else (-2, -1)
+    if p["logit_limit"] is not None:
+        logits = np.clip(logits, -p["logit_limit"], p["logit_limit"])
+    passes = [first, second] * p["iterations"]
+    if p["softmax"] == "none":
+        P = np.exp(logits - logits.max(first, keepdims=True))
+    else:
+        axis = axes[p["softmax"]]
+        P = np.exp(logits - logits.max(axis, keepdims=True))
+        P = P / P.sum(axis, keepdims=True) + (p["eps"] if p["guard"] == "add" else 0.0)
+        passes = passes[1:] if axis == first else passes
+    for axis in passes:
+        total = P.sum(axis, keepdims=True)
+        P = P / {"none": total, "clip": np.maximum(total, p["eps"])}.get(p["guard"], total + p["eps"])
     return P
 
 

@@ -143,7 +143,7 @@ def test_where_two_layouts_fit_a_terminal_is_asked(tmp_path):
         (("--to", "canonical", "--dtype", "int8"), "unknown dtype 'int8'"),
         (("--to", "canonical", "--dialect", "nobody"), "unknown dialect 'nobody'"),
         (("--to", "canonical", "--dialect", "paper,iterations=x"), "iterations can't be 'x'"),
-        (("--to", "canonical", "--dialect", "paper,guard=some"), "guard must be one of none, add, clip"),
+        (("--to", "canonical", "--dialect", "paper,guard=some"), "guard must be one of none, add"),
         (("--to", "canonical", "--dialect", "mhc-lite"), "the dialect has residual=permutations"),
         (("--to", "maxtext", "--stacks", "piles"), "stacks must be like layers"),
         (("--to", "liger", "--names", "attention=x."), "names must be attention="),

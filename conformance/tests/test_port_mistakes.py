@@ -101,7 +101,7 @@ def test_a_wrong_conversion_contradicts_the_verdict(tmp_path, monkeypatch, mista
 @pytest.mark.parametrize(
     "residual, dialect, flipped",
     [
-        ("sinkhorn", "deepseek-v4", "deepseek-v4,mix=out-in,order=columns-first"),
+        ("sinkhorn", "deepseek-v4", "deepseek-v4,mix=out-in,softmax=columns,order=columns-first"),
         ("permutations", "mhc-lite,norm_weight=false", "mhc-lite,norm_weight=false,mix=out-in"),
     ],
 )

@@ -22,8 +22,8 @@ from conformance.tests.porter_data import (
 )
 
 STREAMS, DIM = 4, 6
-MAXTEXT = "maxtext,coefficients=float32,mixing=float32"
-SAME_EPS = "deepseek-v4,norm_eps=1e-5"
+MAXTEXT = "maxtext,coefficients=float32,mixing=float32,reduction=float32"
+SAME_EPS = "deepseek-v4,norm_eps=1e-5,head_norm_eps=1e-6"
 WITH = "deepseek-v4,norm_weight=true"
 SOURCES = ["canonical", "maxtext"]
 

@@ -167,8 +167,8 @@ def test_a_state_dict_has_the_same_tensors(tmp_path, layout):
 @pytest.mark.parametrize("streams, dim", SIZES)
 def test_for_the_other_mix_the_residual_block_is_transposed(tmp_path, layout, out_in, streams, dim):
     sites = random_sites(14, streams, dim)
-    source = write_canonical(tmp_path / "source.safetensors", sites, "paper,order=columns-first")
-    report = port(source, tmp_path / "there.safetensors", Options(to=layout, to_dialect="paper,mix=out-in"))
+    source = write_canonical(tmp_path / "source.safetensors", sites, "paper,mix=in-out,softmax=rows,order=rows-first")
+    report = port(source, tmp_path / "there.safetensors", Options(to=layout, to_dialect="paper"))
     assert (report.verdict, report.rounding) == ("exact", 0)
     turned = {}
     for site, weights in sites.items():

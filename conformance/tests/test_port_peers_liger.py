@@ -116,7 +116,7 @@ def agree(theirs, weights, flat):
         liger_u = liger.functional.liger_mhc_pre(x.to(DEVICE), gates[0]).cpu()
         liger_out = theirs(x.to(DEVICE)).cpu()
         ours = functional.coefficients(x, weights, CONFIG)
-        u, context = functional.pre(x, weights, CONFIG)
+        u, context, _ = functional.pre(x, weights, CONFIG)
         out = functional.post(u * torch.tensor(BRANCH, dtype=torch.float32), context)
     names = ("pre", "post", "H", "u")
     first: dict[str, Any] = dict(zip(names, (*(g.cpu().numpy() for g in gates), liger_u.numpy()), strict=True))

@@ -23,6 +23,7 @@ from conformance.tests.porter_data import (
 
 STREAMS, DIM = 4, 6
 V4 = "deepseek-v4,reduce=none"
+SINGLE_PASS = "pre_from=previous,reduce=carried"
 LITE = "mhc-lite,norm_weight=false"
 
 
@@ -88,6 +89,8 @@ def test_the_same_dialect_is_exact(ported, dialect):
     [
         "norm_eps=1e-5", "norm_eps_position=root", "guard=clip", "guard=none,eps=0", "eps=1e-5", "iterations=19",
         "pre_eps=0", "post_scale=1", "post_eps=1e-6", "order=columns-first",
+        "softmax=columns", "softmax=columns,order=columns-first", "guard=denominator", "guard=denominator,softmax=none",
+        "logit_limit=0.5",
     ],
 )  # fmt: skip
 def test_another_function_is_approximate_and_refused(ported, tmp_path, change):
@@ -105,7 +108,11 @@ def test_another_function_is_approximate_and_refused(ported, tmp_path, change):
     assert_measured(report, sites, after, V4, f"{V4},{change}")
 
 
-@pytest.mark.parametrize("change", ["coefficients=activation,mixing=activation", "mixing=activation"])
+@pytest.mark.parametrize(
+    "change",
+    ["coefficients=activation,mixing=activation", "mixing=activation", "reduction=activation",
+     "coefficients=activation,mixing=activation,matrix=activation"],
+)  # fmt: skip
 def test_another_place_of_rounding_is_exact_to_rounding(ported, change):
     sites = random_sites(3, STREAMS, DIM)
     report = ported(sites, V4, f"{V4},{change}")
@@ -113,17 +120,48 @@ def test_another_place_of_rounding_is_exact_to_rounding(ported, change):
     assert differences(read_sites(report.written), sites) == []
 
 
+def mirrored(dialect):
+    """The dialect whose H is the transpose, on transposed logits: the other mix, softmax and order."""
+    p = dialects.parse(dialect)
+    other = {"rows": "columns", "columns": "rows", "none": "none", "in-out": "out-in", "out-in": "in-out"}
+    order = "columns-first" if p["order"] == "rows-first" else "rows-first"
+    return f"{dialect},mix={other[p['mix']]},softmax={other[p['softmax']]},order={order}"
+
+
 @pytest.mark.parametrize("streams", [2, 3, 4, 5])
-@pytest.mark.parametrize("dialect", ["paper", V4, "megatron,mix=in-out", "maxtext-v1,norm_weight=false"])
-def test_mix_and_order_flipped_together_are_exact(ported, dialect, streams):
+@pytest.mark.parametrize("dialect", ["paper", V4, "megatron", "maxtext-v1,norm_weight=false", "xing-4"])
+def test_mix_softmax_and_order_flipped_together_are_exact(ported, dialect, streams):
     sites = random_sites(4, streams, DIM)
-    flipped = f"{dialect},mix=out-in,order=columns-first"
-    report = ported(sites, dialect, flipped)
+    report = ported(sites, dialect, mirrored(dialect))
     assert (report.verdict, report.rounding) == ("exact", 0)
     assert max(report.largest.values()) < 1e-13
     after = read_sites(report.written)
     assert differences(after, transposed(sites)) == []
-    assert_measured(report, sites, after, dialect, flipped)
+    assert_measured(report, sites, after, dialect, mirrored(dialect))
+
+
+@pytest.mark.parametrize("back", ["softmax=rows", "order=rows-first"])
+def test_mix_flipped_with_one_of_softmax_and_order_is_approximate(ported, back):
+    sites = random_sites(4, STREAMS, DIM)
+    halfway = f"{mirrored(V4)},{back}"
+    report = ported(sites, V4, halfway, allow_approximate=True)
+    assert report.verdict == "approximate" and report.largest["H"] > 1e-9
+    after = read_sites(report.written)
+    assert_measured(report, sites, after, V4, halfway)
+
+
+@pytest.mark.parametrize("streams", [2, 4])
+@pytest.mark.parametrize("source", ["transformer-engine", f"{V4},guard=clip"])
+@pytest.mark.parametrize("order", ["rows-first", "columns-first"])
+def test_a_softmax_is_the_first_pass_of_a_sinkhorn_without_one(ported, source, order, streams):
+    sites = random_sites(17, streams, DIM)
+    source = f"{source},order={order},softmax={order.removesuffix('-first')}"
+    report = ported(sites, source, f"{source},softmax=none")
+    assert report.verdict == "exact to rounding" and max(report.largest.values()) < 1e-13
+    assert differences(read_sites(report.written), sites) == []
+    report = ported(sites, source, f"{mirrored(source)},softmax=none", name="turned.safetensors")
+    assert report.verdict == "exact to rounding" and max(report.largest.values()) < 1e-13
+    assert differences(read_sites(report.written), transposed(sites)) == []
 
 
 @pytest.mark.parametrize("streams", [3, 4, 5])
@@ -160,12 +198,52 @@ def test_permutations_with_mix_flipped_are_exact(ported, streams):
     assert (streams > 2) == bool(differences(after, sites))  # permutations of two are their own inverses
 
 
-@pytest.mark.parametrize("change", ["mix=out-in", "order=columns-first", "mix=out-in,order=columns-first"])
+@pytest.mark.parametrize(
+    "change",
+    ["mix=out-in", "order=columns-first", "mix=out-in,order=columns-first", "softmax=columns",
+     "softmax=columns,order=columns-first,mix=out-in"],
+)  # fmt: skip
 def test_a_single_stream_has_neither_mix_nor_order(ported, change):
     sites = random_sites(7, 1, DIM)
     report = ported(sites, V4, f"{V4},{change}")
     assert (report.verdict, report.rounding, set(report.largest.values())) == ("exact", 0, {0.0})
     assert differences(read_sites(report.written), sites) == []
+
+
+def test_a_single_stream_shows_how_often_it_is_divided(ported):
+    """Of 1 + eps one division leaves 1 - eps + 2 eps^2, two leave 1 - eps to the next order."""
+    sites = random_sites(7, 1, DIM)
+    once = f"{V4},iterations=1,eps=0.25"
+    report = ported(sites, once, f"{once},softmax=columns", allow_approximate=True)
+    assert report.verdict == "approximate" and report.largest["H"] > 1e-3
+    report = ported(sites, f"{once},guard=clip", f"{once},guard=clip,softmax=columns", name="clip.safetensors")
+    assert report.verdict == "exact"
+
+
+@pytest.mark.parametrize("source, target", [(V4, f"{V4},{SINGLE_PASS}"), (f"{V4},{SINGLE_PASS}", V4)])
+def test_the_single_pass_is_another_function_and_its_first_site_is_measured(ported, source, target):
+    sites = random_sites(18, STREAMS, DIM, layers=1)
+    report = ported(sites, source, target, allow_approximate=True)
+    assert report.verdict == "approximate" and "the previous site's" in report.reason
+    assert differences(read_sites(report.written), sites) == []
+    x = probe.activations(report.probes, STREAMS, DIM, 0)
+    for site, weights in sites.items():
+        u = layer(x, weights, dialects.parse(V4))["u"]
+        size = np.max(np.abs(u if source == V4 else x[:, 0]))
+        assert report.deviations[site]["u"] == pytest.approx(np.max(np.abs(u - x[:, 0])) / size, rel=1e-6)
+        assert report.deviations[site]["H"] == 0
+
+
+def test_a_head_has_a_norm_eps_of_its_own(ported):
+    plain, other = "deepseek-v4", "deepseek-v4,head_norm_eps=1e-2"
+    sites = random_sites(19, STREAMS, DIM, head=True)
+    report = ported(sites, plain, other, allow_approximate=True)
+    assert report.verdict == "approximate" and "the head's norm eps 1e-06 becomes 0.01" in report.reason
+    assert report.deviations["head"]["head"] > 1e-4 and report.deviations["layers.0.attention"]["u"] == 0
+    same = ported(sites, plain, f"{plain},head_norm_eps=1e-6", name="same.safetensors")
+    assert same.verdict == "exact" and set(same.largest.values()) == {0.0}
+    without = {site: weights for site, weights in sites.items() if site != "head"}
+    assert ported(without, plain, other, name="without.safetensors").verdict == "exact"
 
 
 @pytest.mark.parametrize(
