@@ -31,7 +31,7 @@ class NotRounded(ArithmeticError):
 class BallArithmetic:
     """The arithmetic of `formulas`: exact up to a proved error, no rounding contract."""
 
-    mixes = separates = False
+    mixes = separates = rounds_gates = False
 
     def __init__(self, style: Style | None = None):
         self.style = style or Style()

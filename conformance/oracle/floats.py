@@ -167,13 +167,17 @@ class FloatArithmetic:
     def gate_product(self, a: np.ndarray) -> np.ndarray:
         return self._narrowed(a, self.acts and self.style.round_products)
 
+    @property
+    def rounds_gates(self) -> bool:
+        return self.acts and self.style.round_gates
+
     def gate_step(self, a: np.ndarray) -> np.ndarray:
-        return self._narrowed(a, self.acts and self.style.round_gates)
+        return self._narrowed(a, self.rounds_gates)
 
     def sigmoid_and_rest(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """sigmoid(z) and 1 - sigmoid(z)."""
         one = self.constant(1)
-        if not (self.acts and self.style.round_gates):
+        if not self.rounds_gates:
             s = self.sigmoid(z)
             return s, one - s
         r = self.gate_step

@@ -96,7 +96,9 @@ def gate(z: Array, slope: Any, offset: Any, A: Any):
     """``slope * sigmoid(z) + offset`` and its pullback."""
     s, rest = A.sigmoid_and_rest(z)
     value = A.gate_step(A.gate_step(slope * s) + A.gate_step(offset))
-    return value, lambda g: A.gate_step(A.gate_step(g * slope) * A.gate_step(s * rest))
+    if A.rounds_gates:
+        return value, lambda g: A.gate_step(A.gate_step(g * slope) * A.gate_step(s * rest))
+    return value, lambda g: g * slope * s * rest
 
 
 def coefficients(x: Array, weights: Mapping[str, Array], p: Parameters, A: Any):
