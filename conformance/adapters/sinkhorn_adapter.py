@@ -16,7 +16,7 @@ from conformance.registry import version_of
 
 
 def _capabilities(packages: tuple[str, ...], dialect: str) -> Capabilities:
-    """What is claimed of a Sinkhorn without a guard: that of ``paper`` columns first, of ``transformer-engine`` rows."""
+    """The claims of a Sinkhorn without a guard: ``paper`` has it columns first, ``transformer-engine`` rows first."""
     return Capabilities(
         stages=frozenset({"residual_matrix"}),
         dialects=frozenset({dialect}),
