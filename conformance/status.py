@@ -69,9 +69,9 @@ def status(cases: Iterable[Case]) -> str:
 
 def grounds() -> str:
     """A Markdown table of the rows: the software that ran under each, or what was read of it and when."""
-    lines = ["| row | software that was run as it is | read, not run |", "|---|---|---|"]
+    lines = ["| row | software that was run as it is | what was read, and when |", "|---|---|---|"]
     for name in dialect_names():
         found = evidence(name)
         read = f"{found['read']} ({found['date']})" if "read" in found else "-"
-        lines.append(f"| `{name}` | {found.get('ran', '-')} | {read} |")
+        lines.append(f"| `{name}` | {found.get('ran', '**read**')} | {read} |")
     return "\n".join(lines) + "\n"

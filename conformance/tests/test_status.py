@@ -35,6 +35,6 @@ def test_a_row_has_run_or_says_that_it_was_read():
     lines = grounds().splitlines()[2:]
     assert [line.split("`")[1] for line in lines] == dialect_names()
     (megatron,) = [line for line in lines if "`megatron`" in line]
-    assert megatron.split(" | ")[1] == "-" and "(2026-08)" in megatron
+    assert megatron.split(" | ")[1] == "**read**" and "(2026-08)" in megatron
     (paper,) = [line for line in lines if "`paper`" in line]
     assert "fla-core 0.6.0" in paper.split(" | ")[1] and "arXiv" in paper.split(" | ")[2]
