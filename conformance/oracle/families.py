@@ -22,7 +22,7 @@ F32_BF16 = (*F32, *BF16)
 EVERY_CONTRACT = ("paper", "maxtext", "deepseek-v4-transformers", "megatron", "deepseek-v4.1")
 MANY_STREAMS = {6: ("deepseek-v4", "maxtext-v1"), 7: ("paper",), 12: ("deepseek-v4.1",), 16: ("deepseek-v4",)}
 """Numbers of streams beyond those that every dialect has, and where."""
-EVERY_DTYPE = ("norm-weight", "softmax-columns", "softmax-rows", "denominator")
+EVERY_DTYPE = ("norm-weight", "softmax-columns", "softmax-rows", "denominator", "eps-apart")
 """Labels of parameters that are seen in narrow dtypes nowhere else."""
 QUICK_SMOKE = ("paper", "glm-5", "megatron", "mhc-lite", "hunyuan-v4")
 QUICK_GENERIC = ("maxtext", "deepseek-v4-transformers")
@@ -323,6 +323,9 @@ def _other_parameters() -> Iterator[Wish]:
         ("liger", "denominator", {"guard": "denominator", "eps": 0.03125, "logit_limit": 2.5}),
         ("deepseek-v4", "denominator", {"guard": "denominator", "eps": 0.03125, "logit_limit": 1.75}),
         ("paper", "denominator", {"softmax": "none", "guard": "denominator", "eps": 0.0625, "logit_limit": 2.25}),
+        ("deepseek-v4", "eps-apart", {"norm_eps": 0.0625}),
+        ("liger", "eps-apart", {"norm_eps": 0.0625}),
+        ("transformer-engine", "eps-apart", {"norm_eps": 0.0625}),
         ("transformer-engine", "norm-weight", {"norm_weight": True, "pre_eps": 0.125, "post_eps": 0.0625}),
         ("paper", "norm-weight", {"norm_weight": True}),
         ("deepseek-v4", "norm-weight", {"norm_weight": True}),
