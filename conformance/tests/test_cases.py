@@ -13,7 +13,7 @@ import pytest
 from conformance import corpus
 from conformance.cases import CaseError, load_case
 
-SOURCE = corpus.fixtures() / "golden" / "smoke-paper.safetensors"
+SOURCE = corpus.fixtures() / "golden" / "smoke-paper-2.safetensors"
 
 
 def rewritten(tmp_path, change):
@@ -90,7 +90,7 @@ def test_a_truncated_or_foreign_file_is_refused(tmp_path, content):
 
 @pytest.fixture
 def small_corpus(tmp_path):
-    names = ["smoke-paper.safetensors", "smoke-liger.safetensors"]
+    names = ["smoke-paper-2.safetensors", "smoke-liger.safetensors"]
     files = {}
     for name in names:
         shutil.copy(SOURCE.with_name(name), tmp_path)
@@ -112,7 +112,7 @@ def test_one_flipped_bit_is_named(small_corpus):
 
 
 def test_missing_and_extra_files_are_named_and_fewer_cases_fail(small_corpus):
-    (small_corpus / "smoke-paper.safetensors").rename(small_corpus / "other.safetensors")
+    (small_corpus / "smoke-paper-2.safetensors").rename(small_corpus / "other.safetensors")
     assert corpus.verify(small_corpus) == ["missing  smoke-paper.safetensors", "extra    other.safetensors"]
     with pytest.raises(CaseError, match="1 are missing"):
         corpus.load_corpus(small_corpus)

@@ -112,11 +112,11 @@ def test_the_same_item_twice_is_refused(honest, tmp_path):
 
 
 def test_convergence_is_that_of_rows_first():
-    picture = convergence(load_case(fixtures() / "golden" / "slowest-n4-paper.safetensors"))
+    picture = convergence(load_case(fixtures() / "golden" / "slowest-n4-paper-2.safetensors"))
     assert picture is not None and len(picture["rows"]) == 20
     assert picture["rows"][-1] > 1e-3 and max(picture["columns"]) < 1e-12
-    assert convergence(load_case(fixtures() / "golden" / "generic-n4-mhc-lite.safetensors")) is None
-    layer = convergence(load_case(fixtures() / "golden" / "shape-dim1-paper.safetensors"))
+    assert convergence(load_case(fixtures() / "golden" / "generic-n4-mhc-lite-2.safetensors")) is None
+    layer = convergence(load_case(fixtures() / "golden" / "shape-dim1-paper-2.safetensors"))
     assert layer is not None and max(layer["columns"]) < 1e-12
 
 
