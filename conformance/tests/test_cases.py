@@ -113,7 +113,7 @@ def test_one_flipped_bit_is_named(small_corpus):
 
 def test_missing_and_extra_files_are_named_and_fewer_cases_fail(small_corpus):
     (small_corpus / "smoke-paper-2.safetensors").rename(small_corpus / "other.safetensors")
-    assert corpus.verify(small_corpus) == ["missing  smoke-paper.safetensors", "extra    other.safetensors"]
+    assert corpus.verify(small_corpus) == ["missing  smoke-paper-2.safetensors", "extra    other.safetensors"]
     with pytest.raises(CaseError, match="1 are missing"):
         corpus.load_corpus(small_corpus)
 

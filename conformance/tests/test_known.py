@@ -46,7 +46,7 @@ def test_several_entries_may_explain_one_item(tmp_path):
 
 def test_an_entry_that_matches_nothing_or_passes_is_stale(tmp_path):
     judged = judge([outcome(verdicts=("passed",))], entries(tmp_path, {}, {"cases": ["nothing-*"]}))
-    assert "but smoke-paper did not fail so" in judged.stale[0] and "matches nothing that ran" in judged.stale[1]
+    assert "but smoke-paper-2 did not fail so" in judged.stale[0] and "matches nothing that ran" in judged.stale[1]
 
 
 def test_an_entry_of_an_implementation_that_did_not_run_is_left_alone(tmp_path):

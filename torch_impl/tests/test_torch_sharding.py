@@ -103,7 +103,7 @@ def replaced(target, name, value):
 def a_norm_rounded_before_the_projection_is_summed_first(mesh: DeviceMesh) -> None:
     """With float64 as the wide dtype float32 is a narrow one, whose errors stay visible."""
     share = TensorShards.share
-    with replaced(functional, "_wide", lambda dtype: torch.float64):
+    with replaced(functional, "wide_dtype", lambda dtype: torch.float64):
         for kind in (ManifoldConstrainedHyperConnections, HyperHead):
             module = make("maxtext", kind, dtype=torch.float32)
             assert_small(errors(module, mesh, dtype=torch.float32), 1e-5)
