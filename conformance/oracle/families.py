@@ -26,6 +26,7 @@ QUICK_SMOKE = ("paper", "glm-5", "megatron", "mhc-lite", "hunyuan-v4")
 QUICK_GENERIC = ("maxtext", "deepseek-v4-transformers")
 MATRIX = ("residual_matrix", "coefficients")
 DENSE = ("layer", {"branch": "mlp_dense"})
+SINGLE_PASS = {"pre_from": "previous", "reduce": "carried"}
 
 
 def wishes() -> Iterator[Wish]:
@@ -288,6 +289,33 @@ def _exact_mixing(name: str, p: dict[str, Any]) -> Wish:
                 exact=True, gradients=False)  # fmt: skip
 
 
+def _seen_in_every_dtype() -> Iterator[Wish]:
+    """What one published row has, on rows whose coefficients are float32: a mistake shows with x in bfloat16 too."""
+    why, variants = "what one row has alone, where rounded coefficients don't hide it", (*F32, *NARROW)
+    kinds: tuple[tuple[str, tuple[str, ...], dict[str, Any], dict[str, Any]], ...] = (
+        (
+            "softmax-none", ("deepseek-v4", "liger", "transformer-engine", "paper"),
+            {"softmax": "none", "guard": "denominator", "eps": 0.03125, "logit_limit": 2.5078125},  # between the logits
+            {"stages": MATRIX},
+        ),
+        (
+            "head-eps", ("deepseek-v4", "hunyuan-v4", "paper", "maxtext"), {"head_norm_eps": 0.25},
+            {"stages": ["head"]},
+        ),
+        (
+            "carried", ("deepseek-v4-transformers", "liger", "hunyuan-v4", "paper"), SINGLE_PASS,
+            {"stages": ["pre", DENSE]},
+        ),
+        (
+            "carried-stack", ("deepseek-v4", "deepseek-v4-transformers", "liger", "paper"), SINGLE_PASS,
+            {"stages": [("stack", {"layers": 2, "reduce": "carried"})], "layers": 2, "lead": (1, 3)},
+        ),
+    )  # fmt: skip
+    for label, names, overrides, rest in kinds:
+        for name in names:
+            yield Wish("parameters", why, "Dialects", name, label, overrides=overrides, variants=variants, **rest)
+
+
 def _other_parameters() -> Iterator[Wish]:
     """Parameters that no published dialect combines: each must work on its own."""
     stages = ["residual_matrix", "coefficients", DENSE]
@@ -304,7 +332,7 @@ def _other_parameters() -> Iterator[Wish]:
         ("maxtext-v1", "one-iteration", {"iterations": 1}),
         ("xing-4", "two-iterations", {"iterations": 2}),
         ("deepseek-v4", "softmax-columns", {"softmax": "columns"}),
-        ("deepseek-v4", "single-pass", {"pre_from": "previous", "reduce": "carried"}),
+        ("deepseek-v4", "single-pass", SINGLE_PASS),
         ("liger", "denominator", {"guard": "denominator", "eps": 0.03125, "logit_limit": 2.5}),
         ("transformer-engine", "norm-weight", {"norm_weight": True, "pre_eps": 0.125, "post_eps": 0.0625}),
         ("paper", "norm-weight", {"norm_weight": True}),
@@ -315,6 +343,7 @@ def _other_parameters() -> Iterator[Wish]:
         yield Wish("parameters", "a combination that no dialect has", "Dialects", name, label,
                    stages=stages, overrides=overrides, only={"layer": F32},
                    variants=(*F32, *NARROW) if label == "norm-weight" else F32_BF16)  # fmt: skip
+    yield from _seen_in_every_dtype()
     for name in ("paper", "deepseek-v4"):
         turned = np.transpose if name == "paper" else np.array
         for streams in (2, 3, 4, 8):
