@@ -6,6 +6,10 @@ they are used and their gradients scattered. Over data, fsdp and sequence the gr
 up: at once, but with fsdp and copies the scattered ones over the copies, and those that every device has over all.
 Where the norm's output is rounded, its sum is added up on its own, forward and backward. Nothing else: in particular
 nothing as large as x.
+
+A single-pass site (``pre_from="previous"``) sends no more and no less: the pre that it is handed, and the one that it
+hands on, are whole on every device, and backward the cotangent of the carried pre takes the place of its own. The
+reduction of a stack with the last pre adds up that pre's cotangent, n numbers a token, and nothing forward.
 """
 
 from __future__ import annotations

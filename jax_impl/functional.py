@@ -83,7 +83,8 @@ def expand(x: Float[Array, "... dim"], streams: int) -> Float[Array, "... stream
 def one_hot(x: Float[Array, "... streams dim"]) -> Float[Array, "... streams"]:
     """What the first site of a single-pass stack reads with: 1 for stream 0, in float32 (float64 for float64)."""
     first = jnp.arange(x.shape[-2]) == 0
-    return jnp.broadcast_to(first.astype(wide_dtype(x.dtype)), x.shape[:-1])  # [..., n]
+    gates = jnp.broadcast_to(first.astype(wide_dtype(x.dtype)), x.shape[:-1])  # [..., n]
+    return sharding.constrain(gates, sharding.gate_axes(gates.ndim))  # laid out as the pre of a site: a scan's carry
 
 
 def reduce(

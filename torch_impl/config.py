@@ -12,8 +12,8 @@ from typing import Any
 CHOICES = {
     "norm_eps_position": ("mean", "root"),
     "residual": ("sinkhorn", "permutations", "identity"),
-    "softmax": ("rows", "columns", "none"),
     "order": ("rows-first", "columns-first"),
+    "softmax": ("rows", "columns", "none"),
     "guard": ("none", "add", "denominator", "clip"),
     "mix": ("in-out", "out-in", "identity"),
     "pre_from": ("own", "previous"),

@@ -156,7 +156,7 @@ def build(wish: Wish) -> Case:
         "load_balance_loss": np.array(0.375, np.float32),
         "moe_bias_updates": np.array([0.5, -0.25, 0.125], np.float32),
         # All of float32's bits: where it is cast to a narrow dtype on its way, that shows.
-        "carried": _float32(data.uniform(f"{label}/carried", (*wish.lead, n), 0.0625, 1.25)),
+        "carried": _float32(data.uniform(f"{label}/carried", (*wish.lead, n), 2**20, 20 * 2**20) / 2**24),
     }
     made.update(wish.tensors)
     made.update(layer_weights(wish, p))

@@ -1,4 +1,4 @@
-"""Our own sources with one planted mistake: a few characters of functional.py, in place, for the time of a test."""
+"""Our own sources with one planted mistake: a few characters of one file, in place, for the time of a test."""
 
 from __future__ import annotations
 
@@ -8,34 +8,45 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MISTAKES = {
-    "transposed H": {"both": ('config.mix == "in-out" else', 'config.mix != "in-out" else')},
-    "19 iterations": {"both": ("iterations - 1", "iterations - 2")},
-    "clip for add": {
-        "torch": ("total = total + eps", "total = total.clamp(min=eps)"),
-        "jax": ("total = total + eps", "total = jnp.maximum(total, eps)"),
+    "transposed H": {"both": ("functional", 'config.mix == "in-out" else', 'config.mix != "in-out" else')},
+    "19 iterations": {
+        "torch": ("residual", "[first, second] * config.iterations", "[first, second] * (config.iterations - 1)"),
+        "jax": ("residual", "whole = config.iterations", "whole = config.iterations - 1"),
     },
-    "dropped pre_eps": {"both": ("+ config.pre_eps", "+ 0 * config.pre_eps")},
-    "post_scale 1": {"both": ("config.post_scale *", "1 *")},
+    "clip for add": {
+        "torch": ("residual", "total = total + eps", "total = total.clamp(min=eps)"),
+        "jax": ("residual", "total = total + config.eps", "total = jnp.maximum(total, config.eps)"),
+    },
+    "softmax over columns": {
+        "torch": ("residual", 'rows if config.softmax == "rows" else columns', "columns"),
+        "jax": ("residual", 'axis=rows if config.softmax == "rows" else columns', "axis=columns"),
+    },
+    "dropped pre_eps": {"both": ("functional", "+ config.pre_eps", "+ 0 * config.pre_eps")},
+    "post_scale 1": {"both": ("functional", "config.post_scale *", "1 *")},
 }
+"""The file of the package, what it has, and what is put there instead."""
 
 
 @contextlib.contextmanager
 def planted(framework: str, mistake: str) -> Iterator[None]:
     """Runs with the mistake in the package's functions; puts the originals back."""
+    file, right, wrong = MISTAKES[mistake].get(framework) or MISTAKES[mistake]["both"]
     package = importlib.import_module(f"{framework}_impl")
-    functional = importlib.import_module(f"{framework}_impl.functional")
-    path = Path(functional.__file__ or "")
+    module = importlib.import_module(f"{framework}_impl.{file}")
+    path = Path(module.__file__ or "")
     source = path.read_text()
-    right, wrong = MISTAKES[mistake].get(framework) or MISTAKES[mistake]["both"]
     assert right in source, f"{path} no longer contains {right!r}: plant the mistake anew"
-    before = dict(vars(functional))
-    exported = {k: v for k, v in vars(package).items() if k in package.__all__ and before.get(k) is v}
+    # Whoever has imported a function of the file by name is handed the changed one too.
+    holders = [package, module, importlib.import_module(f"{framework}_impl.functional")]
+    before = [dict(vars(holder)) for holder in holders]
+    own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     try:
-        exec(compile(source.replace(right, wrong), str(path), "exec"), vars(functional))
-        for name in exported:
-            setattr(package, name, vars(functional)[name])
+        exec(compile(source.replace(right, wrong), str(path), "exec"), vars(module))
+        for holder, held in zip(holders, before, strict=True):
+            for name, value in own.items():
+                if held.get(name) is value:
+                    setattr(holder, name, vars(module)[name])
         yield
     finally:
-        vars(functional).update(before)
-        for name, value in exported.items():
-            setattr(package, name, value)
+        for holder, held in zip(holders, before, strict=True):
+            vars(holder).update(held)

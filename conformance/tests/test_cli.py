@@ -30,7 +30,7 @@ def test_all_passed_is_0_and_the_files_are_whole(tmp_path):
 
 def test_a_failure_is_1_with_figures_and_a_line_that_repeats_it():
     done = call(
-        "run", "--impl", "conformance.tests.strangers:SlightlyOff", "--case", "generic-n4-paper", "--stage", "reduce"
+        "run", "--impl", "conformance.tests.strangers:SlightlyOff", "--case", "generic-n4-paper-2", "--stage", "reduce"
     )
     assert done.returncode == 1
     assert "x the bound" in done.stdout and "expected" in done.stdout
@@ -46,7 +46,7 @@ def test_a_failure_is_1_with_figures_and_a_line_that_repeats_it():
         (("--dtype", "int8"), "unknown dtype 'int8', expected one of float64"),
         (("--stage", "middle"), "unknown stage 'middle', expected one of expand"),
         (("--case", "nothing-*"), "no case matches 'nothing-*'"),
-        (("--case", "smoke-paper", "--dialect", "liger"), "nothing selected"),
+        (("--case", "smoke-paper-2", "--dialect", "liger"), "nothing selected"),
         (("--stage", "head"), "nothing was checked for honest"),
     ],
 )
@@ -83,9 +83,9 @@ def test_verify_passes_on_the_committed_corpus():
 
 
 def test_list_prints_the_items_and_runs_nothing():
-    done = call("run", "--impl", "conformance.nowhere:x", "--list", "--case", "generic-n4-paper", "--stage", "reduce")
+    done = call("run", "--impl", "conformance.nowhere:x", "--list", "--case", "generic-n4-paper-2", "--stage", "reduce")
     assert done.returncode == 0
-    assert "generic-n4-paper::reduce::float32-float32" in done.stdout.splitlines()
+    assert "generic-n4-paper-2::reduce::float32-float32" in done.stdout.splitlines()
 
 
 def test_x_stops_at_the_first_failure():

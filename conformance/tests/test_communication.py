@@ -13,9 +13,10 @@ import jax.numpy as jnp  # noqa: E402
 from conformance.communication import Site, surplus  # noqa: E402
 from conformance.hlo.collectives import collectives  # noqa: E402
 from conformance.hlo.text import parse  # noqa: E402
-from jax_impl import MHCConfig, functional, post, pre, sharding  # noqa: E402
+from jax_impl import MHCConfig, functional, post, pre, reduce, sharding  # noqa: E402
 
 BATCH, SEQ, DIM = 8, 16, 128
+DIALECTS = ["paper", "maxtext", "mhc-lite", "hunyuan-v4", "megatron", "transformer-engine", "xing-4", "deepseek-v4.1"]
 MESHES = [
     {"data": 8},
     {"sequence": 8},
@@ -33,26 +34,35 @@ MESHES = [
 
 
 def compiled(config: MHCConfig, mesh: Any, backward: bool, dtype: Any = jnp.bfloat16, layer: Any = None) -> str:
-    """The optimised HLO of one site around a branch that needs no communication."""
+    """The optimised HLO of one site around a branch that needs no communication.
 
-    def plain(x: Any, weights: Any) -> Any:
-        u, context = pre(x, weights, config)
-        return post(jnp.tanh(u), context)
+    A single-pass site also takes and returns the carried pre, and backward the cotangents of both.
+    """
+    passes = config.pre_from == "previous"
 
-    def both(x: Any, weights: Any, cotangent: Any) -> Any:
-        out, pull = jax.vjp(layer or plain, x, weights)
+    def plain(streams: Any, weights: Any) -> Any:
+        x, carried = streams if passes else (streams, None)
+        u, context, handed = pre(x, weights, config, carried)
+        out = post(jnp.tanh(u), context)
+        return (out, handed) if passes else out
+
+    def both(streams: Any, weights: Any, cotangent: Any) -> Any:
+        out, pull = jax.vjp(layer or plain, streams, weights)
         return out, *pull(cotangent)
 
     where = jax.NamedSharding(mesh, sharding.partition(sharding.activation_axes(4), mesh, sharding.RULES))
+    gates = jax.NamedSharding(mesh, sharding.partition(sharding.gate_axes(3), mesh, sharding.RULES))
     x = jax.ShapeDtypeStruct((BATCH, SEQ, config.streams, config.dim), dtype, sharding=where)
+    carried = jax.ShapeDtypeStruct((BATCH, SEQ, config.streams), jnp.float32, sharding=gates)
+    given, out = ((x, carried), (where, gates)) if passes else (x, where)
     shapes = functional.weight_shapes(config)
     held = sharding.weight_shardings(shapes, mesh)
     weights = {k: jax.ShapeDtypeStruct(v, jnp.float32, sharding=held[k]) for k, v in shapes.items()}
     with sharding.use(mesh):
         if backward:
-            run = jax.jit(both, out_shardings=(where, where, held)).lower(x, weights, x)
+            run = jax.jit(both, out_shardings=(out, out, held)).lower(given, weights, given)
         else:
-            run = jax.jit(layer or plain, out_shardings=where).lower(x, weights)
+            run = jax.jit(layer or plain, out_shardings=out).lower(given, weights)
         return run.compile().as_text()
 
 
@@ -68,8 +78,10 @@ def name(sizes: dict[str, int]) -> str:
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 @pytest.mark.parametrize("sizes", MESHES, ids=name)
-def test_a_site_sends_no_more_than_it_needs(sizes, explicit):
-    config = MHCConfig.from_dialect("deepseek-v4", streams=4, dim=DIM)
+@pytest.mark.parametrize("dialect", ["deepseek-v4", "deepseek-v4.1"])
+def test_a_site_sends_no_more_than_it_needs(dialect, sizes, explicit):
+    """A single-pass site has the need of its sibling that reads with its own pre."""
+    config = MHCConfig.from_dialect(dialect, streams=4, dim=DIM)
     mesh = sharding.make_mesh(**sizes, explicit=explicit)
     for backward in (False, True):
         found = collectives(parse(compiled(config, mesh, backward)))
@@ -79,7 +91,7 @@ def test_a_site_sends_no_more_than_it_needs(sizes, explicit):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dialect", ["maxtext", "mhc-lite", "hunyuan-v4", "megatron", "transformer-engine"])
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_kind_of_dialect_needs_one_sum_and_two_where_the_norm_is_rounded(dialect, dtype):
     config = MHCConfig.from_dialect(dialect, streams=4, dim=DIM)
     mesh = sharding.make_mesh(data=2, tensor=4)
@@ -87,6 +99,34 @@ def test_every_kind_of_dialect_needs_one_sum_and_two_where_the_norm_is_rounded(d
     for backward in (False, True):
         found = collectives(parse(compiled(config, mesh, backward, dtype)))
         assert surplus(found, site(config, mesh, rounded), mesh.shape, backward=backward) == []
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 4}, {"tensor": 8}], ids=name)
+def test_two_single_pass_sites_send_twice_as_much_and_the_reduction_one_sum(sizes, explicit):
+    """The pre that crosses from one site to the next is whole already; the last one's cotangent is added up once."""
+    config = MHCConfig.from_dialect("deepseek-v4.1", streams=4, dim=DIM)
+    mesh = sharding.make_mesh(**sizes, explicit=explicit)
+
+    def both(streams: Any, weights: Any) -> Any:
+        x, carried = streams
+        for _ in range(2):
+            u, context, carried = pre(x, weights, config, carried)
+            x = post(jnp.tanh(u), context)
+        return x, carried
+
+    def collapsed(streams: Any, weights: Any) -> Any:
+        x, carried = both(streams, weights)
+        return functional.expand(reduce(x, "carried", carried), config.streams), carried
+
+    need = site(config, mesh)
+    for backward in (False, True):
+        found = collectives(parse(compiled(config, mesh, backward, layer=both)))
+        assert surplus(found, need, mesh.shape, backward=backward, sites=2) == [], f"backward={backward}"
+        more = collectives(parse(compiled(config, mesh, backward, layer=collapsed)))
+        sums = [sum(one.times * one.numbers for one in part if one.kind == "all-reduce") for part in (found, more)]
+        assert sums[1] - sums[0] == need.tokens * config.streams * backward, sums
+        assert {one.kind for one in more} == {"all-reduce"}
 
 
 def test_the_check_sees_a_flattened_contraction(monkeypatch):
@@ -115,7 +155,7 @@ def test_the_check_sees_a_second_reduction():
     mesh = sharding.make_mesh(tensor=8)
 
     def twice(x: Any, weights: Any) -> Any:
-        u, context = pre(x, weights, config)
+        u, context, _ = pre(x, weights, config)
         total = jnp.square(jax.lax.optimization_barrier((u, x))[1].astype(jnp.float32)).sum((-2, -1))
         return post(u * total[..., None].astype(u.dtype), context)
 

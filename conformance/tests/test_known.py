@@ -22,18 +22,18 @@ def entries(tmp_path, *changes):
     return load_known(path)
 
 
-def outcome(case="smoke-paper", verdicts=("failed",), name="a", tensors=("H", "d/logits")):
+def outcome(case="smoke-paper-2", verdicts=("failed",), name="a", tensors=("H", "d/logits")):
     checks = [Check(t, v) for t, v in zip(tensors, verdicts, strict=False)]
     return Outcome(name, case, "residual_matrix", "float32-float32", "float32", "paper", checks)
 
 
 def test_what_is_known_is_excused(tmp_path):
-    judged = judge([outcome(), outcome("generic-n4-paper", ("passed",))], entries(tmp_path, {}))
+    judged = judge([outcome(), outcome("generic-n4-paper-2", ("passed",))], entries(tmp_path, {}))
     assert (len(judged.known[0]), judged.unknown, judged.stale) == (1, [], [])
 
 
 def test_what_is_not_is_not(tmp_path):
-    other, worse = outcome("wide-paper"), outcome(verdicts=("failed", "non-finite"))
+    other, worse = outcome("wide-paper-2"), outcome(verdicts=("failed", "non-finite"))
     judged = judge([outcome(), other, worse], entries(tmp_path, {}))
     assert judged.unknown == [other, worse] and not judged.stale
 
@@ -46,7 +46,7 @@ def test_several_entries_may_explain_one_item(tmp_path):
 
 def test_an_entry_that_matches_nothing_or_passes_is_stale(tmp_path):
     judged = judge([outcome(verdicts=("passed",))], entries(tmp_path, {}, {"cases": ["nothing-*"]}))
-    assert "but smoke-paper did not fail so" in judged.stale[0] and "matches nothing that ran" in judged.stale[1]
+    assert "but smoke-paper-2 did not fail so" in judged.stale[0] and "matches nothing that ran" in judged.stale[1]
 
 
 def test_an_entry_of_an_implementation_that_did_not_run_is_left_alone(tmp_path):

@@ -64,7 +64,7 @@ def test_a_mesh_that_cannot_be_is_refused(text, said):
     with pytest.raises(SetupError, match=re.escape(said)):
         mesh.parse_mesh(text)
     result = CliRunner().invoke(
-        app, ["run", "--impl", f"{STRANGERS}:Stranger", "--mesh", text, "--case", "smoke-paper"]
+        app, ["run", "--impl", f"{STRANGERS}:Stranger", "--mesh", text, "--case", "smoke-paper-2"]
     )
     assert result.exit_code == 2 and said in result.output.replace("\n", " ")
 
@@ -139,7 +139,7 @@ def test_what_cannot_run_on_a_mesh_says_so():
         (["--mesh", "data=2", "--impl", "exec:true"], "--mesh doesn't go with exec:COMMAND"),
         (["--mesh", "data=2", "--search", "1", "--impl", "torch"], "--search draws cases for one device"),
     ):
-        result = CliRunner().invoke(app, ["run", *arguments, "--case", "smoke-paper"])
+        result = CliRunner().invoke(app, ["run", *arguments, "--case", "smoke-paper-2"])
         assert result.exit_code == 2 and said in result.output.replace("\n", " "), result.output
 
 
@@ -153,7 +153,7 @@ FRAMEWORKS = [
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_golden_cases_pass_on_two_and_four_processes(name, meshes, processes):
     arguments = ["run", "--impl", name, *(f"--mesh={mesh}" for mesh in meshes), "--processes", processes]
-    cases = ["--case", "smoke-maxtext", "--case", "generic-n4-deepseek-v4", "--dtype", "float32", "--no-progress"]
+    cases = ["--case", "smoke-maxtext-2", "--case", "generic-n4-deepseek-v4", "--dtype", "float32", "--no-progress"]
     result = CliRunner().invoke(app, [*arguments, *cases, "--stage", "layer", "--stage", "head"])
     assert result.exit_code == 0 and ", 0 failed" in result.output, result.output
 

@@ -61,8 +61,8 @@ def test_what_is_not_mutated_survives_and_a_wrong_claim_of_blindness_is_found(mo
 
 
 def test_an_honest_variant_that_fails_is_a_false_alarm():
-    power = Power(True, honest={7: Figures(5, {"smoke-paper"}, 1.5, "smoke-paper, reduce")})
-    assert power.false_alarms == ["honest variant 7 fails 1 cases, worst 1.5 of the bound (smoke-paper, reduce)"]
+    power = Power(True, honest={7: Figures(5, {"smoke-paper-2"}, 1.5, "smoke-paper-2, reduce")})
+    assert power.false_alarms == ["honest variant 7 fails 1 cases, worst 1.5 of the bound (smoke-paper-2, reduce)"]
 
 
 @pytest.mark.parametrize("order", ORDERS)

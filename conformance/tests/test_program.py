@@ -7,17 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conformance.corpus import load_corpus
+from conformance.dialects import dialect_rows
 from conformance.interface import SetupError
 from conformance.registry import load
 from conformance.runner import run, run_item
 
 COMMAND = f"exec:{sys.executable} -m conformance.tests.program"
 SOURCE = Path(__file__).parents[2] / "examples" / "harness_c" / "residual_matrix.c"
+SETTINGS = ("softmax", "order", "guard", "logit_limit")
 ITEMS = [i for c in load_corpus() for i in c.items() if i.stage == "reduce" and i.variant.name == "float32-float32"]
-ITEM = next(i for i in ITEMS if i.case.id == "generic-n4-paper")
+ITEM = next(i for i in ITEMS if i.case.id == "generic-n4-paper-2")
 
 
 def verdict(how, limit=20.0):
@@ -103,5 +106,15 @@ def test_the_example_in_c_passes_every_case_it_claims(in_c):
     items = [i for c in load_corpus() for i in c.items() if i.stage == "residual_matrix"]
     outcomes = [o for o in run([f"exec:{in_c}"], items, jobs=1) if not o.skipped]
     assert [o.case for o in outcomes if o.failed] == []
-    assert {o.x for o in outcomes} == {"float32", "float64"} and len(outcomes) > 100
+    assert {o.x for o in outcomes} == {"float32", "float64"} and len(outcomes) > 200
+    read = [{i.case.parameters[name] for i in items if i.case.id in {o.case for o in outcomes}} for name in SETTINGS]
+    assert read == [{"rows", "columns", "none"}, {"rows-first", "columns-first"},
+                    {"none", "add", "denominator", "clip"}, {None, 2.5, 2.5078125, 30.0}]  # fmt: skip
     assert all("d/logits" in {c.tensor for c in o.checks} for o in outcomes if o.case.startswith("wide"))
+
+
+@pytest.mark.parametrize("setting", SETTINGS[:3])
+def test_the_example_in_c_refuses_what_it_does_not_know(in_c, setting):
+    config = {**dialect_rows()["paper"], "dialect": "paper", "streams": 2, "dim": 1, setting: "diagonal"}
+    with pytest.raises(NotImplementedError, match="a softmax, an order and a guard that it knows"):
+        load(f"exec:{in_c}", 10.0).residual_matrix({"logits": np.zeros((1, 1, 2, 2), np.float32)}, config, None)

@@ -14,7 +14,7 @@ from conformance.tests import strangers
 CASES = {case.id: case for case in load_corpus()}
 
 
-def item(name="generic-n4-paper", stage="reduce", variant="float32-float32"):
+def item(name="generic-n4-paper-2", stage="reduce", variant="float32-float32"):
     return next(i for i in CASES[name].items() if i.stage == stage and i.variant.name == variant)
 
 
@@ -52,16 +52,16 @@ def test_a_refusal_is_a_skip():
 def test_what_is_not_claimed_is_skipped_with_the_reason():
     honest = strangers.Honest()
     assert run_item(honest, item(variant="bfloat16-float32")).skipped == "bfloat16 not claimed"
-    assert run_item(honest, item(name="generic-n4-maxtext")).skipped == "dialect maxtext not claimed"
+    assert run_item(honest, item(name="generic-n4-maxtext-2")).skipped == "dialect maxtext not claimed"
     assert run_item(honest, item(stage="pre")).skipped == "stage pre not claimed"
 
 
 def test_a_dying_process_is_a_verdict_and_the_rest_is_run():
-    chosen = [item(name) for name in ("generic-n4-glm-5", "generic-n4-paper", "smoke-glm-5", "smoke-paper")]
+    chosen = [item(name) for name in ("generic-n4-glm-5-2", "generic-n4-paper-2", "smoke-glm-5-2", "smoke-paper-2")]
     outcomes = {o.case: o for o in run(["conformance.tests.strangers:Dies"], chosen)}
     assert len(outcomes) == 4
-    assert not outcomes["generic-n4-paper"].failed and not outcomes["smoke-paper"].failed
-    for name in ("generic-n4-glm-5", "smoke-glm-5"):
+    assert not outcomes["generic-n4-paper-2"].failed and not outcomes["smoke-paper-2"].failed
+    for name in ("generic-n4-glm-5-2", "smoke-glm-5-2"):
         assert [c.verdict for c in outcomes[name].failed] == ["errored"]
         assert "status 9" in outcomes[name].failed[0].message
 
@@ -70,7 +70,7 @@ def test_a_dying_process_is_a_verdict_and_the_rest_is_run():
     "stranger, name, said",
     [
         (strangers.Honest, "generic-n4-liger", "dialect liger not claimed, yet right"),
-        (strangers.OnlyPaper, "generic-n4-glm-5", "dialect glm-5 not claimed, and refused"),
+        (strangers.OnlyPaper, "generic-n4-glm-5-2", "dialect glm-5 not claimed, and refused"),
     ],
 )
 def test_what_is_not_claimed_may_be_refused_or_right(stranger, name, said):
@@ -79,17 +79,17 @@ def test_what_is_not_claimed_may_be_refused_or_right(stranger, name, said):
 
 
 def test_what_is_not_claimed_and_accepted_and_wrong_is_a_verdict():
-    outcome = run_item(strangers.SumAlways(), item("generic-n4-glm-5"), probe=True)
+    outcome = run_item(strangers.SumAlways(), item("generic-n4-glm-5-2"), probe=True)
     assert {check.verdict for check in outcome.failed} == {"unsupported-not-refused"}
     assert "dialect glm-5 not claimed, yet accepted: failed" in outcome.failed[0].message
 
 
 def test_one_that_hangs_is_ended_and_the_run_goes_on(monkeypatch):
     monkeypatch.setattr(runner, "GRACE", 0.0)
-    chosen = [item("generic-n4-paper"), item("smoke-glm-5"), item("smoke-paper")]
+    chosen = [item("generic-n4-paper-2"), item("smoke-glm-5-2"), item("smoke-paper-2")]
     outcomes = {o.case: o for o in run(["conformance.tests.strangers:Hangs"], chosen, jobs=1, limit=1.0)}
-    assert not outcomes["generic-n4-paper"].failed and not outcomes["smoke-paper"].failed
-    (check,) = outcomes["smoke-glm-5"].failed
+    assert not outcomes["generic-n4-paper-2"].failed and not outcomes["smoke-paper-2"].failed
+    (check,) = outcomes["smoke-glm-5-2"].failed
     assert check.verdict == "errored" and "no result within 1 s" in check.message
 
 

@@ -15,10 +15,13 @@
 static const char *GREETING =
     "{\"protocol\": \"mhc-conformance-harness/1\", \"name\": \"c-example\", \"capabilities\": {"
     "\"stages\": [\"residual_matrix\"], \"dtypes\": [\"float32\", \"float64\"], \"overrides\": null, "
-    "\"dialects\": [\"paper\", \"deepseek-v4\", \"liger\", \"transformer-engine\"], "
+    "\"dialects\": [\"paper\", \"maxtext-v1\", \"deepseek-v4\", \"deepseek-v4.1\", \"liger\", \"megatron\", "
+    "\"transformer-engine\", \"xing-4\"], "
     "\"description\": \"C, float32 and float64\"}}";
 
-struct settings { int rows_first, add, clip, iterations, streams; double eps; };
+enum axis { COLUMNS, ROWS, NEITHER };
+enum guard { NONE, ADD, DENOMINATOR, CLIP };
+struct settings { int softmax, first, guard, iterations, streams; double eps, limit; };
 
 static void fail(const char *what) {
     fprintf(stderr, "%s: %s\n", what, strerror(errno));
@@ -47,6 +50,12 @@ static int is(const char *json, const char *key, const char *expected) {
     int same = value && strcmp(value, expected) == 0;
     free(value);
     return same;
+}
+
+/* The index of the key's value among names, -1 for any other value. */
+static int choice_of(const char *json, const char *key, const char *const *names, int count) {
+    for (int k = 0; k < count; k++) if (is(json, key, names[k])) return k;
+    return -1;
 }
 
 static double number_of(const char *json, const char *key) {
@@ -95,62 +104,91 @@ static double *tensor(unsigned char *bytes, const char *name, size_t *count, int
     return values;
 }
 
+/* Where the k-th number of a row (ROWS) or of a column (COLUMNS) stands. */
+static int at(int n, int axis, int line, int k) { return axis == ROWS ? line * n + k : k * n + line; }
+
 static double sum(const double *p, int n, int axis, int line) {
     double total = 0;
-    for (int k = 0; k < n; k++) total += axis ? p[line * n + k] : p[k * n + line];
+    for (int k = 0; k < n; k++) total += p[at(n, axis, line, k)];
     return total;
 }
 
-/* One pass along an axis (1: along rows); keeps what the way back needs. */
+/* What the iterations start from: a softmax over one axis, or exp of the logits less the largest of the axis first. */
+static void start(const double *logits, double *q, const struct settings *s) {
+    int n = s->streams, axis = s->softmax == NEITHER ? s->first : s->softmax;
+    for (int line = 0; line < n; line++) {
+        double largest = -INFINITY, total = 0;
+        for (int k = 0; k < n; k++) largest = fmax(largest, logits[at(n, axis, line, k)]);
+        for (int k = 0; k < n; k++) total += q[at(n, axis, line, k)] = exp(logits[at(n, axis, line, k)] - largest);
+        for (int k = 0; k < n && s->softmax != NEITHER; k++) q[at(n, axis, line, k)] /= total;
+    }
+}
+
+/* The gradient of the start: that of the softmax, or of exp, where the largest logit takes what all are lowered by. */
+static void start_back(const double *logits, const double *q, double *gradient, const struct settings *s) {
+    int n = s->streams, axis = s->softmax == NEITHER ? s->first : s->softmax;
+    for (int line = 0; line < n; line++) {
+        double total = 0;
+        int largest = at(n, axis, line, 0);
+        for (int k = 0; k < n; k++) {
+            int here = at(n, axis, line, k);
+            if (logits[here] > logits[largest]) largest = here;
+            total += gradient[here] * q[here];
+        }
+        for (int k = 0; k < n; k++) {
+            int here = at(n, axis, line, k);
+            gradient[here] = q[here] * (gradient[here] - (s->softmax == NEITHER ? 0 : total));
+        }
+        if (s->softmax == NEITHER) gradient[largest] -= total;
+    }
+}
+
+/* One pass along an axis; keeps what the way back needs. */
 static void normalise(double *p, double *denominator, int *active, int n, int axis, const struct settings *s) {
     for (int line = 0; line < n; line++) {
         double total = sum(p, n, axis, line);
-        active[line] = !(s->clip && total <= s->eps);
-        denominator[line] = s->add ? total + s->eps : active[line] ? total : s->eps;
-        for (int k = 0; k < n; k++) p[axis ? line * n + k : k * n + line] /= denominator[line];
+        active[line] = !(s->guard == CLIP && total <= s->eps);
+        if (s->guard == ADD || s->guard == DENOMINATOR) total += s->eps;
+        denominator[line] = active[line] ? total : s->eps;
+        for (int k = 0; k < n; k++) p[at(n, axis, line, k)] /= denominator[line];
     }
 }
 
 /* H of one token and, where g is given, the gradient of sum(g * H) with respect to its logits. */
-static void sinkhorn(const double *logits, const double *g, double *H, double *gradient, const struct settings *s) {
-    int n = s->streams, size = n * n, passes = 2 * s->iterations - 1, first = s->rows_first;
+static void sinkhorn(const double *given, const double *g, double *H, double *gradient, const struct settings *s) {
+    /* A softmax over the axis that is normalised first takes the place of the first pass. */
+    int n = s->streams, size = n * n, skipped = s->softmax == s->first, passes = 2 * s->iterations - skipped;
     double *after_pass = malloc(sizeof(double) * (size_t)(passes * size)), *q = malloc(sizeof(double) * (size_t)size);
     double *denominators = malloc(sizeof(double) * (size_t)(passes * n));
+    double *logits = malloc(sizeof(double) * (size_t)size);
     int *active = malloc(sizeof(int) * (size_t)(passes * n));
-    for (int line = 0; line < n; line++) {
-        double largest = -INFINITY, total = 0;
-        for (int k = 0; k < n; k++) largest = fmax(largest, logits[first ? line * n + k : k * n + line]);
-        for (int k = 0; k < n; k++) {
-            int at = first ? line * n + k : k * n + line;
-            total += q[at] = exp(logits[at] - largest);
-        }
-        for (int k = 0; k < n; k++) q[first ? line * n + k : k * n + line] /= total;
-    }
-    for (int k = 0; k < size; k++) H[k] = q[k] + (s->add ? s->eps : 0);
+    if (!after_pass || !q || !denominators || !logits || !active) fail("memory");
+    for (int k = 0; k < size; k++) logits[k] = s->limit > 0 ? fmin(fmax(given[k], -s->limit), s->limit) : given[k];
+    start(logits, q, s);
+    for (int k = 0; k < size; k++) H[k] = q[k] + (s->guard == ADD ? s->eps : 0);
     for (int pass = 0; pass < passes; pass++) {
-        normalise(H, denominators + pass * n, active + pass * n, n, pass % 2 ? first : !first, s);
+        int axis = (pass + skipped) % 2 ? !s->first : s->first;
+        normalise(H, denominators + pass * n, active + pass * n, n, axis, s);
         memcpy(after_pass + pass * size, H, sizeof(double) * (size_t)size);
     }
     if (g) {
         memcpy(gradient, g, sizeof(double) * (size_t)size);
-        for (int pass = passes - 1; pass >= -1; pass--) {
-            int axis = pass < 0 || pass % 2 ? first : !first;
-            const double *value = pass < 0 ? q : after_pass + pass * size;
+        for (int pass = passes - 1; pass >= 0; pass--) {
+            int axis = (pass + skipped) % 2 ? !s->first : s->first;
+            const double *value = after_pass + pass * size;
             for (int line = 0; line < n; line++) {
                 double total = 0;
+                for (int k = 0; k < n; k++) total += gradient[at(n, axis, line, k)] * value[at(n, axis, line, k)];
                 for (int k = 0; k < n; k++) {
-                    int at = axis ? line * n + k : k * n + line;
-                    total += gradient[at] * value[at];
-                }
-                for (int k = 0; k < n; k++) {
-                    int at = axis ? line * n + k : k * n + line;
-                    if (pass < 0) gradient[at] = q[at] * (gradient[at] - total);
-                    else gradient[at] = (gradient[at] - (active[pass * n + line] ? total : 0)) / denominators[pass * n + line];
+                    double *here = gradient + at(n, axis, line, k);
+                    *here = (*here - (active[pass * n + line] ? total : 0)) / denominators[pass * n + line];
                 }
             }
         }
+        start_back(logits, q, gradient, s);
+        for (int k = 0; k < size && s->limit > 0; k++) if (fabs(given[k]) > s->limit) gradient[k] = 0;
     }
-    free(after_pass); free(q); free(denominators); free(active);
+    free(after_pass); free(q); free(denominators); free(logits); free(active);
 }
 
 static void put(FILE *file, const double *values, size_t count, int wide) {
@@ -163,10 +201,15 @@ static void put(FILE *file, const double *values, size_t count, int wide) {
 
 static void answer(char *line) {
     char *id = text_of(line, "id"), *input = text_of(line, "input"), *output = text_of(line, "output");
-    struct settings s = {is(line, "order", "rows-first"), is(line, "guard", "add"), is(line, "guard", "clip"),
-                         (int)number_of(line, "iterations"), (int)number_of(line, "streams"), number_of(line, "eps")};
-    if (!is(line, "residual", "sinkhorn")) {
-        printf("{\"id\": \"%s\", \"status\": \"refused\", \"reason\": \"only Sinkhorn\"}\n", id);
+    static const char *const AXES[] = {"columns", "rows", "none"}, *const ORDERS[] = {"columns-first", "rows-first"};
+    static const char *const GUARDS[] = {"none", "add", "denominator", "clip"};
+    struct settings s = {choice_of(line, "softmax", AXES, 3), choice_of(line, "order", ORDERS, 2),
+                         choice_of(line, "guard", GUARDS, 4), (int)number_of(line, "iterations"),
+                         (int)number_of(line, "streams"), number_of(line, "eps"), number_of(line, "logit_limit")};
+    if (!is(line, "residual", "sinkhorn") || s.softmax < 0 || s.first < 0 || s.guard < 0) {
+        printf("{\"id\": \"%s\", \"status\": \"refused\", "
+               "\"reason\": \"only Sinkhorn, with a softmax, an order and a guard that it knows\"}\n", id);
+        free(id); free(input); free(output);
         return;
     }
     unsigned char *bytes = read_file(input);

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import jax_expected
 import numpy as np
 import pytest
 from flax import nnx
@@ -33,32 +34,21 @@ def streams(n=3, dim=5, dtype=jnp.float32, lead=(2, 4)):
 
 
 def run(module, x):
-    return module(lambda u: u, lambda inputs: 2 * inputs, x, HyperConnectionType.MLP_DENSE)[0]
+    """A site around a doubling; a single-pass one reads stream 0."""
+    carried = jax_impl.one_hot(x) if module.config.pre_from == "previous" else None
+    return module(lambda u: u, lambda inputs: 2 * inputs, x, HyperConnectionType.MLP_DENSE, carried=carried)[0]
 
 
 def in_numpy(module, x):
-    """Sinkhorn dialects of the in-out mix in float64, written from mathematics.md."""
-    c, w = module.config, {k: np.asarray(v, np.float64) for k, v in module.weights().items()}
-    x = np.asarray(x, np.float64)
-    n = c.streams
-    flat = x.reshape(*x.shape[:-2], -1)
-    rms = np.sqrt((flat**2).mean(-1, keepdims=True) + c.norm_eps)
-    h = {k: flat / rms @ w[f"{k}_alpha"].reshape(n * c.dim, -1) for k in ("pre", "post", "res")}
-    z = {k: w[f"{k}_alpha_scale"] * h[k] + w[f"{k}_beta"].reshape(-1) for k in h}
-    pre = 1 / (1 + np.exp(-z["pre"])) + c.pre_eps
-    post = c.post_scale / (1 + np.exp(-z["post"])) + c.post_eps
-    H = z["res"].reshape(*z["res"].shape[:-1], n, n)
-    H = np.exp(H - H.max(-1, keepdims=True))
-    H = H / H.sum(-1, keepdims=True) + c.eps
-    H = H / (H.sum(-2, keepdims=True) + c.eps)
-    for _ in range(c.iterations - 1):
-        H = H / (H.sum(-1, keepdims=True) + c.eps)
-        H = H / (H.sum(-2, keepdims=True) + c.eps)
-    u = (pre[..., None] * x).sum(-2)
-    return post[..., None] * (2 * u)[..., None, :] + np.swapaxes(H, -1, -2) @ x
+    """The same as `run`, in float64 NumPy."""
+    weights, x = {k: np.asarray(v, np.float64) for k, v in module.weights().items()}, np.asarray(x, np.float64)
+    return jax_expected.site(x, weights, module.config, lambda u: 2 * u, jax_expected.one_hot(x))[0]
 
 
-@pytest.mark.parametrize("name", ["paper", "deepseek-v4"])
+SINKHORN = [name for name, row in dialects().items() if row["residual"] == "sinkhorn"]
+
+
+@pytest.mark.parametrize("name", dialects())
 def test_the_layer_is_mathematics_md(name):
     with jax.enable_x64(True):
         module, x = layer(name, dtype=jnp.float64), streams(dtype=jnp.float64)
@@ -82,9 +72,13 @@ def test_gradients_are_those_of_the_iterations_as_written():
         check_grads(lambda x: run(module, x), (x,), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
-def test_logits_of_ten_thousand_stay_finite():
-    config = MHCConfig(streams=3, dim=1)
-    logits = jax.random.normal(jax.random.key(0), (5, 3, 3)) + jnp.array([1e4, -1e4, 0.0])[:, None]
+@pytest.mark.parametrize("name", SINKHORN)
+def test_logits_of_ten_thousand_stay_finite(name):
+    """An offset cancels along the axis that the softmax runs over; without a softmax, the one normalised first."""
+    config = MHCConfig.from_dialect(name, streams=3, dim=1)
+    offsets = jnp.array([1e4, -1e4, 0.0])
+    over_columns = config.softmax == "columns"
+    logits = jax.random.normal(jax.random.key(0), (5, 3, 3)) + (offsets if over_columns else offsets[:, None])
     H, pullback = jax.vjp(lambda z: jax_impl.residual_matrix(z, config), logits)
     assert jnp.isfinite(H).all() and jnp.isfinite(pullback(logits / 1e4)[0]).all()
 
@@ -92,7 +86,7 @@ def test_logits_of_ten_thousand_stay_finite():
 @pytest.mark.parametrize("lead", [(), (3,), (0, 4), (2, 1, 3)])
 def test_functions_take_any_leading_shape(lead):
     module, x = layer(), streams(lead=lead)
-    u, context = jax_impl.pre(x, module.weights(), module.config)
+    u, context, _ = jax_impl.pre(x, module.weights(), module.config)
     assert u.shape == (*lead, 5) and jax_impl.post(u, context).shape == x.shape
 
 
@@ -101,7 +95,7 @@ def test_jit_vmap_checkpoint_and_nnx_jit_agree_with_plain_calls():
     plain = run(module, x)
     weights, config = module.weights(), module.config
     halves = jax.jit(lambda x: jax_impl.pre(x, weights, config))  # the context crosses jit's border
-    u, context = halves(x)
+    u, context, _ = halves(x)
     np.testing.assert_allclose(jax_impl.post(2 * u, context), plain, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(nnx.jit(run)(module, x), plain, rtol=1e-5, atol=1e-6)
     one = lambda x: jax_impl.pre(x, weights, config)[0]  # noqa: E731
@@ -147,7 +141,7 @@ def test_initial_values_are_maxtexts():
         (lambda m: run(m, jnp.zeros((4, 3, 5))), r"x must be \[batch, seq, streams, dim\]"),
         (lambda m: m.post(jnp.zeros((2, 4, 6)), m.pre(streams())[1]), r"y must end in \[5\]"),
         (lambda m: jax_impl.pre(streams(), {}, m.config), "weights must have pre_alpha"),
-        (lambda m: jax_impl.reduce(streams(), "max"), "how must be sum or mean"),
+        (lambda m: jax_impl.reduce(streams(), "max"), "how must be sum, mean or carried"),
         (lambda m: jax_impl.expand(streams(), 0), "streams must be at least 1"),
         (lambda m: jax_impl.residual_matrix(jnp.zeros((2, 2)), m.config), r"logits must end in \[3, 3\]"),
     ],

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, sharding
+from jax_impl import (
+    HyperConnectionType,
+    HyperHead,
+    ManifoldConstrainedHyperConnections,
+    MHCConfig,
+    one_hot,
+    reduce,
+    sharding,
+)
 from jax_impl.functional import head_shapes, weight_shapes
 
 STREAMS, DIM, LAYERS = 4, 16, 3
@@ -24,7 +32,7 @@ MESHES = [
     {"data": 2, "fsdp": 2, "sequence": 2},
     {"fsdp": 2, "sequence": 2, "tensor": 2},
 ]
-DIALECTS = ("deepseek-v4", "maxtext", "megatron", "liger", "mhc-lite", "hunyuan-v4")
+DIALECTS = ("deepseek-v4", "deepseek-v4.1", "paper", "maxtext", "megatron", "xing-4", "mhc-lite", "hunyuan-v4")
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +64,8 @@ def layer(config: MHCConfig) -> ManifoldConstrainedHyperConnections:
 def loss(module: Any, x: Any, weight: Any) -> Any:
     if isinstance(module, HyperHead):
         return jnp.sum(jnp.sin(module(x)) * weight[..., 0, :])
-    out, _ = module(jnp.tanh, lambda inputs: jnp.sin(inputs), x, HyperConnectionType.MLP_DENSE)
+    carried = one_hot(x) if module.config.pre_from == "previous" else None
+    out, _ = module(jnp.tanh, lambda inputs: jnp.sin(inputs), x, HyperConnectionType.MLP_DENSE, carried=carried)
     return jnp.sum(out * weight)
 
 
@@ -73,7 +82,7 @@ def difference(actual: Any, expected: Any) -> float:
 CASES = [
     *((sizes, False, ("maxtext",)) for sizes in MESHES),
     ({"data": 2, "tensor": 4}, False, DIALECTS),
-    ({"fsdp": 2, "sequence": 2, "tensor": 2}, True, ("maxtext", "deepseek-v4")),
+    ({"fsdp": 2, "sequence": 2, "tensor": 2}, True, ("maxtext", "deepseek-v4", "deepseek-v4.1")),
 ]
 
 
@@ -159,6 +168,81 @@ def test_layers_in_a_scan_are_made_and_run_in_their_shards(explicit):
     held = stack.blocks.attention.pre_alpha[...]
     assert held.sharding.spec[:3] == (None, None, ("tensor", "fsdp"))
     assert {shard.data.shape for shard in held.addressable_shards} == {(LAYERS, STREAMS, DIM // 4, STREAMS)}
+    with sharding.use(mesh):
+        actual = gradient(stack, sharding.shard(x, mesh), sharding.shard(weight, mesh))
+    assert difference(actual, expected) < 1e-10
+
+
+class SinglePass(nnx.Module):
+    """Two single-pass sites: the second reads with the first one's pre, and hands its own on."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        config = MHCConfig.from_dialect("deepseek-v4.1", streams=STREAMS, dim=DIM)
+        self.attention = ManifoldConstrainedHyperConnections(config, rngs=rngs, param_dtype=jnp.float64)
+        self.experts = ManifoldConstrainedHyperConnections(config, rngs=rngs, param_dtype=jnp.float64)
+
+    def __call__(self, x: Any, carried: Any) -> tuple[Any, Any]:
+        both = lambda inputs_q, inputs_kv: (jnp.tanh(inputs_q + inputs_kv), None)  # noqa: E731
+        moe = lambda inputs: (jnp.sin(inputs), None, None)  # noqa: E731
+        x, metadata = self.attention(lambda u: u, both, x, HyperConnectionType.ATTENTION, carried=carried)
+        x, metadata = self.experts(jnp.tanh, moe, x, HyperConnectionType.MLP_MOE, carried=metadata["carried"])
+        return x, metadata["carried"]
+
+
+def chain_loss(module: Any, x: Any, carried: Any, weight: Any) -> Any:
+    x, carried = module(x, carried)
+    return jnp.sum(jnp.sin(reduce(x, "carried", carried)) * weight[..., 0, :])
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"tensor": 8}, {"data": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "sequence": 2, "tensor": 2}],
+)
+def test_the_carried_pre_crosses_sites(sizes, explicit):
+    """Each site's gradients are those of a chain on one device, and so is that of the carried it starts with."""
+    gradient = nnx.jit(nnx.value_and_grad(chain_loss, argnums=(0, 1, 2)))
+    x, weight, carried = example() / 4, example(1), example(2)[..., 0]
+    expected = gradient(randomised(SinglePass(nnx.Rngs(0))), *(jnp.asarray(v) for v in (x, carried, weight)))
+    mesh = sharding.make_mesh(**sizes, explicit=explicit)
+    chain = randomised(sharding.create(lambda: SinglePass(nnx.Rngs(0)), mesh))
+    with sharding.use(mesh):
+        first = sharding.shard(carried, mesh, gates=True)
+        actual = gradient(chain, sharding.shard(x, mesh), first, sharding.shard(weight, mesh))
+    assert difference(actual, expected) < 1e-10
+    assert float(jnp.abs(expected[1][2]).max()) > 1e-3
+    held = actual[1][2].sharding
+    assert held.is_equivalent_to(first.sharding, 3), f"the gradient of the carried pre lies on {held}"
+
+
+class SinglePassStack(nnx.Module):
+    """Single-pass blocks in a scan whose carry is the streams and the pre, recomputed on the way back."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        split = nnx.split_rngs(splits=LAYERS)
+        self.blocks = split(nnx.vmap(SinglePass, transform_metadata={nnx.PARTITION_NAME: "layers"}))(rngs)
+
+    def __call__(self, x: Any, carried: Any) -> tuple[Any, Any]:
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        @nnx.remat(policy=sharding.keep_coefficients)
+        def layers(both: Any, block: SinglePass) -> Any:
+            return block(*both)
+
+        return layers((x, carried), self.blocks)
+
+
+def whole_stack_loss(module: Any, x: Any, weight: Any) -> Any:
+    return chain_loss(module, x, one_hot(x), weight)
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+def test_the_carried_pre_goes_through_a_scan(explicit):
+    gradient = nnx.jit(nnx.value_and_grad(whole_stack_loss, argnums=(0, 1)))
+    x, weight = example() / 8, example(1)
+    whole = SinglePassStack(nnx.Rngs(0))
+    expected = gradient(whole, jnp.asarray(x), jnp.asarray(weight))
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, explicit=explicit)
+    stack = sharding.create(lambda: SinglePassStack(nnx.Rngs(0)), mesh)
     with sharding.use(mesh):
         actual = gradient(stack, sharding.shard(x, mesh), sharding.shard(weight, mesh))
     assert difference(actual, expected) < 1e-10

@@ -16,11 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import start_processes
 
-from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig
+from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, one_hot
 from torch_impl import sharding as sharded
 
 LIMIT = 150  # seconds for one launch
-DIALECTS = ("deepseek-v4", "maxtext", "megatron", "liger", "mhc-lite", "hunyuan-v4")
+DIALECTS = ("deepseek-v4", "deepseek-v4.1", "paper", "maxtext", "megatron", "xing-4", "mhc-lite", "hunyuan-v4")
 PLANS = {
     2: [{"data": 2}, {"fsdp": 2}, {"sequence": 2}, {"tensor": 2}],
     4: [
@@ -97,14 +97,20 @@ def example(dtype=torch.float64):
     return [torch.randn(BATCH, SEQ, N, DIM, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)]
 
 
+def first_carried(module, x):
+    """What a single-pass site at the start of a stack reads with; None for any other site."""
+    return one_hot(x) if module.config.pre_from == "previous" else None
+
+
 def forward(module, x):
     if isinstance(module, HyperHead):
         return module(x)
-    return module(lambda u: u * u, lambda inputs: inputs.sin(), x, HyperConnectionType.MLP_DENSE)[0]
+    carried = first_carried(module, x)
+    return module(lambda u: u * u, lambda inputs: inputs.sin(), x, HyperConnectionType.MLP_DENSE, carried=carried)[0]
 
 
 def halves(module, x):
-    u, context = module.pre(x)
+    u, context, _ = module.pre(x, first_carried(module, x))
     return module.post((u * u).sin(), context)
 
 

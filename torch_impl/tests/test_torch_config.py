@@ -13,8 +13,9 @@ INVALID = [
     ({"dim": 0}, "dim must be"),
     ({"dim": 2.0}, "dim must be"),
     ({"iterations": 0}, "iterations must be"),
-    ({"guard": "maybe", "eps": 1e-6}, "guard must be one of none, add, clip"),
+    ({"guard": "maybe", "eps": 1e-6}, "guard must be one of none, add, denominator, clip"),
     ({"order": "diagonal"}, "order must be one of"),
+    ({"softmax": "both"}, "softmax must be one of rows, columns, none"),
     ({"residual": "cayley"}, "residual must be one of"),
     ({"norm_eps_position": "after"}, "norm_eps_position"),
     ({"mix": "sideways"}, "mix must be one of"),
@@ -33,6 +34,20 @@ INVALID = [
     ({"mix": "identity"}, "mix='identity' goes with residual='identity'"),
     ({"residual": "identity", "mix": "in-out"}, "mix='identity' goes with"),
     ({"coefficients": "activation", "mixing": "float32"}, "mixing must be 'activation'"),
+    (
+        {"softmax": "none", "guard": "add", "eps": 1e-6},
+        "guard='add' adds eps to a softmax, and softmax='none' has none",
+    ),
+    ({"residual": "identity", "softmax": "rows"}, "softmax must be None"),
+    ({"residual": "identity", "logit_limit": 30.0}, "logit_limit must be None"),
+    ({"logit_limit": 0}, "logit_limit must be a finite positive"),
+    ({"head_norm_eps": -1.0}, "head_norm_eps must be a finite non-negative"),
+    ({"matrix": "activation"}, "it goes with residual='sinkhorn' and coefficients='activation'"),
+    ({"reduction": "int8"}, "reduction must be one of float32, activation"),
+    ({"pre_from": "next"}, "pre_from must be one of own, previous"),
+    ({"reduce": "carried"}, "reduce='carried' goes with pre_from='previous' alone"),
+    ({"pre_from": "previous", "reduce": "sum"}, "reduce='carried' goes with pre_from='previous' alone"),
+    ({"pre_from": "previous", "coefficients": "activation"}, "coefficients must be 'float32' where pre_from"),
 ]
 
 
@@ -44,6 +59,15 @@ def test_an_invalid_combination_is_refused_by_name(changes, said):
 
 def test_defaults_are_the_paper():
     assert MHCConfig(streams=4, dim=8) == MHCConfig.from_dialect("paper", streams=4, dim=8)
+
+
+def test_what_is_not_given_follows_from_what_is():
+    """The softmax is along the axis that comes first, and a single-pass stack reduces with what it carried."""
+    for order, softmax in (("rows-first", "rows"), ("columns-first", "columns")):
+        assert MHCConfig(streams=4, dim=8, order=order).softmax == softmax
+    assert MHCConfig(streams=4, dim=8, pre_from="previous").reduce == "carried"
+    assert MHCConfig(streams=4, dim=8, coefficients="activation").mixing == "activation"
+    assert MHCConfig(streams=4, dim=8, residual="identity").mix == "identity"
 
 
 @pytest.mark.parametrize("name", dialects())

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch_expected
 from torch.utils.checkpoint import checkpoint
 
 import torch_impl
@@ -35,33 +36,23 @@ def streams(n=3, dim=5, dtype=torch.float32, lead=(2, 4)):
     return torch.randn(*lead, n, dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
-def run(module, x, kind=HyperConnectionType.MLP_DENSE):
-    return module(lambda u: u, lambda inputs: 2 * inputs, x, kind)[0]
+def run(module, x):
+    """A site around a doubling; a single-pass one reads stream 0."""
+    carried = torch_impl.one_hot(x) if module.config.pre_from == "previous" else None
+    return module(lambda u: u, lambda inputs: 2 * inputs, x, HyperConnectionType.MLP_DENSE, carried=carried)[0]
 
 
 def in_numpy(module, x):
-    """Sinkhorn dialects of the in-out mix in float64, written from mathematics.md."""
-    c, w = module.config, {k: v.detach().double().numpy() for k, v in module.weights().items()}
+    """The same as `run`, in float64 NumPy."""
+    weights = {k: v.detach().double().numpy() for k, v in module.weights().items()}
     x = x.detach().double().numpy()
-    n = c.streams
-    flat = x.reshape(*x.shape[:-2], -1)
-    rms = np.sqrt((flat**2).mean(-1, keepdims=True) + c.norm_eps)
-    h = {k: flat / rms @ w[f"{k}_alpha"].reshape(n * c.dim, -1) for k in ("pre", "post", "res")}
-    z = {k: w[f"{k}_alpha_scale"] * h[k] + w[f"{k}_beta"].reshape(-1) for k in h}
-    pre = 1 / (1 + np.exp(-z["pre"])) + c.pre_eps
-    post = c.post_scale / (1 + np.exp(-z["post"])) + c.post_eps
-    H = z["res"].reshape(*z["res"].shape[:-1], n, n)
-    H = np.exp(H - H.max(-1, keepdims=True))
-    H = H / H.sum(-1, keepdims=True) + c.eps
-    H = H / (H.sum(-2, keepdims=True) + c.eps)
-    for _ in range(c.iterations - 1):
-        H = H / (H.sum(-1, keepdims=True) + c.eps)
-        H = H / (H.sum(-2, keepdims=True) + c.eps)
-    u = (pre[..., None] * x).sum(-2)
-    return post[..., None] * (2 * u)[..., None, :] + np.swapaxes(H, -1, -2) @ x
+    return torch_expected.site(x, weights, module.config, lambda u: 2 * u, torch_expected.one_hot(x))[0]
 
 
-@pytest.mark.parametrize("name", ["paper", "deepseek-v4"])
+SINKHORN = [name for name, row in dialects().items() if row["residual"] == "sinkhorn"]
+
+
+@pytest.mark.parametrize("name", dialects())
 def test_the_layer_is_mathematics_md(name):
     module, x = layer(name, dtype=torch.float64), streams(dtype=torch.float64)
     np.testing.assert_allclose(run(module, x).detach().numpy(), in_numpy(module, x), rtol=1e-12, atol=1e-13)
@@ -94,9 +85,13 @@ def test_the_norm_may_follow_the_projection():
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_logits_of_ten_thousand_stay_finite():
-    config = MHCConfig(streams=3, dim=1)
-    logits = (torch.randn(5, 3, 3) + torch.tensor([1e4, -1e4, 0.0])[:, None]).requires_grad_()
+@pytest.mark.parametrize("name", SINKHORN)
+def test_logits_of_ten_thousand_stay_finite(name):
+    """An offset cancels along the axis that the softmax runs over; without a softmax, the one normalised first."""
+    config = MHCConfig.from_dialect(name, streams=3, dim=1)
+    offsets = torch.tensor([1e4, -1e4, 0.0])
+    over_columns = config.softmax == "columns"
+    logits = (torch.randn(5, 3, 3) + (offsets if over_columns else offsets[:, None])).requires_grad_()
     H = torch_impl.residual_matrix(logits, config)
     (gradient,) = torch.autograd.grad((H * torch.randn(5, 3, 3)).sum(), logits)
     assert H.isfinite().all() and gradient.isfinite().all()
@@ -105,13 +100,13 @@ def test_logits_of_ten_thousand_stay_finite():
 @pytest.mark.parametrize("lead", [(), (3,), (0, 4), (2, 1, 3)])
 def test_functions_take_any_leading_shape(lead):
     module, x = layer(), streams(lead=lead)
-    u, context = torch_impl.pre(x, module.weights(), module.config)
+    u, context, _ = torch_impl.pre(x, module.weights(), module.config)
     assert u.shape == (*lead, 5) and torch_impl.post(u, context).shape == x.shape
 
 
 def test_halves_equal_the_whole_and_strides_do_not_matter():
     module, x = layer(), streams()
-    u, context = module.pre(x)
+    u, context, _ = module.pre(x)
     whole = run(module, x)
     assert torch.equal(module.post(2 * u, context), whole)
     strided = x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -184,7 +179,7 @@ def test_initial_projections_have_the_variance_of_their_fan_in():
         (lambda m: run(m, torch.zeros(4, 3, 5)), r"x must be \[batch, seq, streams, dim\]"),
         (lambda m: m.post(torch.zeros(2, 4, 6), m.pre(streams())[1]), r"y must end in \[5\]"),
         (lambda m: torch_impl.pre(streams(), {}, m.config), "weights must have pre_alpha"),
-        (lambda m: torch_impl.reduce(streams(), "max"), "how must be sum or mean"),
+        (lambda m: torch_impl.reduce(streams(), "max"), "how must be sum, mean or carried"),
         (lambda m: torch_impl.expand(streams(), 0), "streams must be at least 1"),
         (lambda m: torch_impl.residual_matrix(torch.zeros(2, 2), m.config), r"logits must end in \[3, 3\]"),
     ],

@@ -131,7 +131,7 @@ def what_cannot_be_is_said(path: Path) -> None:
     wrong = DTensor.from_local(torch.zeros(4, 4, 4, 8, dtype=torch.float64), mesh, [Shard(0)] * 4, run_check=False)
     with pytest.raises(ValueError, match=r"x must be S.*3.* on 'tensor', got S.*0"):
         module.pre(wrong)
-    u, context = module.pre(sharded.shard(example()[0], mesh))
+    u, context, _ = module.pre(sharded.shard(example()[0], mesh))
     with pytest.raises(ValueError, match="y must be a DTensor where x is one"):
         module.post(DTensor.from_local(u, mesh["tensor"], [Shard(2)], run_check=False), context)
     assert not isinstance(module, FSDPModule)

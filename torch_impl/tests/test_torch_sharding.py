@@ -13,13 +13,13 @@ import torch.distributed as dist
 from sharded_processes import DIALECTS, DIM, PLANS, N, distance, example, forward, halves, launch, make, whole
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, functional
+from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, functional, one_hot
 from torch_impl import sharding as sharded
 from torch_impl.shards import TensorShards
 
@@ -57,7 +57,8 @@ def assert_small(found, bound, said=""):
 def outputs_and_gradients_are_the_whole_modules(mesh: DeviceMesh) -> None:
     for name in DIALECTS:
         assert_small(errors(make(name), mesh), 1e-12, name)
-    assert_small(errors(make(), mesh, call=halves), 1e-12, "pre and post")
+    for name in ("maxtext", "deepseek-v4.1"):
+        assert_small(errors(make(name), mesh, call=halves), 1e-12, f"pre and post of {name}")
     assert_small(errors(make("deepseek-v4", HyperHead), mesh), 1e-12, "head")
     if mesh["tensor"].size() > 1:
         assert_small(errors(make(), mesh, wrap=mesh["tensor"]), 1e-12, "DTensor")
@@ -103,14 +104,13 @@ def replaced(target, name, value):
 def a_norm_rounded_before_the_projection_is_summed_first(mesh: DeviceMesh) -> None:
     """With float64 as the wide dtype float32 is a narrow one, whose errors stay visible."""
     share = TensorShards.share
-    with replaced(functional, "_wide", lambda dtype: torch.float64):
-        for kind in (ManifoldConstrainedHyperConnections, HyperHead):
-            module = make("maxtext", kind, dtype=torch.float32)
-            assert_small(errors(module, mesh, dtype=torch.float32), 1e-5)
-            if mesh["tensor"].size() > 1:
-                but_the_norm = lambda self, value: value if value.shape[-1] == 1 else share(self, value)  # noqa: E731
-                with replaced(TensorShards, "share", but_the_norm):
-                    assert errors(module, mesh, dtype=torch.float32)["x"] > 1e-4
+    with replaced(functional, "wide_dtype", lambda dtype: torch.float64):
+        module = make("maxtext", dtype=torch.float32)
+        assert_small(errors(module, mesh, dtype=torch.float32), 1e-5)
+        if mesh["tensor"].size() > 1:
+            but_the_norm = lambda self, value: value if value.shape[-1] == 1 else share(self, value)  # noqa: E731
+            with replaced(TensorShards, "share", but_the_norm):
+                assert errors(module, mesh, dtype=torch.float32)["x"] > 1e-4
 
 
 def a_missing_sum_is_caught(mesh: DeviceMesh) -> None:
@@ -121,6 +121,58 @@ def a_missing_sum_is_caught(mesh: DeviceMesh) -> None:
             found = errors(make("deepseek-v4"), mesh)
             assert found["x"] > 1e-3 and found["res_alpha"] > 1e-3, (name, found)
             assert (found["out"] > 1e-3) == (name == "add")
+
+
+class Chain(nn.Module):
+    """Two single-pass sites of which the second reads with the first one's pre, and the reduction with its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.sites = nn.ModuleList([make("deepseek-v4.1", seed=seed) for seed in (2, 3)])
+
+    def forward(self, x, carried=None):
+        carried = one_hot(x) if carried is None else carried
+        both = lambda inputs_q, inputs_kv: (inputs_q.sin() + inputs_kv, None)  # noqa: E731
+        x, metadata = self.sites[0](lambda u: u * u, both, x, "attention", carried=carried)
+        moe = lambda inputs: (inputs.sin(), None, None)  # noqa: E731
+        x, metadata = self.sites[1](lambda u: u, moe, x, "mlp_moe", carried=metadata["carried"])
+        sharding = self.sites[1].sharding
+        return functional.reduce(x, "carried", metadata["carried"], shards=sharding.shards if sharding else None)
+
+
+def the_carried_pre_crosses_sites(mesh: DeviceMesh) -> None:
+    """Each site's gradients are those of a chain on one process, and so is that of the carried it starts with."""
+    assert_small(errors(Chain(), mesh, call=Chain.forward), 1e-12, "chain")
+    again = lambda chain, x: checkpoint(chain, x, use_reentrant=False)  # noqa: E731
+    assert_small(errors(Chain(), mesh, call=again), 1e-12, "checkpoint")
+    carried = torch.rand(*example()[0].shape[:-1], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    whole_first, part_first = carried.clone(), sharded.shard(carried, mesh, gates=True).clone()
+    x, cotangent = example()
+    (Chain()(x, whole_first.requires_grad_()) * cotangent[..., 0, :]).sum().backward()
+    x, cotangent = sharded.shard(x, mesh), sharded.shard(cotangent, mesh)
+    chain = sharded.parallelize(Chain(), mesh, gradients="sum")
+    (chain(x, part_first.requires_grad_()) * cotangent[..., 0, :]).sum().backward()
+    expected = whole_first.grad
+    assert expected is not None and part_first.grad is not None and float(expected.abs().max()) > 1e-3
+    assert distance(sharded.gather(part_first.grad, mesh, gates=True), expected) < 1e-12
+
+
+def a_policy_that_casts_the_carried_pre_is_refused(mesh: DeviceMesh) -> None:
+    """FSDP casts a layer's inputs, and its outputs, where its policy says so: the pre would arrive rounded."""
+    if sharded.data_mesh(mesh) is None:
+        return
+    narrow = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    x = sharded.shard(example(torch.bfloat16)[0], mesh)
+    for policy in (
+        MixedPrecisionPolicy(**narrow),  # cast_forward_inputs is True unless it is said
+        MixedPrecisionPolicy(**narrow, cast_forward_inputs=False, output_dtype=torch.bfloat16),
+    ):
+        chain = sharded.parallelize(Chain(), mesh, policy=policy)
+        with pytest.raises(ValueError, match=r"carried must be torch.float32 .* got torch.bfloat16") as raised:
+            chain(x)
+        assert "cast_forward_inputs=False and output_dtype=None" in str(raised.value)
+    kept = MixedPrecisionPolicy(**narrow, cast_forward_inputs=False)
+    assert sharded.parallelize(Chain(), mesh, policy=kept)(x).isfinite().all()
 
 
 class Model(nn.Module):
@@ -177,8 +229,14 @@ class Collectives(TorchDispatchMode):
 
 def collectives_are_one_sum_a_site(mesh: DeviceMesh) -> None:
     m = N * N + 2 * N
-    for kind, sums, used in ((ManifoldConstrainedHyperConnections, m + 1, m), (HyperHead, N + 1, N)):
-        module = sharded.parallelize(make("deepseek-v4", kind), mesh)
+    layer = ManifoldConstrainedHyperConnections
+    for name, kind, sums, used in (
+        ("deepseek-v4", layer, m + 1, m),
+        ("deepseek-v4.1", layer, m + 1, m),  # the carried pre's cotangent in place of its own
+        ("deepseek-v4", HyperHead, N + 1, N),
+        ("maxtext", HyperHead, N + 1, N),
+    ):
+        module = sharded.parallelize(make(name, kind), mesh)
         x = sharded.shard(example()[0], mesh).requires_grad_()
         forward(module, x).sum().backward()  # FSDP's first call makes its state
         module.zero_grad()
@@ -242,6 +300,8 @@ COMPUTATION = (
     activations_may_be_bfloat16,
     a_norm_rounded_before_the_projection_is_summed_first,
     a_missing_sum_is_caught,
+    the_carried_pre_crosses_sites,
+    a_policy_that_casts_the_carried_pre_is_refused,
     a_model_with_other_modules_of_its_own_sharding,
     collectives_are_one_sum_a_site,
     parameters_made_in_parts_are_those_made_whole,

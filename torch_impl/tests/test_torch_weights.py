@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch_impl import HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, from_flat, load_weights
 
 CONFIG = MHCConfig.from_dialect("maxtext", streams=3, dim=4)
-GOLDEN = Path(__file__).resolve().parents[2] / "fixtures" / "golden" / "generic-n4-maxtext.safetensors"
+GOLDEN = Path(__file__).resolve().parents[2] / "fixtures" / "golden" / "generic-n4-maxtext-2.safetensors"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -34,7 +34,7 @@ def test_a_golden_file_is_a_source_of_weights():
     assert weights  # the head's weights stand there too: a site is loaded by its own prefix
     with pytest.raises(ValueError, match="surplus"):
         load_weights(GOLDEN, MHCConfig.from_dialect("maxtext", streams=4, dim=8), "weight/")
-    initial = GOLDEN.with_name("initial-maxtext.safetensors")
+    initial = GOLDEN.with_name("initial-maxtext-2.safetensors")
     loaded = load_weights(initial, MHCConfig.from_dialect("maxtext", streams=4, dim=8), "weight/")
     assert loaded["pre_alpha"].shape == (4, 8, 4)
 
