@@ -1,0 +1,159 @@
+"""Which candidates come nearest to what an implementation returned.
+
+The distance of a candidate is the largest error of any output, as a fraction of the bound. It can only grow with every
+item that is looked at, so the candidate that is nearest so far is always the one to go on with: those that are far off
+are evaluated on one item, and the order of the nearest ones is exact.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from conformance.cases import Item
+from conformance.compare import allowance
+from conformance.identifying.candidates import Candidate
+from conformance.identifying.forward import evaluate
+
+RANKED = 5
+"""How many of the nearest candidates are looked at on every item, beside those that match."""
+FINEST = 2.0**-40
+"""No bound is smaller than this fraction of the largest value: the candidates are float64 themselves."""
+
+
+@dataclass
+class Answer:
+    """How near a candidate comes: the largest error as a fraction of the bound, and where."""
+
+    candidate: Candidate
+    ratio: float = 0.0
+    where: str = ""
+
+
+@dataclass
+class Record:
+    """What an implementation returned for one item, ready for comparison.
+
+    Attributes:
+        outputs: the finite outputs that are compared.
+        given: inputs and weights in float64.
+        infinite: outputs with a number that isn't finite, where the true values are.
+    """
+
+    item: Item
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)
+    given: dict[str, np.ndarray] = field(default_factory=dict)
+    infinite: list[str] = field(default_factory=list)
+
+    @property
+    def stage(self) -> str:
+        return self.item.stage
+
+    def values(self, candidate: Candidate) -> dict[str, np.ndarray]:
+        """float64 outputs of a candidate on these inputs."""
+        case = self.item.case
+        parameters = {**candidate.parameters, **{k: case.parameters[k] for k in ("streams", "dim")}}
+        return evaluate(self.stage, self.given, parameters, case.stages[self.stage]["options"])
+
+    def distances(self, candidate: Candidate) -> dict[str, float]:
+        """For each output, the error beyond its last rounding as a fraction of its bound."""
+        values = self.values(candidate)
+        return {tensor: self._distance(tensor, values[tensor]) for tensor in self.outputs}
+
+    def _distance(self, tensor: str, value: np.ndarray) -> float:
+        largest = excess(self.item, self.outputs[tensor], value)
+        if not np.isfinite(largest):
+            return float("inf")
+        scale = float(np.max(np.abs(value), initial=0.0))
+        return largest / (max(self.item.bounds[tensor]["bound"], FINEST * scale) or FINEST)
+
+
+def excess(item: Item, actual: np.ndarray, value: np.ndarray) -> float:
+    """The largest error beyond the last rounding."""
+    error = np.abs(actual.astype(np.float64) - value) - allowance(actual.dtype, item.variant.contract, value, None)
+    return float(np.max(error, initial=0.0))
+
+
+def recorded(item: Item, outputs: dict[str, Any]) -> Record:
+    """What of an implementation's outputs can be compared: arrays of the right shape."""
+    record = Record(item, given={k: v.astype(np.float64) for k, v in item.inputs().items()})
+    for tensor, expected in item.expected.items():
+        actual = outputs.get(tensor)
+        if tensor.startswith("d/") or tensor in ("load_balance_loss", "moe_bias_updates"):
+            continue
+        if isinstance(actual, np.ndarray) and actual.shape == expected.shape:
+            if np.isfinite(actual.astype(np.float64)).all():
+                record.outputs[tensor] = actual
+            else:
+                record.infinite.append(tensor)
+    return record
+
+
+class Ranking:
+    """Distances of candidates on records, each computed once.
+
+    Args:
+        records: in the order in which candidates are held against them.
+    """
+
+    def __init__(self, records: Sequence[Record]):
+        self.records = list(records)
+        self._known: dict[tuple[Candidate, int], dict[str, float]] = {}
+
+    def distances(self, candidate: Candidate, index: int) -> dict[str, float]:
+        key = (candidate, index)
+        if key not in self._known:
+            self._known[key] = self.records[index].distances(candidate)
+        return self._known[key]
+
+    def answer(self, candidate: Candidate, indices: Iterable[int]) -> Answer:
+        """The distance of a candidate on some of the records."""
+        found = Answer(candidate)
+        for index in indices:
+            _include(found, self.records[index].item, self.distances(candidate, index))
+        return found
+
+    def nearest(self, candidates: Sequence[Candidate], indices: Sequence[int] | None = None) -> list[Answer]:
+        """All candidates that match, and of the others at least the nearest `RANKED` in all, nearest first.
+
+        Those that match come in the order of ``candidates``.
+        """
+        order = range(len(self.records)) if indices is None else indices
+        heap = [(0.0, position, 0, Answer(candidate)) for position, candidate in enumerate(candidates)]
+        found: list[tuple[float, int, Answer]] = []
+        while heap:
+            ratio, position, seen, answer = heapq.heappop(heap)
+            if ratio > 1 and len(found) >= RANKED:
+                break
+            if seen == len(order):
+                found.append((max(1.0, ratio), position, answer))
+                continue
+            _include(answer, self.records[order[seen]].item, self.distances(answer.candidate, order[seen]))
+            heapq.heappush(heap, (answer.ratio, position, seen + 1, answer))
+        return [answer for _, _, answer in sorted(found, key=lambda entry: entry[:2])]
+
+    def order_by(self, candidate: Candidate) -> list[Answer]:
+        """Puts the records first in which a candidate is farthest off, stacks last: they take the longest.
+
+        Returns the candidate's distance on each, in the new order.
+        """
+        each = [self.answer(candidate, [index]) for index in range(len(self.records))]
+        order = sorted(range(len(each)), key=lambda i: (self.records[i].stage == "stack", -each[i].ratio))
+        known = {(key, order.index(index)): value for (key, index), value in self._known.items()}
+        self.records, self._known = [self.records[i] for i in order], known
+        return [each[i] for i in order]
+
+    def unexplained(self, candidate: Candidate, indices: Iterable[int]) -> float:
+        """How much a candidate leaves unexplained: orders of magnitude beyond the bound, summed over outputs."""
+        ratios = [r for index in indices for r in self.distances(candidate, index).values()]
+        return float(sum(np.log10(min(max(r, 1.0), 1e12)) for r in ratios))
+
+
+def _include(answer: Answer, item: Item, distances: dict[str, float]) -> None:
+    for tensor, ratio in distances.items():
+        if ratio > answer.ratio or not answer.where:
+            answer.ratio, answer.where = ratio, f"{item.case.id}, {item.stage}, {tensor}"

@@ -1,0 +1,115 @@
+"""What identify found, in English."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from conformance.dialects import dialect_names, evidence
+from conformance.identifying.candidates import Candidate, differences, same_layer
+
+if TYPE_CHECKING:
+    from conformance.identify import Identity
+
+LISTED = 6
+"""How many candidates a line names before it counts the rest."""
+
+
+def lines(
+    name: str, dtype: str, found: Identity, rows: Mapping[str, Mapping[str, Any]], verbose: bool
+) -> Iterator[str]:
+    """The answer for one implementation and one dialect that it was told; the first line says it all.
+
+    Args:
+        rows: all dialects' parameters.
+        verbose: name the nearest candidates with their distances too.
+    """
+    start = f"{name}, told {found.told}, {dtype}:"
+    if not found.answers:
+        yield f"{start} returns nothing that can be compared ({found.items} items)"
+        yield from _not_finite(found)
+        return
+    nearest = found.nearest
+    verb = "computes" if nearest.ratio <= 1 else "computes none of the dialects; nearest"
+    yield f"{start} {verb} {nearest.candidate.words} ({nearest.ratio:.3g} of the bound, {found.items} items)"
+    yield from _differs(found, rows)
+    if nearest.ratio <= 1:
+        yield from _same(found, rows)
+    else:
+        yield from _by_stage(found)
+        yield from _rounded(found, dtype)
+    yield from _read(nearest.candidate)
+    yield from _not_finite(found)
+    if found.precision:
+        yield f"  precision: {found.precision}"
+    if verbose:
+        yield from (f"    {a.ratio:9.3g}  {_named(a.candidate)} ({a.where})" for a in found.answers)
+
+
+def _differs(found: Identity, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What the nearest candidate has that its row hasn't, and what its row has that the told one hasn't."""
+    candidate = found.nearest.candidate
+    if candidate.changes:
+        yield f"  differs from {candidate.dialect}: {'; '.join(candidate.changes)}"
+    others = differences(rows[candidate.dialect], rows[found.told], found.known)
+    if candidate.dialect != found.told and others:
+        yield f"  {candidate.dialect} differs from {found.told}, which it was told: {'; '.join(others)}"
+
+
+def _same(found: Identity, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Rows that are the same function, and candidates that its outputs can't be told from."""
+    nearest, *others = found.matches
+    row = rows[nearest.candidate.dialect]
+    layers = [name for name in nearest.candidate.same if same_layer(rows[name], row)]
+    if layers and not nearest.candidate.changes:
+        yield f"  the same layer, in another precision or with another reduction: {_listed(layers)}"
+    if rest := [name for name in nearest.candidate.same if name not in layers]:
+        yield f"  of what it claims, the same as: {_listed([_marked(name) for name in rest])}"
+    if others:
+        yield f"  not told apart by what it claims: {_listed([_named(answer.candidate) for answer in others])}"
+
+
+def _by_stage(found: Identity) -> Iterator[str]:
+    """The nearest function of each stage, where they aren't all the same."""
+    said = {}
+    for stage, answer in found.by_stage.items():
+        far = "" if answer.ratio <= 1 else "none, nearest "
+        said[stage] = f"{far}{_named(answer.candidate)}{f' ({answer.ratio:.3g} of the bound)' if far else ''}"
+    if said:
+        yield f"  stage by stage: {'; '.join(f'{stage}: {words}' for stage, words in said.items())}"
+
+
+def _rounded(found: Identity, dtype: str) -> Iterator[str]:
+    if found.rounded:
+        names = _listed([f"{name} ({units:.2g} units in the last place)" for name, units in found.rounded.items()])
+        yield f"  but for more roundings to {dtype} than the dialect makes: {names}; float32 tells the function"
+
+
+def _read(candidate: Candidate) -> Iterator[str]:
+    if _is_read(candidate.dialect):
+        source = evidence(candidate.dialect)
+        yield f"  {candidate.dialect} was read, not run: {source['read']} ({source['date']})"
+
+
+def _not_finite(found: Identity) -> Iterator[str]:
+    if found.infinite:
+        case, stage, tensor = found.infinite[0]
+        hint = "; is the maximum subtracted before exp?" if case.startswith("overflow") and tensor == "H" else ""
+        yield f"  not finite, and left out: {len(found.infinite)} outputs, first {tensor} of {case}, {stage}{hint}"
+
+
+def _is_read(dialect: str) -> bool:
+    return dialect in dialect_names() and "ran" not in evidence(dialect)
+
+
+def _marked(dialect: str) -> str:
+    return f"{dialect} (read, not run)" if _is_read(dialect) else dialect
+
+
+def _named(candidate: Candidate) -> str:
+    return candidate.words.replace(candidate.dialect, _marked(candidate.dialect), 1)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - LISTED
+    return "; ".join([*names[:LISTED], *([f"and {more} more"] if more > 0 else [])])
