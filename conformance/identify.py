@@ -52,7 +52,8 @@ class Identity:
         known: what can be told of an implementation that claims these stages.
         precision: what the returned dtypes and errors say, in words.
         raised: a line for each item that raised instead.
-        rounded: where nothing matches in a narrow dtype, the rows that are within a few of its roundings, and how many.
+        rounded: where nothing matches, the rows that roundings alone may be the difference to, and the largest error
+            as a fraction of the largest value of an output.
         infinite: (case, stage, output) with numbers that aren't finite; they are left out of the comparison.
     """
 
@@ -172,19 +173,24 @@ def _run(implementation: Any, items: Sequence[Item]) -> tuple[list[Record], list
 
 def _compare(found: Identity, functions: Functions, plain: Sequence[Candidate], ranking: Ranking) -> None:
     """Fills in the answers: rows and the told row's changes, then every row's changes, then pairs."""
-    ranking.order_by(plain[0])
+    told = plain[0]
+    ranking.order_by(told)
     near = [*plain, *functions.with_one_change([found.told])]
+    every = near
     found.answers = ranking.nearest(near)
-    if found.matches:
-        return
-    every = [*near, *functions.with_one_change(c.dialect for c in plain[1:])]
-    found.answers = ranking.nearest(every)
     if not found.matches:
-        found.answers = _best(_pairs(functions, ranking, plain), found.answers)
+        every = [*near, *functions.with_one_change(c.dialect for c in plain[1:])]
+        found.answers = ranking.nearest(every)
+    if not found.matches:
+        found.answers = _best(_pairs(functions, ranking, plain), found.answers)[:RANKED]
+    if not found.matches:
+        found.answers = ranking.nearest_or(told, found.answers)
+    matched = [found.nearest.candidate] if found.matches else []
     for stage in STAGES:
         ran = [index for index, record in enumerate(ranking.records) if record.stage == stage]
         if ran:
-            found.by_stage[stage] = ranking.nearest(near if stage == "stack" else every, ran)[0]
+            tried = [told, *matched] if matched else near if stage == "stack" else every
+            found.by_stage[stage] = ranking.nearest_or(told, ranking.nearest(tried, ran), ran)[0]
 
 
 def _best(*lists: list[Answer]) -> list[Answer]:

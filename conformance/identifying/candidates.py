@@ -25,13 +25,13 @@ MATRIX = (
 PRE = (*NORM, *LOGITS, "pre_eps")
 POST = (*NORM, *LOGITS, "post_scale", "post_eps", "post_gate")
 MIXING = ("mix", "mixed_by", "gated_by")
-LAYER = (*PRE, *POST, *MATRIX, *MIXING, "pre_from")
+LAYER = (*PRE, *POST, *MATRIX, *MIXING, "pre_from", "reads")
 DEPENDS: dict[tuple[str, str], tuple[str, ...]] = {
     ("residual_matrix", "H"): MATRIX,
     ("coefficients", "pre"): PRE,
     ("coefficients", "post"): POST,
     ("coefficients", "H"): (*NORM, *LOGITS, *MATRIX),
-    ("pre", "u"): (*PRE, "pre_from", "reads_alone"),
+    ("pre", "u"): (*PRE, "pre_from", "reads", "reads_alone"),
     ("pre", "pre"): PRE,
     ("post", "out"): MIXING,
     ("layer", "out"): (*LAYER, "reads_alone"),
@@ -39,7 +39,7 @@ DEPENDS: dict[tuple[str, str], tuple[str, ...]] = {
     ("stack", "out"): (*LAYER, "first_carried", "reduces"),
     ("reduce", "out"): ("reduces",),
     ("head", "out"): (
-        "norm_eps", "norm_eps_position", "norm_over", "flattening", "head_norm_eps", "pre_eps", "head_gate",
+        "norm_eps", "norm_eps_position", "norm_over", "flattening", "head_norm_eps", "pre_eps", "head_eps", "alpha",
     ),
 }  # fmt: skip
 """What the value of each output of a stage depends on; its precision is another matter (`precision`)."""
@@ -77,7 +77,7 @@ class Candidate:
 
     @property
     def words(self) -> str:
-        return " with ".join((self.dialect, " and ".join(self.changes))) if self.changes else self.dialect
+        return f"{self.dialect}, except: {'; '.join(self.changes)}" if self.changes else self.dialect
 
 
 def relevant(outputs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
@@ -100,14 +100,17 @@ class Functions:
     """
 
     def __init__(self, told: str, rows: Mapping[str, Parameters], known: Sequence[str]):
-        self.told, self.known = told, tuple(known)
+        weightless = () if rows[told]["norm_weight"] else ("norm_weight", "norm_scale")
+        self.told, self.known = told, tuple(name for name in known if name not in weightless)
         self.rows = {name: {**STRUCTURE, **rows[name]} for name in (told, *rows)}
         self._seen: set[tuple[Any, ...]] = set()
 
     def key(self, p: Parameters) -> tuple[Any, ...]:
         """Equal for two functions that can't differ in what is known."""
-        head = p["norm_eps"] if p["head_norm_eps"] is None else p["head_norm_eps"]
-        return tuple({**p, "head_norm_eps": head}[name] for name in self.known)
+        inherited = {
+            of: p[layers] for of, layers in (("head_norm_eps", "norm_eps"), ("head_eps", "pre_eps")) if p[of] is None
+        }
+        return tuple({**p, **inherited}[name] for name in self.known)
 
     def of_rows(self) -> list[Candidate]:
         """The rows as they are, the told one first; those that can't be told apart as one."""
@@ -176,19 +179,15 @@ def _of_sinkhorn(p: Parameters) -> Iterator[Change]:
     if p["softmax"] == "none":
         yield Change(f"a softmax over {last} at the start", {"softmax": last})
     else:
-        yield Change(
-            f"order {other}, not {p['order']}, after a softmax over {p['softmax']} all the same", {"order": other}
-        )
         yield Change(f"softmax over {mirrored}, not {p['softmax']}", {"softmax": mirrored})
-        yield Change("no softmax at the start", {"softmax": "none"})
         yield Change(
             f"softmax over {mirrored}, not {p['softmax']}, and the other passes as they were", {"start": "other axis"}
         )
-    n, count = p["iterations"], 2 * p["iterations"]
-    if p["softmax"] == last:
-        yield Change(f"{count} passes, not {count + 1}: the first one left out", {"passes": "first dropped"})
+    if p["softmax"] != "none" and not (p["softmax"] == first and p["guard"] in ("none", "clip")):
+        yield Change("no softmax at the start", {"softmax": "none"})
     yield Change(f"one pass more, over {first}, at the end", {"passes": "one more"})
     yield Change(f"one pass less: it ends on {first}", {"passes": "one less"})
+    n = p["iterations"]
     for number in sorted({n - 1, n + 1, n // 2, 1, 2, 3, 5, 10, 20, 50} - {0, n}):
         yield Change(f"{number} iteration{'s' if number > 1 else ''}, not {n}", {"iterations": number})
     for guard, words in GUARDS.items():
@@ -245,18 +244,24 @@ def _of_norm(p: Parameters) -> Iterator[Change]:
 def _of_gates(p: Parameters) -> Iterator[Change]:
     for name, values in (("pre_eps", (0.0, 1e-6)), ("post_eps", (0.0, 1e-6)), ("post_scale", (1.0, 2.0))):
         for value in values:
-            yield Change(f"{name} {value:g}, not {p[name]:g}", {name: value})
+            words = f"{name} {value:g}, not {p[name]:g}"
+            yield Change(words, {name: value})
+            if name == "pre_eps":
+                yield Change(f"{words}, but in the head", {name: value, "head_eps": p["pre_eps"]})
     yield Change("no post gate: post is 1", {"post_gate": "1"})
     yield Change("α on the bias too", {"alpha": "on the bias too"})  # noqa: RUF001
+    yield Change("α on the bias too, but in the head", {"alpha": "on the layer's bias too"})  # noqa: RUF001
     yield Change("α ignored", {"alpha": "never"})  # noqa: RUF001
     yield Change("the biases ignored", {"bias": "never"})
     yield Change("pre and post swapped in φ", {"slices": "post, pre"})
     yield Change("pre and post swapped", {"slices": "all weights"})
-    yield Change("no eps on the head's gates", {"head_gate": "no eps"})
+    yield Change("no eps on the head's gates", {"head_eps": 0.0})
 
 
 def _of_layer(p: Parameters) -> Iterator[Change]:
     yield Change("no post gate: post is not applied", {"gated_by": "1"})
+    yield Change("no pre gate: reads the sum of the streams", {"reads": "sum"})
+    yield Change("no pre gate: reads the mean of the streams", {"reads": "mean"})
     if p["pre_from"] == "own":
         previous = "reads with the previous site's pre"
         yield Change(previous, {"pre_from": "previous"})

@@ -20,24 +20,25 @@ Array = np.ndarray
 Arrays = Mapping[str, np.ndarray]
 Parameters = Mapping[str, Any]
 
-STRUCTURE: dict[str, str] = {
+STRUCTURE: dict[str, Any] = {
     "norm_over": "token",  # or "stream", "nothing"
     "norm_scale": "w",  # or "1 + w"
     "flattening": "streams, dim",  # or "dim, streams"
-    "alpha": "once",  # or "on the bias too", "never"
+    "alpha": "once",  # or "on the bias too", "on the layer's bias too", "never"
     "bias": "added",  # or "never", "transposed"
     "slices": "pre, post",  # or "post, pre" of h, or of "all weights"
     "post_gate": "sigmoid",  # or "1"
     "start": "softmax",  # or "other axis": along the other axis, with the passes of the right one
-    "passes": "as written",  # or "first dropped", "one more", "one less"
+    "passes": "as written",  # or "one more", "one less"
     "logits": "[i, j]",  # or "[j, i]"
     "H": "[i, j]",  # or "[j, i]", "identity"
     "mixed_by": "H",  # or "identity"
     "gated_by": "post",  # or "1"
+    "reads": "pre",  # or "sum", "mean" of the streams
     "reads_alone": "own",  # or "stream 0": what a single pass reads with where nothing was carried to it
     "first_carried": "stream 0",  # or "all streams"
     "reduces": "as told",  # or "sum", "mean", "other", "carried"
-    "head_gate": "pre_eps",  # or "no eps"
+    "head_eps": None,  # or what is added to the head's gates, where it isn't pre_eps
 }
 """What a layer does beside the parameters of its dialect."""
 
@@ -84,7 +85,7 @@ def logits(kind: str, normed: Array, weights: Arrays, p: Parameters) -> Array:
     h = normed @ weights[f"{kind if p['slices'] == 'pre, post' else other}_alpha"]
     scale, bias = weights[f"{own}_alpha_scale"], weights[f"{own}_beta"]
     bias = (bias.T if p["bias"] == "transposed" else bias).reshape(-1)
-    bias = {"on the bias too": scale * bias}.get(p["alpha"], bias)
+    bias = scale * bias if p["alpha"] in ("on the bias too", "on the layer's bias too") else bias
     return (h if p["alpha"] == "never" else scale * h) + (0 if p["bias"] == "never" else bias)
 
 
@@ -150,7 +151,6 @@ def _passes(p: Parameters) -> list[int]:
     written, first = passes(p), axes(p)[0]
     return {
         "as written": written,
-        "first dropped": written[1:],
         "one more": [*written, first],
         "one less": written[:-1],
     }[p["passes"]]
@@ -161,6 +161,8 @@ def _passes(p: Parameters) -> list[int]:
 
 def read(x: Array, own: Array, carried: Array | None, p: Parameters) -> Array:
     """u ``[..., C]``: the streams, weighed by the site's own pre or by the one that was carried to it."""
+    if p["reads"] != "pre":
+        return np.mean(x, -2) if p["reads"] == "mean" else np.sum(x, -2)
     gates = own
     if p["pre_from"] == "previous":
         gates = carried if carried is not None else one_hot(x) if p["reads_alone"] == "stream 0" else own
@@ -217,8 +219,11 @@ def _head(given: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str,
     x = given["x"]
     eps = p["norm_eps"] if p["head_norm_eps"] is None else p["head_norm_eps"]
     normed = normalise(x, None, {**p, "norm_eps": eps})
-    gates = sigmoid(given["head_scale"] * (normed @ given["head_fn"]) + given["head_base"])
-    gates = gates + (0 if p["head_gate"] == "no eps" else p["pre_eps"])
+    scale, bias = given["head_scale"], given["head_base"]
+    bias = scale * bias if p["alpha"] == "on the bias too" else bias
+    gates = sigmoid(scale * (normed @ given["head_fn"]) + bias) + (
+        p["pre_eps"] if p["head_eps"] is None else p["head_eps"]
+    )
     return {"out": np.sum(gates[..., None] * x, -2)}
 
 

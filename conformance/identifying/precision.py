@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from conformance.cases import DTYPES
-from conformance.compare import UNIT_ROUNDOFF
 from conformance.identifying.candidates import Candidate
 from conformance.identifying.ranking import Record, excess
 
@@ -16,8 +14,8 @@ ONCE = 64.0
 """Units of 2^-24 of the largest value up to which an error beyond the last rounding is float32's."""
 
 
-FEW = 16.0
-"""Units of a narrow dtype's roundoff, as a fraction of the largest value, that a few more roundings come to."""
+FEW = 16 * 2.0**-8
+"""The largest error, as a fraction of the largest value, that a few roundings to bfloat16 come to."""
 
 
 def words(records: Sequence[Record], candidate: Candidate) -> str:
@@ -78,13 +76,10 @@ def _units(records: Sequence[Record], candidate: Candidate) -> float | None:
 
 
 def rounded(records: Sequence[Record], rows: Sequence[Candidate]) -> dict[str, float]:
-    """The rows that all outputs but stacks' are within a few roundings to a narrow dtype of, and within how many."""
-    asked = [r for r in records if r.item.variant.x in NARROW and r.stage != "stack"]
-    if not asked:
-        return {}
-    roundoff = UNIT_ROUNDOFF[DTYPES[asked[0].item.variant.x]]
-    units = {row.dialect: max(_error(record, row) for record in asked) / roundoff for row in rows}
-    return {name: value for name, value in units.items() if value <= FEW}
+    """The rows that all outputs but stacks' differ from by a few roundings to bfloat16, and the largest difference."""
+    asked = [record for record in records if record.stage != "stack"]
+    errors = {row.dialect: max((_error(record, row) for record in asked), default=np.inf) for row in rows}
+    return {name: error for name, error in errors.items() if error <= min(FEW, 2 * min(errors.values()))}
 
 
 def _error(record: Record, row: Candidate) -> float:

@@ -24,6 +24,9 @@ RANKED = 5
 FINEST = 2.0**-40
 """No bound is smaller than this fraction of the largest value: the candidates are float64 themselves."""
 
+NEAR, MUCH = 1000.0, 100.0
+"""A candidate that doesn't match is named only if it is nearer than this, and so much nearer than the told row."""
+
 
 @dataclass
 class Answer:
@@ -41,12 +44,15 @@ class Record:
     Attributes:
         outputs: the finite outputs that are compared.
         given: inputs and weights in float64.
+        bounds, scales: the bound of each of these outputs, and the largest of its true values.
         infinite: outputs with a number that isn't finite, where the true values are.
     """
 
     item: Item
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
     given: dict[str, np.ndarray] = field(default_factory=dict)
+    bounds: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
     infinite: list[str] = field(default_factory=list)
 
     @property
@@ -68,8 +74,14 @@ class Record:
         largest = excess(self.item, self.outputs[tensor], value)
         if not np.isfinite(largest):
             return float("inf")
-        scale = float(np.max(np.abs(value), initial=0.0))
-        return largest / (max(self.item.bounds[tensor]["bound"], FINEST * scale) or FINEST)
+        scale, right = _largest(value), self.scales[tensor]
+        # Bounds are those of the right values: a candidate whose values are larger has larger roundings.
+        bound = self.bounds[tensor] * (max(1.0, scale / right) if right else 1.0)
+        return largest / (max(bound, FINEST * scale) or FINEST)
+
+
+def _largest(value: np.ndarray) -> float:
+    return float(np.max(np.abs(value), initial=0.0))
 
 
 def excess(item: Item, actual: np.ndarray, value: np.ndarray) -> float:
@@ -88,6 +100,7 @@ def recorded(item: Item, outputs: dict[str, Any]) -> Record:
         if isinstance(actual, np.ndarray) and actual.shape == expected.shape:
             if np.isfinite(actual.astype(np.float64)).all():
                 record.outputs[tensor] = actual
+                record.bounds[tensor], record.scales[tensor] = item.bounds[tensor]["bound"], _largest(expected)
             else:
                 record.infinite.append(tensor)
     return record
@@ -135,6 +148,17 @@ class Ranking:
             _include(answer, self.records[order[seen]].item, self.distances(answer.candidate, order[seen]))
             heapq.heappush(heap, (answer.ratio, position, seen + 1, answer))
         return [answer for _, _, answer in sorted(found, key=lambda entry: entry[:2])]
+
+    def nearest_or(
+        self, told: Candidate, answers: Sequence[Answer], indices: Sequence[int] | None = None
+    ) -> list[Answer]:
+        """The answers; the told row comes first where nothing matches and no other is both near and much nearer."""
+        own = self.answer(told, range(len(self.records)) if indices is None else indices)
+        others = [answer for answer in answers if answer.candidate != told]
+        if answers[0].candidate == told:
+            return [own, *others]
+        best = answers[0].ratio
+        return [*others, own] if best <= 1 or (best < NEAR and best * MUCH < own.ratio) else [own, *others]
 
     def order_by(self, candidate: Candidate) -> list[Answer]:
         """Puts the records first in which a candidate is farthest off, stacks last: they take the longest.

@@ -36,8 +36,8 @@ def lines(
     if nearest.ratio <= 1:
         yield from _same(found, rows)
     else:
-        yield from _by_stage(found)
         yield from _rounded(found, dtype)
+    yield from _by_stage(found)
     yield from _read(nearest.candidate)
     yield from _not_finite(found)
     if found.precision:
@@ -47,10 +47,8 @@ def lines(
 
 
 def _differs(found: Identity, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What the nearest candidate has that its row hasn't, and what its row has that the told one hasn't."""
+    """What the nearest candidate's row has another value of than the told one."""
     candidate = found.nearest.candidate
-    if candidate.changes:
-        yield f"  differs from {candidate.dialect}: {'; '.join(candidate.changes)}"
     others = differences(rows[candidate.dialect], rows[found.told], found.known)
     if candidate.dialect != found.told and others:
         yield f"  {candidate.dialect} differs from {found.told}, which it was told: {'; '.join(others)}"
@@ -65,24 +63,33 @@ def _same(found: Identity, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[st
         yield f"  the same layer, in another precision or with another reduction: {_listed(layers)}"
     if rest := [name for name in nearest.candidate.same if name not in layers]:
         yield f"  of what it claims, the same as: {_listed([_marked(name) for name in rest])}"
-    if others:
-        yield f"  not told apart by what it claims: {_listed([_named(answer.candidate) for answer in others])}"
+    alike = [a.candidate for a in others if a.candidate.dialect != nearest.candidate.dialect or not a.candidate.changes]
+    if alike:
+        yield f"  not told apart by what it claims: {_listed([_named(candidate) for candidate in alike])}"
+    if changed := ["; ".join(a.candidate.changes) for a in others if a.candidate not in alike]:
+        yield f"  these cases would look the same with: {_listed(changed)}"
 
 
 def _by_stage(found: Identity) -> Iterator[str]:
-    """The nearest function of each stage, where they aren't all the same."""
+    """The nearest function of each stage, where they aren't all the same: the stages that are right show the way."""
     said = {}
     for stage, answer in found.by_stage.items():
-        far = "" if answer.ratio <= 1 else "none, nearest "
-        said[stage] = f"{far}{_named(answer.candidate)}{f' ({answer.ratio:.3g} of the bound)' if far else ''}"
-    if said:
+        far = answer.ratio > 1
+        said[stage] = (
+            f"none, nearest {answer.candidate.words} ({answer.ratio:.3g} of the bound)"
+            if far
+            else answer.candidate.words
+        )
+    if len({answer.candidate for answer in found.by_stage.values()}) > 1 or found.nearest.ratio > 1:
         yield f"  stage by stage: {'; '.join(f'{stage}: {words}' for stage, words in said.items())}"
 
 
 def _rounded(found: Identity, dtype: str) -> Iterator[str]:
+    """Rows that differ by no more than roundings do, where nothing matches."""
     if found.rounded:
-        names = _listed([f"{name} ({units:.2g} units in the last place)" for name, units in found.rounded.items()])
-        yield f"  but for more roundings to {dtype} than the dialect makes: {names}; float32 tells the function"
+        names = [f"{name} (within {error:.2g} of an output's largest value)" for name, error in found.rounded.items()]
+        narrow = "bfloat16 or TF32" if dtype in ("float32", "float64") else dtype
+        yield f"  it may be {_listed(names)} with a step in {narrow} where the dialect has none"
 
 
 def _read(candidate: Candidate) -> Iterator[str]:

@@ -1,0 +1,76 @@
+"""Layers with mistakes that concern the whole of it, for tests of what identify says of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from conformance.power.plain import Plain, Values
+
+
+class SinglePassAlways(Plain):
+    """Chains the sites' pre in a stack, whatever dialect it is told; one site alone has nothing to read with but its own."""
+
+    def stack(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        return super().stack(inputs, {**config, "pre_from": "previous"}, cotangents)
+
+
+class NormEps(Plain):
+    """Keeps an eps of its own in the norm, whatever it is told."""
+
+    def __init__(self, eps: float):
+        super().__init__(f"norm_eps {eps:g}")
+        self.eps_of_norm = eps
+
+    def rms(self, flat: Tensor, c: Any) -> Tensor:
+        return super().rms(flat, SimpleNamespace(**{**vars(c), "norm_eps": self.eps_of_norm}))
+
+
+class OnePlusW(Plain):
+    """Keeps the norm weight as its difference from 1."""
+
+    def scale(self, weights: Values, c: Any) -> Tensor | None:
+        w = super().scale(weights, c)
+        return None if w is None else 1 + w
+
+
+class NotMixed(Plain):
+    """Leaves each stream to itself."""
+
+    def mixed(self, H: Tensor, x: Tensor, c: Any) -> Tensor:
+        return x
+
+
+class NotGated(Plain):
+    """Adds y to every stream as it is."""
+
+    def post_mix(self, y: Tensor, x: Tensor, post: Tensor, H: Tensor, c: Any) -> Tensor:
+        return super().post_mix(y, x, post * 0 + 1, H, c)
+
+
+class Swapped(Plain):
+    """Takes pre for post and post for pre, weights and all."""
+
+    def gates(self, x: Tensor, weights: Values, c: Any) -> tuple[Tensor, Tensor, Tensor]:
+        other = {"pre": "post", "post": "pre", "res": "res"}
+        named = {k: k.partition("_") for k in weights}
+        return super().gates(x, {f"{other.get(a, a)}{b}{d}": weights[k] for k, (a, b, d) in named.items()}, c)
+
+
+class TwoMistakes(Plain):
+    """Makes 19 iterations, and doesn't double post."""
+
+    def iterations(self, c: Any) -> int:
+        return c.iterations - 1
+
+    def post_gate(self, z: Tensor, c: Any) -> Tensor:
+        return self.sigmoid(z) + c.post_eps
+
+
+class RightCoefficientsAlone(Plain):
+    """Reads with the mean of the streams."""
+
+    def reads_with(self, pre: Tensor, given: Values, c: Any) -> Tensor:
+        return pre * 0 + 1 / c.streams
