@@ -34,7 +34,7 @@ def lines(
     yield f"{start} {verb} {nearest.candidate.words} ({nearest.ratio:.3g} of the bound, {found.items} items)"
     yield from _differs(found, rows)
     if nearest.ratio <= 1:
-        yield from _same(found, rows)
+        yield from _same(found, rows, verbose)
     else:
         yield from _rounded(found, dtype)
     yield from _by_stage(found)
@@ -54,7 +54,7 @@ def _differs(found: Identity, rows: Mapping[str, Mapping[str, Any]]) -> Iterator
         yield f"  {candidate.dialect} differs from {found.told}, which it was told: {'; '.join(others)}"
 
 
-def _same(found: Identity, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _same(found: Identity, rows: Mapping[str, Mapping[str, Any]], verbose: bool) -> Iterator[str]:
     """Rows that are the same function, and candidates that its outputs can't be told from."""
     nearest, *others = found.matches
     row = rows[nearest.candidate.dialect]
@@ -66,22 +66,20 @@ def _same(found: Identity, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[st
     alike = [a.candidate for a in others if a.candidate.dialect != nearest.candidate.dialect or not a.candidate.changes]
     if alike:
         yield f"  not told apart by what it claims: {_listed([_named(candidate) for candidate in alike])}"
-    if changed := ["; ".join(a.candidate.changes) for a in others if a.candidate not in alike]:
+    changed = ["; ".join(a.candidate.changes) for a in others if a.candidate not in alike]
+    if changed and (verbose or nearest.candidate.changes):
         yield f"  these cases would look the same with: {_listed(changed)}"
 
 
 def _by_stage(found: Identity) -> Iterator[str]:
     """The nearest function of each stage, where they aren't all the same: the stages that are right show the way."""
-    said = {}
+    stages: dict[str, list[str]] = {}
     for stage, answer in found.by_stage.items():
-        far = answer.ratio > 1
-        said[stage] = (
-            f"none, nearest {answer.candidate.words} ({answer.ratio:.3g} of the bound)"
-            if far
-            else answer.candidate.words
-        )
-    if len({answer.candidate for answer in found.by_stage.values()}) > 1 or found.nearest.ratio > 1:
-        yield f"  stage by stage: {'; '.join(f'{stage}: {words}' for stage, words in said.items())}"
+        far = f"none, nearest {answer.candidate.words} ({answer.ratio:.3g} of the bound)"
+        stages.setdefault(answer.candidate.words if answer.ratio <= 1 else far, []).append(stage)
+    if len(stages) > 1:
+        said = [f"{', '.join(names)}: {words}" for words, names in stages.items()]
+        yield f"  stage by stage: {'; '.join(said)}"
 
 
 def _rounded(found: Identity, dtype: str) -> Iterator[str]:
