@@ -17,10 +17,10 @@ import numpy as np
 from conformance.cases import Item, Variant
 from conformance.identifying import precision
 from conformance.identifying.candidates import Candidate, Functions, relevant, same_layer
+from conformance.identifying.configured import configured
 from conformance.identifying.forward import STAGES
-from conformance.identifying.ranking import RANKED, Answer, Ranking, Record, recorded
-from conformance.interface import describe
-from conformance.runner import refusal
+from conformance.identifying.ranking import NEAR, RANKED, Answer, Ranking
+from conformance.identifying.records import run
 
 __all__ = ["FAMILIES", "STAGES", "Identity", "identify", "same_layer", "separating"]
 
@@ -28,6 +28,8 @@ FAMILIES = (
     "smoke", "generic", "slow", "slowest", "permutation", "wide", "overflow", "eps-floor", "closed-gate", "tiny",
     "zero", "cancel-branch", "initial", "head", "stack",
 )  # fmt: skip
+EXTREME = "overflow"
+"""The family whose logits are so large that float32's own range shows."""
 FAILING = 12
 """Items, the worst ones, on which it is measured what a change explains."""
 OTHER_ROWS = 2
@@ -50,6 +52,8 @@ class Identity:
         by_stage: of each stage that ran, the nearest candidate there.
         items: how many items ran.
         known: what can be told of an implementation that claims these stages.
+        configured: where the told row matches, what of another configuration it doesn't follow, in words.
+        extreme: where logits are so large that the nearest function doesn't match any more, though it does elsewhere.
         precision: what the returned dtypes and errors say, in words.
         raised: a line for each item that raised instead.
         rounded: where nothing matches, the rows that roundings alone may be the difference to, and the largest error
@@ -62,6 +66,8 @@ class Identity:
     by_stage: dict[str, Answer] = field(default_factory=dict)
     items: int = 0
     known: tuple[str, ...] = ()
+    configured: str = ""
+    extreme: str = ""
     precision: str = ""
     rounded: dict[str, float] = field(default_factory=dict)
     raised: list[str] = field(default_factory=list)
@@ -80,7 +86,8 @@ class Identity:
     @property
     def as_told(self) -> bool:
         """Whether it computes what it was told."""
-        return self.told in self.dialects and not self.infinite
+        right = self.told in self.dialects and not self.nearest.candidate.changes
+        return right and not (self.infinite or self.configured or self.extreme)
 
     @property
     def nearest(self) -> Answer:
@@ -89,7 +96,7 @@ class Identity:
 
 
 def separating(items: Sequence[Item], told: Mapping[str, Any], dtype: str) -> list[Item]:
-    """The items that are of a row itself and tell dialects apart; a stack in another dtype where this one has none."""
+    """The items that are of a row itself and tell dialects apart; a stack in a wide dtype where its case has none."""
     mine = [
         item
         for item in items
@@ -99,7 +106,7 @@ def separating(items: Sequence[Item], told: Mapping[str, Any], dtype: str) -> li
         and all(item.case.parameters[name] == value for name, value in told.items())
     ]
     found = [item for item in mine if item.variant.x == dtype]
-    if not any(item.stage == "stack" for item in found):
+    if dtype in ("float32", "float64") and not any(item.stage == "stack" for item in found):
         found += [_in_dtype(item, dtype) for item in mine if item.stage == "stack"][:1]
     return found
 
@@ -136,7 +143,7 @@ def identify(
         dtype: of x; None for that of the first item.
     """
     dtype = dtype or (items[0].variant.x if items else "float32")
-    records, raised = _run(implementation, separating(items, rows[told], dtype))
+    records, raised = run(implementation, separating(items, rows[told], dtype))
     found = Identity(told, [], items=len(records), raised=raised)
     found.infinite = [(r.item.case.id, r.stage, tensor) for r in records for tensor in r.infinite]
     records = [r for r in records if r.outputs]
@@ -146,36 +153,24 @@ def identify(
     same_weights = {name: p for name, p in rows.items() if p["residual"] == rows[told]["residual"]}
     functions = Functions(told, same_weights, found.known)
     plain = functions.of_rows()
+    extreme = [r for r in records if r.item.case.family == EXTREME]
+    records = [r for r in records if r.item.case.family != EXTREME] or extreme
     _compare(found, functions, plain, Ranking(records))
+    _hold_to(found, Ranking(extreme))
     if not found.matches:
         found.rounded = precision.rounded(records, plain)
+    elif told in found.dialects:
+        found.configured = configured(implementation, told, rows[told], items, dtype)
     found.precision = precision.words(records, found.nearest.candidate)
     return found
-
-
-def _run(implementation: Any, items: Sequence[Item]) -> tuple[list[Record], list[str]]:
-    """What the implementation returned for each item that it claims, and a line for each that raised."""
-    records, raised = [], []
-    for item in items:
-        if refusal(item, implementation.capabilities):
-            continue
-        cotangents = item.cotangents() if implementation.capabilities.gradients else None
-        try:
-            outputs, _ = getattr(implementation, item.stage)(item.inputs(), item.config, cotangents)
-        except NotImplementedError:
-            continue
-        except Exception as error:
-            raised.append(f"{item.case.id}, {item.stage}: {describe(error)}")
-            continue
-        records.append(recorded(item, outputs if isinstance(outputs, Mapping) else {}))
-    return records, raised
 
 
 def _compare(found: Identity, functions: Functions, plain: Sequence[Candidate], ranking: Ranking) -> None:
     """Fills in the answers: rows and the told row's changes, then every row's changes, then pairs."""
     told = plain[0]
     ranking.order_by(told)
-    near = [*plain, *functions.with_one_change([found.told])]
+    own, others = functions.by_weights(plain)
+    near = [*own, *functions.with_one_change([found.told]), *others]
     every = near
     found.answers = ranking.nearest(near)
     if not found.matches:
@@ -191,6 +186,23 @@ def _compare(found: Identity, functions: Functions, plain: Sequence[Candidate], 
         if ran:
             tried = [told, *matched] if matched else near if stage == "stack" else every
             found.by_stage[stage] = ranking.nearest_or(told, ranking.nearest(tried, ran), ran)[0]
+
+
+def _hold_to(found: Identity, extreme: Ranking) -> None:
+    """Puts the matches first that hold for extreme logits too, and says where not even the first of them does.
+
+    Logits of 100 and more tell a limit of the logits. But what underflows in float32 doesn't in the float64 of the
+    candidates, and where the told row clips, its bound is too narrow for one that doesn't: a function that is right
+    otherwise is not given up for them.
+    """
+    each = [extreme.answer(answer.candidate, range(len(extreme.records))) for answer in found.matches]
+    if not each:
+        return
+    order = sorted(range(len(each)), key=lambda i: max(1.0, each[i].ratio))
+    found.answers[: len(each)] = [found.answers[i] for i in order]
+    first = each[order[0]]
+    if first.ratio > (NEAR if first.candidate.changes else 1):
+        found.extreme = first.where
 
 
 def _best(*lists: list[Answer]) -> list[Answer]:

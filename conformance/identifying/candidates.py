@@ -120,6 +120,12 @@ class Functions:
         self._seen |= set(groups)
         return [Candidate(first, self.rows[first], (), tuple(same)) for first, *same in groups.values()]
 
+    def by_weights(self, candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+        """Those that use a norm weight if the told row does, and those that would ignore it."""
+        uses = self.rows[self.told]["norm_weight"]
+        own = [c for c in candidates if c.parameters["norm_weight"] or not uses]
+        return own, [c for c in candidates if c not in own]
+
     def with_one_change(self, dialects: Iterable[str]) -> list[Candidate]:
         """Each of these rows with every change that shows."""
         return list(self._new((name, (change,)) for name in dialects for change in self.changes(name)))
@@ -279,9 +285,12 @@ def _of_layer(p: Parameters) -> Iterator[Change]:
 
 def differences(of: Parameters, to: Parameters, known: Collection[str]) -> list[str]:
     """What one row has another value of than another, among what is known, in words."""
-
-    names = [k for k in of if k in known and k not in STRUCTURE and of[k] != to[k]]
-    return [f"{k} {_shown(of[k])}, not {_shown(to[k])}" for k in names]
+    found = []
+    for name in of:
+        if name in known and name not in STRUCTURE and of[name] != to[name]:
+            origin = ", Sinkhorn's eps" if name == "norm_eps" and of[name] == to["eps"] else ""
+            found.append(f"{name} {_shown(of[name])}{origin}, not {_shown(to[name])}")
+    return found
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from conformance.identifying.candidates import Candidate
-from conformance.identifying.ranking import Record, excess
+from conformance.identifying.records import Record, excess
 
 NARROW = ("bfloat16", "float16")
 ONCE = 64.0

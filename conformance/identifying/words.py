@@ -37,6 +37,10 @@ def lines(
         yield from _same(found, rows, verbose)
     else:
         yield from _rounded(found, dtype)
+    if found.extreme:
+        yield f"  but not where logits are so large that exp overflows or vanishes: {found.extreme}"
+    if found.configured:
+        yield f"  but where its configuration sets the eps apart (cases big-eps-*), {found.configured}"
     yield from _by_stage(found)
     yield from _read(nearest.candidate)
     yield from _not_finite(found)
@@ -62,7 +66,11 @@ def _same(found: Identity, rows: Mapping[str, Mapping[str, Any]], verbose: bool)
     if layers and not nearest.candidate.changes:
         yield f"  the same layer, in another precision or with another reduction: {_listed(layers)}"
     if rest := [name for name in nearest.candidate.same if name not in layers]:
-        yield f"  of what it claims, the same as: {_listed([_marked(name) for name in rest])}"
+        weightless = {
+            name: " without its norm weight" for name in rest if rows[name]["norm_weight"] > row["norm_weight"]
+        }
+        names = [_marked(name) + weightless.get(name, "") for name in rest]
+        yield f"  of what it claims, the same as: {_listed(names)}"
     alike = [a.candidate for a in others if a.candidate.dialect != nearest.candidate.dialect or not a.candidate.changes]
     if alike:
         yield f"  not told apart by what it claims: {_listed([_named(candidate) for candidate in alike])}"

@@ -1,17 +1,19 @@
-"""Layers with mistakes that concern the whole of it, for tests of what identify says of them."""
+"""Layers with the usual mistakes, for tests of what identify says of them."""
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
+from conformance.dialects import dialect_rows
 from conformance.power.plain import Plain, Values
 
 
 class SinglePassAlways(Plain):
-    """Chains the sites' pre in a stack, whatever dialect it is told; one site alone has nothing to read with but its own."""
+    """Chains the sites' pre in a stack, whatever dialect it is told; a site alone has nothing but its own."""
 
     def stack(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
         return super().stack(inputs, {**config, "pre_from": "previous"}, cotangents)
@@ -69,8 +71,49 @@ class TwoMistakes(Plain):
         return self.sigmoid(z) + c.post_eps
 
 
-class RightCoefficientsAlone(Plain):
+class ReadsTheMean(Plain):
     """Reads with the mean of the streams."""
 
     def reads_with(self, pre: Tensor, given: Values, c: Any) -> Tensor:
         return pre * 0 + 1 / c.streams
+
+
+class SinkhornsEpsInTheNorm(Plain):
+    """Takes the norm's eps from Sinkhorn's, which most rows can't tell."""
+
+    def rms(self, flat: Tensor, c: Any) -> Tensor:
+        return super().rms(flat, SimpleNamespace(**{**vars(c), "norm_eps": c.eps}))
+
+
+class Computes(Plain):
+    """Computes one row, whatever it is told."""
+
+    def __init__(self, dialect: str, **changes: Any):
+        super().__init__(f"computes {dialect}")
+        row = {**dialect_rows()[dialect], **changes}
+        self.row = {name: value for name, value in row.items() if name != "reduce"}  # which a stack is told
+
+    def _run(self, stage: str, body: Any, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        return super()._run(stage, body, inputs, {**config, **self.row}, cotangents)
+
+
+class Narrow(Plain):
+    """Rounds what it mixes to x's dtype before it is added."""
+
+    def rounds_both(self, c: Any) -> bool:
+        return True
+
+
+class Claims(Plain):
+    """Right, and claims little."""
+
+    def __init__(self, dialect: str, *stages: str, outputs: dict[str, tuple[str, ...]] | None = None):
+        super().__init__("claims little")
+        self.capabilities = dataclasses.replace(
+            self.capabilities, stages=frozenset(stages), dialects=frozenset({dialect}), gradients=False
+        )
+        self.returned = outputs or {}
+
+    def _run(self, stage: str, body: Any, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        outputs, gradients = super()._run(stage, body, inputs, config, cotangents)
+        return {k: v for k, v in outputs.items() if k in self.returned.get(stage, outputs)}, gradients
