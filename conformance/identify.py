@@ -58,6 +58,7 @@ class Identity:
         raised: a line for each item that raised instead.
         rounded: where nothing matches, the rows that roundings alone may be the difference to, and the largest error
             as a fraction of the largest value of an output.
+        gradients: where the told row matches, (case, stage, gradient) that miss their bounds, inner stages first.
         infinite: (case, stage, output) with numbers that aren't finite; they are left out of the comparison.
     """
 
@@ -71,6 +72,7 @@ class Identity:
     precision: str = ""
     rounded: dict[str, float] = field(default_factory=dict)
     raised: list[str] = field(default_factory=list)
+    gradients: list[tuple[str, str, str]] = field(default_factory=list)
     infinite: list[tuple[str, str, str]] = field(default_factory=list)
 
     @property
@@ -85,7 +87,7 @@ class Identity:
 
     @property
     def as_told(self) -> bool:
-        """Whether it computes what it was told."""
+        """Whether it computes what it was told, the gradients left aside."""
         right = self.told in self.dialects and not self.nearest.candidate.changes
         return right and not (self.infinite or self.configured or self.extreme)
 
@@ -112,7 +114,11 @@ def separating(items: Sequence[Item], told: Mapping[str, Any], dtype: str) -> li
 
 
 class _Loose(Item):
-    """An item in a dtype that its case has no bounds for."""
+    """The outputs of an item in a dtype that its case has no bounds for."""
+
+    @property
+    def expected(self) -> dict[str, np.ndarray]:
+        return {k: v for k, v in super().expected.items() if not k.startswith("d/")}
 
     @property
     def bounds(self) -> dict[str, dict[str, float]]:
@@ -160,6 +166,8 @@ def identify(
     if not found.matches:
         found.rounded = precision.rounded(records, plain)
     elif told in found.dialects:
+        missed = [(r.item.case.id, r.stage, tensor) for r in records for tensor in r.gradients]
+        found.gradients = sorted(missed, key=lambda entry: STAGES.index(entry[1]))
         found.configured = configured(implementation, told, rows[told], items, dtype)
     found.precision = precision.words(records, found.nearest.candidate)
     return found

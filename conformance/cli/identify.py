@@ -31,6 +31,7 @@ def identify(
     from conformance.identify import FAMILIES, STAGES
     from conformance.identify import identify as run
     from conformance.identifying import words
+    from conformance.identifying.configured import FAMILY as BIG_EPS
     from conformance.interface import SetupError
 
     try:
@@ -46,7 +47,7 @@ def identify(
     fresh = [row for row in given if not row.published and not unclaimed(row, implementation.capabilities)]
     if fresh:
         choose = making(fresh).chosen
-        made = Workshop().cases(fresh, lambda row: choose(row, STAGES, [dtype], families=FAMILIES), jobs=2)
+        made = Workshop().cases(fresh, lambda row: choose(row, STAGES, [dtype], families=(*FAMILIES, BIG_EPS)), jobs=2)
         items += [i for c in made for i in c.items()]
     wrong = False
     for told in [row.name for row in given if dialect or not unclaimed(row, implementation.capabilities)]:

@@ -16,6 +16,7 @@ from conformance.identifying.forward import STAGES
 from conformance.identifying.ranking import Ranking
 from conformance.identifying.records import run
 
+FAMILY = "big-eps"
 NAMES = {"norm_eps": "the norm's eps", "eps": "Sinkhorn's eps", "pre_eps": "pre_eps", "post_eps": "post_eps"}
 
 
@@ -44,7 +45,7 @@ def configured(implementation: Any, told: str, row: Mapping[str, Any], items: Se
 def _sets_apart(item: Item, row: Mapping[str, Any], dtype: str) -> bool:
     case = item.case
     return (
-        (case.family, item.variant.x, item.variant.pure) == ("big-eps", dtype, False)
+        (case.family, item.variant.x, item.variant.pure) == (FAMILY, dtype, False)
         and item.stage in STAGES
         and all(case.parameters[k] == v for k, v in row.items() if k not in NAMES or k not in case.overrides)
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from conformance.cases import Item
-from conformance.compare import allowance
+from conformance.compare import GOOD, allowance, check_item
 from conformance.identifying.candidates import Candidate
 from conformance.identifying.forward import evaluate
 from conformance.interface import describe
@@ -28,6 +28,7 @@ class Record:
         given: inputs and weights in float64.
         bounds, scales: the bound of each of these outputs, and the largest of its true values.
         infinite: outputs with a number that isn't finite, where the true values are.
+        gradients: those that miss their bounds.
     """
 
     item: Item
@@ -36,6 +37,7 @@ class Record:
     bounds: dict[str, float] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
     infinite: list[str] = field(default_factory=list)
+    gradients: list[str] = field(default_factory=list)
 
     @property
     def stage(self) -> str:
@@ -72,7 +74,7 @@ def excess(item: Item, actual: np.ndarray, value: np.ndarray) -> float:
     return float(np.max(error, initial=0.0))
 
 
-def recorded(item: Item, outputs: dict[str, Any]) -> Record:
+def recorded(item: Item, outputs: Mapping[str, Any]) -> Record:
     """What of an implementation's outputs can be compared: arrays of the right shape."""
     record = Record(item, given={k: v.astype(np.float64) for k, v in item.inputs().items()})
     for tensor, expected in item.expected.items():
@@ -91,16 +93,21 @@ def recorded(item: Item, outputs: dict[str, Any]) -> Record:
 def run(implementation: Any, items: Sequence[Item]) -> tuple[list[Record], list[str]]:
     """What the implementation returned for each item that it claims, and a line for each that raised."""
     records, raised = [], []
+    claimed = implementation.capabilities
     for item in items:
-        if refusal(item, implementation.capabilities):
+        if refusal(item, claimed):
             continue
-        cotangents = item.cotangents() if implementation.capabilities.gradients else None
+        cotangents = item.cotangents() if claimed.gradients else None
         try:
-            outputs, _ = getattr(implementation, item.stage)(item.inputs(), item.config, cotangents)
+            outputs, gradients = getattr(implementation, item.stage)(item.inputs(), item.config, cotangents)
         except NotImplementedError:
             continue
         except Exception as error:
             raised.append(f"{item.case.id}, {item.stage}: {describe(error)}")
             continue
-        records.append(recorded(item, outputs if isinstance(outputs, Mapping) else {}))
+        record = recorded(item, outputs if isinstance(outputs, Mapping) else {})
+        if claimed.gradients and isinstance(gradients, Mapping):
+            checks = [check for check in check_item(item, {}, gradients, claimed) if check.tensor.startswith("d/")]
+            record.gradients = [check.tensor for check in checks if check.verdict not in GOOD]
+        records.append(record)
     return records, raised

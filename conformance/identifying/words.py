@@ -41,6 +41,10 @@ def lines(
         yield f"  but not where logits are so large that exp overflows or vanishes: {found.extreme}"
     if found.configured:
         yield f"  but where its configuration sets the eps apart (cases big-eps-*), {found.configured}"
+    if found.gradients:
+        case, stage, tensor = found.gradients[0]
+        count = f"{len(found.gradients)} miss their bounds, first {tensor} of {case}, {stage}"
+        yield f"  but its gradients are not this function's: {count}"
     yield from _by_stage(found)
     yield from _read(nearest.candidate)
     yield from _not_finite(found)

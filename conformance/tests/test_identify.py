@@ -63,7 +63,7 @@ def test_each_dialect_is_named_right(framework, told, dtype):
     # a few families are enough for jax, which compiles every shape
     chosen = [i for i in ITEMS if framework == "torch" or (i.case.family in FEW and i.case.parameters["streams"] == 4)]
     found = identify(getattr(module, name)(), told, ROWS, chosen, dtype)
-    assert found.as_told and found.raised == []
+    assert found.as_told and found.raised == [] and found.gradients == []
     assert found.nearest.candidate.words == told and found.nearest.ratio <= 1
     row = {**ROWS[told], "norm_weight": True}  # where there is no weight, rows with one aren't another function
     alike = [d for d in found.dialects if not same_layer({**ROWS[d], "norm_weight": True}, row)]
@@ -209,6 +209,12 @@ def test_numbers_that_are_not_finite_do_not_hide_the_rest():
     found, text = said(wrong("NoShift"), "deepseek-v4")
     assert not found.as_told and found.nearest.candidate.words == "deepseek-v4"
     assert "not finite" in text and "is the maximum subtracted before exp?" in text
+
+
+@pytest.mark.parametrize("mistake, tensor", [("LastIterationOnly", "d/logits"), ("AlphaFromOneRow", "alpha_scale")])
+def test_gradients_of_another_function_are_said(mistake, tensor):
+    found, text = said(wrong(mistake), "deepseek-v4")
+    assert found.as_told and "its gradients are not this function's" in text and tensor in text, text
 
 
 @pytest.mark.parametrize("mistake, told, sentence", [
