@@ -18,9 +18,11 @@ def identify(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of x.")] = "float32",
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="The five nearest candidates.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="The nearest candidates, and what would look the same.")
+    ] = False,
 ) -> None:
-    """Say which dialect an implementation computes, or the nearest one and what differs.
+    """Say which dialect an implementation computes, or the nearest one and what differs, stage by stage.
 
     Exit status: 0 it computes what it was told, 1 it computes something else, 2 usage, 3 it could not be set up.
     """

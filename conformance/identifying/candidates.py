@@ -44,6 +44,9 @@ DEPENDS: dict[tuple[str, str], tuple[str, ...]] = {
 }  # fmt: skip
 """What the value of each output of a stage depends on; its precision is another matter (`precision`)."""
 
+INHERITED = {"head_norm_eps": "norm_eps", "head_eps": "pre_eps"}
+"""What the head has of its own, unless it is None, and where it takes it from otherwise."""
+
 MATHEMATICS = (
     "norm_weight", "norm_eps", "norm_eps_position", "residual", "softmax", "order", "guard", "eps", "iterations",
     "logit_limit", "pre_eps", "post_scale", "post_eps", "mix", "pre_from",
@@ -107,9 +110,7 @@ class Functions:
 
     def key(self, p: Parameters) -> tuple[Any, ...]:
         """Equal for two functions that can't differ in what is known."""
-        inherited = {
-            of: p[layers] for of, layers in (("head_norm_eps", "norm_eps"), ("head_eps", "pre_eps")) if p[of] is None
-        }
+        inherited = {own: p[layers] for own, layers in INHERITED.items() if p[own] is None}
         return tuple({**p, **inherited}[name] for name in self.known)
 
     def of_rows(self) -> list[Candidate]:
@@ -200,23 +201,22 @@ def _of_sinkhorn(p: Parameters) -> Iterator[Change]:
         if guard != p["guard"] and not (p["softmax"] == "none" and guard in ("add", "softmax alone")):
             eps = 0.0 if guard == "none" else p["eps"] or 1e-6
             yield Change(f"{words}, not {GUARDS[p['guard']]}", {"guard": guard, "eps": eps})
-    for value in (
-        sorted({p["eps"] * factor for factor in (0.1, 10.0, 100.0)} | {1e-12, 1e-8, 1e-6, 1e-5}) if p["eps"] else ()
-    ):
+    near = {p["eps"] * factor for factor in (0.1, 10.0, 100.0)}
+    for value in sorted(near | {1e-12, 1e-8, 1e-6, 1e-5}) if p["eps"] else ():
         yield Change(f"eps {value:g}, not {p['eps']:g}", {"eps": value})
     if p["norm_eps"] and p["eps"]:
         yield Change(f"eps {p['norm_eps']:g}, the norm's, not {p['eps']:g}", {"eps": p["norm_eps"]})
-    for limit in {30.0, 50.0, None} - {p["logit_limit"]}:
-        words = "no limit of the logits" if limit is None else f"logits clipped to ±{limit:g}"
-        yield Change(words, {"logit_limit": limit})
+    yield Change("no limit of the logits", {"logit_limit": None})
+    for limit in (30.0, 50.0):
+        yield Change(f"logits clipped to ±{limit:g}", {"logit_limit": limit})
 
 
 def _of_matrix(p: Parameters) -> Iterator[Change]:
     if p["residual"] == "identity":
         return
-    yield Change("H transposed", {"H": "[j, i]", "mix": _OTHER_MIX[p["mix"]]})
-    yield Change("H transposed where it is made", {"H": "[j, i]"})
+    yield Change("H transposed", {"H": "[j, i]"})
     yield Change("H applied transposed", {"mix": _OTHER_MIX[p["mix"]]})
+    yield Change("H kept transposed, and applied so", {"H": "[j, i]", "mix": _OTHER_MIX[p["mix"]]})
     yield Change("H is the identity", {"H": "identity"})
     yield Change("H not applied: each stream keeps its own", {"mixed_by": "identity"})
     if p["residual"] == "sinkhorn":

@@ -86,16 +86,12 @@ class Ranking:
         best = answers[0].ratio
         return [*others, own] if best <= 1 or (best < NEAR and best * MUCH < own.ratio) else [own, *others]
 
-    def order_by(self, candidate: Candidate) -> list[Answer]:
-        """Puts the records first in which a candidate is farthest off, stacks last: they take the longest.
-
-        Returns the candidate's distance on each, in the new order.
-        """
-        each = [self.answer(candidate, [index]) for index in range(len(self.records))]
-        order = sorted(range(len(each)), key=lambda i: (self.records[i].stage == "stack", -each[i].ratio))
-        known = {(key, order.index(index)): value for (key, index), value in self._known.items()}
-        self.records, self._known = [self.records[i] for i in order], known
-        return [each[i] for i in order]
+    def order_by(self, candidate: Candidate) -> None:
+        """Puts the records first in which a candidate is farthest off, stacks last: they take the longest."""
+        each = [self.answer(candidate, [index]).ratio for index in range(len(self.records))]
+        order = sorted(range(len(each)), key=lambda i: (self.records[i].stage == "stack", -each[i]))
+        self._known = {(key, order.index(index)): value for (key, index), value in self._known.items()}
+        self.records = [self.records[i] for i in order]
 
     def unexplained(self, candidate: Candidate, indices: Iterable[int]) -> float:
         """How much a candidate leaves unexplained: orders of magnitude beyond the bound, summed over outputs."""
