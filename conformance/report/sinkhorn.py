@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from conformance.cases import Case
-from conformance.oracle import formulas
+from conformance.oracle import formulas, residual
 from conformance.oracle.floats import Quick
 
 
@@ -34,7 +34,7 @@ def convergence(case: Case) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = {"rows": [], "columns": [], "iterations": []}
     for count in range(1, case.parameters["iterations"] + 1):
-        H, _ = formulas.sinkhorn(logits, {**case.parameters, "iterations": count}, Quick())
+        H, _ = residual.sinkhorn(logits, {**case.parameters, "iterations": count}, Quick())
         found["rows"].append(float(np.abs(H.sum(-1) - 1).max()))
         found["columns"].append(float(np.abs(H.sum(-2) - 1).max()))
         found["iterations"].append(count)

@@ -111,13 +111,19 @@ def test_the_same_item_twice_is_refused(honest, tmp_path):
         read.merge([honest, copy])
 
 
-def test_convergence_is_that_of_rows_first():
-    picture = convergence(load_case(fixtures() / "golden" / "slowest-n4-paper.safetensors"))
+@pytest.mark.parametrize(
+    "row, last, other", [("transformer-engine", "columns", "rows"), ("paper-2", "rows", "columns")]
+)
+def test_convergence_ends_on_the_axis_that_the_row_normalises_last(row, last, other):
+    picture = convergence(load_case(fixtures() / "golden" / f"slowest-n4-{row}.safetensors"))
     assert picture is not None and len(picture["rows"]) == 20
-    assert picture["rows"][-1] > 1e-3 and max(picture["columns"]) < 1e-12
-    assert convergence(load_case(fixtures() / "golden" / "generic-n4-mhc-lite.safetensors")) is None
-    layer = convergence(load_case(fixtures() / "golden" / "shape-dim1-paper.safetensors"))
-    assert layer is not None and max(layer["columns"]) < 1e-12
+    assert picture[other][-1] > 1e-3 and max(picture[last]) < 1e-12
+    layer = convergence(load_case(fixtures() / "golden" / f"shape-dim1-{row}.safetensors"))
+    assert layer is not None and max(layer[last]) < 1e-12
+
+
+def test_a_case_without_sinkhorn_has_no_convergence():
+    assert convergence(load_case(fixtures() / "golden" / "generic-n4-mhc-lite-2.safetensors")) is None
 
 
 def test_a_mutant_table_of_another_corpus_is_refused(honest, tmp_path):
