@@ -219,6 +219,7 @@ def _of_matrix(p: Parameters) -> Iterator[Change]:
     yield Change("H kept transposed, and applied so", {"H": "[j, i]", "mix": _OTHER_MIX[p["mix"]]})
     yield Change("H is the identity", {"H": "identity"})
     yield Change("H not applied: each stream keeps its own", {"mixed_by": "identity"})
+    yield Change("H not applied in a layer, but in post", {"mixed_by": "identity in a layer"})
     if p["residual"] == "sinkhorn":
         yield Change("the residual logits transposed", {"logits": "[j, i]"})
         yield Change("b_res transposed", {"bias": "transposed"})
@@ -266,6 +267,7 @@ def _of_gates(p: Parameters) -> Iterator[Change]:
 
 def _of_layer(p: Parameters) -> Iterator[Change]:
     yield Change("no post gate: post is not applied", {"gated_by": "1"})
+    yield Change("no post gate in a layer, but in post", {"gated_by": "1 in a layer"})
     yield Change("no pre gate: reads the sum of the streams", {"reads": "sum"})
     yield Change("no pre gate: reads the mean of the streams", {"reads": "mean"})
     if p["pre_from"] == "own":

@@ -32,8 +32,8 @@ STRUCTURE: dict[str, Any] = {
     "passes": "as written",  # or "one more", "one less"
     "logits": "[i, j]",  # or "[j, i]"
     "H": "[i, j]",  # or "[j, i]", "identity"
-    "mixed_by": "H",  # or "identity"
-    "gated_by": "post",  # or "1"
+    "mixed_by": "H",  # or "identity", "identity in a layer"
+    "gated_by": "post",  # or "1", "1 in a layer"
     "reads": "pre",  # or "sum", "mean" of the streams
     "reads_alone": "own",  # or "stream 0": what a single pass reads with where nothing was carried to it
     "first_carried": "stream 0",  # or "all streams"
@@ -187,7 +187,8 @@ def layer(x: Array, weights: Arrays, carried: Array | None, p: Parameters) -> tu
     """out ``[..., n, C]`` of the test's own sub-layer, and the site's pre ``[..., n]``."""
     made = coefficients(x, weights, p)
     y = read(x, made["pre"], carried, p) * (weights["norm_scale"] * weights["branch_scale"])
-    return mix(y, x, made["post"], made["H"], p), made["pre"]
+    whole = {k: p[k].removesuffix(" in a layer") for k in ("mixed_by", "gated_by")}
+    return mix(y, x, made["post"], made["H"], {**p, **whole}), made["pre"]
 
 
 def reduce(x: Array, how: str, carried: Array | None, p: Parameters) -> Array:

@@ -95,8 +95,8 @@ def test_each_dialect_is_named_right(framework, told, dtype):
         ("NoLogitLimit", "xing-4", "no limit of the logits"),
         ("Transposed", "liger", "H transposed"),
         ("TransposedBias", "liger", "b_res transposed"),
-        ("NotMixed", "deepseek-v4", "H not applied: each stream keeps its own"),
-        ("NotGated", "deepseek-v4", "no post gate: post is not applied"),
+        ("NotApplied", "deepseek-v4", "H not applied: each stream keeps its own"),
+        ("NoPostGate", "deepseek-v4", "no post gate in a layer, but in post"),
         ("ReadsTheMean", "deepseek-v4", "no pre gate: reads the mean of the streams"),
         ("Swapped", "deepseek-v4", "pre and post swapped"),
         ("SwappedSlices", "deepseek-v4", "pre and post swapped in φ"),
@@ -166,7 +166,7 @@ def test_a_row_that_was_read_is_said_to_be():
 
 
 def test_the_stages_that_are_right_are_named():
-    _, text = said(wrong("NotMixed"), "deepseek-v4")
+    _, text = said(wrong("NotApplied"), "deepseek-v4")
     right = "residual_matrix, coefficients, pre, reduce, head: deepseek-v4; "
     assert f"stage by stage: {right}post, layer, stack: deepseek-v4, except: H not applied" in text
 
@@ -218,7 +218,7 @@ def test_gradients_of_another_function_are_said(mistake, tensor):
 
 
 @pytest.mark.parametrize("mistake, told, sentence", [
-    (("SinkhornsEpsInTheNorm",), "deepseek-v4", "the norm's eps is taken from Sinkhorn's eps"),
+    (("NormEpsOfSinkhorn",), "deepseek-v4", "the norm's eps is taken from Sinkhorn's eps"),
     (("HeadWithTheLayersEps",), "maxtext", "the head's norm eps is taken from the layer's"),
     (("NormEps", 1e-6), "deepseek-v4", "the norm's eps is 1e-06 whatever it is told"),
 ])  # fmt: skip
@@ -228,7 +228,7 @@ def test_a_configuration_that_is_not_followed_is_said(mistake, told, sentence):
 
 
 def test_the_eps_of_sinkhorn_in_the_norm_is_called_so():
-    _, text = said(wrong("SinkhornsEpsInTheNorm"), "glm-5")
+    _, text = said(wrong("NormEpsOfSinkhorn"), "glm-5")
     assert "norm_eps 1e-06, Sinkhorn's eps, not 1e-05" in text, text
 
 

@@ -30,28 +30,6 @@ class NormEps(Plain):
         return super().rms(flat, SimpleNamespace(**{**vars(c), "norm_eps": self.eps_of_norm}))
 
 
-class OnePlusW(Plain):
-    """Keeps the norm weight as its difference from 1."""
-
-    def scale(self, weights: Values, c: Any) -> Tensor | None:
-        w = super().scale(weights, c)
-        return None if w is None else 1 + w
-
-
-class NotMixed(Plain):
-    """Leaves each stream to itself."""
-
-    def mixed(self, H: Tensor, x: Tensor, c: Any) -> Tensor:
-        return x
-
-
-class NotGated(Plain):
-    """Adds y to every stream as it is."""
-
-    def post_mix(self, y: Tensor, x: Tensor, post: Tensor, H: Tensor, c: Any) -> Tensor:
-        return super().post_mix(y, x, post * 0 + 1, H, c)
-
-
 class Swapped(Plain):
     """Takes pre for post and post for pre, weights and all."""
 
@@ -76,13 +54,6 @@ class ReadsTheMean(Plain):
 
     def reads_with(self, pre: Tensor, given: Values, c: Any) -> Tensor:
         return pre * 0 + 1 / c.streams
-
-
-class SinkhornsEpsInTheNorm(Plain):
-    """Takes the norm's eps from Sinkhorn's, which most rows can't tell."""
-
-    def rms(self, flat: Tensor, c: Any) -> Tensor:
-        return super().rms(flat, SimpleNamespace(**{**vars(c), "norm_eps": c.eps}))
 
 
 class Computes(Plain):
