@@ -1,142 +1,45 @@
 """Which dialect does this code compute?
 
 The implementation runs once on the separating cases of the dialect that it is told to compute. What it returns is
-compared with the true values of every dialect that takes the same weights, and of the told dialect with one thing
-changed, on the same inputs.
+compared with every dialect that takes the same weights; where none matches, with each of these with one change, and
+with the told one with two (`identifying`). Where all that fails, each stage still has a nearest function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from conformance.cases import Item
-from conformance.compare import allowance
-from conformance.interface import describe
-from conformance.oracle.evaluate import evaluate
-from conformance.oracle.floats import Quick
-from conformance.runner import refusal
+from conformance.cases import Item, Variant
+from conformance.identifying import precision
+from conformance.identifying.candidates import Candidate, Functions, relevant, same_layer
+from conformance.identifying.configured import configured
+from conformance.identifying.forward import STAGES
+from conformance.identifying.ranking import NEAR, RANKED, Answer, Ranking
+from conformance.identifying.records import run
 
-FAMILIES = ("smoke", "generic", "slow", "slowest", "permutation", "wide", "eps-floor", "closed-gate", "tiny", "zero",
-            "cancel-branch", "initial")  # fmt: skip
-STAGES = ("residual_matrix", "coefficients", "pre", "post", "layer")
-MATHEMATICS = (
-    "norm_weight", "norm_eps", "norm_eps_position", "residual", "order", "guard", "eps", "iterations", "pre_eps",
-    "post_scale", "post_eps", "mix",
+__all__ = ["FAMILIES", "STAGES", "Identity", "identify", "same_layer", "separating"]
+
+FAMILIES = (
+    "smoke", "generic", "slow", "slowest", "permutation", "wide", "overflow", "eps-floor", "closed-gate", "tiny",
+    "zero", "cancel-branch", "initial", "head", "stack",
 )  # fmt: skip
-"""Parameters that change the true value of a layer; the others are its precision and the reduction."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A function that the implementation might compute.
-
-    Attributes:
-        dialect: the row of ``dialects.json`` that it starts from.
-        changes: what differs from that row, in words; empty for the row itself.
-    """
-
-    dialect: str
-    parameters: Mapping[str, Any]
-    changes: tuple[str, ...] = ()
-    transposed: bool = False
-
-    def __hash__(self) -> int:
-        return hash((self.dialect, self.changes))
-
-
-@dataclass
-class Answer:
-    """How near a candidate comes: the largest error as a fraction of the bound, and where."""
-
-    candidate: Candidate
-    ratio: float = 0.0
-    where: str = ""
-    by_tensor: dict[str, float] = field(default_factory=dict)
-
-    def add(self, item: Item, tensor: str, ratio: float) -> None:
-        self.by_tensor[tensor] = max(self.by_tensor.get(tensor, 0.0), ratio)
-        if ratio > self.ratio or not self.where:
-            self.ratio, self.where = ratio, f"{item.case.id}, {item.stage}, {tensor}"
-
-
-def candidates(told: str, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Candidate]:
-    """Every dialect with H as it is and transposed, and the told dialect with every single change."""
-    for name, row in rows.items():
-        yield Candidate(name, row)
-        if row["residual"] != "identity":
-            yield Candidate(name, row, ("H transposed",), True)
-    for changed, words in _changes(rows[told]):
-        yield Candidate(told, {**rows[told], **changed}, (words,))
-
-
-def _changes(row: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """One change at a time, and what it is in words."""
-    if row["residual"] == "sinkhorn":
-        yield from _sinkhorn_changes(row)
-    if row["norm_eps"]:
-        position = "root" if row["norm_eps_position"] == "mean" else "mean"
-        yield {"norm_eps_position": position}, f"norm eps added to the {position}"
-    for name, values in (
-        ("norm_eps", (0.0, 1e-5, 1e-6, 2.0**-23)), ("pre_eps", (0.0, 1e-6)), ("post_eps", (0.0, 1e-6)),
-        ("post_scale", (1.0, 2.0)),
-    ):  # fmt: skip
-        for value in values:
-            if value != row[name]:
-                yield {name: value}, f"{name} {value:g}, not {row[name]:g}"
-    if row["norm_weight"]:
-        yield {"norm_weight": False}, "the norm weight is ignored"
-
-
-def _sinkhorn_changes(row: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    other = "columns-first" if row["order"] == "rows-first" else "rows-first"
-    yield {"order": other}, f"order {other}, not {row['order']}"
-    n = row["iterations"]
-    for count in sorted({n - 1, n + 1, n // 2, 1} - {0, n}):
-        yield {"iterations": count}, f"{count} iterations, not {n}"
-    words = {"add": "eps added", "clip": "eps as a floor", "none": "no eps"}
-    for guard in words:
-        if guard != row["guard"]:
-            eps = 0.0 if guard == "none" else row["eps"] or 1e-6
-            yield {"guard": guard, "eps": eps}, f"{words[guard]}, not {words[row['guard']]}"
-    if row["eps"]:
-        for factor in (0.1, 10.0, 100.0):
-            yield {"eps": row["eps"] * factor}, f"eps {row['eps'] * factor:g}, not {row['eps']:g}"
-
-
-def expected(item: Item, candidate: Candidate) -> dict[str, np.ndarray]:
-    """float64 outputs of a candidate on the inputs of an item."""
-    case, stage = item.case, item.case.stages[item.stage]
-    parameters = {**candidate.parameters, **{k: case.parameters[k] for k in ("streams", "dim")}}
-    if candidate.transposed and item.stage == "layer":
-        parameters["mix"] = {"in-out": "out-in", "out-in": "in-out"}[parameters["mix"]]
-    ignored = () if parameters["norm_weight"] else ("mhc_norm.scale",)
-    given = {k: v.astype(np.float64) for k, v in item.inputs().items() if k not in ignored}
-    routed = ("load_balance_loss", "moe_bias_updates")
-    cotangents = {k: v.astype(np.float64) for k, v in item.cotangents().items() if k not in routed}
-    with np.errstate(all="ignore"):
-        found = evaluate(item.stage, given, cotangents, parameters, stage["options"], Quick())
-    outputs = {k: v for k, v in found.items() if "/" not in k}
-    if candidate.transposed and "H" in outputs:
-        outputs["H"] = np.swapaxes(outputs["H"], -1, -2)
-    return outputs
-
-
-def separates(item: Item, told: Mapping[str, Any]) -> bool:
-    """Whether an item is of a row itself, and tells dialects apart."""
-    return (
-        item.case.family in FAMILIES
-        and item.stage in STAGES
-        and all(item.case.parameters[name] == value for name, value in told.items())
-    )
-
-
-def fits(candidate: Candidate, told: Mapping[str, Any]) -> bool:
-    """Whether a candidate takes the weights of the dialect that the implementation was told."""
-    return candidate.parameters["residual"] == told["residual"]
+EXTREME = "overflow"
+"""The family whose logits are so large that float32's own range shows."""
+FAILING = 12
+"""Items, the worst ones, on which it is measured what a change explains."""
+OTHER_ROWS = 2
+"""Rows beside the told one of which two changes are tried."""
+CHUNK = 100
+"""Pairs of changes between two looks at the clock."""
+SECONDS = 8.0
+"""Time for pairs of changes."""
+LOOSE = 2.0**-12
+"""The bound of a stack in a dtype that the corpus has none in, as a fraction of the largest value."""
 
 
 @dataclass
@@ -145,17 +48,32 @@ class Identity:
 
     Attributes:
         told: the dialect that the implementation was told to compute.
-        answers: every candidate, nearest first.
+        answers: the nearest candidates, nearest first.
+        by_stage: of each stage that ran, the nearest candidate there.
         items: how many items ran.
+        known: what can be told of an implementation that claims these stages.
+        configured: where the told row matches, what of another configuration it doesn't follow, in words.
+        extreme: where logits are so large that the nearest function doesn't match any more, though it does elsewhere.
         precision: what the returned dtypes and errors say, in words.
         raised: a line for each item that raised instead.
+        rounded: where nothing matches, the rows that roundings alone may be the difference to, and the largest error
+            as a fraction of the largest value of an output.
+        gradients: where the told row matches, (case, stage, gradient) that miss their bounds, inner stages first.
+        infinite: (case, stage, output) with numbers that aren't finite; they are left out of the comparison.
     """
 
     told: str
     answers: list[Answer]
-    items: int
-    precision: str
-    raised: list[str]
+    by_stage: dict[str, Answer] = field(default_factory=dict)
+    items: int = 0
+    known: tuple[str, ...] = ()
+    configured: str = ""
+    extreme: str = ""
+    precision: str = ""
+    rounded: dict[str, float] = field(default_factory=dict)
+    raised: list[str] = field(default_factory=list)
+    gradients: list[tuple[str, str, str]] = field(default_factory=list)
+    infinite: list[tuple[str, str, str]] = field(default_factory=list)
 
     @property
     def matches(self) -> list[Answer]:
@@ -164,16 +82,63 @@ class Identity:
     @property
     def dialects(self) -> list[str]:
         """Dialects whose rows match as they are."""
-        return [a.candidate.dialect for a in self.matches if not a.candidate.changes]
+        rows = [a.candidate for a in self.matches if not a.candidate.changes]
+        return [name for candidate in rows for name in (candidate.dialect, *candidate.same)]
+
+    @property
+    def as_told(self) -> bool:
+        """Whether it computes what it was told, the gradients left aside."""
+        right = self.told in self.dialects and not self.nearest.candidate.changes
+        return right and not (self.infinite or self.configured or self.extreme)
 
     @property
     def nearest(self) -> Answer:
-        """The dialect that was told where it matches, else the nearest candidate."""
-        mine = [a for a in self.matches if a.candidate.dialect == self.told and not a.candidate.changes]
-        return (mine or self.matches or self.answers)[0]
+        """The simplest candidate that matches, the told dialect before all; else the nearest."""
+        return self.answers[0]
 
 
-def identify(implementation: Any, told: str, rows: Mapping[str, Mapping[str, Any]], items: Sequence[Item]) -> Identity:
+def separating(items: Sequence[Item], told: Mapping[str, Any], dtype: str) -> list[Item]:
+    """The items that are of a row itself and tell dialects apart; a stack in a wide dtype where its case has none."""
+    mine = [
+        item
+        for item in items
+        if item.case.family in FAMILIES
+        and item.stage in STAGES
+        and not item.variant.pure
+        and all(item.case.parameters[name] == value for name, value in told.items())
+    ]
+    found = [item for item in mine if item.variant.x == dtype]
+    if dtype in ("float32", "float64") and not any(item.stage == "stack" for item in found):
+        found += [_in_dtype(item, dtype) for item in mine if item.stage == "stack"][:1]
+    return found
+
+
+class _Loose(Item):
+    """The outputs of an item in a dtype that its case has no bounds for."""
+
+    @property
+    def expected(self) -> dict[str, np.ndarray]:
+        return {k: v for k, v in super().expected.items() if not k.startswith("d/")}
+
+    @property
+    def bounds(self) -> dict[str, dict[str, float]]:
+        return {k: {"bound": LOOSE * float(np.max(np.abs(v), initial=0.0))} for k, v in self.expected.items()}
+
+
+def _in_dtype(item: Item, dtype: str) -> Item:
+    wide = "float64" if dtype == "float64" else "float32"
+    contract = "float64" if dtype == "float64" else item.variant.contract
+    variant = Variant(f"{dtype}-{wide}", dtype, wide, contract, (item.stage,))
+    return _Loose(item.case, item.stage, variant)
+
+
+def identify(
+    implementation: Any,
+    told: str,
+    rows: Mapping[str, Mapping[str, Any]],
+    items: Sequence[Item],
+    dtype: str | None = None,
+) -> Identity:
     """Runs an implementation and compares it with every candidate.
 
     Args:
@@ -181,72 +146,93 @@ def identify(implementation: Any, told: str, rows: Mapping[str, Mapping[str, Any
         told: the row whose configuration, weights and cases it is handed.
         rows: all dialects' parameters, and those of the told one where it isn't published.
         items: what may be run; those that don't separate dialects, or that it doesn't claim, are left out.
+        dtype: of x; None for that of the first item.
     """
-    answers = {c: Answer(c) for c in candidates(told, rows) if fits(c, rows[told])}
-    ran, seen, raised = 0, _Precision(), []
-    for item in items:
-        if not separates(item, rows[told]) or refusal(item, implementation.capabilities):
-            continue
-        try:
-            outputs, _ = getattr(implementation, item.stage)(
-                item.inputs(), item.config, item.cotangents() if implementation.capabilities.gradients else None
-            )
-        except NotImplementedError:
-            continue
-        except Exception as error:
-            raised.append(f"{item.case.id}, {item.stage}: {describe(error)}")
-            continue
-        ran += 1
-        for answer in answers.values():
-            for tensor, value in expected(item, answer.candidate).items():
-                actual = outputs.get(tensor)
-                if isinstance(actual, np.ndarray) and actual.shape == value.shape:
-                    answer.add(item, tensor, distance(item, tensor, actual, value))
-        seen.look(item, outputs)
-    return Identity(
-        told, sorted(answers.values(), key=lambda a: (a.ratio, len(a.candidate.changes))), ran, seen.words(), raised
-    )
+    dtype = dtype or (items[0].variant.x if items else "float32")
+    records, raised = run(implementation, separating(items, rows[told], dtype))
+    found = Identity(told, [], items=len(records), raised=raised)
+    found.infinite = [(r.item.case.id, r.stage, tensor) for r in records for tensor in r.infinite]
+    records = [r for r in records if r.outputs]
+    if not records:
+        return found
+    found.known = relevant({(r.stage, tensor) for r in records for tensor in r.outputs})
+    same_weights = {name: p for name, p in rows.items() if p["residual"] == rows[told]["residual"]}
+    functions = Functions(told, same_weights, found.known)
+    plain = functions.of_rows()
+    extreme = [r for r in records if r.item.case.family == EXTREME]
+    records = [r for r in records if r.item.case.family != EXTREME] or extreme
+    _compare(found, functions, plain, Ranking(records))
+    _hold_to(found, Ranking(extreme))
+    if not found.matches:
+        found.rounded = precision.rounded(records, plain)
+    elif told in found.dialects:
+        missed = [(r.item.case.id, r.stage, tensor) for r in records for tensor in r.gradients]
+        found.gradients = sorted(missed, key=lambda entry: STAGES.index(entry[1]))
+        found.configured = configured(implementation, told, rows[told], items, dtype)
+    found.precision = precision.words(records, found.nearest.candidate)
+    return found
 
 
-class _Precision:
-    """Collects the dtype of the coefficients, and whether out is rounded once."""
-
-    def __init__(self) -> None:
-        self.coefficients: set[str] = set()
-        self.excess = 0.0
-        self.narrow = False
-
-    def look(self, item: Item, outputs: Mapping[str, Any]) -> None:
-        self.narrow |= item.variant.x in ("bfloat16", "float16")
-        self.coefficients |= {
-            str(outputs[k].dtype) for k in ("pre", "post", "H") if item.stage == "coefficients" and k in outputs
-        }
-        if item.stage == "post" and "out" in outputs:
-            value = item.expected["out"]
-            beyond = np.abs(outputs["out"].astype(np.float64) - value) - allowance(
-                outputs["out"].dtype, item.variant.contract, value, None
-            )
-            unit = 2.0**-24 * float(np.max(np.abs(value), initial=0.0)) or 1.0
-            self.excess = max(self.excess, float(np.max(beyond, initial=0.0)) / unit)
-
-    def words(self) -> str:
-        if not self.narrow:
-            return ""
-        kept = f"coefficients in {' and '.join(sorted(self.coefficients))}" if self.coefficients else ""
-        mixed = f"mixing {'in float32, rounded once' if self.excess < 64 else 'rounded before it is added'}"
-        return ", ".join(part for part in (kept, mixed) if part)
+def _compare(found: Identity, functions: Functions, plain: Sequence[Candidate], ranking: Ranking) -> None:
+    """Fills in the answers: rows and the told row's changes, then every row's changes, then pairs."""
+    told = plain[0]
+    ranking.order_by(told)
+    own, others = functions.by_weights(plain)
+    near = [*own, *functions.with_one_change([found.told]), *others]
+    every = near
+    found.answers = ranking.nearest(near)
+    if not found.matches:
+        every = [*near, *functions.with_one_change(c.dialect for c in plain[1:])]
+        found.answers = ranking.nearest(every)
+    if not found.matches:
+        found.answers = _best(_pairs(functions, ranking, plain), found.answers)[:RANKED]
+    if not found.matches:
+        found.answers = ranking.nearest_or(told, found.answers)
+    matched = [found.nearest.candidate] if found.matches else []
+    for stage in STAGES:
+        ran = [index for index, record in enumerate(ranking.records) if record.stage == stage]
+        if ran:
+            tried = [told, *matched] if matched else near if stage == "stack" else every
+            found.by_stage[stage] = ranking.nearest_or(told, ranking.nearest(tried, ran), ran)[0]
 
 
-def distance(item: Item, tensor: str, actual: np.ndarray, value: np.ndarray) -> float:
-    """Error beyond the last rounding, as a fraction of the bound of this tensor."""
-    error = np.abs(actual.astype(np.float64) - value) - allowance(actual.dtype, item.variant.contract, value, None)
-    largest = float(np.max(error, initial=0.0))
-    if not np.isfinite(largest):
-        return float("inf")
-    # a bound of 0 asks for equality; here the candidates are float64 themselves
-    return max(0.0, largest) / (item.bounds[tensor]["bound"] or 2.0**-50)
+def _hold_to(found: Identity, extreme: Ranking) -> None:
+    """Puts the matches first that hold for extreme logits too, and says where not even the first of them does.
+
+    Logits of 100 and more tell a limit of the logits. But what underflows in float32 doesn't in the float64 of the
+    candidates, and where the told row clips, its bound is too narrow for one that doesn't: a function that is right
+    otherwise is not given up for them.
+    """
+    each = [extreme.answer(answer.candidate, range(len(extreme.records))) for answer in found.matches]
+    if not each:
+        return
+    order = sorted(range(len(each)), key=lambda i: max(1.0, each[i].ratio))
+    found.answers[: len(each)] = [found.answers[i] for i in order]
+    first = each[order[0]]
+    if first.ratio > (NEAR if first.candidate.changes else 1):
+        found.extreme = first.where
 
 
-def same_layer(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two dialects compute the same function, whatever their precision and reduction."""
-    return all(a[k] == b[k] for k in MATHEMATICS)
+def _best(*lists: list[Answer]) -> list[Answer]:
+    """Answers of several rankings, nearest first; of those that match, an earlier list's come first."""
+    return sorted((answer for answers in lists for answer in answers), key=lambda a: max(1.0, a.ratio))
+
+
+def _pairs(functions: Functions, ranking: Ranking, plain: Sequence[Candidate]) -> list[Answer]:
+    """The nearest functions with two changes, of the told row and of those that explain the most, up to a match.
+
+    A row's changes are paired in the order of how much each of them explains.
+    """
+    ends, answers = time.monotonic() + SECONDS, []
+    failing = [i for i, record in enumerate(ranking.records) if record.stage != "stack"][:FAILING] or [0]
+    others = sorted(plain[1:], key=lambda candidate: ranking.unexplained(candidate, failing))
+    for row in [plain[0].dialect, *(candidate.dialect for candidate in others[:OTHER_ROWS])]:
+        explained = [(ranking.unexplained(functions.changed(row, c), failing), c) for c in functions.changes(row)]
+        changes = [change for _, change in sorted(explained, key=lambda entry: entry[0])]
+        pairs = functions.with_two_changes(row, changes)
+        while pairs and time.monotonic() < ends:
+            chunk, pairs = pairs[:CHUNK], pairs[CHUNK:]
+            answers = _best(answers, ranking.nearest(chunk))[:RANKED]
+            if answers[0].ratio <= 1:
+                return answers
+    return answers

@@ -18,9 +18,11 @@ def identify(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of x.")] = "float32",
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="The five nearest candidates.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="The nearest candidates, and what would look the same.")
+    ] = False,
 ) -> None:
-    """Say which dialect an implementation computes, or the nearest one and what differs.
+    """Say which dialect an implementation computes, or the nearest one and what differs, stage by stage.
 
     Exit status: 0 it computes what it was told, 1 it computes something else, 2 usage, 3 it could not be set up.
     """
@@ -28,8 +30,10 @@ def identify(
     from conformance.cases import DTYPES, CaseError
     from conformance.corpus import load_corpus
     from conformance.dialects import dialect_names, dialect_rows, unclaimed
-    from conformance.identify import FAMILIES, STAGES, same_layer
+    from conformance.identify import FAMILIES, STAGES
     from conformance.identify import identify as run
+    from conformance.identifying import words
+    from conformance.identifying.configured import FAMILY as BIG_EPS
     from conformance.interface import SetupError
 
     try:
@@ -37,7 +41,7 @@ def identify(
         rows = {**dialect_rows(), **{row.name: dict(row.parameters) for row in given}}
         known_names("dtype", [dtype], list(DTYPES))
         implementation = registry.load(impl, time_limit)
-        items = [i for c in load_corpus() for i in c.items() if i.variant.x == dtype and not i.variant.pure]
+        items = [i for c in load_corpus() for i in c.items()]
     except CaseError as error:
         stop(str(error), USAGE)
     except SetupError as error:
@@ -45,35 +49,17 @@ def identify(
     fresh = [row for row in given if not row.published and not unclaimed(row, implementation.capabilities)]
     if fresh:
         choose = making(fresh).chosen
-        made = Workshop().cases(fresh, lambda row: choose(row, STAGES, [dtype], families=FAMILIES), jobs=2)
-        items += [i for c in made for i in c.items() if not i.variant.pure]
+        made = Workshop().cases(fresh, lambda row: choose(row, STAGES, [dtype], families=(*FAMILIES, BIG_EPS)), jobs=2)
+        items += [i for c in made for i in c.items()]
     wrong = False
     for told in [row.name for row in given if dialect or not unclaimed(row, implementation.capabilities)]:
-        found = run(implementation, told, rows, items)
+        found = run(implementation, told, rows, items, dtype)
         for line in found.raised[:3]:
             typer.echo(f"{implementation.name}, told {told}, {dtype}: raised in {line}")
         if not found.items:
             stop(f"{implementation.name} claims, or answers, none of the separating cases of {told} in {dtype}", USAGE)
-        nearest = found.nearest
-        name = " with ".join((nearest.candidate.dialect, *nearest.candidate.changes))
-        verb = "computes" if nearest.ratio <= 1 else "computes none of the dialects; nearest"
-        typer.echo(
-            f"{implementation.name}, told {told}, {dtype}: {verb} {name} "
-            f"({nearest.ratio:.3g} of the bound, {found.items} items)"
-        )
-        same = [d for d in found.dialects if d != told and same_layer(rows[d], rows[told])]
-        if nearest.ratio <= 1 and same and not nearest.candidate.changes:
-            typer.echo(f"  the same layer, in another precision or with another reduction: {', '.join(same)}")
-        if nearest.candidate.changes:
-            typer.echo(f"  differs from {nearest.candidate.dialect}: {'; '.join(nearest.candidate.changes)}")
-        alike = [a.candidate for a in found.matches if a is not nearest and a.candidate.dialect not in same]
-        if alike:
-            names = [" with ".join((c.dialect, *c.changes)) for c in alike]
-            typer.echo(f"  not told apart by what it claims: {'; '.join(names)}")
-        if found.precision:
-            typer.echo(f"  precision: {found.precision}")
-        for answer in found.answers[:5] if verbose else ():
-            label = " with ".join((answer.candidate.dialect, *answer.candidate.changes))
-            typer.echo(f"    {answer.ratio:9.3g}  {label} ({answer.where})")
-        wrong |= told not in found.dialects
-    raise typer.Exit(FAILED if wrong else 0)
+        for line in words.lines(implementation.name, dtype, found, rows, verbose):
+            typer.echo(line)
+        wrong = wrong or not found.as_told
+    if wrong:
+        raise typer.Exit(FAILED)

@@ -1,0 +1,246 @@
+"""The forward layer in float64, with the mistakes that people make in it.
+
+Every step obeys the parameters of a dialect and those of `STRUCTURE`, whose defaults are the layer as it should be.
+The oracle's formulas have no place for a mistake, and evaluate the gradients with every value; this is the value alone,
+in plain NumPy. A test holds it to the true values of the corpus.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from conformance.oracle.residual import AXES, axes, passes
+from conformance.stages import PROJECTIONS
+
+Array = np.ndarray
+Arrays = Mapping[str, np.ndarray]
+Parameters = Mapping[str, Any]
+
+STRUCTURE: dict[str, Any] = {
+    "norm_over": "token",  # or "stream", "nothing"
+    "norm_scale": "w",  # or "1 + w"
+    "flattening": "streams, dim",  # or "dim, streams"
+    "alpha": "once",  # or "on the bias too", "on the layer's bias too", "never"
+    "bias": "added",  # or "never", "transposed"
+    "slices": "pre, post",  # or "post, pre" of h, or of "all weights"
+    "post_gate": "sigmoid",  # or "1"
+    "start": "softmax",  # or "other axis": along the other axis, with the passes of the right one
+    "passes": "as written",  # or "one more", "one less"
+    "logits": "[i, j]",  # or "[j, i]"
+    "H": "[i, j]",  # or "[j, i]", "identity"
+    "mixed_by": "H",  # or "identity", "identity in a layer"
+    "gated_by": "post",  # or "1", "1 in a layer"
+    "reads": "pre",  # or "sum", "mean" of the streams
+    "reads_alone": "own",  # or "stream 0": what a single pass reads with where nothing was carried to it
+    "first_carried": "stream 0",  # or "all streams"
+    "reduces": "as told",  # or "sum", "mean", "other", "carried"
+    "head_eps": None,  # or what is added to the head's gates, where it isn't pre_eps
+}
+"""What a layer does beside the parameters of its dialect."""
+
+
+def evaluate(stage: str, given: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
+    """The outputs of one stage.
+
+    Args:
+        given: inputs and weights in float64, under their names, weights flat.
+        p: the parameters of a dialect with streams and dim, and all of `STRUCTURE`.
+        options: the stage's.
+    """
+    with np.errstate(all="ignore"):
+        return _STAGES[stage](given, p, options)
+
+
+# Norm and projection
+
+
+def normalise(x: Array, w: Array | None, p: Parameters) -> Array:
+    """``[..., n, C]`` to ``[..., n*C]``."""
+    if p["norm_over"] != "nothing":
+        over = (-1,) if p["norm_over"] == "stream" else (-2, -1)
+        mean = np.mean(x * x, axis=over, keepdims=True)
+        inside = p["norm_eps_position"] == "mean"
+        x = x / (np.sqrt(mean + p["norm_eps"]) if inside else np.sqrt(mean) + p["norm_eps"])
+    if p["flattening"] == "dim, streams":
+        x = np.swapaxes(x, -1, -2)  # [..., C, n]
+    flat = x.reshape(*x.shape[:-2], -1)  # [..., n*C]
+    if w is None or not p["norm_weight"]:
+        return flat
+    return flat * (1 + w if p["norm_scale"] == "1 + w" else w)
+
+
+def sigmoid(z: Array) -> Array:
+    e = np.exp(-np.abs(z))
+    return np.where(z >= 0, 1, e) / (1 + e)
+
+
+def logits(kind: str, normed: Array, weights: Arrays, p: Parameters) -> Array:
+    """``α h + b`` of one projection, ``[..., m]``."""
+    other = {"pre": "post", "post": "pre", "res": "res"}[kind]
+    own = other if p["slices"] == "all weights" else kind
+    h = normed @ weights[f"{kind if p['slices'] == 'pre, post' else other}_alpha"]
+    scale, bias = weights[f"{own}_alpha_scale"], weights[f"{own}_beta"]
+    bias = (bias.T if p["bias"] == "transposed" else bias).reshape(-1)
+    bias = scale * bias if p["alpha"] in ("on the bias too", "on the layer's bias too") else bias
+    return (h if p["alpha"] == "never" else scale * h) + (0 if p["bias"] == "never" else bias)
+
+
+def coefficients(x: Array, weights: Arrays, p: Parameters) -> dict[str, Array]:
+    """pre ``[..., n]``, post ``[..., n]`` and H ``[..., n, n]``."""
+    n = x.shape[-2]
+    normed = normalise(x, weights.get("mhc_norm.scale"), p)
+    z = {k: logits(k, normed, weights, p) for k in PROJECTIONS if f"{k}_alpha" in weights}
+    post = np.ones_like(z["post"]) if p["post_gate"] == "1" else p["post_scale"] * sigmoid(z["post"]) + p["post_eps"]
+    found = {"pre": sigmoid(z["pre"]) + p["pre_eps"], "post": post}
+    if "res" not in z:
+        return {**found, "H": np.broadcast_to(np.eye(n), (*x.shape[:-2], n, n))}
+    shape = z["res"].shape if p["residual"] == "permutations" else (*x.shape[:-2], n, n)
+    return {**found, "H": matrix(z["res"].reshape(shape), p)}
+
+
+# The residual matrix
+
+
+def matrix(z: Array, p: Parameters) -> Array:
+    """H ``[..., n, n]`` of its logits ``[..., n, n]`` (``[..., n!]`` for permutations)."""
+    if p["H"] == "identity":
+        n = p["streams"]
+        lead = z.shape[: -1 if p["residual"] == "permutations" else -2]
+        return np.broadcast_to(np.eye(n), (*lead, n, n))
+    if p["residual"] == "permutations":
+        H = _permutations(z, p["streams"])
+    else:
+        H = _sinkhorn(np.swapaxes(z, -1, -2) if p["logits"] == "[j, i]" else z, p)
+    return np.swapaxes(H, -1, -2) if p["H"] == "[j, i]" else H
+
+
+def _softmax(z: Array, axis: int) -> Array:
+    e = np.exp(z - z.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def _permutations(z: Array, n: int) -> Array:
+    tables = np.eye(n)[list(itertools.permutations(range(n)))]  # [n!, n, n]
+    return np.tensordot(_softmax(z, -1), tables, 1)
+
+
+def _sinkhorn(z: Array, p: Parameters) -> Array:
+    guard, eps = p["guard"], p["eps"]
+    if p["logit_limit"] is not None:
+        z = np.clip(z, -p["logit_limit"], p["logit_limit"])
+    if p["softmax"] == "none":
+        P = np.exp(z - z.max(axes(p)[0], keepdims=True))
+    else:
+        axis = AXES[p["softmax"]]
+        P = _softmax(z, -3 - axis if p["start"] == "other axis" else axis)
+        P = P + eps if guard in ("add", "softmax alone") else P
+    for axis in _passes(p):
+        total = P.sum(axis, keepdims=True)
+        if guard in ("add", "denominator"):
+            total = total + eps
+        P = P / (np.maximum(total, eps) if guard == "clip" else total)
+    return P
+
+
+def _passes(p: Parameters) -> list[int]:
+    """The axes of the passes after the start."""
+    written, first = passes(p), axes(p)[0]
+    return {
+        "as written": written,
+        "one more": [*written, first],
+        "one less": written[:-1],
+    }[p["passes"]]
+
+
+# The layer
+
+
+def read(x: Array, own: Array, carried: Array | None, p: Parameters) -> Array:
+    """u ``[..., C]``: the streams, weighed by the site's own pre or by the one that was carried to it."""
+    if p["reads"] != "pre":
+        return np.mean(x, -2) if p["reads"] == "mean" else np.sum(x, -2)
+    gates = own
+    if p["pre_from"] == "previous":
+        gates = carried if carried is not None else one_hot(x) if p["reads_alone"] == "stream 0" else own
+    return np.sum(gates[..., None] * x, -2)
+
+
+def one_hot(x: Array) -> Array:
+    """``[..., n]``: 1 for stream 0."""
+    return np.broadcast_to(np.eye(x.shape[-2])[0], x.shape[:-1])
+
+
+def mix(y: Array, x: Array, post: Array, H: Array, p: Parameters) -> Array:
+    """out ``[..., n, C]``."""
+    gated = y[..., None, :] * (1 if p["gated_by"] == "1" else post[..., None])
+    if p["mix"] == "identity" or p["mixed_by"] == "identity":
+        return gated + x
+    by_output = np.swapaxes(H, -1, -2) if p["mix"] == "in-out" else H  # [..., output, input]
+    return gated + by_output @ x
+
+
+def layer(x: Array, weights: Arrays, carried: Array | None, p: Parameters) -> tuple[Array, Array]:
+    """out ``[..., n, C]`` of the test's own sub-layer, and the site's pre ``[..., n]``."""
+    made = coefficients(x, weights, p)
+    y = read(x, made["pre"], carried, p) * (weights["norm_scale"] * weights["branch_scale"])
+    whole = {k: p[k].removesuffix(" in a layer") for k in ("mixed_by", "gated_by")}
+    return mix(y, x, made["post"], made["H"], {**p, **whole}), made["pre"]
+
+
+def reduce(x: Array, how: str, carried: Array | None, p: Parameters) -> Array:
+    """``[..., C]`` of ``[..., n, C]``; x itself for how = "none"."""
+    if how == "none":
+        return x
+    wanted = {"as told": how, "other": {"sum": "mean", "mean": "sum"}.get(how, how)}.get(p["reduces"], p["reduces"])
+    if wanted == "carried" and carried is not None:
+        return np.sum(carried[..., None] * x, -2)
+    return np.mean(x, -2) if wanted == "mean" else np.sum(x, -2)
+
+
+def _layer(given: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
+    out, own = layer(given["x"], given, given.get("carried"), p)
+    return {"out": out, "pre": own}
+
+
+def _stack(given: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
+    embedding, shared = given["embedding"], ("embedding", "norm_scale", "branch_scale")
+    x = np.repeat(embedding[..., None, :], p["streams"], -2)  # [..., n, C]
+    carried = np.ones(x.shape[:-1]) if p["first_carried"] == "all streams" else one_hot(x)
+    for index in range(options["layers"]):
+        weights = {k: v if k in shared else v[index] for k, v in given.items()}
+        x, carried = layer(x, weights, carried, p)
+    return {"out": reduce(x, options["reduce"], carried, p)}
+
+
+def _head(given: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
+    x = given["x"]
+    eps = p["norm_eps"] if p["head_norm_eps"] is None else p["head_norm_eps"]
+    normed = normalise(x, None, {**p, "norm_eps": eps})
+    scale, bias = given["head_scale"], given["head_base"]
+    bias = scale * bias if p["alpha"] == "on the bias too" else bias
+    gates = sigmoid(scale * (normed @ given["head_fn"]) + bias) + (
+        p["pre_eps"] if p["head_eps"] is None else p["head_eps"]
+    )
+    return {"out": np.sum(gates[..., None] * x, -2)}
+
+
+def _pre(given: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
+    own = coefficients(given["x"], {k: v for k, v in given.items() if not k.startswith("res_")}, p)["pre"]
+    return {"u": read(given["x"], own, given.get("carried"), p), "pre": own}
+
+
+_STAGES: dict[str, Callable[[Arrays, Parameters, Mapping[str, Any]], dict[str, Array]]] = {
+    "residual_matrix": lambda given, p, _: {"H": matrix(given["logits"], p)},
+    "coefficients": lambda given, p, _: coefficients(given["x"], given, p),
+    "pre": _pre,
+    "post": lambda given, p, _: {"out": mix(given["y"], given["x"], given["post"], given["H"], p)},
+    "layer": _layer,
+    "stack": _stack,
+    "reduce": lambda given, p, options: {"out": reduce(given["x"], options["how"], given.get("carried"), p)},
+    "head": _head,
+}
+STAGES = tuple(_STAGES)
