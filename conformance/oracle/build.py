@@ -123,7 +123,8 @@ def layer_weights(wish: Wish, p: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _vary(wish: Wish, name: str, value: np.ndarray, index: int) -> np.ndarray:
     """The weights of layer ``index``: the same scales, other numbers."""
-    if name.endswith("_alpha_scale") or name == "mhc_norm.scale":
+    alike = name in wish.weights and np.ndim(wish.weights[name]) == 0  # one number, asked for in every layer
+    if name.endswith("_alpha_scale") or name == "mhc_norm.scale" or alike:
         return value
     noise = data.normal(f"{wish.id}/{name}/{index}", value.shape)
     spread = float(np.sqrt(np.mean(np.square(value.astype(np.float64))))) if value.size else 0.0

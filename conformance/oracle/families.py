@@ -203,6 +203,11 @@ def _activations(name: str, p: dict[str, Any]) -> Iterator[Wish]:
                    "" if bias == 18 else str(bias), stages=["pre", *_reductions(p)[1:]],
                    variants=CORE if bias == 18 else CORE[:3],
                    weights={"pre_beta": -float(bias), "head_base": np.full(4, -float(bias))})  # fmt: skip
+    for bias in (18, 17, 20) if p["pre_from"] == "previous" else ():
+        # What a site hands on is judged on the scale of an open gate; the sum that it weights shows all of it.
+        yield Wish("closed-gate", f"pre bias -{bias}, handed on: only pre_eps is left", "Single pass", name,
+                   f"carried-{bias}", stages=[("stack", {"layers": 1, "reduce": "carried"})], layers=1,
+                   weights={"pre_beta": -float(bias)})  # fmt: skip
     for bias in (18, 17, 20) if p["post_eps"] else (18,):
         # y is 2^8 times u, so that 1e-6 of it can be told from x
         yield Wish("closed-gate", f"post bias -{bias}: only post_eps is left", "Forward", name, f"post-{bias}",
