@@ -1,4 +1,7 @@
-"""The status page: families, stages and dtypes that the corpus covers, and clauses that have no case."""
+"""The status page: families, stages and dtypes that the corpus covers, and clauses that have no case.
+
+Beside it stands the table of what each row rests on, which the README shows.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Iterable
 
 from conformance.cases import DTYPES, Case
 from conformance.corpus import corpus_hash
+from conformance.dialects import dialect_names, evidence
 from conformance.stages import STAGES
 
 CLAUSES = {
@@ -60,4 +64,14 @@ def status(cases: Iterable[Case]) -> str:
         lines.append(f"| {clause} | {about} | {by_clause[clause] or '**none**'} |")
     for clause in sorted(set(by_clause) - set(CLAUSES)):
         lines.append(f"| {clause} | not a section that is known here | {by_clause[clause]} |")
+    return "\n".join(lines) + "\n"
+
+
+def grounds() -> str:
+    """A Markdown table of the rows: the software that ran under each, or what was read of it and when."""
+    lines = ["| row | software that was run as it is | what was read, and when |", "|---|---|---|"]
+    for name in dialect_names():
+        found = evidence(name)
+        read = f"{found['read']} ({found['date']})" if "read" in found else "-"
+        lines.append(f"| `{name}` | {found.get('ran', '**read**')} | {read} |")
     return "\n".join(lines) + "\n"

@@ -15,24 +15,25 @@ from conformance.interface import Arrays, Capabilities, Result
 from conformance.registry import version_of
 
 
-def _capabilities(packages: tuple[str, ...], overrides: set[str]) -> Capabilities:
+def _capabilities(packages: tuple[str, ...], dialect: str) -> Capabilities:
+    """The claims of a Sinkhorn without a guard: ``paper`` has it columns first, ``transformer-engine`` rows first."""
     return Capabilities(
         stages=frozenset({"residual_matrix"}),
-        dialects=frozenset({"paper"}),
+        dialects=frozenset({dialect}),
         dtypes=frozenset({"float32"}),
-        overrides=frozenset(overrides),
+        overrides=frozenset({"iterations"}),
         description=", ".join(f"{p} {version_of(p)}" for p in packages),
     )
 
 
 class HyperConnections:
-    """Its direct form and its logarithms; both normalise columns first, whatever the configuration says."""
+    """Its direct form and its logarithms; both normalise columns first and end on rows, as the paper's Eq. 9 does."""
 
     def __init__(self, name: str, function: str):
         self.name = name
         module = importlib.import_module("hyper_connections.manifold_constrained_hyper_connections")
         self._function = getattr(module, function)
-        self.capabilities = _capabilities(("hyper-connections", "torch"), {"iterations", "order"})
+        self.capabilities = _capabilities(("hyper-connections", "torch"), "paper")
 
     def residual_matrix(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         from conformance.adapters.torch_gradients import vector_jacobian
@@ -43,7 +44,7 @@ class HyperConnections:
 
 
 class Mlx:
-    """A function of one matrix on mlx's CPU backend, called token by token.
+    """A function of one matrix on mlx's CPU backend, called token by token; it normalises rows first.
 
     Args:
         function: maps (logits ``[n, n]``, iterations) to H.
@@ -51,7 +52,7 @@ class Mlx:
 
     def __init__(self, name: str, packages: tuple[str, ...], function: Callable[[Any, int], Any]):
         self.name, self._function = name, function
-        self.capabilities = _capabilities(packages, {"iterations"})
+        self.capabilities = _capabilities(packages, "transformer-engine")
 
     def residual_matrix(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         import mlx.core as mx  # pyright: ignore[reportMissingImports]

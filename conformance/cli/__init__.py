@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from conformance.cli import bitwise, compare, fixtures, identify, inspect, port, power, report, run, status, verdicts
+from conformance.cli import (
+    bitwise,
+    compare,
+    fixtures,
+    identify,
+    inspect,
+    peers,
+    port,
+    power,
+    report,
+    run,
+    status,
+    verdicts,
+)
 from conformance.cli.app import app
 
 __all__ = [
@@ -12,6 +25,7 @@ __all__ = [
     "identify",
     "inspect",
     "main",
+    "peers",
     "port",
     "power",
     "report",

@@ -13,18 +13,27 @@ from conformance.cli.app import USAGE, app, stop
 @app.command()
 def status(
     write: Annotated[Path | None, typer.Option(help="Write the page to this file instead of printing it.")] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="Put the table of what each row rests on between the rows markers of this Markdown file."),
+    ] = None,
 ) -> None:
     """What the corpus covers: families by stage and dtype, and clauses of the specification without a case."""
-    from conformance import atomic
+    from conformance import atomic, document
     from conformance.cases import CaseError
     from conformance.corpus import load_corpus
+    from conformance.status import grounds
     from conformance.status import status as page
 
     try:
+        if rows:
+            document.rewrite(rows, "rows", grounds())
+            if not write:
+                return
         text = page(load_corpus())
         if write:
             atomic.write(write, text)
         else:
             typer.echo(text, nl=False)
-    except (CaseError, OSError) as error:
+    except (CaseError, OSError, ValueError) as error:
         stop(str(error), USAGE)

@@ -22,6 +22,8 @@ F32_BF16 = (*F32, *BF16)
 EVERY_CONTRACT = ("paper", "maxtext", "deepseek-v4-transformers", "megatron", "deepseek-v4.1")
 MANY_STREAMS = {6: ("deepseek-v4", "maxtext-v1"), 7: ("paper",), 12: ("deepseek-v4.1",), 16: ("deepseek-v4",)}
 """Numbers of streams beyond those that every dialect has, and where."""
+EVERY_DTYPE = ("norm-weight", "softmax-columns", "softmax-rows", "eps-apart")
+"""Labels of parameters that are seen in narrow dtypes nowhere else."""
 QUICK_SMOKE = ("paper", "glm-5", "megatron", "mhc-lite", "hunyuan-v4")
 QUICK_GENERIC = ("maxtext", "deepseek-v4-transformers")
 MATRIX = ("residual_matrix", "coefficients")
@@ -252,6 +254,17 @@ def _plumbing(name: str, p: dict[str, Any]) -> Iterator[Wish]:
                layers=24, lead=(1, 3), variants=F32_BF16 if name in EVERY_CONTRACT else BF16,
                weights={"pre_alpha_scale": 0.125, "post_alpha_scale": -0.125, "res_alpha_scale": 0.25},
                tensors={"branch_scale": data.powers_of_two(f"stack/{name}", (8,), -5, -3)})  # fmt: skip
+    if p["pre_from"] == "previous":
+        yield from _short_stacks(name)
+
+
+def _short_stacks(name: str) -> Iterator[Wish]:
+    """A few single-pass sites: where the first one reads, and the gradient through the carried pre, in every dtype."""
+    for layers in (1, 2, 3):
+        yield Wish("stack", "a chain of sites, each reading with the pre of the one before", "Single pass", name,
+                   f"{layers}-sites", stages=[("stack", {"layers": layers, "reduce": "carried"})], layers=layers,
+                   weights={"pre_alpha_scale": 0.5, "post_alpha_scale": -0.5, "res_alpha_scale": 1.0},
+                   tensors={"branch_scale": data.powers_of_two(f"stack/{layers}/{name}", (8,), -3, 0)})  # fmt: skip
 
 
 def _cancel_branch(name: str, p: dict[str, Any]) -> Wish:
@@ -332,8 +345,13 @@ def _other_parameters() -> Iterator[Wish]:
         ("maxtext-v1", "one-iteration", {"iterations": 1}),
         ("xing-4", "two-iterations", {"iterations": 2}),
         ("deepseek-v4", "softmax-columns", {"softmax": "columns"}),
+        ("liger", "softmax-columns", {"softmax": "columns"}),
+        ("paper", "softmax-rows", {"softmax": "rows"}),
         ("deepseek-v4", "single-pass", SINGLE_PASS),
-        ("liger", "denominator", {"guard": "denominator", "eps": 0.03125, "logit_limit": 2.5}),
+        ("liger", "denominator", {"guard": "denominator", "eps": 0.03125, "logit_limit": 2.5078125}),
+        ("deepseek-v4", "eps-apart", {"norm_eps": 0.0625}),
+        ("liger", "eps-apart", {"norm_eps": 0.0625}),
+        ("transformer-engine", "eps-apart", {"norm_eps": 0.0625}),
         ("transformer-engine", "norm-weight", {"norm_weight": True, "pre_eps": 0.125, "post_eps": 0.0625}),
         ("paper", "norm-weight", {"norm_weight": True}),
         ("deepseek-v4", "norm-weight", {"norm_weight": True}),
@@ -342,7 +360,7 @@ def _other_parameters() -> Iterator[Wish]:
     for name, label, overrides in combinations:
         yield Wish("parameters", "a combination that no dialect has", "Dialects", name, label,
                    stages=stages, overrides=overrides, only={"layer": F32},
-                   variants=(*F32, *NARROW) if label == "norm-weight" else F32_BF16)  # fmt: skip
+                   variants=(*F32, *NARROW) if label in EVERY_DTYPE else F32_BF16)  # fmt: skip
     yield from _seen_in_every_dtype()
     for name in ("paper", "deepseek-v4"):
         turned = np.transpose if name == "paper" else np.array

@@ -42,7 +42,7 @@ def softmax(logits: Array, axis: int, A: Any):
     shifted = logits - A.maximum_along(logits, axis)
     e = A.exp(shifted)
     total = np.expand_dims(A.sum(e, axis), axis)
-    q = A.exp(shifted - A.log(total)) if A.style.log_domain else e / total
+    q = A.round_matrix(A.exp(shifted - A.log(total)) if A.style.log_domain else e / total)
 
     def pullback(g):
         if logits.shape[axis] == 1:  # one entry is always 1, exactly: no ball around 0
@@ -112,7 +112,6 @@ def _start(logits: Array, p: Parameters, A: Any):
         return value, level, lambda g: shift_pullback(A.round_matrix(g * value))
     axis = AXES[p["softmax"]]
     q, softmax_pullback = softmax(logits, axis, A)
-    q = A.round_matrix(q)
     value = A.round_matrix(q + A.constant(p["eps"])) if p["guard"] == "add" else q
     return value, None, lambda g: A.round_matrix(softmax_pullback(g))
 
@@ -138,9 +137,10 @@ def _on_values(logits: Array, p: Parameters, A: Any):
     def pullback(g):
         for axis, after, denominator, active in reversed(steps):
             if A.separates:  # as differentiating a division makes them: two rounded parts, added
-                g = A.round_matrix(g / denominator)
-                total = A.round_matrix(np.expand_dims(A.sum(A.round_matrix(g * after), axis), axis))
-                g = A.round_matrix(g - (total if active is None else np.where(active, total, A.constant(0))))
+                part = A.round_matrix(g / denominator)
+                terms = g * A.round_matrix(after / denominator) if A.style.round_parts else part * after
+                total = A.round_matrix(np.expand_dims(A.sum(A.round_matrix(terms), axis), axis))
+                g = A.round_matrix(part - (total if active is None else np.where(active, total, A.constant(0))))
                 continue
             total = A.round_matrix(np.expand_dims(A.sum(A.round_matrix(g * after), axis), axis))
             total = total if active is None else np.where(active, total, A.constant(0))

@@ -22,7 +22,7 @@ FACTOR = 2.0
 ENOUGH = 3
 """Cases that must kill each mutant in each dtype."""
 VARIANTS, QUICK_VARIANTS = 200, 10
-QUICK_DIALECTS = ("deepseek-v4", "liger", "hunyuan-v4")
+QUICK_DIALECTS = ("deepseek-v4", "deepseek-v4.1", "liger", "hunyuan-v4")
 
 
 @dataclass

@@ -283,6 +283,22 @@ class NoNormWeight(Mutant):
         return None
 
 
+class NormEpsOfSinkhorn(Mutant):
+    """Norm eps taken from Sinkhorn's eps."""
+
+    def rms(self, flat: Tensor, c: Any) -> Tensor:
+        eps = c.norm_eps if c.eps is None else c.eps
+        return super().rms(flat, type(c)(**{**vars(c), "norm_eps": eps}))
+
+
+class OnePlusW(Mutant):
+    """1 + w for w."""
+
+    def scale(self, weights: Values, c: Any) -> Tensor | None:
+        w = super().scale(weights, c)
+        return None if w is None else 1 + w
+
+
 class NormPerStream(Mutant):
     """Norm per stream."""
 
@@ -339,6 +355,20 @@ class BatchDependent(Mutant):
 
 
 # Mixing and the layer
+
+
+class NotApplied(Mutant):
+    """H not applied."""
+
+    def mixed(self, H: Tensor, x: Tensor, c: Any) -> Tensor:
+        return x + 0 * super().mixed(H, x, c)
+
+
+class NoPostGate(Mutant):
+    """No post gate."""
+
+    def context(self, x: Tensor, post: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 + 0 * post, H
 
 
 class RoundedTwice(Mutant):

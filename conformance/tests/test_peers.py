@@ -37,9 +37,9 @@ PEERS = {
     ("transformers-hunyuan-v4", "bfloat16"): ("hunyuan-v4", ()),
     ("liger-kernel", "float32"): ("liger", ()),
     ("liger-kernel", "bfloat16"): ("liger", ()),
-    ("hyper-connections", "float32"): ("paper", ("order columns-first, not rows-first",)),
-    ("hyper-connections-log", "float32"): ("paper", ("order columns-first, not rows-first",)),
-    ("mlx-mhc", "float32"): ("paper", ()),
+    ("hyper-connections", "float32"): ("paper", ()),
+    ("hyper-connections-log", "float32"): ("paper", ()),
+    ("mlx-mhc", "float32"): ("transformer-engine", ()),
 }
 
 
@@ -60,4 +60,4 @@ def test_a_peer_that_computes_no_dialect_is_told_so():
     missing = missing_modules("mhc-mlx")
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
-    assert identify(load("mhc-mlx"), "paper", ROWS, items_for("mhc-mlx", "float32")).matches == []
+    assert identify(load("mhc-mlx"), "transformer-engine", ROWS, items_for("mhc-mlx", "float32")).matches == []

@@ -1,4 +1,4 @@
-"""The README's examples of sharding: short, and run as they stand."""
+"""The README's examples: short, and run as they stand."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ import pytest
 
 from conformance.registry import missing_modules
 
-SECTION = (Path(__file__).parents[2] / "README.md").read_text().partition("\n## Sharding\n")[2].partition("\n## ")[0]
-EXAMPLES = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
-def run(tmp_path: Path, framework: str, *command: str, **environment: str) -> str:
-    (source,) = [text for text in EXAMPLES if f"from {framework}_impl" in text]
+def examples(section: str) -> list[str]:
+    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def run(tmp_path: Path, section: str, framework: str, *command: str, **environment: str) -> str:
+    (source,) = [text for text in examples(section) if f"from {framework}_impl" in text]
     assert len(source.strip().splitlines()) < 20
     script = tmp_path / "example.py"
     script.write_text(source)
@@ -32,7 +36,7 @@ def run(tmp_path: Path, framework: str, *command: str, **environment: str) -> st
 
 @pytest.mark.skipif(bool(missing_modules("jax")), reason="jax or flax isn't installed")
 def test_the_jax_example_runs_on_eight_devices(tmp_path):
-    said = run(tmp_path, "jax", XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
+    said = run(tmp_path, "Sharding", "jax", XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
     assert re.match(r"\d\.\d+ NamedSharding", said) and "('tensor', 'fsdp')" in said, said
 
 
@@ -42,7 +46,7 @@ def test_the_torch_example_runs_on_four_processes(tmp_path):
 
     from torch_impl import ManifoldConstrainedHyperConnections, MHCConfig
 
-    said = run(tmp_path, "torch", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
+    said = run(tmp_path, "Sharding", "torch", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
     torch.manual_seed(1)
     layer: Any = ManifoldConstrainedHyperConnections(MHCConfig.from_dialect("deepseek-v4", streams=4, dim=64))
     x = torch.randn(8, 16, 4, 64)
@@ -51,3 +55,23 @@ def test_the_torch_example_runs_on_four_processes(tmp_path):
     norms = [float(value) for value in re.findall(r"\) ?(\d+\.\d+(?:e-\d+)?)", said)]
     assert len(norms) == 4 and norms == pytest.approx([float(layer.pre_alpha.grad.norm())] * 4, rel=1e-4), said
     assert said.count("torch.Size([4, 16, 4, 32])") == 4, said
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_the_single_pass_examples_run(tmp_path, framework):
+    if missing_modules(framework):
+        pytest.skip(f"{framework} isn't installed")
+    shape = {"jax": "(2, 8, 64)", "torch": "torch.Size([2, 8, 64])"}[framework]
+    assert run(tmp_path, "Single pass", framework, JAX_PLATFORMS="cpu").strip() == shape
+
+
+def test_the_example_of_an_implementation_passes(tmp_path):
+    (source,) = examples("Testing your own implementation")
+    (tmp_path / "mine.py").write_text(source)
+    done = subprocess.run(
+        [sys.executable, "-m", "conformance.cli", "run", "--impl", "mine:Mine", "--jobs", "1", "--no-progress"],
+        capture_output=True, text=True, timeout=240, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{tmp_path}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(r"[1-9]\d+ items ran, 0 failed", done.stdout), done.stdout[-500:]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import conformance
+from conformance import document
 from conformance.corpus import load_corpus
-from conformance.status import CLAUSES, status
+from conformance.dialects import dialect_names
+from conformance.status import CLAUSES, grounds, status
 
 
 def test_the_page_is_up_to_date():
@@ -18,3 +22,19 @@ def test_every_case_names_a_known_clause_and_a_clause_without_a_case_is_said():
     assert {c.metadata["clause"] for c in load_corpus()} <= set(CLAUSES)
     text = status(c for c in load_corpus() if c.metadata["clause"] != "Precision")
     assert "| Precision | where each dialect rounds | **none** |" in text
+
+
+def test_the_readme_says_what_ran_for_every_row():
+    readme = Path(__file__).parents[2] / "README.md"
+    if not readme.is_file():
+        pytest.skip("an installed package has no README")
+    assert document.split(readme, "rows")[1] == grounds(), "run: mhc-conformance status --rows README.md"
+
+
+def test_a_row_has_run_or_says_that_it_was_read():
+    lines = grounds().splitlines()[2:]
+    assert [line.split("`")[1] for line in lines] == dialect_names()
+    (megatron,) = [line for line in lines if "`megatron`" in line]
+    assert megatron.split(" | ")[1] == "**read**" and "(2026-08)" in megatron
+    (paper,) = [line for line in lines if "`paper`" in line]
+    assert "fla-core 0.6.0" in paper.split(" | ")[1] and "arXiv" in paper.split(" | ")[2]
