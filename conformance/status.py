@@ -15,6 +15,7 @@ from conformance.stages import STAGES
 
 CLAUSES = {
     "Forward": "rms norm, projection, gates, mixing, expand, reduce, head",
+    "Single pass": "what a site reads with and hands on, and the gradient that comes back through it",
     "The residual matrix": "Sinkhorn as written, permutations, overflow, gradients of the N iterations",
     "Precision": "where each dialect rounds",
     "Dialects": "combinations of parameters that no dialect has",

@@ -99,9 +99,9 @@ class MHCConfig:
             value = getattr(self, name)
             if value is None and name in ("eps", "logit_limit", "head_norm_eps"):
                 continue
-            real = isinstance(value, int | float) and not isinstance(value, bool)
             positive = name in ("post_scale", "logit_limit")
-            if not real or not math.isfinite(value) or value < 0 or (positive and value == 0):
+            number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+            if not math.isfinite(number) or number < 0 or (positive and number == 0):
                 kind = "positive" if positive else "non-negative"
                 raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")
         if self.residual != "sinkhorn":

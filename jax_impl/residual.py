@@ -51,11 +51,11 @@ def tokens_first(value: Array, axes: int) -> Array:
 
 
 def _normalise(p: Array, axis: int, config: MHCConfig) -> Array:
-    total = p.sum(axis, keepdims=True)
+    total, eps = p.sum(axis, keepdims=True), config.eps or 0.0
     if config.guard in ("add", "denominator"):
-        total = total + config.eps
+        total = total + eps
     elif config.guard == "clip":
-        total = jnp.maximum(total, config.eps)
+        total = jnp.maximum(total, eps)
     return p / total
 
 
@@ -82,12 +82,12 @@ def _sinkhorn(logits: Array, config: MHCConfig) -> Array:
     else:
         p = jax.nn.softmax(logits, axis=rows if config.softmax == "rows" else columns)
     if config.guard == "add":
-        p = p + config.eps
+        p = p + (config.eps or 0.0)
 
     def both(p: Array, _: None) -> tuple[Array, None]:
         return _normalise(_normalise(p, first, config), second, config), None
 
-    whole = config.iterations
+    whole = config.iterations or 0
     if config.softmax == {rows: "rows", columns: "columns"}[first]:  # it takes the place of the first pass
         p, whole = _normalise(p, second, config), whole - 1
     return jax.lax.scan(both, p, None, length=whole)[0]

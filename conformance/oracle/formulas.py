@@ -270,8 +270,8 @@ def stack(embedding: Array, weights: Mapping[str, Array], branch: Array, p: Para
     depth = next(iter(weights.values())).shape[0]
     pullbacks = []
     for index in range(depth):
-        x, carried, pullback = layer(x, {k: w[index] for k, w in weights.items()}, branch, p, carried, A)
-        pullbacks.append(pullback)
+        x, carried, of_layer = layer(x, {k: w[index] for k, w in weights.items()}, branch, p, carried, A)
+        pullbacks.append(of_layer)
         if index + 1 < depth or how != "none":
             x = A.store(x)
     if how == "carried":

@@ -168,7 +168,7 @@ def _on_logarithms(logits: Array, p: Parameters, A: Any):
         for axis, after, active in reversed(steps):
             total = np.expand_dims(A.sum(g, axis), axis) * A.exp(after)
             g = g - (total if active is None else np.where(active, total, A.constant(0)))
-        if plain:  # of log-softmax
+        if plain and softmax_axis is not None:  # of log-softmax
             return g - start * np.expand_dims(A.sum(g, softmax_axis), softmax_axis)
         if p["softmax"] == "none":
             return _shifted(logits, axes(p)[0], A)[1](g)

@@ -11,11 +11,11 @@ MISTAKES = {
     "transposed H": {"both": ("functional", 'config.mix == "in-out" else', 'config.mix != "in-out" else')},
     "19 iterations": {
         "torch": ("residual", "[first, second] * config.iterations", "[first, second] * (config.iterations - 1)"),
-        "jax": ("residual", "whole = config.iterations", "whole = config.iterations - 1"),
+        "jax": ("residual", "whole = config.iterations or 0", "whole = (config.iterations or 0) - 1"),
     },
     "clip for add": {
         "torch": ("residual", "total = total + eps", "total = total.clamp(min=eps)"),
-        "jax": ("residual", "total = total + config.eps", "total = jnp.maximum(total, config.eps)"),
+        "jax": ("residual", "total = total + eps", "total = jnp.maximum(total, eps)"),
     },
     "softmax over columns": {
         "torch": ("residual", 'rows if config.softmax == "rows" else columns', "columns"),

@@ -25,6 +25,11 @@ def values(shape, seed, scale=1.0):
     return scale * np.random.default_rng(seed).standard_normal(shape)
 
 
+def gradient_of(leaf):
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 def assert_is_numpys(config, scale=3.0):
     """H and its gradient; the gradient's expected value is a central difference along a random direction."""
     shape = (2, 3, config.streams, config.streams)
@@ -37,7 +42,7 @@ def assert_is_numpys(config, scale=3.0):
     (H * torch.tensor(weight)).sum().backward()
     ahead, behind = (torch_expected.sinkhorn(logits + sign * step * direction, config) for sign in (1, -1))
     expected = (weight * (ahead - behind)).sum() / (2 * step)
-    found = (given.grad.numpy() * direction).sum()
+    found = (gradient_of(given).numpy() * direction).sum()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7, err_msg=str(config))
 
 
@@ -68,7 +73,8 @@ def test_logits_beyond_the_limit_are_clipped_and_learn_nothing(name):
     )
     (H * torch.tensor(values((5, 3, 3), 2))).sum().backward()
     beyond = logits.detach().abs() > 2
-    assert beyond.any() and not logits.grad[beyond].any() and logits.grad[~beyond].any()
+    gradient = gradient_of(logits)
+    assert beyond.any() and not gradient[beyond].any() and gradient[~beyond].any()
 
 
 def test_an_eps_in_the_denominators_alone_is_not_one_that_is_added():

@@ -136,7 +136,7 @@ class Chain(nn.Module):
         x, metadata = self.sites[0](lambda u: u * u, both, x, "attention", carried=carried)
         moe = lambda inputs: (inputs.sin(), None, None)  # noqa: E731
         x, metadata = self.sites[1](lambda u: u, moe, x, "mlp_moe", carried=metadata["carried"])
-        sharding = self.sites[1].sharding
+        sharding: Any = self.sites[1].sharding
         return functional.reduce(x, "carried", metadata["carried"], shards=sharding.shards if sharding else None)
 
 
@@ -161,7 +161,7 @@ def a_policy_that_casts_the_carried_pre_is_refused(mesh: DeviceMesh) -> None:
     """FSDP casts a layer's inputs, and its outputs, where its policy says so: the pre would arrive rounded."""
     if sharded.data_mesh(mesh) is None:
         return
-    narrow = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    narrow: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     x = sharded.shard(example(torch.bfloat16)[0], mesh)
     for policy in (
         MixedPrecisionPolicy(**narrow),  # cast_forward_inputs is True unless it is said

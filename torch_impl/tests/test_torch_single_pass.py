@@ -115,7 +115,9 @@ def test_the_carried_pre_stays_wide_whatever_x_is(dtype):
     assert set(metadata) == {"carried", "load_balance_loss", "moe_bias_updates"}
     assert out.dtype == dtype and metadata["carried"].dtype == torch.float32
     torch_impl.reduce(out, "carried", metadata["carried"]).float().sum().backward()
-    assert carried.grad.dtype == torch.float32 and carried.grad.isfinite().all() and carried.grad.any()
+    gradient = carried.grad
+    assert gradient is not None and gradient.dtype == torch.float32
+    assert gradient.isfinite().all() and gradient.any()
 
 
 def test_halves_equal_the_whole():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ def site(
 ) -> tuple[Array, Array]:
     """The streams after one site, and its own pre, which a single-pass site hands on."""
     pre, post, H = coefficients(x, weights, config)
-    reads = carried if config.pre_from == "previous" else pre
+    reads = pre if carried is None or config.pre_from == "own" else carried
     y = branch((reads[..., None] * x).sum(-2))
     weight = np.swapaxes(H, -1, -2) if config.mix == "in-out" else H  # [..., output, input]
     return post[..., None] * y[..., None, :] + weight @ x, pre
@@ -105,7 +105,7 @@ def attention(u: Array) -> Array:
     return np.tanh(u) + u.mean(1, keepdims=True)
 
 
-def chain(x: Array, sites: list[Weights], config: Any) -> Array:
+def chain(x: Array, sites: Sequence[Weights], config: Any) -> Array:
     """A single-pass stack: attention, dense MLP and mixture of experts in turn, collapsed with the last pre."""
     branches = (attention, np.sin, lambda u: u * u)
     carried = one_hot(x)
