@@ -10,7 +10,7 @@ import torch
 
 from conformance.cases import DTYPES
 from conformance.corpus import load_corpus
-from conformance.power.mutants import MUTANTS
+from conformance.power.mutants import MUTANTS, NoPreEps
 from conformance.power.plain import Plain
 from conformance.runner import run_item
 
@@ -53,3 +53,9 @@ def test_an_eps_that_is_missing_is_not_taken_for_it(title):
 def test_what_passes_has_no_hint():
     assert failed(Plain()) == []
     assert not any(check.message for item in ITEMS for check in run_item(Plain(), item).checks if check.tensor == "u")
+
+
+def test_a_stack_has_no_hint_and_its_failure_is_judged():
+    (case,) = (case for case in load_corpus() if case.id == "closed-gate-carried-18-deepseek-v4.1")
+    failed = [run_item(NoPreEps(), item).failed for item in case.items() if item.variant.x == "float32"]
+    assert failed and all(any(check.tensor == "out" and not check.message for check in checks) for checks in failed)
