@@ -38,7 +38,9 @@ def failed(implementation):
 def test_a_sigmoid_by_tanh_fails_and_the_message_says_it():
     found = [(item, check) for item, check in failed(ByTanh()) if not check.tensor.startswith("d/")]
     assert {item.variant.x for item, _ in found} == set(DTYPES)
-    assert {(item.stage, check.tensor) for item, check in found} == {("pre", "u"), ("head", "out"), ("layer", "out")}
+    where = {("pre", "u"), ("head", "out"), ("layer", "out"), ("stack", "out")}
+    assert {(item.stage, check.tensor) for item, check in found} == where
+    found = [(item, check) for item, check in found if item.stage != "stack"]
     assert [(item.id, check.message) for item, check in found if HINT not in check.message] == []
     assert all(("2^-53" in check.message) == (item.variant.x == "float64") for item, check in found)
 
