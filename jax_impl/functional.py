@@ -99,7 +99,8 @@ def reduce(
     Args:
         how: ``"sum"``, ``"mean"`` or ``"carried"``.
         carried: the last site's pre, for ``"carried"`` alone; float32 (float64 for float64).
-        reduction: ``"float32"`` accumulates in float32 or wider and rounds once, ``"activation"`` in x's dtype.
+        reduction: ``"float32"`` accumulates in float32 or wider and rounds once, ``"activation"`` adds stream by stream
+            in x's dtype.
 
     Raises:
         ValueError: another ``how``, or a ``carried`` that is missing, surplus, of another shape or narrower dtype.
@@ -110,7 +111,12 @@ def reduce(
         return pre_mix(x, _check_carried(x, carried))
     if carried is not None:
         raise ValueError(f"carried goes with how='carried' alone, got it with {how!r}")
-    total = x.sum(-2, dtype=x.dtype if reduction == "activation" else wide_dtype(x.dtype))
+    if reduction == "activation":
+        total = x[..., 0, :]
+        for index in range(1, x.shape[-2]):
+            total = total + x[..., index, :]
+    else:
+        total = x.sum(-2, dtype=wide_dtype(x.dtype))
     return (total if how == "sum" else total / x.shape[-2]).astype(x.dtype)
 
 

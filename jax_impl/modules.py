@@ -135,6 +135,23 @@ class ManifoldConstrainedHyperConnections(Site):
         """u for the sub-layer, the context that `post` takes, and what the next site reads with (`functional.pre`)."""
         return functional.pre(x, self.weights(), self.config, carried, precision=self.precision)
 
+    def one_hot(self, x: Float[Array, "... streams dim"]) -> Float[Array, "... streams"]:
+        """What the first site of a single-pass stack reads with (`functional.one_hot`)."""
+        return functional.one_hot(x)
+
+    def reduce(
+        self, x: Float[Array, "... streams dim"], carried: Float[Array, "... streams"] | None = None
+    ) -> Float[Array, "... dim"]:
+        """The streams after the last site, reduced as the configuration says (`functional.reduce`).
+
+        Args:
+            carried: for ``reduce="carried"`` the last site's pre, else None.
+
+        Raises:
+            ValueError: the configuration reduces by a head (`HyperHead`) or not at all, or ``carried`` isn't for it.
+        """
+        return functional.reduce(x, self.config.reduce, carried, reduction=self.config.reduction)
+
     def post(self, y: Float[Array, "... dim"], context: functional.Context) -> Float[Array, "... streams dim"]:
         """The sub-layer's output spread over the mixed streams."""
         return functional.post(y, context)

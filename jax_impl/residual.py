@@ -23,6 +23,9 @@ from jaxtyping import Float
 from jax_impl.config import MHCConfig
 
 HIGHEST = jax.lax.Precision.HIGHEST
+ROWS, COLUMNS = 1, 0
+"""The axes of a pass over rows and over columns of ``[n, n, ...]``."""
+AXES = {"rows": ROWS, "columns": COLUMNS}
 
 
 def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -69,26 +72,41 @@ def _largest(logits: Array, axis: int) -> Array:
     return jnp.where(where, logits, 0).sum(axis, keepdims=True)
 
 
+def _balanced(logits: Array, axis: int) -> Array:
+    """A softmax along ``axis``, each line across it times a factor that makes its largest entry of order 1.
+
+    Where no eps guards a sum the next pass, across ``axis``, divides the factor out again: it changes no result.
+    Without it a line far below the others vanishes, and the pass divides 0 by 0.
+    """
+    level = logits - jax.lax.stop_gradient(logits.max(axis, keepdims=True))
+    factor = jax.lax.stop_gradient(level.max(ROWS + COLUMNS - axis, keepdims=True))
+    return jnp.exp(level - factor) / jnp.exp(level).sum(axis, keepdims=True)
+
+
+def _limited(logits: Array, limit: float) -> Array:
+    """The logits clipped; one that is exactly at the limit has its gradient still, of which `jnp.clip` takes half."""
+    return jnp.where(jnp.abs(logits) <= limit, logits, jnp.sign(logits) * limit)
+
+
 @partial(jax.jit, static_argnums=1)
 def _sinkhorn(logits: Array, config: MHCConfig) -> Array:
     """On ``[n, n, ...]``, since a TPU pads the last axis to 128: with n there an array takes 32 times its size.
 
     Compiled on its own, so that an eager caller doesn't trace the loop at every call.
     """
-    rows, columns = 1, 0
-    first, second = (rows, columns) if config.order == "rows-first" else (columns, rows)
-    if config.softmax == "none":
-        p = jnp.exp(logits - _largest(logits, first))
+    first, second = (ROWS, COLUMNS) if config.order == "rows-first" else (COLUMNS, ROWS)
+    whole, start = config.iterations or 0, AXES.get(str(config.softmax))
+    if config.guard == "none":  # from exp(z) the first pass is a softmax too
+        p, start = _balanced(logits, first if start is None else start), first if start is None else start
     else:
-        p = jax.nn.softmax(logits, axis=rows if config.softmax == "rows" else columns)
+        p = jnp.exp(logits - _largest(logits, first)) if start is None else jax.nn.softmax(logits, axis=start)
     if config.guard == "add":
         p = p + (config.eps or 0.0)
 
     def both(p: Array, _: None) -> tuple[Array, None]:
         return _normalise(_normalise(p, first, config), second, config), None
 
-    whole = config.iterations or 0
-    if config.softmax == {rows: "rows", columns: "columns"}[first]:  # it takes the place of the first pass
+    if start == first:  # the softmax takes the place of the first pass
         p, whole = _normalise(p, second, config), whole - 1
     return jax.lax.scan(both, p, None, length=whole)[0]
 
@@ -103,7 +121,7 @@ def sinkhorn(logits: Float[Array, "... n n"], config: MHCConfig) -> Float[Array,
     """
     z = logits if config.matrix == "activation" else logits.astype(wide_dtype(logits.dtype))
     if config.logit_limit is not None:
-        z = jnp.clip(z, -config.logit_limit, config.logit_limit)
+        z = _limited(z, config.logit_limit)
     # One compiled loop serves all sizes of streams and dim.
     settings = dataclasses.replace(config, streams=1, dim=1)
     return tokens_first(_sinkhorn(tokens_last(z, 2), settings), 2).astype(logits.dtype)

@@ -137,6 +137,8 @@ def gate_axes(axes: int) -> tuple[str | None, ...]:
 
 
 def _activation_spec(mesh: Mesh, shape: Sequence[int], rules: Rules, gates: bool = False) -> PartitionSpec:
+    if gates and len(shape) != 3:
+        raise ValueError(f"gates must be [batch, seq, streams], got {list(shape)}")
     if len(shape) not in (3, 4):
         raise ValueError(f"x must be [batch, seq, streams, dim] or [batch, seq, dim], got {list(shape)}")
     names = gate_axes(len(shape)) if gates else activation_axes(len(shape), streams=len(shape) == 4)

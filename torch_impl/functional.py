@@ -123,7 +123,8 @@ def reduce(
     Args:
         how: ``"sum"``, ``"mean"`` or ``"carried"``.
         carried: the last site's pre, for ``"carried"`` alone; float32 (float64 for float64).
-        reduction: ``"float32"`` accumulates in float32 or wider and rounds once, ``"activation"`` in x's dtype.
+        reduction: ``"float32"`` accumulates in float32 or wider and rounds once, ``"activation"`` adds stream by stream
+            in x's dtype.
         shards: the shards of dim, for ``"carried"``, whose cotangent they add up.
 
     Raises:
@@ -136,7 +137,12 @@ def reduce(
         return pre_mix(x, shards.share(gates) if shards else gates)
     if carried is not None:
         raise ValueError(f"carried goes with how='carried' alone, got it with {how!r}")
-    total = x.sum(-2, dtype=x.dtype if reduction == "activation" else wide_dtype(x.dtype))
+    if reduction == "activation":
+        total = x[..., 0, :]
+        for index in range(1, x.shape[-2]):
+            total = total + x[..., index, :]
+    else:
+        total = x.sum(-2, dtype=wide_dtype(x.dtype))
     return (total if how == "sum" else total / x.shape[-2]).to(x.dtype)
 
 

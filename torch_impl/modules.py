@@ -146,6 +146,25 @@ class ManifoldConstrainedHyperConnections(Site):
         shards = self.sharding.shards if self.sharding else None
         return u, functional.Context(x, post, H, self.config, shards), handed
 
+    def one_hot(self, x: Float[Tensor, "... streams dim"]) -> Float[Tensor, "... streams"]:
+        """What the first site of a single-pass stack reads with (`functional.one_hot`)."""
+        return functional.one_hot(x) if self.sharding is None else self.sharding.one_hot(x)
+
+    def reduce(
+        self, x: Float[Tensor, "... streams dim"], carried: Float[Tensor, "... streams"] | None = None
+    ) -> Float[Tensor, "... dim"]:
+        """The streams after the last site, reduced as the configuration says (`functional.reduce`).
+
+        Args:
+            carried: for ``reduce="carried"`` the last site's pre, else None.
+
+        Raises:
+            ValueError: the configuration reduces by a head (`HyperHead`) or not at all, or ``carried`` isn't for it.
+        """
+        if self.sharding is not None:
+            return self.sharding.reduce(x, self.config, carried)
+        return functional.reduce(x, self.config.reduce, carried, reduction=self.config.reduction)
+
     def post(self, y: Float[Tensor, "... dim"], context: functional.Context) -> Float[Tensor, "... streams dim"]:
         """The sub-layer's output spread over the mixed streams."""
         if self.sharding is not None:

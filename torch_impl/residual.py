@@ -18,6 +18,9 @@ from torch import Tensor
 
 from torch_impl.config import MHCConfig
 
+ROWS, COLUMNS = -1, -2
+AXES = {"rows": ROWS, "columns": COLUMNS}
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that coefficients are computed in: float32, or float64 for float64."""
@@ -34,6 +37,36 @@ def check_shape(name: str, value: Tensor, tail: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must end in {list(tail)}, got {list(value.shape)}")
 
 
+def _normalise(p: Tensor, axis: int, config: MHCConfig) -> Tensor:
+    total, eps = p.sum(axis, keepdim=True), config.eps or 0.0
+    if config.guard in ("add", "denominator"):
+        total = total + eps
+    elif config.guard == "clip":
+        total = total.clamp(min=eps)
+    return p / total
+
+
+def _largest(logits: Tensor, axis: int) -> Tensor:
+    """The maximum along ``axis``, whose gradient goes to the first entry that it is."""
+    return logits.gather(axis, logits.argmax(axis, keepdim=True))
+
+
+def _balanced(logits: Tensor, axis: int) -> Tensor:
+    """A softmax along ``axis``, each line across it times a factor that makes its largest entry of order 1.
+
+    Where no eps guards a sum the next pass, across ``axis``, divides the factor out again: it changes no result.
+    Without it a line far below the others vanishes, and the pass divides 0 by 0.
+    """
+    level = logits - logits.amax(axis, keepdim=True).detach()
+    factor = level.amax(ROWS + COLUMNS - axis, keepdim=True).detach()
+    return (level - factor).exp() / level.exp().sum(axis, keepdim=True)
+
+
+def _limited(logits: Tensor, limit: float) -> Tensor:
+    """The logits clipped; one that is exactly at the limit has its gradient still."""
+    return logits.clamp(-limit, limit)
+
+
 def sinkhorn(logits: Float[Tensor, "... n n"], config: MHCConfig) -> Float[Tensor, "... n n"]:
     """``config.iterations`` Sinkhorn iterations as written (mathematics.md, "The residual matrix").
 
@@ -42,31 +75,20 @@ def sinkhorn(logits: Float[Tensor, "... n n"], config: MHCConfig) -> Float[Tenso
     Returns:
         H in the dtype of the logits. The axis normalised last sums to 1 to rounding, the other need not.
     """
-    rows, columns = -1, -2
-    first, second = (rows, columns) if config.order == "rows-first" else (columns, rows)
-    eps, limit = config.eps or 0.0, config.logit_limit
-
-    def normalise(p: Tensor, axis: int) -> Tensor:
-        total = p.sum(axis, keepdim=True)
-        if config.guard in ("add", "denominator"):
-            total = total + eps
-        elif config.guard == "clip":
-            total = total.clamp(min=eps)
-        return p / total
-
+    first, second = (ROWS, COLUMNS) if config.order == "rows-first" else (COLUMNS, ROWS)
     z = logits if config.matrix == "activation" else logits.to(wide_dtype(logits.dtype))
-    z = z if limit is None else z.clamp(-limit, limit)
-    if config.softmax == "none":
-        p = (z - z.amax(first, keepdim=True)).exp()
+    if config.logit_limit is not None:
+        z = _limited(z, config.logit_limit)
+    passes = [first, second] * (config.iterations or 0)
+    start = AXES.get(str(config.softmax))
+    if config.guard == "none":  # from exp(z) the first pass is a softmax too
+        p, start = _balanced(z, first if start is None else start), first if start is None else start
     else:
-        p = torch.softmax(z, rows if config.softmax == "rows" else columns)
+        p = (z - _largest(z, first)).exp() if start is None else torch.softmax(z, start)
     if config.guard == "add":
-        p = p + eps
-    passes = [first, second] * config.iterations  # type: ignore[operator]
-    if config.softmax == {rows: "rows", columns: "columns"}[first]:  # it takes the place of the first pass
-        passes = passes[1:]
-    for axis in passes:
-        p = normalise(p, axis)
+        p = p + (config.eps or 0.0)
+    for axis in passes[1:] if start == first else passes:  # the softmax takes the place of the first pass
+        p = _normalise(p, axis, config)
     return p.to(logits.dtype)
 
 

@@ -86,6 +86,8 @@ def check_divisible(mesh: DeviceMesh, shape: Sequence[int], gates: bool = False)
     Raises:
         ValueError: another number of dimensions, or one that its axes don't divide.
     """
+    if gates and len(shape) != 3:
+        raise ValueError(f"gates must be [batch, seq, streams], got {list(shape)}")
     if len(shape) not in (3, 4):
         raise ValueError(f"x must be [batch, seq, streams, dim] or [batch, seq, dim], got {list(shape)}")
     for name, size, axes in (
@@ -196,6 +198,15 @@ class Sharding:
             raise ValueError(f"y must be a DTensor where x is one, got x {kinds[0]} and y {kinds[1]}: wrap or unwrap y")
         out = functional.post(self._local(y, "y"), context._replace(x=self._local(context.x, "x")))
         return self._like(out, context.x)
+
+    def one_hot(self, x: Tensor) -> Tensor:
+        """`functional.one_hot` of this process's tokens."""
+        return functional.one_hot(self._local(x, "x"))
+
+    def reduce(self, x: Tensor, config: MHCConfig, carried: Tensor | None) -> Tensor:
+        """`functional.reduce` on parts; ``carried`` is this process's tokens', whole."""
+        local, options = self._local(x, "x"), {"reduction": config.reduction, "shards": self.shards}
+        return self._like(functional.reduce(local, str(config.reduce), carried, **options), x)
 
     def head(self, x: Tensor, parameters: Mapping[str, Tensor], config: MHCConfig) -> Tensor:
         """`functional.head` on parts."""

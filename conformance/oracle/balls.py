@@ -154,7 +154,7 @@ def _side(value: flint.arb, limit: flint.arb) -> int:
         return 1
     if value < -limit:
         return -1
-    if abs(value) < limit:
+    if abs(value) <= limit:  # at the limit a logit has its gradient still
         return 0
     raise NotRounded("a logit can't be told from its limit")
 

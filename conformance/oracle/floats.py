@@ -120,7 +120,7 @@ class FloatArithmetic:
         return np.maximum(a, floor), a > floor
 
     def clip(self, a: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.clip(a, -limit, limit), np.abs(a) < limit
+        return np.clip(a, -limit, limit), np.abs(a) <= limit
 
     @staticmethod
     def within(a: np.ndarray, limit: float) -> bool:

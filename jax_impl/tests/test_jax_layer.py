@@ -83,6 +83,26 @@ def test_logits_of_ten_thousand_stay_finite(name):
     assert jnp.isfinite(H).all() and jnp.isfinite(pullback(logits / 1e4)[0]).all()
 
 
+@pytest.mark.parametrize("offset", [90.0, 1e4])
+@pytest.mark.parametrize("softmax", ["rows", "columns", "none"])
+@pytest.mark.parametrize("order", ["rows-first", "columns-first"])
+def test_without_an_eps_offsets_along_either_axis_are_those_of_the_iterations_on_logarithms(order, softmax, offset):
+    """A line far below the others comes back in the next pass, which divides by nothing but its sum."""
+    config = MHCConfig(streams=3, dim=1, order=order, softmax=softmax, iterations=20)
+    noise = np.round(np.random.default_rng(0).normal(size=(5, 3, 3)) * 64) / 64
+    rows, columns = -1, -2
+    axes = (rows, columns) if order == "rows-first" else (columns, rows)
+    for axis in (rows, columns):
+        logits = noise + np.expand_dims(np.array([offset, -offset, 0.0]), axis)
+        level, start = logits, {"rows": rows, "columns": columns, "none": axes[0]}[softmax]
+        for pass_axis in [start, *(axes * 20)[start == axes[0] :]]:
+            largest = level.max(pass_axis, keepdims=True)
+            level = level - largest - np.log(np.exp(level - largest).sum(pass_axis, keepdims=True))
+        found, pullback = jax.vjp(lambda z: jax_impl.residual_matrix(z, config), jnp.asarray(logits, jnp.float32))
+        np.testing.assert_allclose(found, np.exp(level), atol=3e-6)
+        assert jnp.isfinite(pullback(jnp.asarray(noise, jnp.float32))[0]).all()
+
+
 @pytest.mark.parametrize("lead", [(), (3,), (0, 4), (2, 1, 3)])
 def test_functions_take_any_leading_shape(lead):
     module, x = layer(), streams(lead=lead)

@@ -92,6 +92,8 @@ def test_a_reduction_is_summed_in_float32_or_in_the_activations_dtype(dtype, how
         assert jnp.array_equal(once, (x.astype(jnp.float32).sum(-2) / share).astype(dtype)), "float32 rounds once"
     stepwise = jax_impl.reduce(x, how, reduction="activation")
     assert stepwise.dtype == dtype
+    if jnp.dtype(dtype).itemsize == 2:
+        assert not jnp.array_equal(stepwise, once), "every addition rounds"
     terms = np.abs(np.asarray(x, np.float64)).sum(-2) / share
     limit = x.shape[-2] * float(jnp.finfo(dtype).eps) * terms  # each addition rounds at most once
     assert (np.abs(np.asarray(stepwise, np.float64) - exact) <= limit).all()
@@ -109,3 +111,38 @@ def test_the_head_may_have_a_norm_eps_of_its_own(name, head_norm_eps):
     np.testing.assert_allclose(head(jnp.asarray(x)), expected, rtol=1e-12, atol=1e-13)
     other = jax_expected.head(x, weights, dataclasses.replace(config, head_norm_eps=0.02))
     assert np.abs(expected - other).max() > 1e-4
+
+
+def test_passes_in_the_activations_dtype_round_where_float32_does_not():
+    logits = jnp.asarray(values((16, 4, 4), 3, 2.0), jnp.bfloat16)
+    shape: dict[str, Any] = {"streams": 4, "dim": 1, "guard": "clip", "eps": 1e-6, "coefficients": "activation"}
+    narrow, wide = (
+        jax_impl.residual_matrix(logits, MHCConfig(matrix=kept, **shape)) for kept in ("activation", "float32")
+    )
+    assert narrow.dtype == wide.dtype == jnp.bfloat16 and not jnp.array_equal(narrow, wide)
+
+
+def gradient(logits, weight, **parameters):
+    config = MHCConfig(streams=2, dim=1, order="rows-first", guard="denominator", eps=0.5, iterations=1, **parameters)
+    loss = lambda z: (jax_impl.residual_matrix(z, config) * jnp.asarray(weight)).sum()  # noqa: E731
+    return np.asarray(jax.grad(loss)(jnp.asarray(logits)))
+
+
+WEIGHT = [[1.0, -2.0], [0.5, 3.0]]
+
+
+def test_a_logit_at_its_limit_keeps_its_gradient():
+    at = gradient([[2.0, -1.0], [0.5, 1.0]], WEIGHT, softmax="none", logit_limit=2.0)
+    free = gradient([[2.0, -1.0], [0.5, 1.0]], WEIGHT, softmax="none")
+    np.testing.assert_array_equal(at, free)
+    beyond = gradient([[2.5, -1.0], [0.5, 1.0]], WEIGHT, softmax="none", logit_limit=2.0)
+    assert beyond[0, 0] == 0 and free[0, 0] != 0
+
+
+def test_of_equal_maxima_the_first_has_the_gradient_of_the_shift():
+    """Just above the tie the first entry is the maximum: its gradient there is the limit of this one's."""
+    tied = gradient([[1.0, 1.0], [0.5, -1.0]], WEIGHT, softmax="none")
+    above = gradient([[1.0 + 1e-9, 1.0], [0.5, -1.0]], WEIGHT, softmax="none")
+    below = gradient([[1.0, 1.0 + 1e-9], [0.5, -1.0]], WEIGHT, softmax="none")
+    np.testing.assert_allclose(tied, above, atol=1e-7)
+    assert np.abs(tied - below).max() > 1e-3

@@ -97,6 +97,26 @@ def test_logits_of_ten_thousand_stay_finite(name):
     assert H.isfinite().all() and gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("offset", [90.0, 1e4])
+@pytest.mark.parametrize("softmax", ["rows", "columns", "none"])
+@pytest.mark.parametrize("order", ["rows-first", "columns-first"])
+def test_without_an_eps_offsets_along_either_axis_are_those_of_the_iterations_on_logarithms(order, softmax, offset):
+    """A line far below the others comes back in the next pass, which divides by nothing but its sum."""
+    config = MHCConfig(streams=3, dim=1, order=order, softmax=softmax, iterations=20)
+    noise = torch.randn(5, 3, 3, generator=torch.Generator().manual_seed(0)).mul(64).round().div(64)
+    rows, columns = -1, -2
+    axes = (rows, columns) if order == "rows-first" else (columns, rows)
+    for axis in (rows, columns):
+        logits = noise + torch.tensor([offset, -offset, 0.0]).unsqueeze(axis)
+        level, start = logits.double(), {"rows": rows, "columns": columns, "none": axes[0]}[softmax]
+        for pass_axis in [start, *(axes * 20)[start == axes[0] :]]:
+            level = level - level.logsumexp(pass_axis, keepdim=True)
+        found = torch_impl.residual_matrix(logits.requires_grad_(), config)
+        torch.testing.assert_close(found.double(), level.exp(), atol=3e-6, rtol=0)
+        (gradient,) = torch.autograd.grad((found * noise).sum(), logits)
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("lead", [(), (3,), (0, 4), (2, 1, 3)])
 def test_functions_take_any_leading_shape(lead):
     module, x = layer(), streams(lead=lead)

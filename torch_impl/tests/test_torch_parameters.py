@@ -96,6 +96,8 @@ def test_a_reduction_is_summed_in_float32_or_in_the_activations_dtype(dtype, how
         assert torch.equal(once, wide.to(dtype)), "float32 rounds once"
     stepwise = torch_impl.reduce(x, how, reduction="activation")
     assert stepwise.dtype == dtype
+    if dtype.itemsize == 2:
+        assert not torch.equal(stepwise, once), "every addition rounds"
     terms = x.double().abs().sum(-2) / (x.shape[-2] if how == "mean" else 1)
     limit = x.shape[-2] * torch.finfo(dtype).eps * terms  # each addition rounds at most once
     assert ((stepwise.double() - exact).abs() <= limit).all()
@@ -114,3 +116,40 @@ def test_the_head_may_have_a_norm_eps_of_its_own(name, head_norm_eps):
     np.testing.assert_allclose(head(torch.tensor(x)).detach().numpy(), expected, rtol=1e-12, atol=1e-13)
     other = torch_expected.head(x, weights, dataclasses.replace(config, head_norm_eps=0.02))
     assert np.abs(expected - other).max() > 1e-4
+
+
+def test_passes_in_the_activations_dtype_round_where_float32_does_not():
+    logits = torch.tensor(values((16, 4, 4), 3, 2.0)).to(torch.bfloat16)
+    shape: dict[str, Any] = {"streams": 4, "dim": 1, "guard": "clip", "eps": 1e-6, "coefficients": "activation"}
+    narrow, wide = (
+        torch_impl.residual_matrix(logits, MHCConfig(matrix=kept, **shape)) for kept in ("activation", "float32")
+    )
+    assert narrow.dtype == wide.dtype == torch.bfloat16 and not torch.equal(narrow, wide)
+
+
+def gradient(logits, weight, **parameters):
+    z = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    config = MHCConfig(streams=2, dim=1, order="rows-first", guard="denominator", eps=0.5, iterations=1, **parameters)
+    (torch_impl.residual_matrix(z, config) * torch.tensor(weight, dtype=torch.float64)).sum().backward()
+    assert z.grad is not None
+    return z.grad.numpy()
+
+
+WEIGHT = [[1.0, -2.0], [0.5, 3.0]]
+
+
+def test_a_logit_at_its_limit_keeps_its_gradient():
+    at = gradient([[2.0, -1.0], [0.5, 1.0]], WEIGHT, softmax="none", logit_limit=2.0)
+    free = gradient([[2.0, -1.0], [0.5, 1.0]], WEIGHT, softmax="none")
+    np.testing.assert_array_equal(at, free)
+    beyond = gradient([[2.5, -1.0], [0.5, 1.0]], WEIGHT, softmax="none", logit_limit=2.0)
+    assert beyond[0, 0] == 0 and free[0, 0] != 0
+
+
+def test_of_equal_maxima_the_first_has_the_gradient_of_the_shift():
+    """Just above the tie the first entry is the maximum: its gradient there is the limit of this one's."""
+    tied = gradient([[1.0, 1.0], [0.5, -1.0]], WEIGHT, softmax="none")
+    above = gradient([[1.0 + 1e-9, 1.0], [0.5, -1.0]], WEIGHT, softmax="none")
+    below = gradient([[1.0, 1.0 + 1e-9], [0.5, -1.0]], WEIGHT, softmax="none")
+    np.testing.assert_allclose(tied, above, atol=1e-7)
+    assert np.abs(tied - below).max() > 1e-3

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, functional, one_hot
+from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, functional
 from torch_impl import sharding as sharded
 from torch_impl.shards import TensorShards
 
@@ -72,6 +72,7 @@ def tensors_of_the_whole_mesh_are_taken(mesh: DeviceMesh) -> None:
     if mesh.shape in ((1, 1, 1, 2), (2, 1, 1, 1)):
         call = lambda module, x: module(lambda u: u, lambda inputs: inputs, x, HyperConnectionType.MLP_DENSE)[0]  # noqa: E731
         assert_small(errors(make(), mesh, call=call, wrap=mesh), 1e-12, "DTensor")
+        assert_small(errors(Chain(), mesh, call=Chain.forward, wrap=mesh), 1e-12, "DTensor chain")
 
 
 def mean_gradients_are_those_of_the_mean_loss(mesh: DeviceMesh) -> None:
@@ -131,18 +132,19 @@ class Chain(nn.Module):
         self.sites = nn.ModuleList([make("deepseek-v4.1", seed=seed) for seed in (2, 3)])
 
     def forward(self, x, carried=None):
-        carried = one_hot(x) if carried is None else carried
+        carried = self.sites[0].one_hot(x) if carried is None else carried
         both = lambda inputs_q, inputs_kv: (inputs_q.sin() + inputs_kv, None)  # noqa: E731
         x, metadata = self.sites[0](lambda u: u * u, both, x, "attention", carried=carried)
         moe = lambda inputs: (inputs.sin(), None, None)  # noqa: E731
         x, metadata = self.sites[1](lambda u: u, moe, x, "mlp_moe", carried=metadata["carried"])
-        sharding: Any = self.sites[1].sharding
-        return functional.reduce(x, "carried", metadata["carried"], shards=sharding.shards if sharding else None)
+        return self.sites[1].reduce(x, metadata["carried"])
 
 
 def the_carried_pre_crosses_sites(mesh: DeviceMesh) -> None:
     """Each site's gradients are those of a chain on one process, and so is that of the carried it starts with."""
     assert_small(errors(Chain(), mesh, call=Chain.forward), 1e-12, "chain")
+    if mesh["tensor"].size() > 1:
+        assert_small(errors(Chain(), mesh, call=Chain.forward, wrap=mesh["tensor"]), 1e-12, "DTensor chain")
     again = lambda chain, x: checkpoint(chain, x, use_reentrant=False)  # noqa: E731
     assert_small(errors(Chain(), mesh, call=again), 1e-12, "checkpoint")
     carried = torch.rand(*example()[0].shape[:-1], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
