@@ -23,8 +23,8 @@ def check_stochasticity(item: Item, H: object) -> Check | None:
     Along the axis that is normalised last, each sum must agree with the oracle's to (n + 2) u. (With a guard that sum
     isn't exactly 1.) Where no eps guards the sums, an implementation may work on logarithms, whose exponentials don't
     keep a sum that well: there the case has a bound of its own. Along the other axis a sum may differ by n times the
-    bound of H. Under ``permutations`` each sum runs over all n! weights of
-    one softmax, so that (n! + 2) u takes its place, on both axes.
+    bound of H. Under ``permutations`` each sum runs over all n! weights of one softmax, so that (n! + 2) u takes its
+    place, on both axes.
     """
     residual = item.case.parameters["residual"]
     if residual == "identity" or not isinstance(H, np.ndarray):

@@ -1,15 +1,13 @@
 """The layer once more, in plain PyTorch, so that one step of it can be exchanged.
 
 Every step is a method: a mutant (`mutants`) overrides one, an honest variant (`honest`) chooses another order of
-summation or another form of the same step by its `Choice`. Gradients are autograd's. Weights are flat, as in the
-files; shapes are those of `conformance.stages`.
+summation or another form of the same step by its `Choice`. The residual matrix is in `plain_matrix`. Gradients are
+autograd's. Weights are flat, as in the files; shapes are those of `conformance.stages`.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +19,9 @@ from conformance.adapters.torch_gradients import vector_jacobian
 from conformance.cases import DTYPES
 from conformance.dialects import dialect_names
 from conformance.interface import Arrays, Capabilities, Result
-from conformance.power.sums import Sums, contract_tf32
+from conformance.power.arithmetic import Choice
+from conformance.power.plain_matrix import ResidualMatrix
+from conformance.power.sums import contract_tf32
 from conformance.stages import PROJECTIONS, STAGES
 
 Values = dict[str, Tensor]
@@ -29,40 +29,8 @@ PER_TOKEN = ("x", "y", "embedding", "logits", "post", "H", "carried")
 OUTPUTS_PER_TOKEN = ("out", "u", "pre", "post", "H")
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What a careful implementation is free to choose; in exact arithmetic every choice gives the same value.
-
-    Attributes:
-        sums: how sums and contractions are ordered.
-        log_domain: Sinkhorn on logarithms (where eps is not added to a sum, which has no such form).
-        potentials: Sinkhorn on the logarithms of the scalings of rows and columns, where logits are at most 32.
-        reciprocal: multiply by a reciprocal instead of dividing.
-        norm_after: multiply the norm weight into the projections, divide by the root mean square after them.
-        fused: one projection for pre, post and the residual matrix, sliced afterwards.
-        exp2: exp(x) as 2^(x log2 e), as GPU kernels do.
-        round_weights, round_logits: under coefficients in the activations' dtype, these are too.
-        tokens: seed of a permutation of the tokens, 0 for none.
-        tf32: operands of the projections rounded to 10 bits; claims the ``tf32`` contract alone.
-    """
-
-    sums: Sums = field(default_factory=Sums)
-    log_domain: bool = False
-    potentials: bool = False
-    reciprocal: bool = False
-    norm_after: bool = False
-    fused: bool = False
-    exp2: bool = False
-    round_weights: bool = True
-    round_logits: bool = False
-    tokens: int = 0
-    tf32: bool = False
-
-
-class Plain:
+class Plain(ResidualMatrix):
     """Every stage, dialect and dtype."""
-
-    choice = Choice()
 
     def __init__(self, name: str = "plain", choice: Choice | None = None):
         torch.set_num_threads(1)
@@ -79,20 +47,11 @@ class Plain:
 
     # The precision rules of mathematics.md
 
-    def wide(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float64 if dtype == torch.float64 else torch.float32
-
     def kept(self, x: Tensor, c: Any) -> torch.dtype:
         """The dtype in which coefficients are kept."""
         return x.dtype if c.coefficients == "activation" else self.wide(x.dtype)
 
     # Coefficients
-
-    def exp(self, a: Tensor) -> Tensor:
-        return torch.exp2(a * 1.4426950408889634) if self.choice.exp2 else torch.exp(a)
-
-    def divide(self, a: Tensor, b: Tensor) -> Tensor:
-        return a * (1 / b) if self.choice.reciprocal else a / b
 
     def rms(self, flat: Tensor, c: Any) -> Tensor:
         """``[..., 1]`` of ``[..., n*C]``."""
@@ -180,96 +139,6 @@ class Plain:
             return pre, post, torch.eye(n, dtype=kept).expand(*x.shape[:-2], n, n)
         logits = z["res"] if c.residual == "permutations" else z["res"].unflatten(-1, (n, n))
         return pre, post, self.matrix(logits, c, kept).to(kept)
-
-    # The residual matrix
-
-    def axes(self, c: Any) -> tuple[int, int]:
-        return (-1, -2) if c.order == "rows-first" else (-2, -1)
-
-    def softmax_axis(self, c: Any) -> int | None:
-        return {"rows": -1, "columns": -2}.get(c.softmax)
-
-    def iterations(self, c: Any) -> int:
-        return c.iterations
-
-    def passes(self, c: Any) -> list[int]:
-        """The axes of all passes after the start."""
-        every = list(self.axes(c)) * self.iterations(c)
-        return every[1:] if self.softmax_axis(c) == every[0] else every
-
-    def shift(self, logits: Tensor, axis: int, c: Any) -> Tensor:
-        largest = logits.amax(axis, keepdim=True)
-        return logits - (largest if c.softmax == "none" else largest.detach())
-
-    def softmax(self, logits: Tensor, axis: int, c: Any) -> Tensor:
-        e = self.exp(self.shift(logits, axis, c))
-        return self.divide(e, self.choice.sums.total(e, axis))
-
-    def eps(self, c: Any) -> float:
-        return c.eps
-
-    def start(self, logits: Tensor, c: Any) -> Tensor:
-        axis = self.softmax_axis(c)
-        if axis is None:
-            return self.exp(self.shift(logits, self.axes(c)[0], c))
-        p = self.softmax(logits, axis, c)
-        return p + self.eps(c) if c.guard == "add" else p
-
-    def guarded(self, total: Tensor, c: Any) -> Tensor:
-        if c.guard in ("add", "denominator"):
-            return total + self.eps(c)
-        return total.clamp(min=self.eps(c)) if c.guard == "clip" else total
-
-    def normalise(self, p: Tensor, axis: int, c: Any) -> Tensor:
-        return self.divide(p, self.guarded(self.choice.sums.total(p, axis), c))
-
-    def iterate(self, p: Tensor, c: Any) -> Tensor:
-        for axis in self.passes(c):
-            p = self.normalise(p, axis, c)
-        return p
-
-    def iterate_logarithms(self, logits: Tensor, c: Any) -> Tensor:
-        """The same iterations on log P, with guard "none"."""
-        axis = self.softmax_axis(c)
-        level = logits if axis is None else torch.log_softmax(logits, axis)
-        for axis in self.passes(c):
-            level = level - torch.logsumexp(level, axis, keepdim=True)
-        return self.exp(level)
-
-    def iterate_potentials(self, logits: Tensor, c: Any) -> Tensor:
-        """The same on the logarithms of the scalings of rows and columns, with guard "none"."""
-        start = self.softmax_axis(c)
-        potential: dict[int, Any] = {-1: 0.0, -2: 0.0}
-        for axis in [*([] if start is None else [start]), *self.passes(c)]:
-            potential[axis] = -torch.logsumexp(logits + potential[-3 - axis], axis, keepdim=True)
-        return self.exp(logits + potential[-1] + potential[-2])
-
-    def limited(self, logits: Tensor, c: Any) -> Tensor:
-        return logits if c.logit_limit is None else logits.clamp(-c.logit_limit, c.logit_limit)
-
-    def sinkhorn(self, logits: Tensor, c: Any) -> Tensor:
-        logits = self.limited(logits, c)
-        plain = c.guard == "none" and c.matrix == "float32"
-        if self.choice.potentials and plain and bool((logits.abs() <= 32).all()):
-            return self.iterate_potentials(logits, c)
-        if self.choice.log_domain and plain:
-            return self.iterate_logarithms(logits, c)
-        return self.iterate(self.start(logits, c), c)
-
-    def permutations(self, logits: Tensor, c: Any) -> Tensor:
-        n = c.streams
-        weight = self.softmax(logits, -1, c)
-        orders = list(itertools.permutations(range(n)))
-        entries = [
-            self.choice.sums.total(weight[..., [k for k, order in enumerate(orders) if order[i] == j]], -1)
-            for i, j in itertools.product(range(n), repeat=2)
-        ]
-        return torch.cat(entries, -1).unflatten(-1, (n, n))
-
-    def matrix(self, logits: Tensor, c: Any, kept: torch.dtype) -> Tensor:
-        """H from its logits, whose passes run in the dtype that coefficients are kept in where the row says so."""
-        made_in = kept if c.matrix == "activation" else self.wide(logits.dtype)
-        return (self.permutations if c.residual == "permutations" else self.sinkhorn)(logits.to(made_in), c)
 
     # Mixing
 

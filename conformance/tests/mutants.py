@@ -25,12 +25,32 @@ MISTAKES = {
     "post_scale 1": {"both": ("functional", "config.post_scale *", "1 *")},
 }
 """The file of the package, what it has, and what is put there instead."""
+SINGLE_PASS = {
+    "reads with its own pre": {
+        "torch": ("functional", "gates, handed = _check_carried(x, carried), own", "gates, handed = own, own"),
+        "jax": (
+            "functional",
+            "return pre_mix(x, _check_carried(x, carried)), context",
+            "return pre_mix(x, gates), context",
+        ),
+    },
+    "starts with all streams": {
+        "torch": ("functional", "torch.arange(x.shape[-2], device=x.device) == 0", "torch.arange(x.shape[-2]) >= 0"),
+        "jax": ("functional", "jnp.arange(x.shape[-2]) == 0", "jnp.arange(x.shape[-2]) >= 0"),
+    },
+    "carried gradient cut": {
+        "torch": ("functional", "_check_carried(x, carried), own", "_check_carried(x, carried).detach(), own"),
+        "jax": ("functional", "_check_carried(x, carried)), context", "jax.lax.stop_gradient(carried)), context"),
+    },
+}
+"""The same for a dialect whose sites read with the pre of the site before."""
 
 
 @contextlib.contextmanager
 def planted(framework: str, mistake: str) -> Iterator[None]:
     """Runs with the mistake in the package's functions; puts the originals back."""
-    file, right, wrong = MISTAKES[mistake].get(framework) or MISTAKES[mistake]["both"]
+    places = {**MISTAKES, **SINGLE_PASS}[mistake]
+    file, right, wrong = places.get(framework) or places["both"]
     package = importlib.import_module(f"{framework}_impl")
     module = importlib.import_module(f"{framework}_impl.{file}")
     path = Path(module.__file__ or "")

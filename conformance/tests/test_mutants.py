@@ -8,15 +8,16 @@ import pytest
 
 from conformance.corpus import load_corpus
 from conformance.runner import run_item
-from conformance.tests.mutants import MISTAKES, planted
+from conformance.tests.mutants import MISTAKES, SINGLE_PASS, planted
 
 CASES = [c for c in load_corpus() if c.dialect == "deepseek-v4" and c.family not in ("shape", "branch", "stack")]
+SITES = [c for c in load_corpus() if c.dialect == "deepseek-v4.1" and {"pre", "layer", "stack"} & set(c.stages)]
 
 
-def kills(implementation, dtype, enough=3):
+def kills(implementation, dtype, cases, enough=3):
     """Ids of cases that fail at twice the bound; stops at ``enough`` of them."""
     found = []
-    for case in CASES:
+    for case in cases:
         for item in case.items():
             if item.variant.x == dtype and item.variant.contract != "tf32":
                 outcome = run_item(implementation, item)
@@ -28,14 +29,15 @@ def kills(implementation, dtype, enough=3):
     return found
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", [*MISTAKES, *SINGLE_PASS])
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_a_planted_mistake_is_killed_by_three_cases_in_every_dtype(framework, mistake):
     pytest.importorskip(framework, reason=f"{framework} is not installed")
     adapter = importlib.import_module(f"conformance.adapters.{framework}_adapter")
     with planted(framework, mistake):
         implementation = adapter.eager()
-        found = {dtype: kills(implementation, dtype) for dtype in ("float32", "bfloat16", "float16")}
+        cases = SITES if mistake in SINGLE_PASS else CASES
+        found = {dtype: kills(implementation, dtype, cases) for dtype in ("float32", "bfloat16", "float16")}
     assert all(len(cases) >= 3 for cases in found.values()), found
 
 

@@ -26,6 +26,11 @@ def test_a_mutant_is_killed_by_three_cases_in_every_dtype(title):
     assert power.survivors == []
 
 
+def test_every_mutant_that_is_defined_is_in_the_list():
+    defined = {m for m in Mutant.__subclasses__() if m.__module__.startswith("conformance.power.")}
+    assert len(MUTANTS) == len(set(MUTANTS)) and set(MUTANTS) == defined
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_an_honest_variant_fails_no_case(seed):
     assert Power(True, honest={seed: measure.measure_honest(seed)}).false_alarms == []

@@ -1,4 +1,8 @@
-"""The layer in float64 NumPy, written from mathematics.md alone: the tests of this folder compare with it."""
+"""The layer in float64 NumPy, written from mathematics.md alone: the tests of this folder compare with it.
+
+`jax_impl` and `torch_impl` each have this file, the same to the byte, since each folder is tested and installable
+without the other (architecture.md, rule 1).
+"""
 
 from __future__ import annotations
 
