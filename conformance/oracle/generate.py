@@ -28,6 +28,9 @@ CASE_FORMAT, MANIFEST_FORMAT = "mhc-conformance-case/1", "mhc-conformance-manife
 GATES = ("pre", "post", "H")
 K_FLOAT32, K_ROUNDED = 32.0, 4.0
 """Multiples of the honest error: K_ROUNDED where narrow intermediates dominate it (conformance.md, "The bound")."""
+K_STACK = 8.0
+"""For a stack under a narrow x: streams are stored between its sites, and a rounding that flips there moves all that
+follows by a whole unit. At 4 released code (vllm's mhc_pre_delayed_torch, two sites in bfloat16) came to 1.15."""
 SUMS = "H stochastic"
 """The name of the bound of H's sums along the axis that is normalised last."""
 K_SUMS = 4.0
@@ -143,8 +146,9 @@ def _bounds(case: Case, stage: str, expected: dict[str, np.ndarray], run: Callab
         if key not in measured:
             measured[key] = _honest(expected, run, contract, narrow, last_axis)
         honest, rounded = measured[key]
+        factor = (K_STACK if stage == "stack" else K_ROUNDED) if rounded else K_FLOAT32
         rows[variant["name"]] = {
-            name: _row(name, expected[name], error, rounded, contract, case)
+            name: _row(name, expected[name], error, factor, contract, case)
             for name, error in honest.items()
             if name != SUMS
         }
@@ -154,9 +158,8 @@ def _bounds(case: Case, stage: str, expected: dict[str, np.ndarray], run: Callab
     return rows
 
 
-def _row(name: str, expected: np.ndarray, honest: float, rounded: bool, contract: str, case: Case) -> dict[str, float]:
+def _row(name: str, expected: np.ndarray, honest: float, factor: float, contract: str, case: Case) -> dict[str, float]:
     scale = 1.0 if name in GATES else float(np.max(np.abs(expected), initial=0.0))
-    factor = K_ROUNDED if rounded else K_FLOAT32
     if case.exact:
         if honest:
             raise ValueError(f"{case.id}: {name} is declared exact, yet an honest evaluation misses it by {honest:g}")
