@@ -150,7 +150,7 @@ class ManifoldConstrainedHyperConnections(Site):
         Raises:
             ValueError: the configuration reduces by a head (`HyperHead`) or not at all, or ``carried`` isn't for it.
         """
-        return functional.reduce(x, self.config.reduce, carried, reduction=self.config.reduction)
+        return functional.reduce(x, str(self.config.reduce), carried, reduction=self.config.reduction)
 
     def post(self, y: Float[Array, "... dim"], context: functional.Context) -> Float[Array, "... streams dim"]:
         """The sub-layer's output spread over the mixed streams."""

@@ -163,7 +163,7 @@ class ManifoldConstrainedHyperConnections(Site):
         """
         if self.sharding is not None:
             return self.sharding.reduce(x, self.config, carried)
-        return functional.reduce(x, self.config.reduce, carried, reduction=self.config.reduction)
+        return functional.reduce(x, str(self.config.reduce), carried, reduction=self.config.reduction)
 
     def post(self, y: Float[Tensor, "... dim"], context: functional.Context) -> Float[Tensor, "... streams dim"]:
         """The sub-layer's output spread over the mixed streams."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -132,12 +132,13 @@ class Chain(nn.Module):
         self.sites = nn.ModuleList([make("deepseek-v4.1", seed=seed) for seed in (2, 3)])
 
     def forward(self, x, carried=None):
-        carried = self.sites[0].one_hot(x) if carried is None else carried
+        first, last = cast(Any, self.sites)
+        carried = first.one_hot(x) if carried is None else carried
         both = lambda inputs_q, inputs_kv: (inputs_q.sin() + inputs_kv, None)  # noqa: E731
         x, metadata = self.sites[0](lambda u: u * u, both, x, "attention", carried=carried)
         moe = lambda inputs: (inputs.sin(), None, None)  # noqa: E731
         x, metadata = self.sites[1](lambda u: u, moe, x, "mlp_moe", carried=metadata["carried"])
-        return self.sites[1].reduce(x, metadata["carried"])
+        return last.reduce(x, metadata["carried"])
 
 
 def the_carried_pre_crosses_sites(mesh: DeviceMesh) -> None:
