@@ -10,16 +10,16 @@ from pathlib import Path
 MISTAKES = {
     "transposed H": {"both": ("functional", 'config.mix == "in-out" else', 'config.mix != "in-out" else')},
     "19 iterations": {
-        "torch": ("residual", "[first, second] * config.iterations", "[first, second] * (config.iterations - 1)"),
-        "jax": ("residual", "whole = config.iterations or 0", "whole = (config.iterations or 0) - 1"),
+        "torch": ("residual", "* (config.iterations or 0)", "* ((config.iterations or 0) - 1)"),
+        "jax": ("residual", "whole, start = config.iterations or 0", "whole, start = (config.iterations or 0) - 1"),
     },
     "clip for add": {
         "torch": ("residual", "total = total + eps", "total = total.clamp(min=eps)"),
         "jax": ("residual", "total = total + eps", "total = jnp.maximum(total, eps)"),
     },
     "softmax over columns": {
-        "torch": ("residual", 'rows if config.softmax == "rows" else columns', "columns"),
-        "jax": ("residual", 'axis=rows if config.softmax == "rows" else columns', "axis=columns"),
+        "torch": ("residual", "torch.softmax(z, start)", "torch.softmax(z, COLUMNS)"),
+        "jax": ("residual", "softmax(logits, axis=start)", "softmax(logits, axis=COLUMNS)"),
     },
     "dropped pre_eps": {"both": ("functional", "+ config.pre_eps", "+ 0 * config.pre_eps")},
     "post_scale 1": {"both": ("functional", "config.post_scale *", "1 *")},
