@@ -61,7 +61,9 @@ class Layout:
         flat: order of the flat axis: ``streams-first`` (i*C + c) or ``dim-first`` (c*n + i).
         norm: whether it has a norm weight: ``never``, ``optional`` or ``always``.
         residuals: kinds of residual matrix that it has a place for.
-        orbax: whether it is a tree in an Orbax checkpoint, else safetensors or a torch state dict.
+        containers: the kinds of checkpoint (`storage`) that it is kept in; the first is written
+            where a path leaves it open.
+        stacked: whether layers may be scanned: stacked in one array (`storage.stacks`).
         keeps_dialect: whether its files state their dialect, and a port to it keeps the source's.
         config: keys of a ``config.json`` beside it, and the parameters that they set.
         models: for its ``model_type`` there, the dialect.
@@ -79,7 +81,8 @@ class Layout:
     flat: str = "streams-first"
     norm: str = "never"
     residuals: frozenset[str] = frozenset({"sinkhorn"})
-    orbax: bool = False
+    containers: tuple[str, ...] = ("safetensors", "torch")
+    stacked: bool = False
     keeps_dialect: bool = False
     config: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)

@@ -168,7 +168,7 @@ def _recognise(
     considered = [
         layout.named(prefixes)
         for layout in ([given] if given else layouts().values())
-        if layout.orbax == (checkpoint.kind == "orbax")
+        if checkpoint.kind in layout.containers
     ]
     names = _candidates(checkpoint, considered)
     for layout in considered:

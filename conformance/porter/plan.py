@@ -46,7 +46,7 @@ class Plan:
 
     def sink(self) -> Stacker:
         """What takes the ported tensors; for layouts without scanned layers it only keeps them."""
-        if self.layout.orbax:
+        if self.layout.stacked:
             return Stacker(self.options.stacks, self.options.scan_axis, self.model.layers or [0])
         return Stacker(Stacks(), 0, [])
 
@@ -163,7 +163,7 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
         head=HEAD in places, source_bytes=model.nbytes, verdict=verdict.kind, reason=str(verdict), notes=notes,
         left_out=left_out, probes=len(x),
     )  # fmt: skip
-    stacked = layout.orbax and options.stacks.segments != (("unscanned", None),)
+    stacked = layout.stacked and options.stacks.segments != (("unscanned", None),)
     if stacked:
         options.stacks.places(len(model.layers) or 1)
         notes.append(f"layers are stacked along axis {options.scan_axis}: {options.stacks}")
@@ -175,11 +175,15 @@ def _existing(model: Model, layout: Layout, options: Options) -> dict[Site, dict
     """Under which names the checkpoint that takes the tensors has them already."""
     if options.into is None:
         return {}
-    if layout.orbax or not options.into.is_dir():
+    if "safetensors" not in layout.containers or not options.into.is_dir():
         raise PortError(f"{options.into}: --into takes a directory of safetensors shards")
     with open_checkpoint(options.into) as checkpoint:
         sites = layout.locate(checkpoint.tensors)
-        others = [] if sites else [o.name for o in layouts().values() if not o.orbax and o.locate(checkpoint.tensors)]
+        others = (
+            []
+            if sites
+            else [o.name for o in layouts().values() if "safetensors" in o.containers and o.locate(checkpoint.tensors)]
+        )
         if others:
             raise PortError(
                 f"{options.into}: has hyper-connections of the layout {others[0]}, and it would be open whether "

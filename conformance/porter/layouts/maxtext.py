@@ -13,7 +13,8 @@ LAYOUT = Layout(
     dialect="maxtext",
     norm="always",
     residuals=frozenset({"sinkhorn", "permutations"}),
-    orbax=True,
+    containers=("orbax",),
+    stacked=True,
     rows=tuple(Packed(row.name.replace(".", "/"), row.parts, row.axes, row.optional) for row in canonical.LAYOUT.rows),
     head=(
         Packed("hc_fn", ("head_fn",), "k m"),

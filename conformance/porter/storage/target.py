@@ -31,7 +31,7 @@ def kind_of(path: Path, layout: Layout) -> str:
     Raises:
         PortError: the layout isn't kept in such a file.
     """
-    if layout.orbax:
+    if layout.containers[0] == "orbax":
         if path.suffix in (".safetensors", *TORCH):
             raise PortError(f"{path}: {layout.name} is an Orbax checkpoint, a directory: name one")
         orbax_tree.check_path(path)
