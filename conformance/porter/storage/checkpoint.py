@@ -40,7 +40,7 @@ class Checkpoint:
         kind: what its files are, in a word.
         tensors: everything in it, unread.
         metadata: of the file, the index or the tree.
-        config: ``config.json`` beside it, where there is one.
+        config: the configuration of its model: ``config.json`` beside it, or what the user names; None without one.
         files: how many files hold tensors.
     """
 
@@ -50,6 +50,12 @@ class Checkpoint:
     metadata: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     files: int = 1
+    config_file: Path | None = None
+
+    @property
+    def config_place(self) -> str:
+        """Where the configuration is, for messages."""
+        return str(self.config_file or self.path / "config.json")
 
     def prepare(self, names: Iterable[str]) -> None:
         """Told before `read` which tensors will be asked for."""
