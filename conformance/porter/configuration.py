@@ -124,6 +124,28 @@ def described(parameters: Mapping[str, Any], base: str, streams: int) -> dict[st
     return found
 
 
+def written(
+    parameters: Mapping[str, Any], base: str, models: Mapping[str, str], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """A ``config.json`` that states a model's hyper-connections, and nothing else of it; empty where no software of the
+    row reads one.
+
+    Args:
+        models: the layout's, for each ``model_type`` its row.
+        sizes: ``streams``, ``dim`` and ``layers``.
+    """
+    kind = next((kind for kind, row in models.items() if row == base), None)
+    if kind is None or dialects.configuration(base).place != "config.json":
+        return {}
+    part = {
+        **described(parameters, base, sizes["streams"]), "hidden_size": sizes["dim"],
+        "num_hidden_layers": sizes["layers"],
+    }  # fmt: skip
+    of_text = f"{kind}_text"
+    inner = {"text_config": {"model_type": of_text, **part}} if of_text in models else part
+    return {"model_type": kind, **inner}
+
+
 def read(path: Path) -> dict[str, Any]:
     """A configuration from a file: JSON, or YAML.
 

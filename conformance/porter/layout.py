@@ -19,7 +19,7 @@ from conformance.porter.errors import PortError
 from conformance.porter.site import ALONE, Site, Weights, canonical_shapes
 
 PREFIXES = {
-    "{any}": r"(?:.*[./])?",
+    "{any}": r"(?:(?!.*(?<![^./_])mtp).*[./])?",  # layers of multi-token prediction are numbered on their own
     "{layers}": r"(?:layers?|blocks?|h)",
     "{layer}": r"(?P<layer>\d+)",
     "{attention}": r"[\w.]*attn[\w.]*|[\w.]*attention[\w.]*",

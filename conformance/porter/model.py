@@ -18,6 +18,8 @@ from conformance.porter.recognition import Recognised, candidates, recognise, un
 from conformance.porter.site import HEAD, NORM, Site, Weights
 from conformance.porter.storage.checkpoint import Checkpoint, check_dtype
 
+NO_HEAD = "the head is missing, and the dialect reduces the streams by one"
+
 
 @dataclass
 class Model:
@@ -72,7 +74,7 @@ class Model:
     def lacking(self) -> list[str]:
         """What this model must have and doesn't, a line each: tensors without a site, layers, sites of a layer, a head.
 
-        A module on its own is whole.
+        A module on its own is whole. Models with a configuration have both kinds of sites in each layer.
         """
         found = []
         if self.stray:
@@ -82,6 +84,7 @@ class Model:
         for site in self.sites:
             if site.layer is not None:
                 groups.setdefault(site.group, {}).setdefault(site.kind, set()).add(site.layer)
+        stated = dialects.layers_stated(self.checkpoint)
         for group, kinds in groups.items():
             every = set().union(*kinds.values())
             gaps = sorted(set(range(max(every) + 1)) - every)
@@ -89,13 +92,12 @@ class Model:
                 found.append(f"{group} {numbers(gaps)} are missing")
             for kind in ("attention", "ffn"):
                 without = sorted(every - kinds.get(kind, set()))
-                if without and set(kinds) - {"head"} != {kind} and kind in kinds:
+                if without and (kind in kinds or stated):
                     found.append(f"{group} {numbers(without)} have no {kind} site")
-        stated = dialects.layers_stated(self.checkpoint)
         if stated and self.layers and len(self.layers) not in stated and not any("missing" in line for line in found):
             found.append(f"config.json states {' or '.join(map(str, stated))} layers, and {len(self.layers)} are there")
         if self.parameters["reduce"] == "head" and self.layers and not self.head and not self.told.assumed:
-            found.append("the head is missing, and the dialect reduces the streams by one")
+            found.append(NO_HEAD)
         return found
 
     def prepare(self) -> None:
@@ -128,10 +130,14 @@ class Model:
             return
         if self.stray:
             raise unplaced(self.checkpoint, self.layout, self.stray, self.tensors)
+        dialect = ""
+        if lacking[0] == NO_HEAD:
+            row = dialects.described(self.parameters, self.told.base).partition(",reduce=")[0]
+            dialect = f", say how the streams are reduced otherwise (--dialect {row},reduce=none)"
         raise PortError(
-            f"{self.checkpoint.path}: {lacking[0]}: add what is missing, or port the rest with --allow-partial",
-            INCOMPLETE,
-        )
+            f"{self.checkpoint.path}: {lacking[0]}: add what is missing{dialect}, or port the rest with "
+            f"--allow-partial", INCOMPLETE,
+        )  # fmt: skip
 
     def check_dtypes(self) -> None:
         """Raises for a tensor of a dtype that weights can't have.

@@ -29,11 +29,11 @@ ENDINGS = re.compile(
     r"mhc_norm[./]scale|mapping_proj\.weight|alpha_(?:pre|post|res))$"
 )
 """Ends of names that only hyper-connections have."""
-COMMON_ENDINGS = re.compile(r"[._/](?:fn|base|scale|bias|phi|b|alpha|beta|norm_weight|weight)$")
-"""Ends that count where a word before them says what they belong to."""
-WORDS = re.compile(r"(?:^|[._/])(?:m?hc|hyper_?connections?|hyper_?head)(?=[._/])", re.IGNORECASE)
-
-
+COMMON_ENDINGS = re.compile(
+    r"(?:^|[._/])(?:m?hc|hyper_?connections?|hyper_?head)(?:_\w+)?[./](?:fn|base|scale|bias|phi|b|alpha|beta|norm_weight)$",
+    re.IGNORECASE,
+)
+"""Common words that count where the module right before them says what they belong to."""
 TELLING = ("hc", "yper", "_alpha", "_beta", "alpha_", "head_", "mapping_proj")
 """One of these is in every such name: a quick look, since a large model has tens of thousands."""
 
@@ -66,8 +66,7 @@ def plainly_ours(names: Iterable[str]) -> list[str]:
         if not any(word in name for word in TELLING):
             continue
         bare = plain(name)
-        known = ENDINGS.search(bare) or (COMMON_ENDINGS.search(bare) and WORDS.search(bare))
-        if known and not of_optimizer(name):
+        if (ENDINGS.search(bare) or COMMON_ENDINGS.search(bare)) and not of_optimizer(name):
             found.append(name)
     return found
 

@@ -64,6 +64,13 @@ class Plan:
                 found[name] = list(stacked), dtype
         return dict(sorted(found.items()))
 
+    def config(self) -> dict[str, Any]:
+        """What a ``config.json`` beside the target states, empty where its software reads none, or it isn't whole."""
+        if not self.model.layers or self.report.lacking:
+            return {}
+        sizes = {"streams": self.model.streams, "dim": self.model.dim, "layers": len(self.model.layers)}
+        return configuration.written(self.parameters, self.base, self.layout.models, sizes)
+
     def port_site(self, site: Site, sink: Stacker) -> tuple[float, int, probe.Projected]:
         """Reads, converts, packs and projects one site, and hands its tensors on.
 
@@ -148,6 +155,7 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
         twice = next(name for name in names if names.count(name) > 1)
         raise PortError(f"two sites would be written as {twice}: give each kind its own name")
     lacking = [*model.lacking(), *_without_a_name(layout, left_out, options)]
+    lacking += _left_as_they_are(existing, places, options)
     settings, place_of_settings = {}, ""
     if not layout.keeps_dialect:
         settings = configuration.settings(parameters, told.base)
@@ -248,6 +256,24 @@ def _without_a_name(layout: Layout, left_out: list[str], options: Options) -> li
     text = f"the layout {layout.name} has no name for {', '.join(beyond)}"
     if not options.allow_partial:
         raise PortError(f"{text}: port the rest with --allow-partial", INCOMPLETE)
+    return [text]
+
+
+def _left_as_they_are(
+    existing: Mapping[Site, dict[str, str]], places: Mapping[Site, Site], options: Options
+) -> list[str]:
+    """Sites of the checkpoint that takes the tensors which the source doesn't have: they would keep their weights.
+
+    Raises:
+        PortError: there are some, and that isn't allowed.
+    """
+    kept = [str(site) for site in existing if site not in {*places.values()}]
+    if not kept:
+        return []
+    some = ", ".join(kept[:4]) + (", …" if len(kept) > 4 else "")
+    text = f"{options.into} has {len(kept)} more sites, which keep the weights that they have: {some}"
+    if not options.allow_partial:
+        raise PortError(f"{text}: --allow-partial leaves them so", INCOMPLETE)
     return [text]
 
 

@@ -116,7 +116,7 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
         report.written = str(storage.write_into(options.into, tensors, metadata, options.read_back))
     else:
         assert target
-        storage.write(target, kind, tensors, metadata, options.shard_bytes, options.read_back)
+        storage.write(target, kind, tensors, metadata, options.shard_bytes, options.read_back, plan.config())
         report.written = str(target)
     report.read_back = options.read_back
     return report
