@@ -124,15 +124,24 @@ def of_checkpoint(layout: Layout, checkpoint: Checkpoint) -> Told:
     return _from_metadata(layout, checkpoint) or told or Told(dict(known()[layout.dialect]), OWN, layout.dialect, True)
 
 
+def note(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a port has noted in the checkpoint's metadata; empty where none has.
+
+    Raises:
+        PortError: it is none that this project writes.
+    """
+    noted = checkpoint.metadata.get(PORT_KEY)
+    return {} if noted is None else _json(noted, checkpoint)
+
+
 def _from_metadata(layout: Layout, checkpoint: Checkpoint) -> Told | None:
     rows = known()
-    noted = checkpoint.metadata.get(PORT_KEY)
-    if noted is not None:
-        note = _json(noted, checkpoint)
-        stated = _json(note.get("parameters", {}), checkpoint)
+    stated_note = note(checkpoint)
+    if stated_note:
+        stated = _json(stated_note.get("parameters", {}), checkpoint)
         found = {k: v for k, v in dialects.completed(stated).items() if k in rows["paper"]}
         if set(found) == set(rows["paper"]):
-            assumed = note.get("assumed") is True
+            assumed = stated_note.get("assumed") is True
             by = f"an assumption, {FROM_METADATA}" if assumed else FROM_METADATA
             return Told(check(found, str(checkpoint.path)), by, nearest(found), assumed)
     if "parameters" in checkpoint.metadata and layout.keeps_dialect:

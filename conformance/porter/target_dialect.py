@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from conformance.porter.errors import CANNOT, UNKNOWN, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.model import Model
 from conformance.porter.options import Options
-from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
+from conformance.porter.storage.checkpoint import Checkpoint
 from conformance.porter.storage.opening import open_checkpoint
 from conformance.porter.verdict import IMPOSSIBLE, ROUNDED
 
@@ -112,8 +111,4 @@ def _own(model: Model, layout: Layout) -> Told:
 
 def _origin(model: Model) -> str:
     """The row that the source was ported from, where its metadata says so."""
-    try:
-        note = json.loads(model.checkpoint.metadata.get(PORT_KEY) or "{}")
-    except (TypeError, ValueError):
-        return ""
-    return str(note.get("source_row", "")) if isinstance(note, dict) else ""
+    return str(dialects.note(model.checkpoint).get("source_row", ""))

@@ -1,7 +1,7 @@
 """Megatron's hybrid stack: every sub-layer is a layer of its own, and its hyper-connection doesn't say of which kind.
 
-``decoder.layers.K.hyper_connection.bias`` belongs to the sub-layer ``decoder.layers.K.inner_layer``, whose own names say
-whether it is attention (or a mixer in its place) or an MLP. Layer i of the model is the i-th of each.
+``decoder.layers.K.hyper_connection.bias`` belongs to the sub-layer ``decoder.layers.K.inner_layer``, whose own names
+say whether it is attention (or a mixer in its place) or an MLP. Layer i of the model is the i-th of each.
 """
 
 from __future__ import annotations
