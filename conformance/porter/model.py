@@ -14,7 +14,7 @@ from conformance.porter.dialects import Told
 from conformance.porter.errors import CANNOT, INCOMPLETE, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layout_named
-from conformance.porter.recognition import Recognised, candidates, recognise, unplaced
+from conformance.porter.recognition import Recognised, recognise, unplaced
 from conformance.porter.site import HEAD, NORM, Site, Weights
 from conformance.porter.storage.checkpoint import Checkpoint, check_dtype
 
@@ -225,7 +225,7 @@ def understand(
     placed = {name for rows in sites.values() for name in rows.values()}
     endings = tuple(chosen.endings_of_anchors)
     stray = dict.fromkeys(n for n in naming.plainly_ours(checkpoint.tensors) if n not in placed)
-    stray |= dict.fromkeys(n for n in candidates(checkpoint, [chosen]) if n.endswith(endings) and n not in placed)
+    stray |= dict.fromkeys(n for n in found.candidates if n.endswith(endings) and n not in placed)
     model.stray = [n for n in stray if not naming.of_optimizer(n)]
     return model
 

@@ -7,7 +7,7 @@ Wrappers put a word of theirs somewhere into every name (``layers.0._orig_mod.at
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 WRAPPERS = (
     "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_fp32_params", "module",
@@ -18,6 +18,7 @@ the keys of training checkpoints (mathematics.md, "More names in use")."""
 LANGUAGE_MODEL = "language_model"
 """The text part of a model with several: some layouts have it in their names."""
 _WRAPPED = re.compile(rf"(?:(?<=[./])|^)(?:{'|'.join(map(re.escape, WRAPPERS))})[./]")
+_WRAPPING = ("module", "_orig_mod", "_fp32_params", "base_model", "ema_model", "state_dict")  # a word of each wrapper
 _LANGUAGE = re.compile(rf"(?:(?<=[./])|^){LANGUAGE_MODEL}[./]")
 _LEAF = re.compile(r"[./](?:raw_)?value$")
 _OPTIMIZER = re.compile(r"(?:^|[./])(?:opt_state|optimizer\w*|optim|exp_avg\w*|momentum\w*|mu|nu)(?:[./]|$)")
@@ -35,7 +36,7 @@ COMMON_ENDINGS = re.compile(
 )
 """Common words that count where the module right before them says what they belong to."""
 TELLING = ("hc", "yper", "_alpha", "_beta", "alpha_", "head_", "mapping_proj")
-"""One of these is in every such name: a quick look, since a large model has tens of thousands."""
+"""One of these is in every such name."""
 
 
 def plain(name: str) -> str:
@@ -43,10 +44,27 @@ def plain(name: str) -> str:
     return _LEAF.sub("", _WRAPPED.sub("", name))
 
 
-def wrapped_at_the_end(name: str) -> bool:
-    """Whether a wrapper or an NNX leaf hides how a name ends."""
-    tail = name[-64:]
-    return _LEAF.search(tail) is not None or _WRAPPED.search(tail) is not None
+def having(names: Collection[str], words: Iterable[str]) -> list[str]:
+    """The names with one of these words anywhere in them, in their order.
+
+    They are searched as one text: a large model has tens of thousands, and few of them have any.
+    """
+    text = "\n".join(["", *names, ""])
+    if text.count("\n") != len(names) + 1:  # a name of several lines
+        return [name for name in names if any(word in name for word in words)]
+    found = set()
+    for word in words:
+        at = text.find(word)
+        while at >= 0:
+            end = text.index("\n", at)
+            found.add(text[text.rindex("\n", 0, at) + 1 : end])
+            at = text.find(word, end)
+    return [name for name in names if name in found] if found else []
+
+
+def wrapped(names: Collection[str]) -> list[str]:
+    """The names in which a wrapper or an NNX leaf may hide how they end."""
+    return having(names, (*_WRAPPING, "/value", ".value", "/raw_value", ".raw_value"))
 
 
 def of_text(name: str) -> str:
@@ -59,12 +77,10 @@ def of_optimizer(name: str) -> bool:
     return _OPTIMIZER.search(name) is not None
 
 
-def plainly_ours(names: Iterable[str]) -> list[str]:
+def plainly_ours(names: Collection[str]) -> list[str]:
     """Those names that only a hyper-connection's weight can have, whatever its layout."""
     found = []
-    for name in names:
-        if not any(word in name for word in TELLING):
-            continue
+    for name in having(names, TELLING):
         bare = plain(name)
         if (ENDINGS.search(bare) or COMMON_ENDINGS.search(bare)) and not of_optimizer(name):
             found.append(name)

@@ -26,11 +26,13 @@ class Recognised:
     Attributes:
         sites: for each its rows and the tensors that hold them.
         sizes: for each (n, C, residual).
+        candidates: names that end as tensors of hyper-connections do, whether they have a site or not.
     """
 
     layout: Layout
     sites: Rows
     sizes: dict[Site, tuple[int, int, str]]
+    candidates: list[str]
 
     @property
     def tensors(self) -> int:
@@ -69,7 +71,7 @@ def recognise(checkpoint: Checkpoint, given: Layout | None, prefixes: Mapping[st
         if not sites:
             continue
         try:
-            fits.append(Recognised(layout, sites, _sizes(checkpoint, layout, sites)))
+            fits.append(Recognised(layout, sites, _sizes(checkpoint, layout, sites), names))
         except Misfit as error:
             broken.append((error.whole, error))
     fits = _likeliest(checkpoint, fits)
@@ -186,14 +188,10 @@ def candidates(checkpoint: Checkpoint, considered: Iterable[Layout]) -> list[str
     width = 8
     long, short = {e[-width:] for e in endings if len(e) >= width}, tuple(e for e in endings if len(e) < width)
 
-    def ends(name: str) -> bool:
-        return name[-width:] in long or name.endswith(short)
-
-    return [
-        name
-        for name in checkpoint.tensors
-        if ends(name) or (naming.wrapped_at_the_end(name) and ends(naming.plain(name)))
-    ]
+    found = [name for name in checkpoint.tensors if name[-width:] in long or name.endswith(short)]
+    hidden = [(name, naming.plain(name)) for name in naming.wrapped(checkpoint.tensors)]
+    more = [name for name, bare in hidden if bare[-width:] in long or bare.endswith(short)]
+    return list(dict.fromkeys([*found, *more]))
 
 
 def _named(error: PortError, checkpoint: Checkpoint, rows: Mapping[str, str]) -> PortError:

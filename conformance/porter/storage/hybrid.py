@@ -49,15 +49,15 @@ def paired(checkpoint: Checkpoint) -> Checkpoint:
         PortError: the sub-layers aren't attention and MLP in turn.
     """
     sites: dict[int, list[tuple[str, str, str]]] = {}
-    for name in checkpoint.tensors:
-        match = SITE.fullmatch(names.plain(name)) if "hyper_connection" in name else None
+    for name in names.having(checkpoint.tensors, [".hyper_connection."]):
+        match = SITE.fullmatch(names.plain(name))
         if match:
             sites.setdefault(int(match["number"]), []).append((match["lead"], match["rest"], name))
     if not sites:
         return checkpoint
     kinds: dict[int, str] = {}
-    for name in checkpoint.tensors:
-        match = INNER.match(names.plain(name)) if "inner_layer" in name else None
+    for name in names.having(checkpoint.tensors, ["inner_layer"]):
+        match = INNER.match(names.plain(name))
         if match and match["module"] in KINDS:
             kinds[int(match["number"])] = KINDS[match["module"]]
     if not all(number in kinds for number in sites):
