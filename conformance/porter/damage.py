@@ -85,6 +85,8 @@ def _narrow(model: Model) -> Iterator[str]:
     probes = Probes(activations(TOKENS, model.streams, model.dim, 0), model.parameters, model.parameters)
     largest: dict[str, float] = {}
     for site in model.sites:
+        if model.sizes[site][:2] != (model.streams, model.dim):
+            continue
         try:
             weights = model.load(site)
         except PortError:

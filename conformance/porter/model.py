@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from conformance.porter import names as naming
 from conformance.porter.dialects import Told
 from conformance.porter.errors import CANNOT, INCOMPLETE, PortError
 from conformance.porter.layout import Layout
-from conformance.porter.layouts import layout_named
+from conformance.porter.layouts import layout_named, layouts
 from conformance.porter.recognition import Recognised, recognise, unplaced
 from conformance.porter.site import HEAD, NORM, Site, Weights
 from conformance.porter.storage.checkpoint import Checkpoint, check_dtype
@@ -27,9 +27,11 @@ class Model:
 
     Attributes:
         sites: for each its rows and the tensors that hold them.
+        sizes: for each (n, C, residual), the same unless they are ``differing``.
         norm: whether the sites have a norm weight.
         told: the dialect, and how it is known.
         stray: tensors that are hyper-connections' and belong to no site.
+        copies: tensors that hold the same sites once more for another layout, whose name stands beside each.
         differing: how sites differ from each other or from the configuration; such a model can't be ported.
     """
 
@@ -43,6 +45,8 @@ class Model:
     told: Told
     stray: list[str]
     differing: str
+    sizes: dict[Site, tuple[int, int, str]]
+    copies: dict[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -156,7 +160,8 @@ class Model:
             PortError: a tensor can't be read, or has another dtype than weights can have.
         """
         tensors = {row: self.checkpoint.read(name) for row, name in self.sites[site].items()}
-        return self.layout.unpack(site, tensors, self.streams, self.dim, self.residual)
+        streams, dim, residual = self.sizes[site]
+        return self.layout.unpack(site, tensors, streams, dim, self.residual if site.head else residual)
 
     def check(self, site: Site) -> None:
         """Raises for a weight that isn't finite.
@@ -220,14 +225,41 @@ def understand(
         )
     told.parameters = {**told.parameters, "norm_weight": norm}
     model = Model(
-        checkpoint, chosen, sites, streams, dim, residual, norm, told, [], _differing(checkpoint, found, told.base)
+        checkpoint,
+        chosen,
+        sites,
+        streams,
+        dim,
+        residual,
+        norm,
+        told,
+        [],
+        _differing(checkpoint, found, told.base),
+        sizes,
     )
     placed = {name for rows in sites.values() for name in rows.values()}
     endings = tuple(chosen.endings_of_anchors)
     stray = dict.fromkeys(n for n in naming.plainly_ours(checkpoint.tensors) if n not in placed)
     stray |= dict.fromkeys(n for n in found.candidates if n.endswith(endings) and n not in placed)
     model.stray = [n for n in stray if not naming.of_optimizer(n)]
+    if layout and model.stray:
+        model.copies = _copies(model)
+        model.stray = [n for n in model.stray if n not in model.copies]
     return model
+
+
+def _copies(model: Model) -> dict[str, str]:
+    """Tensors that are another layout's copy of sites that the layout has too, which the user has chosen; each with
+    the name of that layout.
+    """
+    found = {}
+    for other in layouts().values():
+        if other.name == model.layout.name or model.checkpoint.kind not in other.containers:
+            continue
+        located = other.locate(model.stray)
+        if {*located} <= {*model.sites}:
+            found |= {name: other.name for rows in located.values() for name in rows.values()}
+    return found
 
 
 def _named_after(layout: Layout, sites: Mapping[Site, Mapping[str, str]]) -> str:

@@ -154,6 +154,9 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise PortError(f"two sites would be written as {twice}: give each kind its own name")
+    if model.copies:
+        others = ", ".join(sorted(set(model.copies.values())))
+        notes.append(f"{len(model.copies)} tensors hold the same sites for the layout {others}: they are not compared")
     lacking = [*model.lacking(), *_without_a_name(layout, left_out, options)]
     lacking += _left_as_they_are(existing, places, options)
     settings, place_of_settings = {}, ""

@@ -146,6 +146,12 @@ def _likeliest(checkpoint: Checkpoint, fits: list[Recognised]) -> list[Recognise
 def _nothing(checkpoint: Checkpoint, given: Layout | None) -> PortError:
     """Why no layout fits: nothing is there, or names that none has."""
     stray = naming.plainly_ours(checkpoint.tensors)
+    others = [o.name for o in layouts().values() if stray and checkpoint.kind in o.containers and o.locate(stray)]
+    if given and others:
+        return PortError(
+            f"{checkpoint.path}: has no tensors of the layout {given.name}, and the layout {others[0]} has names for "
+            f"what is there: leave --from out, or say --from {others[0]}"
+        )
     if stray:
         return unplaced(checkpoint, given, stray)
     if given:
