@@ -126,8 +126,7 @@ def test_where_two_layouts_fit_a_terminal_is_asked(tmp_path):
     )
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
-        [*PROGRAM, "port", str(path), str(tmp_path / "out.safetensors"), "--to", "canonical", "--dialect", V4,
-         "--allow-partial"],
+        [*PROGRAM, "port", str(path), str(tmp_path / "out.safetensors"), "--to", "canonical", "--dialect", V4],
         stdin=terminal, stdout=subprocess.PIPE, stderr=terminal, text=True,
     )  # fmt: skip
     os.close(terminal)
@@ -135,7 +134,7 @@ def test_where_two_layouts_fit_a_terminal_is_asked(tmp_path):
     printed, _ = process.communicate(timeout=60)
     os.close(controller)
     assert process.returncode == 0 and printed.lstrip().startswith("source   deepseek")  # the prompt ends in a blank
-    assert "verdict  partial: 6 of 12 tensors" in printed
+    assert "verdict  exact" in printed and "6 tensors hold the same sites for the layout transformers" in printed
 
 
 @pytest.mark.parametrize(

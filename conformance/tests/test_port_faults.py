@@ -284,19 +284,21 @@ def test_a_second_copy_under_another_layout_s_names_is_not_left_out_unsaid(tmp_p
     store(source / S3, {**load(source / S3), **{f"model.{k}": v for k, v in load(source / S1).items()}})
     (source / INDEX).unlink()
     stray = ("6 of 21 hyper-connection tensors", "model.layers.0.hc_attn_fn", "--allow-partial")
-    for more in ((), ("--from", "deepseek")):
-        arguments = (source, tmp_path / "x", "--to", "transformers", *more)
-        refuses(tmp_path, "port", *arguments, saying=stray, status=7)
-        looked = call("inspect", source, *more)
-        assert looked.exit_code == 0 and "model.layers.0.hc_attn_fn" in looked.stdout, looked.stdout + looked.stderr
-    for layout, layers, counted in (("deepseek", 2, "15 of 21"), ("transformers", 1, "6 of 21")):
-        arguments = ("--to", "transformers", "--from", layout, "--allow-partial", "--json")
-        done = call("port", source, tmp_path / layout, *arguments)
-        assert done.exit_code == 0, done.stderr
-        report = json.loads(done.stdout)
-        assert (report["layers"], report["verdict"]) == (layers, "partial"), report["reason"]
-        assert report["reason"].startswith(f"partial: {counted} tensors, "), report["reason"]
-    refuses(tmp_path, "port", source, tmp_path / "y", "--to", "deepseek", "--from", "megatron", saying=("megatron",))
+    refuses(tmp_path, "port", source, tmp_path / "x", "--to", "transformers", saying=stray, status=7)
+    looked = call("inspect", source)
+    assert looked.exit_code == 0 and "model.layers.0.hc_attn_fn" in looked.stdout, looked.stdout + looked.stderr
+    done = call("port", source, tmp_path / "a", "--to", "transformers", "--from", "deepseek")
+    assert done.exit_code == 0 and "verdict  exact" in done.stdout, done.stdout + done.stderr
+    assert "note     6 tensors hold the same sites for the layout transformers" in done.stdout, done.stdout
+    other = ("port", source, tmp_path / "b", "--to", "transformers", "--from", "transformers")
+    refuses(tmp_path, *other, saying=("15 of 21 hyper-connection tensors", "layers.0.hc_attn_fn"), status=7)
+    done = call(*other, "--allow-partial", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["layers"], report["verdict"]) == (1, "partial"), report["reason"]
+    assert report["reason"].startswith("partial: 6 of 21 tensors, "), report["reason"]
+    saying = ("megatron", "deepseek", "leave --from out")
+    refuses(tmp_path, "port", source, tmp_path / "c", "--to", "deepseek", "--from", "megatron", saying=saying)
 
 
 @pytest.mark.parametrize("option", ["--from", "--to"])
