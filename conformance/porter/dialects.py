@@ -14,6 +14,8 @@ from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
 
+FREE = ("coefficients", "matrix", "mixing", "reduction", "reduce", "head_norm_eps", "norm_weight")
+"""Parameters that say where it is rounded, or what a port decides on its own."""
 FROM_METADATA, FROM_CONFIG = "from its metadata", "from its config.json"
 
 
@@ -70,7 +72,7 @@ def of_checkpoint(layout: Layout, checkpoint: Checkpoint) -> tuple[Parameters, s
     rows = known()
     configured = from_config(layout, checkpoint)  # what the software will run, whatever was noted
     if configured:
-        return configured, FROM_CONFIG
+        return configured, f"from {checkpoint.config_name}"
     noted = checkpoint.metadata.get(PORT_KEY)
     if noted is not None:
         stated = _json(_json(noted, checkpoint).get("parameters", {}), checkpoint)
@@ -105,9 +107,23 @@ def from_config(layout: Layout, checkpoint: Checkpoint) -> Parameters | None:
     name = name or layout.dialect  # a model_type that is new here, with the settings of hyper-connections
     found = dict(known()[name])
     for key, names in layout.config.items():
-        if key in config and config[key] is not None:
-            found.update(dict.fromkeys(names, config[key]))
-    return check(found, f"{checkpoint.path}/config.json")
+        if config.get(key) is not None:  # a row that says 0 or null has no such term
+            found |= {name: config[key] for name in names if found[name]}
+    return check(found, f"{checkpoint.path}, {checkpoint.config_name}")
+
+
+def own(layout: Layout, parameters: Mapping[str, Any]) -> Parameters:
+    """What the layout's software computes of such a source: its model of the source's dialect, where it has one.
+
+    It has one where a dialect of its models differs from the source in what is configured or rounded, and in nothing
+    else. Of several the one counts that reduces the streams as the source does, and the layout's own before others.
+    """
+    configured = {name for names in layout.config.values() for name in names}
+    rows = [known()[name] for name in dict.fromkeys([layout.dialect, *layout.models.values()])]
+    same = [row for row in rows if all(row[k] == parameters[k] for k in row if k not in {*configured, *FREE})]
+    if not same:
+        return dict(known()[layout.dialect])
+    return dict(min(same, key=lambda row: row["reduce"] != parameters["reduce"]))
 
 
 def _json(value: Any, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -33,5 +33,11 @@ LAYOUT = Layout(
         "rms_norm_eps": ("norm_eps",),
         "norm_eps": ("norm_eps",),
     },
-    models={"deepseek_v4": "deepseek-v4", "glm5_next": "glm-5", "glm5_next_text": "glm-5"},
+    models={
+        "deepseek_v4": "deepseek-v4",
+        "deepseek_v41": "deepseek-v4.1",
+        "deepseek_v41_text": "deepseek-v4.1",
+        "glm5_next": "glm-5",
+        "glm5_next_text": "glm-5",
+    },
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -41,9 +41,11 @@ class Checkpoint:
         tensors: everything in it, unread.
         metadata: of the file, the index or the tree.
         config: ``config.json`` beside it, where there is one.
+        config_name: what ``config`` was read from.
         files: how many files hold tensors.
     """
 
+    config_name: ClassVar[str] = "its config.json"
     path: Path
     kind: str
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
