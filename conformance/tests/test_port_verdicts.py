@@ -360,10 +360,13 @@ def test_every_site_of_the_report_is_measured(ported):
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"canonical"}))
 def test_what_a_layout_s_own_software_computes_is_the_default(tmp_path, layout, head):
-    if layout == "maxtext":
-        pytest.importorskip("orbax.checkpoint")
-    source = write_canonical(tmp_path / "source.safetensors", random_sites(3, 4, 3, head=head), "deepseek-v4")
-    report = port(source, tmp_path / "there", Options(to=layout, dry_run=True))
+    if layout in ("maxtext", "gguf"):
+        pytest.importorskip({"maxtext": "orbax.checkpoint"}.get(layout, layout))
+    residual, dialect = ("identity", "hunyuan-v4") if layout == "hunyuan" else ("sinkhorn", "deepseek-v4")
+    sites = random_sites(3, 4, 3, head=head, residual=residual)
+    source = write_canonical(tmp_path / "source.safetensors", sites, dialect)
+    target = tmp_path / ("there.gguf" if layout == "gguf" else "there")
+    report = port(source, target, Options(to=layout, dry_run=True))
     assert report.target_dialect.split(",")[0] == layout_named(layout).dialect
 
 
