@@ -211,9 +211,10 @@ def _target_parameters(model: Model, layout: Layout, options: Options) -> tuple[
         found, told_by = dialects.parse(options.to_dialect), "as given"
         stated = _config(layout, options.into) if options.into is not None else None
         if stated and any(stated[k] != found[k] for k in stated if k not in ("reduce", *ROUNDED)):
-            told_by = f"as given, though the config.json there says {dialects.described(stated)}"
+            says = "the keys there say" if layout.containers[0] == "gguf" else "the config.json there says"
+            told_by = f"as given, though {says} {dialects.described(stated)}"
     elif options.into is not None and (config := _config(layout, options.into)):
-        found, told_by = config, dialects.FROM_CONFIG
+        found, told_by = config, "from its keys" if layout.containers[0] == "gguf" else dialects.FROM_CONFIG
     elif layout.keeps_dialect:
         found, told_by = dict(model.parameters), "the source's"
     else:
