@@ -13,12 +13,11 @@ from safetensors.numpy import load_file
 from conformance.porter.inspection import inspect
 from conformance.porter.port import Options, port
 from conformance.tests.porter_data import differences, random_sites, read_sites, write_canonical
+from conformance.witnesses.fetch import WitnessError
+from conformance.witnesses.loading import load
 
 mx = pytest.importorskip("mlx.core", reason="needs the package mlx")
 mlx_utils = pytest.importorskip("mlx.utils", reason="needs the package mlx")
-
-from conformance.witnesses.fetch import WitnessError
-from conformance.witnesses.loading import load
 
 STREAMS, DIM, LAYERS = 4, 8, 2
 LM, VLM = "mlx-lm==0.32.2", "mlx-vlm==0.7.10"
@@ -26,6 +25,12 @@ V41: dict[str, Any] = dict(
     vocab_size=16, hidden_size=DIM, num_hidden_layers=LAYERS, num_attention_heads=2, head_dim=8, q_lora_rank=8,
     qk_rope_head_dim=4, o_groups=1, o_lora_rank=4, moe_intermediate_size=8, n_routed_experts=2, num_experts_per_tok=1,
     compress_ratios=(0, 0), hc_mult=STREAMS,
+)  # fmt: skip
+V4: dict[str, Any] = dict(
+    vocab_size=16, hidden_size=DIM, moe_intermediate_size=8, num_hidden_layers=LAYERS, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8, q_lora_rank=8, o_lora_rank=4, o_groups=1, qk_rope_head_dim=4,
+    n_routed_experts=2, num_experts_per_tok=1, index_n_heads=2, index_head_dim=8, index_topk=4, sliding_window=8,
+    compress_ratios=[0] * (LAYERS + 1), hc_mult=STREAMS,
 )  # fmt: skip
 XING: dict[str, Any] = dict(
     vocab_size=16, hidden_size=DIM, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=LAYERS,
@@ -56,10 +61,18 @@ def xing() -> Any:
     return language.LanguageModel(config.ModelConfig(**XING))
 
 
+def v4() -> Any:
+    own = tuple(f"deepseek_v4.{name}" for name in ("config", "hisa_kernel", "hyper_connection", "language"))
+    needed = ("activations", "base", "cache", "fast_ops", "linear", "mla", "pipeline", "switch_layers", *own)
+    language = witness(VLM, "deepseek_v4.language", needed)
+    config = witness(VLM, "deepseek_v4.config", needed)
+    return language.LanguageModel(config.ModelConfig(**V4))
+
+
 def held(model: Any) -> dict[str, np.ndarray]:
     """The hyper-connections of a model, under its own names."""
     parameters = mlx_utils.tree_flatten(model.parameters())
-    return {name: np.array(value) for name, value in parameters if "_hc." in name}
+    return {name: np.array(value) for name, value in parameters if "_hc." in name or "hc_head." in name}
 
 
 def loaded(model: Any, path: Path) -> dict[str, np.ndarray]:
@@ -77,42 +90,45 @@ def saved(model: Any, directory: Path, model_type: str) -> Path:
     tensors = dict(mlx_utils.tree_flatten(model.parameters()))
     mx.save_safetensors(str(directory / "model.safetensors"), tensors, metadata={"format": "mlx"})
     config = {"model_type": model_type, "hc_mult": STREAMS, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6,
-              "rms_norm_eps": {"deepseek_v41": 1e-20, "xing4_0": 1e-6}[model_type]}  # fmt: skip
+              "rms_norm_eps": 1e-20 if model_type == "deepseek_v41" else 1e-6}  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 
-CASES = {"mlx": (v41, "deepseek-v4.1", "deepseek_v41"), "xing": (xing, "xing-4", "xing4_0")}
+CASES = {
+    "mlx-lm's V4.1": (v41, "mlx", "deepseek-v4.1", "deepseek_v41", False),
+    "mlx-vlm's V4": (v4, "mlx", "deepseek-v4", "deepseek_v4", True),
+    "mlx-vlm's Xing-4": (xing, "xing", "xing-4", "xing4_0", False),
+}
 
 
-@pytest.mark.parametrize("layout", CASES)
-def test_the_model_loads_the_port_and_its_arrays_are_ours_bit_for_bit(tmp_path, layout):
-    make, dialect, _ = CASES[layout]
+@pytest.mark.parametrize("make, layout, dialect, model_type, head", CASES.values(), ids=CASES)
+def test_the_model_loads_the_port_and_its_arrays_are_ours_bit_for_bit(
+    tmp_path, make, layout, dialect, model_type, head
+):
     model = make()
-    sites = random_sites(1, STREAMS, DIM, layers=LAYERS)
+    sites = random_sites(1, STREAMS, DIM, layers=LAYERS, head=head)
     source = write_canonical(tmp_path / "source.safetensors", sites, dialect)
     report = port(source, tmp_path / "port.safetensors", Options(to=layout))
     assert (report.verdict, report.target_dialect) == ("exact", dialect)
     found = loaded(model, tmp_path / "port.safetensors")
     assert differences(found, load_file(tmp_path / "port.safetensors")) == []
-    assert len(found) == 2 * LAYERS * 3 and np.array_equal(
-        found["model.layers.1.ffn_hc.fn" if layout == "mlx" else "model.layers.1.ffn_hc.hc_fn"][0],
-        sites["layers.1.ffn"]["pre_alpha"][:, 0],
-    )
+    fn = {"mlx": "model.layers.1.ffn_hc.fn", "xing": "model.layers.1.ffn_hc.hc_fn"}[layout]
+    assert len(found) == 6 * LAYERS + 3 * head
+    assert np.array_equal(found[fn][0], sites["layers.1.ffn"]["pre_alpha"][:, 0])
 
 
-@pytest.mark.parametrize("layout", CASES)
-def test_what_the_model_writes_is_read_and_comes_back_bit_for_bit(tmp_path, layout):
-    make, dialect, model_type = CASES[layout]
+@pytest.mark.parametrize("make, layout, dialect, model_type, head", CASES.values(), ids=CASES)
+def test_what_the_model_writes_is_read_and_comes_back_bit_for_bit(tmp_path, make, layout, dialect, model_type, head):
     model = make()
-    sites = random_sites(2, STREAMS, DIM, layers=LAYERS)
+    sites = random_sites(2, STREAMS, DIM, layers=LAYERS, head=head)
     source = write_canonical(tmp_path / "source.safetensors", sites, dialect)
     port(source, tmp_path / "port.safetensors", Options(to=layout))
     before = loaded(model, tmp_path / "port.safetensors")
     directory = saved(model, tmp_path / "model", model_type)
     found = inspect(directory)
-    assert (found.dialect, found.sites, found.tensors) == (dialect, 2 * LAYERS, 6 * LAYERS)
-    assert "config.json" in found.told_by
+    assert (found.sites, found.tensors, found.head) == (2 * LAYERS + head, 6 * LAYERS + 3 * head, head)
+    assert found.dialect in (dialect, f"{dialect}-transformers") and "config.json" in found.told_by
     assert differences(read_sites(directory), sites) == []
     port(directory, tmp_path / "canonical.safetensors", Options(to="canonical"))
     again = port(tmp_path / "canonical.safetensors", tmp_path / "back.safetensors", Options(to=layout))

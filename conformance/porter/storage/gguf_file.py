@@ -43,6 +43,7 @@ class GGUFCheckpoint(Checkpoint):
     def __init__(self, path: Path):
         super().__init__(path, "gguf")
         package()
+        self.headers: list[Header] = []
         self._descriptors: list[int] = []
         self._places: dict[str, tuple[Header, int, str]] = {}
         self.tensors = {}
@@ -62,6 +63,7 @@ class GGUFCheckpoint(Checkpoint):
             raise PortError(f"{path}: can't be read ({error.strerror})") from error
         self._descriptors.append(descriptor)
         header = Header(path, descriptor)
+        self.headers.append(header)
         if self.config is None:  # the first part has the keys of all
             self.keys = header.values
             self.config = configuration(self.keys)
