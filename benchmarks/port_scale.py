@@ -45,6 +45,14 @@ def mhc_tensors() -> dict[str, tuple[int, ...]]:
     return shapes | {"hc_head_base": (STREAMS,), "hc_head_fn": (STREAMS, STREAMS * DIM), "hc_head_scale": (1,)}
 
 
+def config() -> dict[str, object]:
+    """What the released ``config.json`` says of hyper-connections."""
+    return {
+        "model_type": "deepseek_v4", "num_hidden_layers": LAYERS, "hidden_size": DIM, "hc_mult": STREAMS,
+        "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "rms_norm_eps": 1e-6,
+    }  # fmt: skip
+
+
 def others(layer: int) -> list[str]:
     """Names of a layer's experts, as the released files have them: weights in 8 bits, and their scales."""
     return [
@@ -58,6 +66,7 @@ def others(layer: int) -> list[str]:
 def make(directory: Path) -> int:
     """Writes the checkpoint; returns the bytes of all headers."""
     generator = np.random.Generator(np.random.PCG64(0))
+    (directory / "config.json").write_text(json.dumps(config()))
     layers = [list(range(LAYERS))[k::SHARDS] for k in range(SHARDS)]
     weight_map: dict[str, str] = {}
     headers = 0
@@ -135,7 +144,7 @@ def measure(source: Path, work: Path, rounds: int) -> dict[str, object]:
     """Runs in a process of its own: its peak is the porter's."""
     from conformance.porter.port import Options, port
 
-    options = Options(to="maxtext", to_dialect="maxtext,norm_eps=1e-6")
+    options = Options(to="maxtext")
     warm = work / "warm"
     _warm_up(work, warm)
     drop_cache(source)
@@ -173,7 +182,7 @@ def _warm_up(work: Path, target: Path) -> None:
         {"layers.0.hc_attn_fn": np.ones((3, 1), np.float32), "layers.0.hc_attn_base": np.ones(3, np.float32),
          "layers.0.hc_attn_scale": np.ones(3, np.float32)}, work / "tiny.safetensors",
     )  # fmt: skip
-    port(work / "tiny.safetensors", target, Options(to="maxtext", to_dialect="maxtext,norm_eps=1e-6"))
+    port(work / "tiny.safetensors", target, Options(to="maxtext", assume=True))
     shutil.rmtree(target)
 
 

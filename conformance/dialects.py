@@ -154,6 +154,31 @@ def evidence(name: str) -> dict[str, str]:
     return dict(_published()[name]["evidence"])
 
 
+@dataclass(frozen=True)
+class Configuration:
+    """What the software of a row takes from its configuration; the rest is constant in it.
+
+    Attributes:
+        place: where the configuration is: ``config.json``, a command line, a constructor.
+        keys: for each key the parameters that it sets, all to one value; ``streams`` is n, and a parameter after a
+            minus is set to the negative of it.
+        fixed: patterns of keys that speak of hyper-connections and set no parameter.
+    """
+
+    place: str
+    keys: Mapping[str, tuple[str, ...]]
+    fixed: tuple[str, ...] = ()
+
+
+def configuration(name: str) -> Configuration:
+    """What the software of a published row takes from its configuration; no key for a row that is no software's."""
+    found = _published()[name].get("configuration")
+    if found is None:
+        return Configuration("", {})
+    keys = {key: tuple(parameters) for key, parameters in found["keys"].items()}
+    return Configuration(found["place"], keys, tuple(found.get("fixed", ())))
+
+
 def published(name: str) -> Dialect:
     """The published dialect of this name.
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from conformance.cli.app import app, stop
 from conformance.cli.port import prefixes
+
+if TYPE_CHECKING:
+    from conformance.porter.inspection import Inspection
 
 
 @app.command()
@@ -19,6 +22,10 @@ def inspect(
     from_names: Annotated[
         list[str] | None,
         typer.Option(help="Prefix of its tensors, attention=layers.{layer}.mhc_attn.; also ffn=, head=, site="),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Its model's configuration: JSON, or MaxText's YAML; else the config.json beside it."),
     ] = None,
     machine: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
@@ -30,7 +37,7 @@ def inspect(
     from conformance.porter.inspection import inspect as look
 
     try:
-        found = look(path, layout, prefixes(from_names or []))
+        found = look(path, layout, prefixes(from_names or []), config)
     except PortError as error:
         stop(str(error), error.status)
     if machine:
@@ -48,10 +55,18 @@ def inspect(
         "sizes": f"n = {found.streams}, C = {found.dim}, residual {found.residual}, "
         f"{'a' if found.norm_weight else 'no'} norm weight",
         "tensors": f"{found.tensors} of {found.all_tensors}, {found.bytes / 1e6:.3f} MB, {', '.join(found.dtypes)}",
-        "dialect": f"{found.dialect} ({found.told_by})",
+        "dialect": _dialect(found),
         "fitting": ", ".join(found.dialects) or "none",
     }
     for name, text in rows.items():
         typer.echo(f"{name:8} {text}")
     for line in found.odd:
         typer.echo(f"odd      {line}")
+
+
+def _dialect(found: Inspection) -> str:
+    if found.problem:
+        return f"not known: {found.problem}"
+    if found.assumed:
+        return f"{found.dialect}, an assumption ({found.told_by}): nothing says so"
+    return f"{found.dialect} ({found.told_by})"

@@ -34,8 +34,24 @@ def port(
     ] = None,
     to_dialect: Annotated[
         str | None,
-        typer.Option(help="The target's, NAME[,key=value…]; else what the target's own software computes."),
+        typer.Option(
+            help="The target's, NAME[,key=value…]; else what the target's own software computes, with what it takes "
+            "from its configuration set to the source's."
+        ),
     ] = None,
+    assume: Annotated[
+        bool, typer.Option("--assume", help="Take the layout's own dialect where nothing says which one the source is.")
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="The source's configuration: JSON, or MaxText's YAML; else the config.json beside it."),
+    ] = None,
+    to_config: Annotated[
+        Path | None, typer.Option(help="The target's configuration, which says what the target computes.")
+    ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Port the rest where hyper-connections are missing or have no name.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="Store weights in this dtype; else each keeps its own.")] = None,
     allow_approximate: Annotated[
         bool, typer.Option("--allow-approximate", help="Write though the target computes another function.")
@@ -82,7 +98,8 @@ def port(
 ) -> None:
     """Port the hyper-connections of a checkpoint to another layout and dialect, and say how exact the result is.
 
-    Exit status: 0 written; 4 approximate, and not allowed; 5 impossible; 2 a broken source, or a target in the way; 3 a
+    Exit status: 0 written; 4 approximate, and not allowed; 5 impossible; 6 nothing says what the source computes; 7
+    hyper-connections are missing, or have names that nobody knows; 2 a broken source, or a target in the way; 3 a
     package is missing; 1 what was measured contradicts the verdict. Nothing is written but for 0.
     """
     from conformance.porter.errors import Ambiguous, PortError
@@ -99,6 +116,7 @@ def port(
     try:
         given = Options(
             to=to, source_layout=source_layout, dialect=dialect, to_dialect=to_dialect, dtype=dtype,
+            assume=assume, config=config, to_config=to_config, allow_partial=allow_partial,
             allow_approximate=allow_approximate, into=into, verify=verify, seed=seed,
             activations=_activations(activations) if activations else None, norm_weight=norm_weight,
             stacks=Stacks.parse(stacks), scan_axis=scan_axis, names=prefixes(names or []),
@@ -113,7 +131,7 @@ def port(
             chosen = typer.prompt(f"the source's layout ({', '.join(error.fits)})", err=True)
             report = _run(move, source, target, _with(given, source_layout=chosen))
     except Refused as error:
-        _show(error.report, machine, verbose)
+        _show(error.report, machine, verbose, dry_run)
         stop(str(error), error.status)
     except PortError as error:
         stop(str(error), error.status)
@@ -207,6 +225,8 @@ def _show(report: Report, machine: bool, verbose: bool, dry_run: bool = False) -
     typer.echo(f"         to {report.target_dialect} ({report.told_by}), layout {report.target_layout}")
     for note in report.notes:
         typer.echo(f"note     {note}")
+    for key, value in report.settings.items():
+        typer.echo(f"set      {key}: {value} in {report.settings_place}")
     typer.echo(f"verdict  {report.reason}")
     if report.deviations:
         largest = ", ".join(f"{name} {value:.3g}" for name, value in report.largest.items())

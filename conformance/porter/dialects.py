@@ -6,16 +6,19 @@ import contextlib
 import functools
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from conformance import dialects
 from conformance.dialects import Parameters, dialect_rows
-from conformance.porter.errors import PortError
+from conformance.porter import configuration
+from conformance.porter.errors import UNKNOWN, PortError
 from conformance.porter.layout import Layout
+from conformance.porter.layouts import layouts
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
 
-FREE = ("coefficients", "matrix", "mixing", "reduction", "reduce", "head_norm_eps", "norm_weight")
-"""Parameters that say where it is rounded, or what a port decides on its own."""
+GIVEN, OWN = "as given", "its layout's own"
 FROM_METADATA, FROM_CONFIG = "from its metadata", "from its config.json"
 
 
@@ -55,75 +58,146 @@ def _ported() -> Iterator[None]:
         raise PortError(str(error)) from error
 
 
-def described(parameters: Mapping[str, Any]) -> str:
-    """The nearest dialect's name and what departs from it."""
+def nearest(parameters: Mapping[str, Any]) -> str:
+    """The published row that the fewest parameters depart from."""
     rows = known()
-    departs = {name: [f"{k}={parameters[k]}" for k in row if parameters[k] != row[k]] for name, row in rows.items()}
-    nearest = min(departs, key=lambda name: len(departs[name]))
-    return ",".join([nearest, *departs[nearest]])
+    return min(rows, key=lambda name: sum(parameters[k] != v for k, v in rows[name].items()))
 
 
-def of_checkpoint(layout: Layout, checkpoint: Checkpoint) -> tuple[Parameters, str]:
-    """What the checkpoint itself says, and where it says it; the layout's own dialect where it says nothing.
+def described(parameters: Mapping[str, Any], base: str = "") -> str:
+    """A row's name and what departs from it: of ``base``, or of the nearest one."""
+    name = base or nearest(parameters)
+    departs = [f"{k}={parameters[k]}" for k, v in known()[name].items() if parameters[k] != v]
+    return ",".join([name, *departs])
+
+
+@dataclass
+class Told:
+    """The function that a checkpoint is for, and how that is known.
+
+    Attributes:
+        parameters: all of the dialect's.
+        by: where they come from.
+        base: the published row that they are, or depart from.
+        assumed: nothing says it: it is the layout's own.
+        problem: why it can't be known, where something speaks against assuming it; a port then needs ``--dialect``.
+        status: the exit status of a port that meets the problem.
+    """
+
+    parameters: Parameters
+    by: str
+    base: str
+    assumed: bool = False
+    problem: str = ""
+    status: int = UNKNOWN
+
+
+def given(text: str, checkpoint: Checkpoint | None = None) -> Told:
+    """The dialect that the user names, with what the configuration beside the checkpoint sets and the user doesn't.
 
     Raises:
-        PortError: what it says is no dialect.
+        PortError: there is none of that name, or a value in the configuration is none that a layer has.
     """
-    rows = known()
-    configured = from_config(layout, checkpoint)  # what the software will run, whatever was noted
-    if configured:
-        return configured, f"from {checkpoint.config_name}"
+    parameters, base = parse(text), nearest(parse(text))
+    changed = {key.partition("=")[0] for key in text.split(",")[1:]}
+    if checkpoint is None or checkpoint.config is None or text.endswith(".json"):
+        return Told(parameters, GIVEN, base)
+    set_there = configuration.values(checkpoint.config, dialects.configuration(base))
+    more = {k: v for k, v in set_there.items() if k in parameters and k not in changed and parameters[k] != v}
+    if not more:
+        return Told(parameters, GIVEN, base)
+    found = check({**parameters, **more}, f"{checkpoint.path}/config.json")
+    return Told(found, f"{GIVEN}, with {', '.join(more)} {FROM_CONFIG}", base)
+
+
+def of_checkpoint(layout: Layout, checkpoint: Checkpoint) -> Told:
+    """What the checkpoint itself says; the layout's own dialect, as an assumption, where it says nothing.
+
+    The configuration comes first: it is what the software will run, whatever was noted.
+
+    Raises:
+        PortError: its metadata is none that this project writes.
+    """
+    told = from_config(layout, checkpoint)
+    if told is not None and not told.assumed:
+        return told
+    return _from_metadata(layout, checkpoint) or told or Told(dict(known()[layout.dialect]), OWN, layout.dialect, True)
+
+
+def note(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a port has noted in the checkpoint's metadata; empty where none has.
+
+    Raises:
+        PortError: it is none that this project writes.
+    """
     noted = checkpoint.metadata.get(PORT_KEY)
-    if noted is not None:
-        stated = _json(_json(noted, checkpoint).get("parameters", {}), checkpoint)
+    return {} if noted is None else _json(noted, checkpoint)
+
+
+def _from_metadata(layout: Layout, checkpoint: Checkpoint) -> Told | None:
+    rows = known()
+    stated_note = note(checkpoint)
+    if stated_note:
+        stated = _json(stated_note.get("parameters", {}), checkpoint)
         found = {k: v for k, v in dialects.completed(stated).items() if k in rows["paper"]}
         if set(found) == set(rows["paper"]):
-            return check(found, str(checkpoint.path)), FROM_METADATA
+            assumed = stated_note.get("assumed") is True
+            by = f"an assumption, {FROM_METADATA}" if assumed else FROM_METADATA
+            return Told(check(found, str(checkpoint.path)), by, nearest(found), assumed)
     if "parameters" in checkpoint.metadata and layout.keeps_dialect:
         stated = _json(checkpoint.metadata["parameters"], checkpoint)
-        given = {k: v for k, v in dialects.completed(stated).items() if k in rows["paper"]}
-        found = {**rows[layout.dialect], **given}
-        return check(found, str(checkpoint.path)), FROM_METADATA
-    return dict(rows[layout.dialect]), "its layout's own"
+        known_ones = {k: v for k, v in dialects.completed(stated).items() if k in rows["paper"]}
+        found = {**rows[layout.dialect], **known_ones}
+        return Told(check(found, str(checkpoint.path)), FROM_METADATA, nearest(found))
+    return None
 
 
-def configuration(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The ``config.json`` beside a checkpoint, of its language model where it has several parts; empty without one."""
-    config = checkpoint.config or {}
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config
+def model_types(checkpoint: Checkpoint) -> set[str]:
+    """Every ``model_type`` that the configuration beside a checkpoint states."""
+    return set(configuration.model_types(checkpoint.config))
 
 
-def from_config(layout: Layout, checkpoint: Checkpoint) -> Parameters | None:
-    """The dialect that a ``config.json`` sets, where it speaks of hyper-connections.
+def streams_stated(checkpoint: Checkpoint, base: str) -> int | None:
+    """n as the configuration beside a checkpoint states it, for the software of a row."""
+    part = configuration.of_language_model(checkpoint.config)
+    keys = [key for key, names in dialects.configuration(base).keys.items() if names == ("streams",)]
+    return next((part[key] for key in keys if type(part.get(key)) is int), None)
 
-    Raises:
-        PortError: a value in it that no layer has.
-    """
-    config = configuration(checkpoint)
-    name = layout.models.get(str(config.get("model_type")))
-    if name is None and (not layout.config or "hc_mult" not in config):
+
+def layers_stated(checkpoint: Checkpoint) -> list[int]:
+    """How many layers the configuration beside a checkpoint states, empty where it doesn't."""
+    return configuration.layers_stated(checkpoint.config)
+
+
+def from_config(layout: Layout, checkpoint: Checkpoint) -> Told | None:
+    """What the configuration beside a checkpoint says; None where it doesn't speak of hyper-connections."""
+    config, place = checkpoint.config, checkpoint.config_place
+    kinds = configuration.model_types(config)
+    if not config or layout.keeps_dialect:
         return None
-    name = name or layout.dialect  # a model_type that is new here, with the settings of hyper-connections
-    found = dict(known()[name])
-    for key, names in layout.config.items():
-        if config.get(key) is not None:  # a row that says 0 or null has no such term
-            found |= {name: config[key] for name in names if found[name]}
-    return check(found, f"{checkpoint.path}, {checkpoint.config_name}")
-
-
-def own(layout: Layout, parameters: Mapping[str, Any]) -> Parameters:
-    """What the layout's software computes of such a source: its model of the source's dialect, where it has one.
-
-    It has one where a dialect of its models differs from the source in what is configured or rounded, and in nothing
-    else. Of several the one counts that reduces the streams as the source does, and the layout's own before others.
-    """
-    configured = {name for names in layout.config.values() for name in names}
-    rows = [known()[name] for name in dict.fromkeys([layout.dialect, *layout.models.values()])]
-    same = [row for row in rows if all(row[k] == parameters[k] for k in row if k not in {*configured, *FREE})]
-    if not same:
-        return dict(known()[layout.dialect])
-    return dict(min(same, key=lambda row: row["reduce"] != parameters["reduce"]))
+    unknown = [kind for kind in kinds if kind not in layout.models]
+    base = layout.models[kinds[-1]] if kinds and not unknown else layout.dialect
+    problem = ""
+    if unknown:
+        at_home = sorted({row for o in layouts().values() if (row := o.models.get(unknown[-1]))})
+        problem = f"model_type {unknown[0]} is not known" + (
+            f" with the names of the layout {layout.name}" if at_home else ""
+        )
+    software = dialects.configuration(base)
+    strange = configuration.unknown_keys(config, software)
+    if strange and not problem:
+        problem = f"{place}: the key {strange[0]} speaks of hyper-connections, and no row of {base} is known to have it"
+    row, set_there = dict(known()[base]), Parameters()
+    try:
+        set_there = configuration.values(config, software)
+        parameters = check({**row, **{k: v for k, v in set_there.items() if k in row}}, place)
+    except PortError as error:
+        parameters, problem = row, problem or f"{error}: no row has such a value"
+    if problem:
+        return Told(parameters, problem, base, False, problem)
+    if not kinds:
+        return Told(parameters, f"{OWN}, with the values {FROM_CONFIG}", base, True) if set_there else None
+    return Told(parameters, FROM_CONFIG.replace("config.json", Path(place).name), base)
 
 
 def _json(value: Any, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-CONTRADICTED, BROKEN, PACKAGE, REFUSED, CANNOT = 1, 2, 3, 4, 5
+CONTRADICTED, BROKEN, PACKAGE, REFUSED, CANNOT, UNKNOWN, INCOMPLETE = 1, 2, 3, 4, 5, 6, 7
 """Exit statuses: the measurement contradicts the verdict; a broken input or a target in the way; a package is missing;
-approximate and not allowed; impossible."""
+approximate and not allowed; impossible; nothing says which function the source computes; hyper-connections are missing,
+or are under names that no layout has."""
 
 
 class PortError(Exception):

@@ -7,12 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from conformance.porter import dialects
-from conformance.porter.errors import PortError
+from conformance.porter import configuration, damage, dialects
 from conformance.porter.model import Model, understand
-from conformance.porter.site import HEAD, NORM
 from conformance.porter.storage.opening import open_checkpoint
 from conformance.porter.storage.stacks import Unstacked
 
@@ -28,6 +24,8 @@ class Inspection:
         stacked: how scanned layers lie, empty where none is; ``scan_axes`` along which axes.
         dialects: those whose weights look like these, the likeliest first.
         dialect: the one that a port would take, and ``told_by`` why.
+        assumed: nothing says that it is that dialect.
+        problem: why no dialect can be assumed; then there is no verdict on a port.
         odd: a line for each thing that is unusual.
     """
 
@@ -51,24 +49,35 @@ class Inspection:
     dialects: list[str]
     dialect: str
     told_by: str
+    assumed: bool = False
+    problem: str = ""
     odd: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def inspect(path: Path, layout: str | None = None, names: Mapping[str, str] | None = None) -> Inspection:
+def inspect(
+    path: Path,
+    layout: str | None = None,
+    names: Mapping[str, str] | None = None,
+    config: Path | None = None,
+) -> Inspection:
     """Reads names, shapes and mHC tensors of the checkpoint at ``path``.
 
     Args:
         layout: its layout, recognised where it isn't given.
         names: prefixes of its tensors that the layout doesn't know, under ``attention``, ``ffn`` and ``head``.
 
+        config: the configuration of its model, where it isn't the ``config.json`` beside it.
+
     Raises:
         Ambiguous: two layouts fit.
         PortError: none does, or the checkpoint is broken.
     """
     with open_checkpoint(path) as checkpoint:
+        if config is not None:
+            checkpoint.config, checkpoint.config_file = configuration.read(config), config
         model = understand(checkpoint, layout, names=names)
         groups: dict[str, list[int]] = {}
         for site in model.sites:
@@ -82,59 +91,13 @@ def inspect(path: Path, layout: str | None = None, names: Mapping[str, str] | No
             bytes=model.nbytes, stacked=checkpoint.stacks if isinstance(checkpoint, Unstacked) else "",
             scan_axes=sorted(checkpoint.axes) if isinstance(checkpoint, Unstacked) else [],
             dialects=dialects.fitting(model.layout, model.norm, model.residual),
-            dialect=dialects.described(model.parameters), told_by=model.told_by, odd=_odd(model, groups),
+            dialect=dialects.described(model.parameters), told_by=model.told.by, assumed=model.told.assumed,
+            problem=model.told.problem, odd=_odd(model),
         )  # fmt: skip
 
 
-def _odd(model: Model, groups: dict[str, list[int]]) -> list[str]:
-    found: list[str] = []
-    if model.unplaced:
-        found.append(_unplaced(model))
-    if model.parameters["reduce"] == "head" and HEAD not in model.sites:
-        found.append("the head is missing, and the dialect reduces the streams by one")
-    for group in {name.partition(".")[0] for name in groups}:
-        kinds = {name.partition(".")[2]: set(numbers) for name, numbers in groups.items() if name.startswith(group)}
-        every = set().union(*kinds.values())
-        gaps = sorted(set(range(max(every) + 1)) - every)
-        if gaps:
-            found.append(f"{group} {_numbers(gaps)} are missing")
-        for kind in ("attention", "ffn"):
-            lacking = sorted(every - kinds.get(kind, set()))
-            if lacking and set(kinds) != {kind}:
-                found.append(f"{group} {_numbers(lacking)} have no {kind} site")
-    model.prepare()
-    for site, rows in model.sites.items():
-        try:
-            weights = model.load(site)
-        except PortError as error:
-            found.append(str(error))
-            continue
-        for name, value in weights.items():
-            label = f"{site}, {name}"
-            bad = int(np.count_nonzero(~np.isfinite(value)))
-            if bad:
-                found.append(f"{label}: {bad} of {value.size} values aren't finite")
-            elif name.endswith("_scale") and not value.any():
-                found.append(f"{label} is 0: the projection has no effect")
-            elif name == NORM and not value.all():
-                found.append(f"{label} has {int(np.count_nonzero(value == 0))} zeros: folding it can't be undone")
-            elif name.endswith(("_alpha", "_fn")) and not value.any():
-                found.append(f"{label} is all zeros")
-        if len({model.checkpoint.tensors[n].dtype for n in rows.values()}) > 1:
-            found.append(f"{site}: its tensors have different dtypes")
-    return found
-
-
-def _unplaced(model: Model) -> str:
-    return f"{len(model.unplaced)} tensors end as this layout's do and belong to no site, {model.unplaced[0]} first"
-
-
-def _numbers(numbers: list[int]) -> str:
-    """0, 1, 2, 5 as ``0-2, 5``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+def _odd(model: Model) -> list[str]:
+    found = [*([model.differing] if model.differing else []), *model.lacking()]
+    if model.parameters["reduce"] == "head" and not model.head and model.told.assumed:
+        found.append(f"there is no head, and {model.told.base} reduces the streams by one")
+    return [*found, *damage.signs(model)]

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from conformance.porter import names as naming
 from conformance.porter.errors import PortError
 from conformance.porter.site import ALONE, Site, Weights, canonical_shapes
 
 PREFIXES = {
-    "{any}": r"(?:.*[./])?",
+    "{any}": r"(?:(?!.*(?<![^./_])mtp).*[./])?",  # layers of multi-token prediction are numbered on their own
     "{layers}": r"(?:layers?|blocks?|h)",
     "{layer}": r"(?P<layer>\d+)",
     "{attention}": r"[\w.]*attn[\w.]*|[\w.]*attention[\w.]*",
@@ -66,9 +67,11 @@ class Layout:
         dtype: the only one that its weights have; empty where they may have any.
         stacked: whether layers may be scanned: stacked in one array (`storage.stacks`).
         keeps_dialect: whether its files state their dialect, and a port to it keeps the source's.
-        config: keys of a ``config.json`` beside it, and the parameters that they set.
-        models: for its ``model_type`` there, the dialect.
+        models: for each ``model_type`` of a ``config.json`` beside it, the dialect.
         source: where its names come from.
+        leads: for a dialect how the names of its models start, where they aren't those that are written otherwise.
+        rank: where two layouts read the same from the same names and nothing tells them apart, the lower one is taken.
+        given: those of its prefixes that the user named.
     """
 
     name: str
@@ -86,13 +89,15 @@ class Layout:
     dtype: str = ""
     stacked: bool = False
     keeps_dialect: bool = False
-    config: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
+    leads: Mapping[str, str] = field(default_factory=dict)
+    rank: int = 0
+    given: frozenset[str] = frozenset()
 
     @cached_property
-    def _patterns(self) -> list[tuple[str, str, re.Pattern[str]]]:
+    def _patterns(self) -> list[tuple[str, str, str, re.Pattern[str]]]:
         return [
-            (group, kind, self._pattern(kind, template))
+            (group, kind, template, self._pattern(kind, template))
             for (group, kind), templates in self.names.items()
             for template in templates
         ]
@@ -118,7 +123,18 @@ class Layout:
                 raise PortError(f"the layout {self.name} has no head that could be named")
             key = {"head": ("", "head"), "site": ("", "")}.get(kind, ("layers", kind))
             found[key] = (template, *found.get(key, ()))
-        return replace(self, names=found)
+        return replace(self, names=found, given=frozenset(names.values()))
+
+    def of_dialect(self, name: str) -> Layout:
+        """The same layout, writing the names that models of a dialect have (`leads`)."""
+        lead = self.leads.get(name)
+        if lead is None:
+            return self
+        names = {
+            key: tuple(sorted(templates, key=lambda t: (t not in self.given, not t.startswith(lead))))
+            for key, templates in self.names.items()
+        }
+        return replace(self, names=names)
 
     def rows_of(self, kind: str) -> tuple[Packed, ...]:
         return self.head if kind == "head" else self.rows
@@ -166,32 +182,61 @@ class Layout:
         Raises:
             PortError: one site under two names.
         """
-        found: dict[Site, dict[str, dict[str, str]]] = {}
+        found: dict[Site, dict[tuple[bool, str], dict[str, str]]] = {}
         for name in names:
-            for group, kind, pattern in self._patterns:
-                match = pattern.fullmatch(name)
-                if match:
-                    layer = match.groupdict().get("layer")
-                    site = Site(group, None if layer is None else int(layer), kind)
-                    found.setdefault(site, {}).setdefault(match["prefix"], {})[match["row"]] = name
-                    break
+            place = self._placed(name)
+            if place is None:
+                continue
+            site, prefix, row = place
+            rows = found.setdefault(site, {}).setdefault(prefix, {})
+            if row in rows:
+                raise _twice(site, rows[row], name)
+            rows[row] = name
         sites: dict[Site, dict[str, str]] = {}
         for site in sorted(found, key=lambda s: s.order):
             anchors = self.anchors if self.anchors and not site.head else [r.name for r in self.rows_of(site.kind)]
-            candidates = [rows for rows in found[site].values() if any(a in rows for a in anchors)]
-            if len(candidates) > 1:
-                first, second = (next(iter(rows.values())) for rows in candidates[:2])
-                raise PortError(f"{site} is there twice, as {first} and as {second}: keep one")
-            if candidates:
-                sites[site] = candidates[0]
+            candidates = {key: rows for key, rows in found[site].items() if any(a in rows for a in anchors)}
+            if any(named for named, _ in candidates):  # what the user names leaves no doubt
+                candidates = {key: rows for key, rows in candidates.items() if key[0]}
+            copies = list(candidates.values())
+            if len(copies) > 1:
+                first, second = (next(iter(rows.values())) for rows in copies[:2])
+                raise _twice(site, first, second)
+            if copies:
+                sites[site] = copies[0]
         if ALONE in sites and len(sites) > 1:  # a module on its own has no company
             del sites[ALONE]
         return sites
 
+    def _placed(self, name: str) -> tuple[Site, tuple[bool, str], str] | None:
+        """A name's site, its prefix (and whether the user named that) and its row; None where the layout has none.
+
+        The name is tried as it is, without wrappers, and as the text part's of a larger model.
+        """
+        if naming.of_optimizer(name):
+            return None
+        plain = naming.plain(name)
+        if self.separator == ".":
+            plain = plain.replace("/", ".")
+        for spelling in dict.fromkeys((name, plain, naming.of_text(plain))):
+            for group, kind, template, pattern in self._patterns:
+                match = pattern.fullmatch(spelling)
+                if match:
+                    layer = match.groupdict().get("layer")
+                    site = Site(group, None if layer is None else int(layer), kind)
+                    return site, (template in self.given, match["prefix"]), match["row"]
+        return None
+
+    @property
+    def separator(self) -> str:
+        """What stands between the words of its names."""
+        return "/" if self.containers[0] == "orbax" else "."
+
     def missing(self, site: Site, rows: Mapping[str, str]) -> list[str]:
         """Tensors that the site lacks, under the names that they would have."""
-        present = next(iter(rows.items()))
-        prefix = present[1][: len(present[1]) - len(present[0])]
+        row, name = next(iter(rows.items()))
+        plain = name if name.endswith(row) else naming.plain(name)
+        prefix = plain[: len(plain) - len(row)]
         lacks = [r for r in self.rows_of(site.kind) if r.name not in rows and not r.optional]
         residual = [r for r in self.rows_of(site.kind) if all(p.startswith("res_") for p in r.parts)]
         if "identity" in self.residuals and not any(r.name in rows for r in residual):  # H = I has none of them
@@ -273,6 +318,13 @@ class Layout:
                     weights[part] = flat[start : start + width].reshape(shapes[part])
                     start += width
         return {name: weights[name] for name in shapes if name in weights}
+
+
+def _twice(site: Site, first: str, second: str) -> PortError:
+    return PortError(
+        f"{site} is there twice, as {first} and as {second}: keep one, or name the prefix of the one that counts with "
+        f"--from-names"
+    )
 
 
 def _joined(site: Site, row: Packed, parts: list[np.ndarray]) -> np.ndarray:

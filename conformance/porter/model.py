@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from conformance.porter import dialects
-from conformance.porter.errors import Ambiguous, PortError
+from conformance.porter import configuration, dialects
+from conformance.porter import names as naming
+from conformance.porter.dialects import Told
+from conformance.porter.errors import CANNOT, INCOMPLETE, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layout_named, layouts
+from conformance.porter.recognition import Recognised, recognise, unplaced
 from conformance.porter.site import HEAD, NORM, Site, Weights
 from conformance.porter.storage.checkpoint import Checkpoint, check_dtype
+
+NO_HEAD = "the head is missing, and the dialect reduces the streams by one"
 
 
 @dataclass
@@ -23,10 +27,12 @@ class Model:
 
     Attributes:
         sites: for each its rows and the tensors that hold them.
+        sizes: for each (n, C, residual), the same unless they are ``differing``.
         norm: whether the sites have a norm weight.
-        parameters: of the dialect, as given, or as the checkpoint says.
-        told_by: where the dialect comes from.
-        unplaced: tensors that end as the layout's do and belong to no site.
+        told: the dialect, and how it is known.
+        stray: tensors that are hyper-connections' and belong to no site.
+        copies: tensors that hold the same sites once more for another layout, whose name stands beside each.
+        differing: how sites differ from each other or from the configuration; such a model can't be ported.
     """
 
     checkpoint: Checkpoint
@@ -36,9 +42,16 @@ class Model:
     dim: int
     residual: str
     norm: bool
-    parameters: dict[str, Any]
-    told_by: str
-    unplaced: list[str]
+    told: Told
+    stray: list[str]
+    differing: str
+    sizes: dict[Site, tuple[int, int, str]]
+    copies: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Of its dialect."""
+        return self.told.parameters
 
     @property
     def head(self) -> bool:
@@ -57,8 +70,78 @@ class Model:
     def dtypes(self) -> list[str]:
         return sorted({self.checkpoint.tensors[n].dtype for rows in self.sites.values() for n in rows.values()})
 
+    @property
+    def tensors(self) -> int:
+        """How many mHC tensors have a place."""
+        return sum(len(rows) for rows in self.sites.values())
+
+    def lacking(self) -> list[str]:
+        """What this model must have and doesn't, a line each: tensors without a site, layers, sites of a layer, a head.
+
+        A module on its own is whole. Models with a configuration have both kinds of sites in each layer.
+        """
+        found = []
+        if self.stray:
+            some = ", ".join(self.stray[:3]) + (", …" if len(self.stray) > 3 else "")
+            found.append(f"{len(self.stray)} hyper-connection tensors belong to no site that is known: {some}")
+        groups: dict[str, dict[str, set[int]]] = {}
+        for site in self.sites:
+            if site.layer is not None:
+                groups.setdefault(site.group, {}).setdefault(site.kind, set()).add(site.layer)
+        stated = dialects.layers_stated(self.checkpoint)
+        for group, kinds in groups.items():
+            every = set().union(*kinds.values())
+            gaps = sorted(set(range(max(every) + 1)) - every)
+            if gaps:
+                found.append(f"{group} {numbers(gaps)} are missing")
+            for kind in ("attention", "ffn"):
+                without = sorted(every - kinds.get(kind, set()))
+                if without and (kind in kinds or stated):
+                    found.append(f"{group} {numbers(without)} have no {kind} site")
+        if stated and self.layers and len(self.layers) not in stated and not any("missing" in line for line in found):
+            found.append(f"config.json states {' or '.join(map(str, stated))} layers, and {len(self.layers)} are there")
+        if self.parameters["reduce"] == "head" and self.layers and not self.head and not self.told.assumed:
+            found.append(NO_HEAD)
+        return found
+
     def prepare(self) -> None:
         self.checkpoint.prepare([n for rows in self.sites.values() for n in rows.values()])
+
+    def check_known(self) -> None:
+        """Raises where something speaks against every dialect that could be assumed.
+
+        Raises:
+            PortError: it says what isn't known, and how to go on.
+        """
+        if self.told.problem:
+            fits = dialects.fitting(self.layout, self.norm, self.residual)
+            raise PortError(
+                f"{self.checkpoint.path}: {self.told.problem}: there is no verdict on a function that isn't known. If "
+                f"you know which one it is, say so with --dialect NAME; the weights would fit {', '.join(fits)}",
+                self.told.status,
+            )
+
+    def check_whole(self, allow_partial: bool) -> None:
+        """Raises where a part of the model isn't there, or isn't known to be.
+
+        Raises:
+            PortError: sites differ (2), or something is missing (7) and that isn't allowed.
+        """
+        if self.differing:
+            raise PortError(self.differing)
+        lacking = self.lacking()
+        if not lacking or allow_partial:
+            return
+        if self.stray:
+            raise unplaced(self.checkpoint, self.layout, self.stray, self.tensors)
+        dialect = ""
+        if lacking[0] == NO_HEAD:
+            row = dialects.described(self.parameters, self.told.base).partition(",reduce=")[0]
+            dialect = f", say how the streams are reduced otherwise (--dialect {row},reduce=none)"
+        raise PortError(
+            f"{self.checkpoint.path}: {lacking[0]}: add what is missing{dialect}, or port the rest with "
+            f"--allow-partial", INCOMPLETE,
+        )  # fmt: skip
 
     def check_dtypes(self) -> None:
         """Raises for a tensor of a dtype that weights can't have.
@@ -77,7 +160,8 @@ class Model:
             PortError: a tensor can't be read, or has another dtype than weights can have.
         """
         tensors = {row: self.checkpoint.read(name) for row, name in self.sites[site].items()}
-        return self.layout.unpack(site, tensors, self.streams, self.dim, self.residual)
+        streams, dim, residual = self.sizes[site]
+        return self.layout.unpack(site, tensors, streams, dim, self.residual if site.head else residual)
 
     def check(self, site: Site) -> None:
         """Raises for a weight that isn't finite.
@@ -112,119 +196,102 @@ def understand(
         Ambiguous: two layouts fit.
         PortError: none does, or the tensors contradict each other.
     """
-    chosen, sites = _recognise(checkpoint, layout_named(layout) if layout else None, names or {})
-    sizes: dict[Site, tuple[int, int, str]] = {}
-    known: dict[tuple[bool, tuple[tuple[str, tuple[int, ...]], ...]], tuple[int, int, str]] = {}
-    for site, rows in sites.items():
-        shapes = {row: checkpoint.tensors[name].shape for row, name in rows.items()}
-        alike = site.head, tuple(sorted(shapes.items()))
-        try:
-            sizes[site] = known[alike] = known.get(alike) or chosen.dimensions(site, shapes)
-        except PortError as error:
-            raise _named(error, checkpoint, rows) from error
-    bodies = [s for s in sites if not s.head] or list(sites)
-    first = bodies[0]
-    streams, dim, residual = sizes[first]
-    for site, (n, width, kind) in sizes.items():
-        if (n, width) != (streams, dim) or (not site.head and kind != residual):
-            name = next(iter(sites[site].values()))
-            raise PortError(
-                f"{checkpoint.tensors[name].file}: {name} has n = {n}, C = {width} ({kind}), "
-                f"and {first} has n = {streams}, C = {dim} ({residual}): all sites must be alike"
-            )
-    stated = dialects.configuration(checkpoint).get("hc_mult")
-    if chosen.models and isinstance(stated, int) and stated != streams:
-        raise PortError(f"{checkpoint.path}: config.json says hc_mult = {stated}, and the tensors have n = {streams}")
-    norms = {s: any(r.parts == (NORM,) and r.name in sites[s] for r in chosen.rows) for s in bodies if not s.head}
+    other = configuration.other_function(checkpoint.config)
+    if other and not dialect:
+        raise PortError(
+            f"{checkpoint.path}: {other}: that is another function, and none of its tensors are ported", CANNOT
+        )
+    found = recognise(checkpoint, layout_named(layout) if layout else None, names or {})
+    chosen, sites, sizes = found.layout, found.sites, found.sizes
+    bodies = [s for s in sites if not s.head]
+    streams, dim, residual = sizes[(bodies or list(sites))[0]]
+    norms = {s: any(r.parts == (NORM,) and r.name in sites[s] for r in chosen.rows) for s in bodies}
     norm = any(norms.values())
     if norm and not all(norms.values()):
         without = next(s for s, has in norms.items() if not has)
         raise PortError(f"{checkpoint.path}: {without} has no norm weight, and other sites have one")
-    if dialect:
-        parameters, told_by = dialects.parse(dialect), "as given"
-    else:
-        parameters, told_by = dialects.of_checkpoint(chosen, checkpoint)
-        if parameters["residual"] != residual:
-            fits = dialects.fitting(chosen, norm, residual)
-            if fits:
-                parameters = dialects.parse(fits[0])
-    if parameters["residual"] != residual:
+    told = dialects.given(dialect, checkpoint) if dialect else dialects.of_checkpoint(chosen, checkpoint)
+    if told.assumed and told.by == dialects.OWN and (row := _named_after(chosen, sites)):
+        told = replace(told, parameters=dialects.parse(row), base=row, by=f"its names are those of {row}")
+    if not bodies:  # a head alone says nothing of the matrix
+        residual, norm = told.parameters["residual"], told.parameters["norm_weight"]
+    elif told.parameters["residual"] != residual and told.assumed:
+        fits = dialects.fitting(chosen, norm, residual)
+        told = replace(told, parameters=dialects.parse(fits[0]), base=fits[0]) if fits else told
+    if told.parameters["residual"] != residual:
         raise PortError(
-            f"{checkpoint.path}: the dialect has residual={parameters['residual']}, and the columns are those of "
+            f"{checkpoint.path}: the dialect has residual={told.parameters['residual']}, and the columns are those of "
             f"{residual}"
         )
-    parameters = {**parameters, "norm_weight": norm}
+    told.parameters = {**told.parameters, "norm_weight": norm}
+    model = Model(
+        checkpoint,
+        chosen,
+        sites,
+        streams,
+        dim,
+        residual,
+        norm,
+        told,
+        [],
+        _differing(checkpoint, found, told.base),
+        sizes,
+    )
     placed = {name for rows in sites.values() for name in rows.values()}
     endings = tuple(chosen.endings_of_anchors)
-    unplaced = [n for n in _candidates(checkpoint, [chosen]) if n.endswith(endings) and n not in placed]
-    return Model(checkpoint, chosen, sites, streams, dim, residual, norm, parameters, told_by, unplaced)
+    stray = dict.fromkeys(n for n in naming.plainly_ours(checkpoint.tensors) if n not in placed)
+    stray |= dict.fromkeys(n for n in found.candidates if n.endswith(endings) and n not in placed)
+    model.stray = [n for n in stray if not naming.of_optimizer(n)]
+    if layout and model.stray:
+        model.copies = _copies(model)
+        model.stray = [n for n in model.stray if n not in model.copies]
+    return model
 
 
-def _recognise(
-    checkpoint: Checkpoint, given: Layout | None, prefixes: Mapping[str, str]
-) -> tuple[Layout, dict[Site, dict[str, str]]]:
-    full: dict[str, dict[Site, dict[str, str]]] = {}
-    lacking: list[tuple[int, str]] = []
-    considered = [
-        layout.named(prefixes)
-        for layout in ([given] if given else layouts().values())
-        if checkpoint.kind in layout.containers
-    ]
-    names = _candidates(checkpoint, considered)
-    for layout in considered:
-        name, sites = layout.name, layout.locate(names)
-        if not sites:
+def _copies(model: Model) -> dict[str, str]:
+    """Tensors that are another layout's copy of sites that the layout has too, which the user has chosen; each with
+    the name of that layout.
+    """
+    found = {}
+    for other in layouts().values():
+        if other.name == model.layout.name or model.checkpoint.kind not in other.containers:
             continue
-        lacks = {s: layout.missing(s, rows) for s, rows in sites.items()}
-        broken = [(s, m) for s, m in lacks.items() if m]
-        if broken:
-            site, missing = broken[0]
-            file = checkpoint.tensors[next(iter(sites[site].values()))].file
-            whole = len(sites) - len(broken)
-            lacking.append((whole, f"{file}: {site} of the layout {name} lacks {', '.join(missing)}"))
+        located = other.locate(model.stray)
+        if {*located} <= {*model.sites}:
+            found |= {name: other.name for rows in located.values() for name in rows.values()}
+    return found
+
+
+def _named_after(layout: Layout, sites: Mapping[Site, Mapping[str, str]]) -> str:
+    """The dialect whose models' names start as these do; empty where none has a start of its own."""
+    first = next(name for rows in sites.values() for name in rows.values())
+    return next((row for row, lead in layout.leads.items() if naming.plain(first).startswith(lead)), "")
+
+
+def _differing(checkpoint: Checkpoint, found: Recognised, base: str) -> str:
+    """Where sites aren't alike, or aren't as the configuration says; empty where nothing is wrong."""
+    bodies = [s for s in found.sites if not s.head] or list(found.sites)
+    first = bodies[0]
+    streams, dim, residual = found.sizes[first]
+    for site, (n, width, kind) in found.sizes.items():
+        if (n, width) != (streams, dim) or (not site.head and kind != residual):
+            name = next(iter(found.sites[site].values()))
+            return (
+                f"{checkpoint.tensors[name].file}: {name} has n = {n}, C = {width} ({kind}), "
+                f"and {first} has n = {streams}, C = {dim} ({residual}): all sites must be alike"
+            )
+    stated = None if found.layout.keeps_dialect else dialects.streams_stated(checkpoint, base)
+    if stated is not None and stated != streams:
+        return f"{checkpoint.config_place} states n = {stated}, and the tensors have n = {streams}"
+    return ""
+
+
+def numbers(found: list[int]) -> str:
+    """0, 1, 2, 5 as ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in found:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
         else:
-            full[name] = sites
-    full = _heads_aside(full)
-    if len(full) > 1:
-        raise Ambiguous(f"{checkpoint.path}: fits the layouts {' and '.join(full)}: say which with --from", list(full))
-    if full:
-        ((name, sites),) = full.items()
-        return next(layout for layout in considered if layout.name == name), sites
-    if lacking:
-        raise PortError(max(lacking)[1])
-    if given:
-        raise PortError(
-            f"{checkpoint.path}: has no tensors of the layout {given.name}, among {len(checkpoint.tensors)}"
-        )
-    raise PortError(
-        f"{checkpoint.path}: has no mHC tensors that any layout names ({', '.join(layouts())}), among "
-        f"{len(checkpoint.tensors)}"
-    )
-
-
-def _candidates(checkpoint: Checkpoint, considered: list[Layout]) -> list[str]:
-    """The few names of a large checkpoint that end as a layout's tensors do."""
-    endings = frozenset[str]().union(*(layout.endings for layout in considered))
-    width = 8
-    long, short = {e[-width:] for e in endings if len(e) >= width}, tuple(e for e in endings if len(e) < width)
-    return [name for name in checkpoint.tensors if name[-width:] in long or name.endswith(short)]
-
-
-def _heads_aside(full: dict[str, dict[Site, dict[str, str]]]) -> dict[str, dict[Site, dict[str, str]]]:
-    """Where one layout has sites, another that finds but a head under its names doesn't count."""
-    if any(set(sites) != {HEAD} for sites in full.values()):
-        return {name: sites for name, sites in full.items() if set(sites) != {HEAD}}
-    return full
-
-
-def _named(error: PortError, checkpoint: Checkpoint, rows: Mapping[str, str]) -> PortError:
-    """An error about a row, with the tensor's own name and file."""
-    text, mentioned = str(error), next(iter(rows.values()))
-    pattern = re.compile(
-        "|".join(rf"(?<![\w.]){re.escape(row)}(?![\w.])" for row in sorted(rows, key=len, reverse=True))
-    )
-    match = pattern.search(text)
-    if match:
-        mentioned = rows[match[0]]
-        text = pattern.sub(lambda m: rows[m[0]], text)
-    return PortError(f"{checkpoint.tensors[mentioned].file}: {text}")
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

@@ -23,7 +23,12 @@ class Options:
         to: the target's layout.
         source_layout: the source's; None to recognise it.
         dialect: the source's; None for what the checkpoint says.
-        to_dialect: the target's; None for what the target's own software computes (for canonical: the source's).
+        to_dialect: the target's; None for what the target's own software computes (for canonical: the source's) with
+            the values that it takes from its configuration set to the source's.
+        assume: take the layout's own dialect where nothing says which one the source is.
+        config: the source's configuration, where it isn't the ``config.json`` beside it.
+        to_config: the target's, which then says what the target computes.
+        allow_partial: port what has a place though hyper-connections are missing or have no place.
         dtype: that weights are stored in; None keeps each one's.
         allow_approximate: write even where the target computes another function.
         into: an existing safetensors directory that takes the tensors in a new shard, or a GGUF file, a copy of which
@@ -45,6 +50,10 @@ class Options:
     source_layout: str | None = None
     dialect: str | None = None
     to_dialect: str | None = None
+    assume: bool = False
+    config: Path | None = None
+    to_config: Path | None = None
+    allow_partial: bool = False
     dtype: str | None = None
     allow_approximate: bool = False
     into: Path | None = None
@@ -68,6 +77,10 @@ class Report:
 
     Attributes:
         verdict: its kind; `reason` says why.
+        assumed: the source's dialect is an assumption, and the verdict holds only if it is right.
+        ported_tensors, source_tensors: how many of the source's tensors are ported; the others are lost.
+        lacking: what the source should have and doesn't, a line each; the verdict is "partial" then.
+        settings: what must be set in the target's configuration, where ``settings_place`` says.
         rounding: the largest relative rounding of a weight; ``underflows`` counts those that are too small for the
             dtype's normal numbers and lost more.
         deviations: for each site the measured deviation of H, u and out (``head`` for a head).
@@ -88,8 +101,14 @@ class Report:
     layers: int
     head: bool
     source_bytes: int
+    source_tensors: int = 0
+    ported_tensors: int = 0
     verdict: str = EXACT
     reason: str = EXACT
+    assumed: bool = False
+    lacking: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    settings_place: str = ""
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     rounding: float = 0.0

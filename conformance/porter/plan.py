@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from conformance import dialects as known_dialects
 from conformance.casecheck import DTYPES
-from conformance.porter import dialects, probe
+from conformance.porter import configuration, dialects, probe, target_dialect
 from conformance.porter.convert import convert
-from conformance.porter.errors import CANNOT, CONTRADICTED, PortError
+from conformance.porter.errors import CONTRADICTED, INCOMPLETE, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layouts
 from conformance.porter.model import Model, understand
@@ -20,7 +20,7 @@ from conformance.porter.options import Options, Report
 from conformance.porter.site import ALONE, HEAD, NORM, Site
 from conformance.porter.storage.opening import open_checkpoint
 from conformance.porter.storage.stacks import Stacker, Stacks
-from conformance.porter.verdict import IMPOSSIBLE, ROUNDED, Verdict, derive
+from conformance.porter.verdict import Verdict, derive
 
 
 @dataclass
@@ -31,12 +31,14 @@ class Plan:
         places: for each site that is ported, the one it becomes.
         prefixes: of the target's tensors.
         norm: norm weights to divide φ by.
+        base: the published row that the target's parameters depart from.
     """
 
     model: Model
     layout: Layout
     options: Options
     parameters: dict[str, Any]
+    base: str
     verdict: Verdict
     places: dict[Site, Site]
     prefixes: dict[Site, dict[str, str]]
@@ -61,6 +63,13 @@ class Plan:
                 name, _, stacked = sink.place(self.prefixes[place][row], shape)
                 found[name] = list(stacked), dtype
         return dict(sorted(found.items()))
+
+    def config(self) -> dict[str, Any]:
+        """What a ``config.json`` beside the target states, empty where its software reads none, or it isn't whole."""
+        if not self.model.layers or self.report.lacking:
+            return {}
+        sizes = {"streams": self.model.streams, "dim": self.model.dim, "layers": len(self.model.layers)}
+        return configuration.written(self.parameters, self.base, self.layout.models, sizes)
 
     def port_site(self, site: Site, sink: Stacker) -> tuple[float, int, probe.Projected]:
         """Reads, converts, packs and projects one site, and hands its tensors on.
@@ -124,7 +133,8 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
         options = replace(options, dtype=layout.dtype)
     notes: list[str] = []
     existing = _existing(model, layout, options)
-    parameters, told_by = _target_parameters(model, layout, options)
+    told = target_dialect.choose(model, layout, options)
+    parameters, layout = told.parameters, layout.of_dialect(told.base)
     places, left_out, head_lost = _places(model, layout, options, parameters, notes)
     norm, zeros = _norms(model, options, parameters, places)
     verdict = derive(
@@ -136,7 +146,8 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
         notes.append("the target reduces the streams by a head, and the source has none")
     if {model.parameters["reduce"], parameters["reduce"]} == {"sum", "mean"} and not model.head:
         notes.append(
-            f"the target reduces the streams by their {parameters['reduce']}, the source by the other: mind it"
+            f"the source reduces the streams by their {model.parameters['reduce']}, the target by their "
+            f"{parameters['reduce']}: the model's output changes by a factor of n"
         )
     prefixes = {}
     for place in places.values():
@@ -147,8 +158,15 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise PortError(f"two sites would be written as {twice}: give each kind its own name")
-    if model.unplaced:
-        notes.append(f"left out, belonging to no site: {len(model.unplaced)} tensors, {model.unplaced[0]} first")
+    if model.copies:
+        others = ", ".join(sorted(set(model.copies.values())))
+        notes.append(f"{len(model.copies)} tensors hold the same sites for the layout {others}: they are not compared")
+    lacking = [*model.lacking(), *_without_a_name(layout, left_out, options)]
+    lacking += _left_as_they_are(existing, places, options)
+    settings, place_of_settings = {}, ""
+    if not layout.keeps_dialect:
+        settings = configuration.settings(parameters, told.base)
+        place_of_settings = known_dialects.configuration(told.base).place
     x = probe.activations(options.verify, model.streams, model.dim, options.seed)
     if options.activations is not None:
         given = options.activations
@@ -162,16 +180,18 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
     report = Report(
         source=str(model.checkpoint.path), source_layout=model.layout.name, target_layout=layout.name,
         source_dialect=dialects.described(model.parameters), target_dialect=dialects.described(parameters),
-        source_told_by=model.told_by, told_by=told_by,
+        source_told_by=model.told.by, told_by=told.by, assumed=model.told.assumed,
+        lacking=lacking, settings=settings, settings_place=place_of_settings,
         streams=model.streams, dim=model.dim, sites=len(places), layers=len(model.layers),
         head=HEAD in places, source_bytes=model.nbytes, verdict=verdict.kind, reason=str(verdict), notes=notes,
-        left_out=left_out, probes=len(x),
+        left_out=left_out, probes=len(x), source_tensors=model.tensors + len(model.stray),
+        ported_tensors=sum(len(model.sites[site]) for site in places),
     )  # fmt: skip
     stacked = layout.stacked and options.stacks.segments != (("unscanned", None),)
     if stacked:
         options.stacks.places(len(model.layers) or 1)
         notes.append(f"layers are stacked along axis {options.scan_axis}: {options.stacks}")
-    return Plan(model, layout, options, parameters, verdict, places, prefixes, norm,
+    return Plan(model, layout, options, parameters, told.base, verdict, places, prefixes, norm,
                 probe.Probes(x, model.parameters, parameters), report)  # fmt: skip
 
 
@@ -205,42 +225,6 @@ def _existing(model: Model, layout: Layout, options: Options) -> dict[Site, dict
     return sites
 
 
-def _target_parameters(model: Model, layout: Layout, options: Options) -> tuple[dict[str, Any], str]:
-    """The target's dialect: as given, as the checkpoint that takes it says, or its own software's."""
-    if options.to_dialect:
-        found, told_by = dialects.parse(options.to_dialect), "as given"
-        stated = _config(layout, options.into) if options.into is not None else None
-        if stated and any(stated[k] != found[k] for k in stated if k not in ("reduce", *ROUNDED)):
-            says = "the keys there say" if layout.containers[0] == "gguf" else "the config.json there says"
-            told_by = f"as given, though {says} {dialects.described(stated)}"
-    elif options.into is not None and (config := _config(layout, options.into)):
-        found, told_by = config, "from its keys" if layout.containers[0] == "gguf" else dialects.FROM_CONFIG
-    elif layout.keeps_dialect:
-        found, told_by = dict(model.parameters), "the source's"
-    else:
-        found, told_by = dialects.own(layout, model.parameters), "its layout's own"
-        if found["residual"] != model.residual:
-            fits = dialects.fitting(layout, layout.norm == "always", model.residual)
-            found = dialects.parse(fits[0]) if fits else found
-        if model.head and layout.head and found["reduce"] not in ("mean", "carried"):
-            found["reduce"] = "head"
-    if model.residual not in layout.residuals or found["residual"] not in layout.residuals:
-        broken = found["residual"] if model.residual in layout.residuals else model.residual
-        raise PortError(f"{IMPOSSIBLE}: the layout {layout.name} has no place for residual={broken}", CANNOT)
-    if layout.norm == "always":
-        found["norm_weight"] = True
-    if found["norm_weight"] and layout.norm == "never":
-        raise PortError(
-            f"the layout {layout.name} has no place for a norm weight: its dialect must have norm_weight=false"
-        )
-    return found, told_by
-
-
-def _config(layout: Layout, directory: Path) -> dict[str, Any] | None:
-    with open_checkpoint(directory) as checkpoint:
-        return dialects.from_config(layout, checkpoint)
-
-
 def _places(
     model: Model, layout: Layout, options: Options, parameters: Mapping[str, Any], notes: list[str]
 ) -> tuple[dict[Site, Site], list[str], bool]:
@@ -265,10 +249,40 @@ def _places(
         raise PortError(
             f"{model.checkpoint.path}: the layout {layout.name} has a place for none of {', '.join(left_out)}"
         )
-    beyond = [s for s in left_out if s != str(HEAD)]
-    if beyond:
-        notes.append(f"left out, since {layout.name} has no name for them: {', '.join(beyond)}")
     return places, left_out, head_lost
+
+
+def _without_a_name(layout: Layout, left_out: list[str], options: Options) -> list[str]:
+    """What is lost because the target has no name for it, but for a head, which the verdict is about.
+
+    Raises:
+        PortError: something is, and that isn't allowed.
+    """
+    beyond = [site for site in left_out if site != str(HEAD)]
+    if not beyond:
+        return []
+    text = f"the layout {layout.name} has no name for {', '.join(beyond)}"
+    if not options.allow_partial:
+        raise PortError(f"{text}: port the rest with --allow-partial", INCOMPLETE)
+    return [text]
+
+
+def _left_as_they_are(
+    existing: Mapping[Site, dict[str, str]], places: Mapping[Site, Site], options: Options
+) -> list[str]:
+    """Sites of the checkpoint that takes the tensors which the source doesn't have: they would keep their weights.
+
+    Raises:
+        PortError: there are some, and that isn't allowed.
+    """
+    kept = [str(site) for site in existing if site not in {*places.values()}]
+    if not kept:
+        return []
+    some = ", ".join(kept[:4]) + (", …" if len(kept) > 4 else "")
+    text = f"{options.into} has {len(kept)} more sites, which keep the weights that they have: {some}"
+    if not options.allow_partial:
+        raise PortError(f"{text}: --allow-partial leaves them so", INCOMPLETE)
+    return [text]
 
 
 def _norms(

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from conformance.porter import configuration
 from conformance.porter import plan as planning
-from conformance.porter.errors import CANNOT, REFUSED, PortError
+from conformance.porter.errors import CANNOT, REFUSED, UNKNOWN, PortError
 from conformance.porter.layouts import layout_named, layouts
 from conformance.porter.model import understand
 from conformance.porter.options import Options, Refused, Report
@@ -18,7 +19,7 @@ from conformance.porter.plan import Plan
 from conformance.porter.storage import target as storage
 from conformance.porter.storage.checkpoint import PORT_KEY
 from conformance.porter.storage.opening import open_checkpoint
-from conformance.porter.verdict import APPROXIMATE, EXACT, IMPOSSIBLE, ROUNDING, Verdict
+from conformance.porter.verdict import APPROXIMATE, EXACT, IMPOSSIBLE, PARTIAL, ROUNDING, Verdict
 
 __all__ = ["Options", "Refused", "Report", "port", "settle"]
 
@@ -74,14 +75,20 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
     else:
         kind = "into"
     with open_checkpoint(source) as checkpoint:
+        if options.config is not None:
+            checkpoint.config, checkpoint.config_file = configuration.read(options.config), options.config
         model = understand(checkpoint, options.source_layout, options.dialect, options.source_names)
+        model.check_known()
         model.check_dtypes()
+        model.check_whole(options.allow_partial)
         plan = planning.make(model, layout, options)
         report = plan.report
         if plan.verdict.kind == IMPOSSIBLE:
             raise Refused(plan.report.reason, CANNOT, report)
         if options.dry_run:
             report.tensors = plan.tensors()
+            settle(report, plan.verdict)
+            _check_assumed(plan)
             return report
         model.prepare()
         sink = plan.sink()
@@ -105,6 +112,7 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
             f"the port is {APPROXIMATE}, largest deviation {_figures(report.largest)}: nothing is written without "
             f"--allow-approximate", REFUSED, report,
         )  # fmt: skip
+    _check_assumed(plan)
     tensors = dict(sorted(sink.whole().items()))
     report.tensors = {name: (list(value.shape), str(value.dtype)) for name, value in tensors.items()}
     metadata = _metadata(report, plan, kind)
@@ -113,7 +121,9 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
         report.written = str(storage.write_into(options.into, tensors, metadata, options.read_back))
     else:
         assert target
-        storage.write(target, kind, tensors, metadata, options.shard_bytes, options.read_back, options.into)
+        storage.write(
+            target, kind, tensors, metadata, options.shard_bytes, options.read_back, plan.config(), options.into
+        )
         report.written = str(target)
     report.read_back = options.read_back
     return report
@@ -141,6 +151,21 @@ def _check_replaceable(target: Path, model: Path | None) -> None:
         raise PortError(f"{target}: has {min(held)} in it, which would be lost: port --into it, or remove it first")
 
 
+def _check_assumed(plan: Plan) -> None:
+    """Refuses a port of a dialect that nothing tells, unless the user takes the assumption.
+
+    Raises:
+        Refused: it is one.
+    """
+    if plan.report.assumed and not plan.options.assume:
+        row = plan.model.told.base
+        raise Refused(
+            f"nothing says that {plan.report.source} is {plan.report.source_dialect}: nothing is written without "
+            f"--dialect {row}, if you know that it is, or --assume, which notes it as an assumption", UNKNOWN,
+            plan.report,
+        )  # fmt: skip
+
+
 def settle(report: Report, verdict: Verdict) -> None:
     """The verdict after the measurement: a fold or a cast that rounded nothing was exact."""
     report.verdict, report.reason = verdict.kind, str(verdict)
@@ -150,6 +175,13 @@ def settle(report: Report, verdict: Verdict) -> None:
     elif verdict.kind == ROUNDING:
         largest = f"largest relative rounding of a weight {report.rounding:.3g}"
         report.reason += f" ({largest if report.rounding else 'no weight is rounded'})"
+    if report.assumed:
+        report.reason = f"{report.verdict} if the source is {report.source_dialect}: nothing says so" + (
+            report.reason.removeprefix(report.verdict).replace(": ", "; ", 1)
+        )
+    if report.lacking:
+        counted = f"{PARTIAL}: {report.ported_tensors} of {report.source_tensors} tensors, {'; '.join(report.lacking)}"
+        report.verdict, report.reason = PARTIAL, f"{counted}. For those that are ported: {report.reason}"
     if report.underflows:
         report.notes.append(
             f"{report.underflows} weights lie below the dtype's normal numbers, and lose more than that"
@@ -167,7 +199,8 @@ def _metadata(report: Report, plan: Plan, kind: str) -> dict[str, str]:
         "dim": plan.model.dim, "source_layout": report.source_layout, "source_parameters": plan.model.parameters,
         "verdict": report.verdict, "reason": report.reason, "rounding": report.rounding,
         "probes": {"tokens": report.probes, "seed": plan.options.seed}, "deviation": report.largest,
-        "left_out": report.left_out,
+        "left_out": report.left_out, "source_row": plan.model.told.base, "row": plan.base, "assumed": report.assumed,
+        "lacking": report.lacking, "settings": report.settings,
     }  # fmt: skip
     found = {PORT_KEY: json.dumps(noted, sort_keys=True)}
     if plan.layout.keeps_dialect:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 EXACT, ROUNDING, APPROXIMATE, IMPOSSIBLE = "exact", "exact to rounding", "approximate", "impossible"
+PARTIAL = "partial"
+"""Of a port that leaves something out, whatever it is for the rest."""
 KINDS = (EXACT, ROUNDING, APPROXIMATE, IMPOSSIBLE)
 NAMES = {
     "norm_eps": "the norm's eps", "norm_eps_position": "where the norm's eps is added", "order": "Sinkhorn's order",

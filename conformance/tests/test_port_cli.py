@@ -26,6 +26,7 @@ from conformance.porter.site import Site
 from conformance.tests import small_checkpoint
 from conformance.tests.small_checkpoint import build
 
+V4 = "deepseek-v4,reduce=none"
 PROGRAM = [sys.executable, "-m", "conformance.cli"]
 
 
@@ -101,7 +102,7 @@ def test_inspect_names_what_is_odd(tmp_path):
     tensors = {k: v for k, v in tensors.items() if not k.startswith("layers.1.hc_attn")}
     save_file(tensors, tmp_path / "odd.safetensors")
     odd = json.loads(call("inspect", tmp_path / "odd.safetensors", "--json").stdout)["odd"]
-    assert any("the head is missing" in line for line in odd)
+    assert any("there is no head, and deepseek-v4 reduces the streams by one" in line for line in odd)
     assert any("layers.0.attention, pre_alpha_scale is 0" in line for line in odd)
     assert any("layers.1.ffn" in line and "1 of 128 values aren't finite" in line for line in odd)
     assert any("layers 1 have no attention site" in line for line in odd)
@@ -125,7 +126,8 @@ def test_where_two_layouts_fit_a_terminal_is_asked(tmp_path):
     )
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
-        [*PROGRAM, "port", str(path), str(tmp_path / "out.safetensors"), "--to", "canonical"],
+        [*PROGRAM, "port", str(path), str(tmp_path / "out.safetensors"), "--to", "canonical", "--dialect", V4,
+         "--allow-partial"],
         stdin=terminal, stdout=subprocess.PIPE, stderr=terminal, text=True,
     )  # fmt: skip
     os.close(terminal)
@@ -133,6 +135,7 @@ def test_where_two_layouts_fit_a_terminal_is_asked(tmp_path):
     printed, _ = process.communicate(timeout=60)
     os.close(controller)
     assert process.returncode == 0 and printed.lstrip().startswith("source   deepseek")  # the prompt ends in a blank
+    assert "verdict  partial: 6 of 12 tensors" in printed
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_usage_is_2_in_one_line(source, tmp_path, arguments, said):
 def test_a_config_that_contradicts_the_tensors_is_named(source, tmp_path):
     (source / "config.json").write_text(json.dumps({"model_type": "deepseek_v4", "hc_mult": 2}))
     done = call("port", source, tmp_path / "out", "--to", "transformers")
-    assert done.exit_code == 2 and "config.json says hc_mult = 2, and the tensors have n = 4" in done.stderr
+    assert done.exit_code == 2 and "config.json states n = 2, and the tensors have n = 4" in done.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel here has no accounting per process")

@@ -153,11 +153,6 @@ FAULTS = {
     ),
     "fn-flattened": (replaced(S2, layers__1__hc_attn_fn=np.ones(768, np.float32)), (S2, ATTN, "[768]")),
     "fn-empty": (replaced(S2, layers__1__hc_attn_fn=np.ones((24, 0), np.float32)), (S2, ATTN, "[24, 0]")),
-    "another-n": (streams(2, 16), (S2, "layers.1.hc_attn", "n = 2", "n = 4")),
-    "another-width": (streams(4, 16), (S2, "layers.1.hc_attn", "C = 16", "C = 8")),
-    "another-width-of-the-head": (
-        replaced(S3, hc_head_fn=np.ones((4, 64), np.float32)), (S3, "hc_head_fn", "C = 16", "C = 8"),
-    ),
     "a-flat-axis-that-n-does-not-divide": (
         replaced(S2, layers__1__hc_attn_fn=np.ones((24, 33), np.float32)), (S2, ATTN, "multiple", "[24, 33]"),
     ),
@@ -170,10 +165,6 @@ FAULTS = {
     "a-base-that-the-index-lacks": (
         lambda d: change_json(d / INDEX, lambda i: i["weight_map"].pop("layers.1.hc_ffn_base")),
         (S2, "layers.1.hc_ffn_base"),
-    ),
-    "two-layouts": (
-        lambda d: store(d / S3, {f"model.{k}": v for k, v in load(d / S1).items()}) or (d / INDEX).unlink(),
-        ("deepseek", "transformers", "--from"),
     ),
     "one-site-twice": (
         lambda d: [(d / s).unlink() for s in (S1, S3, INDEX)] and store(
@@ -203,17 +194,27 @@ FAULTS = {
     "config-a-symlink-loop": (
         in_place_of("config.json", lambda p: p.symlink_to("config.json")), ("config.json", "symbolic links"),
     ),
+}  # fmt: skip
+DIFFERING = {
+    "another-n": (streams(2, 16), (S2, "layers.1.hc_attn", "n = 2", "n = 4")),
+    "another-width": (streams(4, 16), (S2, "layers.1.hc_attn", "C = 16", "C = 8")),
+    "another-width-of-the-head": (
+        replaced(S3, hc_head_fn=np.ones((4, 64), np.float32)), (S3, "hc_head_fn", "C = 16", "C = 8"),
+    ),
+}  # fmt: skip
+VALUES = {
     "config-no-iterations": (config(hc_sinkhorn_iters=0), ("config.json", "iterations")),
     "config-half-an-iteration": (config(hc_sinkhorn_iters=2.5), ("config.json", "iterations")),
     "config-eps-nan": (config(hc_eps=float("nan")), ("config.json", "eps")),
     "config-eps-negative": (config(hc_eps=-1e-6), ("config.json", "eps")),
     "config-eps-beyond-float64": (config(hc_eps=10**400), ("config.json", "eps")),
-}  # fmt: skip
+}
+"""Settings that no row has: nobody knows what such a model computes."""
 
 
 def damaged(tmp_path: Path, fault: str) -> Path:
     source = build(tmp_path / "source")
-    FAULTS[fault][0](source)
+    {**FAULTS, **DIFFERING, **VALUES}[fault][0](source)
     return source
 
 
@@ -231,6 +232,29 @@ def test_a_broken_source_is_2_in_one_line_that_names_file_and_tensor(tmp_path, c
     name, *options = command.split()
     more = () if name == "inspect" else (tmp_path / "out.safetensors", "--to", "canonical", *options)
     refuses(tmp_path, name, source, *more, saying=FAULTS[fault][1])
+
+
+@pytest.mark.parametrize("fault", DIFFERING)
+def test_sites_that_differ_are_2_and_inspect_says_how_they_do(tmp_path, fault):
+    source, saying = damaged(tmp_path, fault), DIFFERING[fault][1]
+    for more in ((), ("--dry-run",), ("--allow-partial",)):
+        refuses(tmp_path, "port", source, tmp_path / "out.safetensors", "--to", "canonical", *more, saying=saying)
+    looked = call("inspect", source)
+    assert looked.exit_code == 0, looked.stderr or looked.exception
+    odd = [line for line in looked.stdout.splitlines() if line.startswith("odd ")]
+    assert any(all(word in line for word in saying) for line in odd), looked.stdout
+
+
+@pytest.mark.parametrize("fault", VALUES)
+def test_a_value_that_no_row_has_is_6_and_inspect_knows_no_dialect(tmp_path, fault):
+    source, saying = damaged(tmp_path, fault), VALUES[fault][1]
+    for more in ((), ("--dry-run",), ("--assume",), ("--allow-partial",)):
+        arguments = (source, tmp_path / "out.safetensors", "--to", "canonical", *more)
+        refuses(tmp_path, "port", *arguments, saying=(*saying, "--dialect"), status=6)
+    looked = call("inspect", source)
+    assert looked.exit_code == 0, looked.stderr
+    (line,) = [line for line in looked.stdout.splitlines() if line.startswith("dialect ")]
+    assert line.startswith("dialect  not known: ") and all(word in line for word in saying), line
 
 
 @pytest.mark.parametrize(
@@ -254,14 +278,25 @@ def test_a_pipe_is_not_waited_for(tmp_path, where):
     check_refusal(done.returncode, done.stderr, (where,))
 
 
-def test_two_layouts_that_fit_are_told_apart_by_from(tmp_path):
-    source = damaged(tmp_path, "two-layouts")
-    for layout, layers in (("deepseek", 2), ("transformers", 1)):
-        done = call("port", source, tmp_path / layout, "--to", "transformers", "--from", layout, "--json")
+def test_a_second_copy_under_another_layout_s_names_is_not_left_out_unsaid(tmp_path):
+    """Two layers and a head as DeepSeek names them, one of those layers once more as transformers does."""
+    source = build(tmp_path / "source")
+    store(source / S3, {**load(source / S3), **{f"model.{k}": v for k, v in load(source / S1).items()}})
+    (source / INDEX).unlink()
+    stray = ("6 of 21 hyper-connection tensors", "model.layers.0.hc_attn_fn", "--allow-partial")
+    for more in ((), ("--from", "deepseek")):
+        arguments = (source, tmp_path / "x", "--to", "transformers", *more)
+        refuses(tmp_path, "port", *arguments, saying=stray, status=7)
+        looked = call("inspect", source, *more)
+        assert looked.exit_code == 0 and "model.layers.0.hc_attn_fn" in looked.stdout, looked.stdout + looked.stderr
+    for layout, layers, counted in (("deepseek", 2, "15 of 21"), ("transformers", 1, "6 of 21")):
+        arguments = ("--to", "transformers", "--from", layout, "--allow-partial", "--json")
+        done = call("port", source, tmp_path / layout, *arguments)
         assert done.exit_code == 0, done.stderr
-        assert json.loads(done.stdout)["layers"] == layers
-        assert call("inspect", source, "--from", layout).exit_code == 0
-    refuses(tmp_path, "port", source, tmp_path / "x", "--to", "deepseek", "--from", "megatron", saying=("megatron",))
+        report = json.loads(done.stdout)
+        assert (report["layers"], report["verdict"]) == (layers, "partial"), report["reason"]
+        assert report["reason"].startswith(f"partial: {counted} tensors, "), report["reason"]
+    refuses(tmp_path, "port", source, tmp_path / "y", "--to", "deepseek", "--from", "megatron", saying=("megatron",))
 
 
 @pytest.mark.parametrize("option", ["--from", "--to"])

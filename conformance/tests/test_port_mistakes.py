@@ -17,7 +17,8 @@ from conformance.stages import HEAD_WEIGHTS, LAYER_WEIGHTS
 from conformance.tests.porter_data import random_sites, write_canonical
 
 STREAMS, DIM = 3, 4
-HELD: dict[str, Any] = {"dialect": "deepseek-v4", "to_dialect": "deepseek-v4"}
+V4 = "deepseek-v4,reduce=none"  # the sites here are without a head
+HELD: dict[str, Any] = {"dialect": V4, "to_dialect": V4}
 PACK, UNPACK = Layout.pack, Layout.unpack
 
 
@@ -90,7 +91,7 @@ def assert_contradicted(directory, source, options, name="there.safetensors"):
 @pytest.mark.parametrize("norm", [False, True], ids=["exact", "folded"])
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_conversion_contradicts_the_verdict(tmp_path, monkeypatch, mistake, norm, dtype):
-    source = write_canonical(tmp_path / "source.safetensors", random_sites(1, STREAMS, DIM, norm=norm), "deepseek-v4")
+    source = write_canonical(tmp_path / "source.safetensors", random_sites(1, STREAMS, DIM, norm=norm), V4)
     options = Options(to="deepseek", dtype=dtype, **HELD)
     port(source, tmp_path / "right.safetensors", options)
     monkeypatch.setattr(*MISTAKES[mistake])
@@ -101,7 +102,7 @@ def test_a_wrong_conversion_contradicts_the_verdict(tmp_path, monkeypatch, mista
 @pytest.mark.parametrize(
     "residual, dialect, flipped",
     [
-        ("sinkhorn", "deepseek-v4", "deepseek-v4,mix=out-in,softmax=columns,order=columns-first"),
+        ("sinkhorn", V4, f"{V4},mix=out-in,softmax=columns,order=columns-first"),
         ("permutations", "mhc-lite,norm_weight=false", "mhc-lite,norm_weight=false,mix=out-in"),
     ],
 )
@@ -115,20 +116,20 @@ def test_a_wrong_transposition_contradicts_the_verdict(tmp_path, monkeypatch, re
 
 
 def test_a_flat_axis_left_as_it_was_contradicts_the_verdict(tmp_path, monkeypatch):
-    source = write_canonical(tmp_path / "source.safetensors", random_sites(3, STREAMS, DIM), "deepseek-v4")
+    source = write_canonical(tmp_path / "source.safetensors", random_sites(3, STREAMS, DIM), V4)
     monkeypatch.setattr(layout, "_restore", lambda value, *_: value)
     assert_contradicted(tmp_path, source, Options(to="transformer-engine", **HELD))
 
 
 def test_a_norm_weight_that_is_dropped_contradicts_the_verdict(tmp_path, monkeypatch):
-    source = write_canonical(tmp_path / "source.safetensors", random_sites(4, STREAMS, DIM, norm=True), "deepseek-v4")
+    source = write_canonical(tmp_path / "source.safetensors", random_sites(4, STREAMS, DIM, norm=True), V4)
     monkeypatch.setattr(convert, "ALPHAS", ("pre_alpha", "post_alpha"))  # the residual's φ isn't multiplied by w
     assert_contradicted(tmp_path, source, Options(to="deepseek", **HELD))
 
 
 def test_a_mistake_in_maxtext_contradicts_the_verdict(tmp_path, monkeypatch):
     pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint, of the extra 'orbax', is not installed")
-    source = write_canonical(tmp_path / "source.safetensors", random_sites(5, STREAMS, DIM), "deepseek-v4")
+    source = write_canonical(tmp_path / "source.safetensors", random_sites(5, STREAMS, DIM), V4)
     monkeypatch.setattr(*MISTAKES["the residual block transposed"])
     assert_contradicted(tmp_path, source, Options(to="maxtext", **HELD), "there")
 
@@ -181,7 +182,7 @@ def test_a_bit_that_is_written_wrong_is_read_back(tmp_path, monkeypatch, form, w
         pytest.importorskip("torch", reason="torch is not installed")
     if form == "tree":
         pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint, of the extra 'orbax', is not installed")
-    source = write_canonical(tmp_path / "source.safetensors", random_sites(7, STREAMS, DIM), "deepseek-v4")
+    source = write_canonical(tmp_path / "source.safetensors", random_sites(7, STREAMS, DIM), V4)
     options = Options(to=FORMS[form], read_back=True, shard_bytes=500, **HELD)
     assert port(source, tmp_path / f"right{form}", options).read_back
     corrupts(monkeypatch, form, which)
@@ -190,11 +191,11 @@ def test_a_bit_that_is_written_wrong_is_read_back(tmp_path, monkeypatch, form, w
 
 @pytest.mark.parametrize("form", ["there.safetensors", "there"])
 def test_what_was_there_before_a_bad_write_stays(tmp_path, monkeypatch, form):
-    source = write_canonical(tmp_path / "source.safetensors", random_sites(8, STREAMS, DIM), "deepseek-v4")
+    source = write_canonical(tmp_path / "source.safetensors", random_sites(8, STREAMS, DIM), V4)
     options = Options(to="deepseek", read_back=True, overwrite=True, shard_bytes=500, **HELD)
     port(source, tmp_path / form, options)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    other = write_canonical(tmp_path / "source.safetensors", random_sites(9, STREAMS, DIM), "deepseek-v4")
+    other = write_canonical(tmp_path / "source.safetensors", random_sites(9, STREAMS, DIM), V4)
     before[other] = other.read_bytes()
     corrupts(monkeypatch, form, 0)
     assert_contradicted(tmp_path, other, options, form)
@@ -203,7 +204,7 @@ def test_what_was_there_before_a_bad_write_stays(tmp_path, monkeypatch, form):
 
 def test_a_bad_shard_is_not_put_into_a_directory(tmp_path, monkeypatch):
     model = tmp_path / "model"
-    source = write_canonical(tmp_path / "source.safetensors", random_sites(10, STREAMS, DIM), "deepseek-v4")
+    source = write_canonical(tmp_path / "source.safetensors", random_sites(10, STREAMS, DIM), V4)
     port(source, model, Options(to="deepseek", **HELD))
     before = {p: p.read_bytes() for p in model.iterdir()}
     corrupts(monkeypatch, "into", 1)
@@ -214,7 +215,7 @@ def test_a_bad_shard_is_not_put_into_a_directory(tmp_path, monkeypatch):
 
 
 def test_only_what_is_read_back_is_compared(tmp_path, monkeypatch):
-    source = write_canonical(tmp_path / "source.safetensors", random_sites(11, STREAMS, DIM), "deepseek-v4")
+    source = write_canonical(tmp_path / "source.safetensors", random_sites(11, STREAMS, DIM), V4)
     calls = []
     monkeypatch.setattr(target, "save_file", lambda *a, **k: (calls.append(a), save_file(*a, **k)))
     report = port(source, tmp_path / "there.safetensors", Options(to="deepseek", **HELD))

@@ -24,7 +24,8 @@ from conformance.tests.porter_data import (
 STREAMS, DIM = 4, 6
 MAXTEXT = "maxtext,coefficients=float32,mixing=float32,reduction=float32"
 SAME_EPS = "deepseek-v4,norm_eps=1e-5,head_norm_eps=1e-6"
-WITH = "deepseek-v4,norm_weight=true"
+V4 = "deepseek-v4,reduce=none"  # the sites here are without a head
+WITH = f"{V4},norm_weight=true"
 SOURCES = ["canonical", "maxtext"]
 
 
@@ -85,11 +86,19 @@ def test_a_fold_between_the_published_dialects_is_exact_to_rounding(folds, layou
 def test_another_eps_of_the_norm_is_approximate(folds, tmp_path, layout):
     sites = random_sites(3, STREAMS, DIM, norm=True)
     with pytest.raises(Refused) as raised:
-        folds(sites, layout, "maxtext", to_dialect=None)
+        folds(sites, layout, "maxtext", to_dialect="deepseek-v4")
     assert (raised.value.status, raised.value.report.verdict) == (4, "approximate")
     assert not (tmp_path / "folded.safetensors").exists()
-    report = folds(sites, dialect="maxtext", to_dialect=None, allow_approximate=True)
-    assert report.verdict == "approximate" and "eps" in report.reason
+    report = folds(sites, dialect="maxtext", to_dialect="deepseek-v4", allow_approximate=True)
+    assert report.verdict == "approximate" and "the norm's eps 1e-05 becomes 1e-06" in report.reason
+
+
+@pytest.mark.parametrize("layout", SOURCES)
+def test_the_eps_of_the_norm_is_carried_over_where_no_other_is_asked_for(folds, layout):
+    """DeepSeek's software takes it from config.json: what is set there is said, and the function stays."""
+    report = folds(random_sites(3, STREAMS, DIM, norm=True), layout, "maxtext", to_dialect=None)
+    assert report.verdict == "exact to rounding" and 0 < report.rounding <= ROUNDOFF["float32"]
+    assert (report.settings, report.settings_place) == ({"rms_norm_eps": 1e-5}, "config.json")
 
 
 @pytest.mark.parametrize("layout", SOURCES)
@@ -149,7 +158,7 @@ def unfolds(tmp_path):
     """Ports sites without a norm weight to a layout that has one, divided by the norm weights of a file."""
 
     def run(sites, norms, to="canonical", **options):
-        source = write_canonical(tmp_path / "source.safetensors", sites, "deepseek-v4")
+        source = write_canonical(tmp_path / "source.safetensors", sites, V4)
         given = write_canonical(tmp_path / "norms.safetensors", norms, WITH)
         target = tmp_path / ("tree" if to == "maxtext" else "there.safetensors")
         return port(source, target, Options(to=to, to_dialect=WITH, norm_weight=given, **options))
@@ -177,7 +186,7 @@ def test_a_given_norm_weight_is_divided_out(unfolds, to):
     given = {site: {"mhc_norm.scale": norms[site]["mhc_norm.scale"]} for site in sites}
     assert differences({s: {"mhc_norm.scale": w.pop("mhc_norm.scale")} for s, w in found.items()}, given) == []
     assert largest_error(found, quotients(sites, norms)) == pytest.approx(report.rounding, rel=1e-12)
-    x, p = probe.activations(4, STREAMS, DIM, 0), dialects.parse("deepseek-v4")
+    x, p = probe.activations(4, STREAMS, DIM, 0), dialects.parse(V4)
     for site, weights in sites.items():
         first, second = layer(x, weights, p), layer(x, {**found[site], **given[site]}, p)
         apart = np.max(np.abs(first["H"] - second["H"]))
@@ -204,7 +213,7 @@ def test_a_division_that_rounds_nothing_is_exact_and_undone_by_a_fold(unfolds, t
     again = port(
         tmp_path / "there.safetensors",
         tmp_path / "again.safetensors",
-        Options(to="canonical", to_dialect="deepseek-v4"),
+        Options(to="canonical", to_dialect=V4),
     )
     assert (again.verdict, again.rounding) == ("exact", 0)
     assert differences(read_sites(tmp_path / "again.safetensors"), sites) == []
@@ -224,7 +233,7 @@ def test_a_norm_weight_with_zeros_cannot_be_divided_out(unfolds, tmp_path):
     "source_norm, to_dialect, norms, said",
     [
         (True, WITH, {}, "source without a norm weight"),
-        (False, "deepseek-v4", {}, "source without a norm weight"),
+        (False, V4, {}, "source without a norm weight"),
         (False, WITH, {"norm": False}, "must have norm weights"),
         (False, WITH, {"dim": DIM + 1}, "must have norm weights"),
         (False, WITH, {"layers": 1}, "layers.1.attention"),
@@ -232,7 +241,7 @@ def test_a_norm_weight_with_zeros_cannot_be_divided_out(unfolds, tmp_path):
 )
 def test_norm_weights_that_do_not_belong_to_the_source_are_refused(tmp_path, source_norm, to_dialect, norms, said):
     sites = random_sites(15, STREAMS, DIM, norm=source_norm)
-    source = write_canonical(tmp_path / "source.safetensors", sites, "deepseek-v4")
+    source = write_canonical(tmp_path / "source.safetensors", sites, V4)
     others = random_sites(16, **{"streams": STREAMS, "dim": DIM, "norm": True, **norms})
     given = write_canonical(tmp_path / "norms.safetensors", others, WITH)
     with pytest.raises(PortError) as raised:
@@ -244,7 +253,7 @@ def test_norm_weights_that_do_not_belong_to_the_source_are_refused(tmp_path, sou
 @pytest.mark.parametrize("to", ["canonical", "transformer-engine"])
 def test_where_none_is_given_the_norm_weight_is_1_and_exact(tmp_path, to):
     sites = random_sites(17, STREAMS, DIM)
-    source = write_canonical(tmp_path / "source.safetensors", sites, "deepseek-v4")
+    source = write_canonical(tmp_path / "source.safetensors", sites, V4)
     report = port(source, tmp_path / "there.safetensors", Options(to=to, to_dialect=WITH))
     assert (report.verdict, report.rounding, set(report.largest.values())) == ("exact", 0, {0.0})
     assert differences(read_sites(tmp_path / "there.safetensors"), with_ones(sites)) == []

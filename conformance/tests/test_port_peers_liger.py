@@ -135,7 +135,7 @@ def agree(theirs, weights, flat):
 def test_a_module_on_its_own_keeps_every_bit(suffix, middle, dtype, tmp_path):
     source = module(1, getattr(torch, dtype))
     save(source.state_dict(), tmp_path / f"in{suffix}")
-    there = port(tmp_path / f"in{suffix}", tmp_path / f"middle{middle}", Options(to="canonical"))
+    there = port(tmp_path / f"in{suffix}", tmp_path / f"middle{middle}", Options(to="canonical", dialect="liger"))
     back = port(tmp_path / f"middle{middle}", tmp_path / f"out{suffix}", Options(to="liger"))
     assert (there.verdict, back.verdict) == ("exact", "exact")
     found = load(tmp_path / f"out{suffix}")
@@ -152,7 +152,7 @@ def test_a_module_on_its_own_keeps_every_bit(suffix, middle, dtype, tmp_path):
 def test_modules_inside_a_model_keep_every_bit(suffix, tmp_path):
     source, target = Model(1, torch.float16), Model(100, torch.float16)
     save(source.state_dict(), tmp_path / f"in{suffix}")
-    there = port(tmp_path / f"in{suffix}", tmp_path / "middle.safetensors", Options(to="canonical"))
+    there = port(tmp_path / f"in{suffix}", tmp_path / "middle.safetensors", Options(to="canonical", dialect="liger"))
     assert there.sites == 4 and there.verdict == "exact"
     assert {k.rpartition(".")[0] for k in safetensors.load_file(tmp_path / "middle.safetensors")} == {
         f"layers.{k}.{kind}" for k in range(2) for kind in ("attention", "ffn")
@@ -170,14 +170,14 @@ def test_modules_inside_a_model_keep_every_bit(suffix, tmp_path):
 def test_our_layer_computes_from_a_ported_state_dict_what_liger_computes(suffix, tmp_path):
     source = module(3)
     save(source.state_dict(), tmp_path / f"in{suffix}")
-    port(tmp_path / f"in{suffix}", tmp_path / "c.safetensors", Options(to="canonical"))
+    port(tmp_path / f"in{suffix}", tmp_path / "c.safetensors", Options(to="canonical", dialect="liger"))
     agree(source, torch_impl.load_weights(tmp_path / "c.safetensors", CONFIG), canonical(source))
 
 
 def test_each_module_of_a_model_computes_the_same(tmp_path):
     source = Model(4, torch.float32)
     torch.save(source.state_dict(), tmp_path / "in.pt")
-    port(tmp_path / "in.pt", tmp_path / "c.safetensors", Options(to="canonical"))
+    port(tmp_path / "in.pt", tmp_path / "c.safetensors", Options(to="canonical", dialect="liger"))
     for index, block in enumerate(source.model.layers):
         for kind, found in (("attention", block.mhc_attn), ("ffn", block.mhc_mlp)):
             prefix = f"layers.{index}.{kind}."

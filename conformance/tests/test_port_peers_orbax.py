@@ -120,7 +120,8 @@ def read_by_porter(path, tmp_path, found, with_head=True):
     every = sorted({layer for layer, _ in found})
     assert (told.layout, told.streams, told.dim) == ("maxtext", N, C)
     assert told.layers == {"layers.attention": every, "layers.ffn": every} and told.head == with_head
-    assert port(path, tmp_path / "read.safetensors", Options(to="canonical")).verdict == "exact"
+    assert told.assumed and told.odd == []
+    assert port(path, tmp_path / "read.safetensors", Options(to="canonical", assume=True)).verdict == "exact"
     same(load_file(tmp_path / "read.safetensors"), canonical(found, with_head))
 
 
@@ -161,7 +162,7 @@ def test_maxtexts_own_forms_are_read_with_the_right_numbers_and_written_back(sta
     read_by_porter(tmp_path / "tree", tmp_path, found)
     told = inspect(tmp_path / "tree").stacked.replace(f":{LAYERS - 3}", "").replace(f":{LAYERS}", "")
     assert told == stacks
-    options = Options(to="maxtext", stacks=Stacks.parse(stacks), scan_axis=axis)
+    options = Options(to="maxtext", dialect="maxtext", stacks=Stacks.parse(stacks), scan_axis=axis)
     port(tmp_path / "tree", tmp_path / "back", options)
     same(flattened(ocp.PyTreeCheckpointer().restore(tmp_path / "back")), leaves)
 
@@ -194,7 +195,7 @@ def test_every_storage_of_orbax_is_read(arrays, ocdbt, zarr3, compressed, tmp_pa
 def test_narrow_leaves_keep_their_dtype_both_ways(dtype, tmp_path):
     leaves = {**stacked(sites(dtype=jax.numpy.dtype(dtype)), SCANNED), **head(jax.numpy.dtype(dtype))}
     (path,) = saved("StandardSave", tmp_path / "tree", nested(leaves))
-    port(path, tmp_path / "c.safetensors", Options(to="canonical"))
+    port(path, tmp_path / "c.safetensors", Options(to="canonical", dialect="maxtext"))
     port(tmp_path / "c.safetensors", tmp_path / "back", Options(to="maxtext"))
     same(flattened(ocp.PyTreeCheckpointer().restore(tmp_path / "back")), leaves)
 

@@ -27,12 +27,6 @@ LAYOUT = Layout(
         ("mtp", "head"): ("mtp.{layer}.hc_head_",),
         ("", "head"): ("hc_head_",),
     },
-    config={
-        "hc_sinkhorn_iters": ("iterations",),
-        "hc_eps": ("eps", "pre_eps"),
-        "rms_norm_eps": ("norm_eps",),
-        "norm_eps": ("norm_eps",),
-    },
     models={
         "deepseek_v4": "deepseek-v4",
         "deepseek_v41": "deepseek-v4.1",

@@ -31,11 +31,5 @@ LAYOUT = Layout(
         ("mtp", "head"): ("nextn.{layer}.hc_head_",),
         ("", "head"): ("output_hc_",),
     },
-    config={
-        "hc_sinkhorn_iters": ("iterations",),
-        "hc_eps": ("eps", "pre_eps", "post_eps"),
-        "hc_magnitude": ("post_scale",),
-        "rms_norm_eps": ("norm_eps",),
-    },
     models=ARCHITECTURES,
 )

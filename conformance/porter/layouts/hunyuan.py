@@ -35,6 +35,5 @@ LAYOUT = Layout(
             "hc_head.hc_",
         ),
     },
-    config={"hc_eps": ("pre_eps", "post_eps"), "hc_magnitude": ("post_scale",), "rms_norm_eps": ("norm_eps",)},
     models={"hy_v4": "hunyuan-v4", "hy_v4_vl": "hunyuan-v4"},
 )

@@ -18,6 +18,8 @@ LAYOUT = Layout(
     names={
         ("layers", "attention"): ("layers.{layer}.attention.", "{any}{layers}.{layer}.{attention}."),
         ("layers", "ffn"): ("layers.{layer}.ffn.", "{any}{layers}.{layer}.{ffn}."),
+        ("mtp", "attention"): ("mtp.{layer}.attention.",),
+        ("mtp", "ffn"): ("mtp.{layer}.ffn.",),
         ("", ""): ("",),
     },
 )

@@ -15,7 +15,7 @@ LAYOUT = Layout(
     residuals=frozenset({"sinkhorn", "permutations"}),
     containers=("orbax",),
     stacked=True,
-    rows=tuple(Packed(row.name.replace(".", "/"), row.parts, row.axes, row.optional) for row in canonical.LAYOUT.rows),
+    rows=tuple(Packed(row.name.replace(".", "/"), row.parts, row.axes) for row in canonical.LAYOUT.rows),
     head=(
         Packed("hc_fn", ("head_fn",), "k m"),
         Packed("hc_base", ("head_base",), "m"),

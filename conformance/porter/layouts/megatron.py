@@ -9,7 +9,10 @@ LAYOUT = Layout(
         "Megatron-LM's `HyperConnectionModule`, safetensors or `.pt`: "
         "`decoder.layers.N.self_attention_hyper_connection.mapping_proj.weight`"
     ),
-    source="Megatron-LM main (August 2026), transformer/hyper_connection.py; head as Megatron Bridge names it",
+    source=(
+        "Megatron-LM main (August 2026), transformer/hyper_connection.py; head and multi-token prediction as Megatron "
+        "Bridge names them; hybrid layers are renamed by `storage.hybrid`"
+    ),
     dialect="megatron",
     rows=(
         Packed("mapping_proj.weight", ("pre_alpha", "post_alpha", "res_alpha"), "m k"),
@@ -29,7 +32,16 @@ LAYOUT = Layout(
             "decoder.layers.{layer}.mlp_hyper_connection.",
             "{any}layers.{layer}.mlp_hyper_connection.",
         ),
-        ("", "head"): ("decoder.hc_head_", "{any}decoder.hc_head_"),
+        ("mtp", "attention"): (
+            "mtp.layers.{layer}.mtp_model_layer.self_attention_hyper_connection.",
+            "mtp.layers.{layer}.transformer_layer.self_attention_hyper_connection.",
+        ),
+        ("mtp", "ffn"): (
+            "mtp.layers.{layer}.mtp_model_layer.mlp_hyper_connection.",
+            "mtp.layers.{layer}.transformer_layer.mlp_hyper_connection.",
+        ),
+        ("mtp", "head"): ("mtp.layers.{layer}.hc_head_",),
+        ("", "head"): ("decoder.hc_head_", "{any}decoder.hc_head_", "{any}decoder.hc_head_params.hc_head_"),
         ("", ""): ("",),
     },
 )

@@ -15,6 +15,7 @@ LAYOUT = Layout(
     ),
     source="mlx-lm 0.32.2, models/deepseek_v41.py; mlx-vlm 0.7.10, models/deepseek_v4 and models/glm5_next",
     dialect="deepseek-v4",
+    rank=1,
     rows=ROWS,
     head=DEEPSEEK.head,
     names={
@@ -22,7 +23,6 @@ LAYOUT = Layout(
         ("layers", "ffn"): tuple(f"{lead}layers.{{layer}}.ffn_hc." for lead in LEADS),
         ("", "head"): tuple(f"{lead}hc_head." for lead in LEADS),
     },
-    config={"hc_sinkhorn_iters": ("iterations",), "hc_eps": ("eps", "pre_eps"), "rms_norm_eps": ("norm_eps",)},
     models={
         "deepseek_v4": "deepseek-v4",
         "deepseek_v41": "deepseek-v4.1",

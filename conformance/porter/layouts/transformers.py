@@ -34,7 +34,6 @@ LAYOUT = Layout(
         ),
         ("", "head"): ("model.hc_head.", "model.language_model.hc_head.", "hc_head."),
     },
-    config={"hc_sinkhorn_iters": ("iterations",), "hc_eps": ("eps", "pre_eps"), "rms_norm_eps": ("norm_eps",)},
     models={
         "deepseek_v4": "deepseek-v4-transformers",
         "deepseek_v41": "deepseek-v4.1",
@@ -42,4 +41,5 @@ LAYOUT = Layout(
         "glm5_next": "glm-5",
         "glm5_next_text": "glm-5",
     },
+    leads={"glm-5": "model.language_model."},
 )

@@ -16,11 +16,5 @@ LAYOUT = Layout(
         ("layers", "attention"): tuple(f"{lead}layers.{{layer}}.attn_hc.hc_" for lead in LEADS),
         ("layers", "ffn"): tuple(f"{lead}layers.{{layer}}.ffn_hc.hc_" for lead in LEADS),
     },
-    config={
-        "hc_sinkhorn_iters": ("iterations",),
-        "hc_eps": ("eps",),
-        "rms_norm_eps": ("norm_eps",),
-        "mhc_h_res_clamp_max": ("logit_limit",),
-    },
     models={"xing4_0": "xing-4"},
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -40,18 +40,22 @@ class Checkpoint:
         kind: what its files are, in a word.
         tensors: everything in it, unread.
         metadata: of the file, the index or the tree.
-        config: ``config.json`` beside it, where there is one.
-        config_name: what ``config`` was read from.
+        config: the configuration of its model: ``config.json`` beside it, or what the user names; None without one.
         files: how many files hold tensors.
     """
 
-    config_name: ClassVar[str] = "its config.json"
     path: Path
     kind: str
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     files: int = 1
+    config_file: Path | None = None
+
+    @property
+    def config_place(self) -> str:
+        """Where the configuration is, for messages."""
+        return str(self.config_file or self.path / "config.json")
 
     def prepare(self, names: Iterable[str]) -> None:
         """Told before `read` which tensors will be asked for."""

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from conformance.dialects import dialect_rows
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import PORT_KEY
 from conformance.porter.storage.gguf_file import SPLIT, counted, stored_as
@@ -81,7 +80,7 @@ def _keys(header: Header, descriptor: int, metadata: Mapping[str, str]) -> list[
             f"{header.path}: is of the architecture {architecture!r}, and its hyper-connections are known for "
             f"{', '.join(ARCHITECTURES)}"
         )
-    stated = keys_of(architecture, noted["parameters"], dialect_rows()[ARCHITECTURES[architecture]], noted["streams"])
+    stated = keys_of(architecture, noted["parameters"], noted["streams"])
     changed: dict[str, bytes] = {PORT_KEY: _record(PORT_KEY, metadata[PORT_KEY])}
     for key, value in stated.items():
         name = f"{architecture}.{key}"

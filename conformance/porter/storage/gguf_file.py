@@ -15,12 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from conformance.dialects import dialect_rows
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint, Tensor, check_dtype
 from conformance.porter.storage.gguf_header import Header, package, read
 from conformance.porter.storage.gguf_keys import (
-    ARCHITECTURES,
     BLOCKS,
     NEXTN,
     architecture_of,
@@ -38,8 +36,6 @@ AHEAD = re.compile(r"nextn\.(\d+)\.(hc_.*)")
 class GGUFCheckpoint(Checkpoint):
     """One file, or all parts of a split one; its keys stand for a ``config.json``."""
 
-    config_name = "its keys"
-
     def __init__(self, path: Path):
         super().__init__(path, "gguf")
         package()
@@ -55,6 +51,11 @@ class GGUFCheckpoint(Checkpoint):
             self.close()
             raise
         self.files = len(parts)
+
+    @property
+    def config_place(self) -> str:
+        """Where the configuration is, for messages: in the file itself."""
+        return f"{self.path}/keys"
 
     def _open(self, path: Path) -> None:
         try:
@@ -144,14 +145,13 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
     """
     gguf = package()
     noted = json.loads(metadata[PORT_KEY])
-    rows = dialect_rows()
-    architecture = architecture_of(noted["parameters"], rows)
+    architecture = architecture_of(noted["row"], noted["parameters"])
     blocks, ahead = counted(tensors)
     keys: dict[str, Any] = {
         BLOCKS: blocks + ahead,
         "embedding_length": noted["dim"],
         **({NEXTN: ahead} if ahead else {}),
-        **keys_of(architecture, noted["parameters"], rows[ARCHITECTURES[architecture]], noted["streams"]),
+        **keys_of(architecture, noted["parameters"], noted["streams"]),
     }
     writer = gguf.GGUFWriter(path, architecture)
     try:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from conformance.dialects import dialect_rows
+from conformance.porter.configuration import described
+
 ARCHITECTURES = {
     "deepseek4": "deepseek-v4",
     "deepseek41": "deepseek-v4.1",
@@ -24,6 +27,7 @@ WORDS = {
     "nextn_predict_layers": "num_nextn_predict_layers",
 }
 """What follows the architecture in a key, and the same thing's name in a ``config.json``."""
+COUNTS = ("hyper_connection.count", "hyper_connection.sinkhorn_iterations")
 PREFIX, BLOCKS, NEXTN = "hyper_connection.", "block_count", "nextn_predict_layers"
 
 
@@ -48,30 +52,19 @@ def trunk(keys: Mapping[str, Any]) -> int | None:
     return blocks - ahead if isinstance(blocks, int) and isinstance(ahead, int) else None
 
 
-def architecture_of(parameters: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The architecture whose dialect is nearest to these parameters: the first of those that differ least."""
+def architecture_of(row: str, parameters: Mapping[str, Any]) -> str:
+    """The architecture that computes a dialect: the row's, or where it has none, the nearest to the parameters."""
+    rows = dialect_rows()
 
-    def differences(architecture: str) -> int:
-        row = rows[ARCHITECTURES[architecture]]
-        return sum(parameters[name] != value for name, value in row.items())
+    def apart(architecture: str) -> tuple[bool, int]:
+        own = ARCHITECTURES[architecture]
+        return own != row, sum(parameters[name] != value for name, value in rows[own].items())
 
-    return min(ARCHITECTURES, key=differences)
+    return min(ARCHITECTURES, key=apart)
 
 
-def keys_of(
-    architecture: str, parameters: Mapping[str, Any], row: Mapping[str, Any], streams: int
-) -> dict[str, int | float]:
-    """The keys that state a dialect, without the architecture before them.
-
-    Args:
-        row: the architecture's own dialect; a term that its software doesn't have (0 or None there) has no key.
-    """
-    terms = [parameters[name] for name in ("eps", "pre_eps", "post_eps") if row[name]]
-    found: dict[str, int | float | None] = {
-        f"{PREFIX}count": streams,
-        f"{PREFIX}sinkhorn_iterations": parameters["iterations"] if row["iterations"] else None,
-        f"{PREFIX}epsilon": next((float(value) for value in terms if value is not None), None),
-        f"{PREFIX}magnitude": float(parameters["post_scale"]) if architecture == "hyv4" else None,
-        "attention.layer_norm_rms_epsilon": float(parameters["norm_eps"]),
-    }
-    return {key: value for key, value in found.items() if value is not None}
+def keys_of(architecture: str, parameters: Mapping[str, Any], streams: int) -> dict[str, int | float]:
+    """The keys that state a dialect, without the architecture before them; one for each term that its software has."""
+    stated = described(parameters, ARCHITECTURES[architecture], streams)
+    found = {key: stated[word] for key, word in WORDS.items() if word in stated}
+    return {key: value if key in COUNTS else float(value) for key, value in found.items()}

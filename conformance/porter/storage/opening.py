@@ -9,6 +9,7 @@ from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import Checkpoint
 from conformance.porter.storage.gguf_file import SUFFIX, GGUFCheckpoint
 from conformance.porter.storage.gguf_header import MAGIC
+from conformance.porter.storage.hybrid import paired
 from conformance.porter.storage.orbax_tree import OrbaxCheckpoint, find_tree
 from conformance.porter.storage.shards import SafetensorsCheckpoint
 from conformance.porter.storage.stacks import Unstacked
@@ -21,6 +22,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         PortError: there is none, or it is broken.
     """
+    return paired(_opened(path))
+
+
+def _opened(path: Path) -> Checkpoint:
     try:
         found = path.stat()
     except OSError as error:

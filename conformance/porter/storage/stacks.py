@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from conformance.porter import names
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import Checkpoint, Tensor
 
@@ -21,6 +22,8 @@ PLACE = re.compile(
     r"(?P<lead>(?:.*/)?)decoder/(?P<stack>(?:dense_|moe_)?layers(?:_\d+)?|scanned_blocks/layers_\d+)/"
     r"(?P<rest>mhc_(?:attention|mlp)/.+)"
 )
+LISTED = re.compile(r"(?<=/)((?:dense_|moe_)?)layers?[_/](\d+)(?=/)")
+"""A layer of a list: ``layers_0``, by NNX also ``layers/0``, ``dense_layer_0``, ``moe_layer_0``."""
 SCALE = "pre_alpha_scale"
 """[1] in every site, so that its stacked shape tells the axis: [1, L] or [L, 1]."""
 
@@ -171,7 +174,7 @@ class Unstacked(Checkpoint):
         self.tensors = self._shown
         groups: dict[str, list[tuple[re.Match[str], Tensor]]] = {}
         for name, tensor in whole.tensors.items():
-            match = PLACE.fullmatch(name)
+            match = PLACE.fullmatch(LISTED.sub(r"\1layers_\2", names.plain(name)))
             if match:
                 groups.setdefault(match["stack"], []).append((match, tensor))
             else:
@@ -239,8 +242,8 @@ class Unstacked(Checkpoint):
         self._shown[name] = replace(tensor, name=tensor.name, shape=shape, nbytes=tensor.nbytes // depth)
         self._alone[name] = tensor.name
 
-    def prepare(self, names: Iterable[str]) -> None:
-        self._whole.prepare(dict.fromkeys(self._alone.get(n, n) for n in names))
+    def prepare(self, wanted: Iterable[str]) -> None:
+        self._whole.prepare(dict.fromkeys(self._alone.get(n, n) for n in wanted))
 
     def read(self, name: str) -> np.ndarray:
         leaf, axis, index = self._slices.get(name, (self._alone.get(name, name), 0, -1))

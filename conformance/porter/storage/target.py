@@ -18,9 +18,12 @@ from conformance.porter.errors import CONTRADICTED, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.storage import gguf_copy, gguf_file, gguf_header, orbax_tree, torch_file
 from conformance.porter.storage.checkpoint import PORT_KEY
-from conformance.porter.storage.shards import SafetensorsCheckpoint, Shard, index_of, read_index
+from conformance.porter.storage.shards import SafetensorsCheckpoint, Shard, config_beside, index_of, read_index
 
 TORCH = (".pt", ".pth", ".bin")
+CONFIG = "config.json"
+FRAGMENT = "hyper-connections alone"
+"""What a ``config.json`` that was written here says of itself."""
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 
@@ -78,11 +81,13 @@ def write(
     metadata: Mapping[str, str],
     shard_bytes: int,
     read_back: bool = False,
+    config: Mapping[str, Any] | None = None,
     model: Path | None = None,
 ) -> None:
     """A new checkpoint at ``path``, in the place of what was there.
 
     Args:
+        config: what a directory's ``config.json`` states; it has none where this is empty.
         model: a GGUF file that is copied, with the tensors put into the copy.
         read_back: read it again before it takes its place, and compare every bit.
 
@@ -108,6 +113,8 @@ def write(
             else:
                 temporary.mkdir()
                 _shards(temporary, tensors, metadata, shard_bytes)
+                if config:
+                    (temporary / CONFIG).write_text(json.dumps({**config, PORT_KEY: FRAGMENT}, indent=1) + "\n")
             if read_back:
                 _compare(temporary, kind, tensors)
     except PortError:
@@ -124,7 +131,12 @@ def _check_other_files(directory: Path) -> None:
     """
     if (directory / orbax_tree.MARK).exists():
         return
-    others = [p.name for p in directory.iterdir() if not p.name.endswith((".safetensors", ".safetensors.index.json"))]
+    ours = (config_beside(directory) or {}).get(PORT_KEY) == FRAGMENT
+    others = [
+        p.name
+        for p in directory.iterdir()
+        if not p.name.endswith((".safetensors", ".safetensors.index.json")) and not (ours and p.name == CONFIG)
+    ]
     if others:
         raise PortError(
             f"{directory}: has {sorted(others)[0]} in it, which would be lost: port --into it, or remove it"

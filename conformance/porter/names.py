@@ -1,0 +1,120 @@
+"""What stands in a tensor's name beside its layout's own words, and which names are plainly hyper-connections'.
+
+Wrappers put a word of theirs somewhere into every name (``layers.0._orig_mod.attn_hc.fn``), NNX ends a variable in
+``/value``, and trees write a list's index as a key (``decoder/layers/0/``). `plain` takes all of that out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+WRAPPERS = (
+    "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_fp32_params", "module",
+    "base_model.model", "modules_to_save.default", "ema_model", "model_state_dict", "state_dict",
+)  # fmt: skip
+"""torch.compile, activation checkpointing, FSDP, Lightning, PaddleFleet, data parallelism, PEFT, averaged models, and
+the keys of training checkpoints (mathematics.md, "More names in use")."""
+LANGUAGE_MODEL = "language_model"
+"""The text part of a model with several: some layouts have it in their names."""
+_WRAPPED = re.compile(rf"(?:(?<=[./])|^)(?:{'|'.join(map(re.escape, WRAPPERS))})[./]")
+_WRAPPING = ("module", "_orig_mod", "_fp32_params", "base_model", "ema_model", "state_dict")  # a word of each wrapper
+_LANGUAGE = re.compile(rf"(?:(?<=[./])|^){LANGUAGE_MODEL}[./]")
+_LEAF = re.compile(r"[./](?:raw_)?value$")
+_OPTIMIZER = re.compile(r"(?:^|[./])(?:opt_state|optimizer\w*|optim|exp_avg\w*|momentum\w*|mu|nu)(?:[./]|$)")
+
+ENDINGS = re.compile(
+    r"(?:^|[._/])(?:"
+    r"(?:pre|post|res)_(?:alpha(?:_scale)?|beta)|head_(?:fn|base|scale)|hc_(?:fn|base|scale)|"
+    r"hc_(?:attn|ffn|mlp|head)_(?:fn|base|scale)(?:\.weight)?|output_hc_(?:fn|base|scale)(?:\.weight)?|"
+    r"mhc_norm[./]scale|mapping_proj\.weight|alpha_(?:pre|post|res))$"
+)
+"""Ends of names that only hyper-connections have."""
+COMMON_ENDINGS = re.compile(
+    r"(?:^|[._/])(?:m?hc|hyper_?connections?|hyper_?head)(?:_\w+)?[./](?:fn|base|scale|bias|phi|b|alpha|beta|norm_weight)$",
+    re.IGNORECASE,
+)
+"""Common words that count where the module right before them says what they belong to."""
+TELLING = ("hc", "yper", "_alpha", "_beta", "alpha_", "head_", "mapping_proj")
+"""One of these is in every such name."""
+
+
+def plain(name: str) -> str:
+    """The name without wrappers and without the leaf of an NNX variable."""
+    return _LEAF.sub("", _WRAPPED.sub("", name))
+
+
+def having(names: Collection[str], words: Iterable[str]) -> list[str]:
+    """The names with one of these words anywhere in them, in their order.
+
+    They are searched as one text: a large model has tens of thousands, and few of them have any.
+    """
+    text = "\n".join(["", *names, ""])
+    if text.count("\n") != len(names) + 1:  # a name of several lines
+        return [name for name in names if any(word in name for word in words)]
+    found = set()
+    for word in words:
+        at = text.find(word)
+        while at >= 0:
+            end = text.index("\n", at)
+            found.add(text[text.rindex("\n", 0, at) + 1 : end])
+            at = text.find(word, end)
+    return [name for name in names if name in found] if found else []
+
+
+def wrapped(names: Collection[str]) -> list[str]:
+    """The names in which a wrapper or an NNX leaf may hide how they end."""
+    return having(names, (*_WRAPPING, "/value", ".value", "/raw_value", ".raw_value"))
+
+
+def of_text(name: str) -> str:
+    """A plain name without the word for the text part of a model."""
+    return _LANGUAGE.sub("", name)
+
+
+def of_optimizer(name: str) -> bool:
+    """Whether it is an optimiser's: its moments have the names and the shapes of weights."""
+    return _OPTIMIZER.search(name) is not None
+
+
+def plainly_ours(names: Collection[str]) -> list[str]:
+    """Those names that only a hyper-connection's weight can have, whatever its layout."""
+    found = []
+    for name in having(names, TELLING):
+        bare = plain(name)
+        if (ENDINGS.search(bare) or COMMON_ENDINGS.search(bare)) and not of_optimizer(name):
+            found.append(name)
+    return found
+
+
+def proposal(names: Iterable[str], rows: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Values of ``--from-names`` that would give names a place, and the names to which each gives one.
+
+    Args:
+        rows: for each kind of site (``attention``, ``ffn``, ``head``, ``site``) what may follow a prefix.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        kind = _kind(name)
+        longest_first = sorted(rows.get(kind, ()), key=len, reverse=True)
+        row = next((row for row in longest_first if name.endswith(row)), None)
+        if row is None:
+            continue
+        prefix = name[: len(name) - len(row)]
+        numbers = list(re.finditer(r"(?:(?<=[./_])|^)\d+(?=[./_])", prefix))
+        if kind in ("attention", "ffn") and numbers:
+            last = numbers[-1]
+            prefix = f"{prefix[: last.start()]}{{layer}}{prefix[last.end() :]}"
+        elif kind in ("attention", "ffn") or (kind == "site" and numbers):
+            continue
+        found.setdefault(f"{kind}={prefix}", []).append(name)
+    return found
+
+
+def _kind(name: str) -> str:
+    """The kind of site that a name speaks of."""
+    if "head" in name and not re.search(r"\d", name):
+        return "head"
+    if re.search(r"attn|attention", name):
+        return "attention"
+    return "ffn" if re.search(r"ffn|mlp|moe|feed_forward", name) else "site"

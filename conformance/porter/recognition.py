@@ -1,0 +1,213 @@
+"""Which layout a checkpoint has: names, then shapes, and where several fit, what its ``config.json`` says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from conformance.porter import dialects
+from conformance.porter import names as naming
+from conformance.porter.errors import INCOMPLETE, Ambiguous, PortError
+from conformance.porter.layout import Layout
+from conformance.porter.layouts import layouts
+from conformance.porter.site import HEAD, Site
+from conformance.porter.storage.checkpoint import Checkpoint
+
+Rows = dict[Site, dict[str, str]]
+Shapes = tuple[bool, tuple[tuple[str, tuple[int, ...]], ...]]
+
+
+@dataclass
+class Recognised:
+    """A layout that fits a checkpoint.
+
+    Attributes:
+        sites: for each its rows and the tensors that hold them.
+        sizes: for each (n, C, residual).
+        candidates: names that end as tensors of hyper-connections do, whether they have a site or not.
+    """
+
+    layout: Layout
+    sites: Rows
+    sizes: dict[Site, tuple[int, int, str]]
+    candidates: list[str]
+
+    @property
+    def tensors(self) -> int:
+        return sum(len(rows) for rows in self.sites.values())
+
+    def weights(self) -> Any:
+        """Which tensor holds which weights, and how: alike for two layouts that read the same."""
+        held = {}
+        for site, found in self.sites.items():
+            rows = {row.name: row for row in self.layout.rows_of(site.kind)}
+            held[site] = {name: (rows[row].parts, rows[row].axes) for row, name in found.items()}
+        return held, self.sizes, self.layout.flat
+
+
+def recognise(checkpoint: Checkpoint, given: Layout | None, prefixes: Mapping[str, str]) -> Recognised:
+    """The one layout that fits.
+
+    Args:
+        given: the layout that the user names; all that are kept in such files where it is None.
+        prefixes: the user's own, under ``attention``, ``ffn``, ``head`` and ``site``.
+
+    Raises:
+        Ambiguous: several fit, and read other weights from the same tensors.
+        PortError: none does; it names the tensor that is missing or has another shape than it should.
+    """
+    considered = [
+        layout.named(prefixes)
+        for layout in ([given] if given else layouts().values())
+        if checkpoint.kind in layout.containers and not ("head" in prefixes and not layout.head and not given)
+    ]
+    names = candidates(checkpoint, considered)
+    fits: list[Recognised] = []
+    broken: list[tuple[int, PortError]] = []
+    for layout in considered:
+        sites = layout.locate(names)
+        if not sites:
+            continue
+        try:
+            fits.append(Recognised(layout, sites, _sizes(checkpoint, layout, sites), names))
+        except Misfit as error:
+            broken.append((error.whole, error))
+    fits = _likeliest(checkpoint, fits)
+    if len(fits) > 1:
+        found = [fit.layout.name for fit in fits]
+        raise Ambiguous(f"{checkpoint.path}: fits the layouts {' and '.join(found)}: say which with --from", found)
+    if broken and (not fits or max(broken, key=_whole)[0] > len(fits[0].sites)):
+        raise max(broken, key=_whole)[1]
+    if not fits:
+        raise _nothing(checkpoint, given)
+    return fits[0]
+
+
+class Misfit(PortError):
+    """A layout has sites here, and one of them isn't whole.
+
+    Attributes:
+        whole: how many are.
+    """
+
+    def __init__(self, message: str, whole: int):
+        super().__init__(message)
+        self.whole = whole
+
+
+def _whole(entry: tuple[int, PortError]) -> int:
+    return entry[0]
+
+
+def _sizes(checkpoint: Checkpoint, layout: Layout, sites: Rows) -> dict[Site, tuple[int, int, str]]:
+    """Each site's (n, C, residual).
+
+    Raises:
+        Misfit: a site lacks a tensor, or no n explains its shapes.
+    """
+    lacks = {site: missing for site, rows in sites.items() if (missing := layout.missing(site, rows))}
+    if lacks:
+        site, missing = next(iter(lacks.items()))
+        file = checkpoint.tensors[next(iter(sites[site].values()))].file
+        raise Misfit(f"{file}: {site} of the layout {layout.name} lacks {', '.join(missing)}", len(sites) - len(lacks))
+    sizes: dict[Site, tuple[int, int, str]] = {}
+    known: dict[Shapes, tuple[int, int, str]] = {}
+    for site, rows in sites.items():
+        shapes = {row: checkpoint.tensors[name].shape for row, name in rows.items()}
+        alike = site.head, tuple(sorted(shapes.items()))
+        try:
+            sizes[site] = known[alike] = known.get(alike) or layout.dimensions(site, shapes)
+        except PortError as error:
+            raise Misfit(str(_named(error, checkpoint, rows)), len(sizes)) from error
+    return sizes
+
+
+def _likeliest(checkpoint: Checkpoint, fits: list[Recognised]) -> list[Recognised]:
+    """Of the layouts that fit, the one that is meant; several only where they read other weights."""
+    if any(set(fit.sites) != {HEAD} for fit in fits):  # another one's head under its name, and nothing else
+        fits = [fit for fit in fits if set(fit.sites) != {HEAD}]
+    if len(fits) < 2:
+        return fits
+    noted = dialects.note(checkpoint).get("layout")
+    if any(fit.layout.name == noted for fit in fits):
+        return [fit for fit in fits if fit.layout.name == noted]
+    stated = dialects.model_types(checkpoint)
+    if any(stated & set(fit.layout.models) for fit in fits):
+        fits = [fit for fit in fits if stated & set(fit.layout.models)]
+    most = max(fit.tensors for fit in fits)
+    fits = [fit for fit in fits if fit.tensors == most]
+    if all(fit.weights() == fits[0].weights() for fit in fits):
+        fits = [min(fits, key=lambda fit: fit.layout.rank)]
+    return fits
+
+
+def _nothing(checkpoint: Checkpoint, given: Layout | None) -> PortError:
+    """Why no layout fits: nothing is there, or names that none has."""
+    stray = naming.plainly_ours(checkpoint.tensors)
+    others = [o.name for o in layouts().values() if stray and checkpoint.kind in o.containers and o.locate(stray)]
+    if given and others:
+        return PortError(
+            f"{checkpoint.path}: has no tensors of the layout {given.name}, and the layout {others[0]} has names for "
+            f"what is there: leave --from out, or say --from {others[0]}"
+        )
+    if stray:
+        return unplaced(checkpoint, given, stray)
+    if given:
+        return PortError(
+            f"{checkpoint.path}: has no tensors of the layout {given.name}, among {len(checkpoint.tensors)}; leave "
+            f"--from out to have it recognised, or say under which prefixes they are with --from-names"
+        )
+    return PortError(
+        f"{checkpoint.path}: has no mHC tensors that any layout names ({', '.join(layouts())}), among "
+        f"{len(checkpoint.tensors)}; where they have other prefixes say which with --from LAYOUT --from-names "
+        f"attention=PREFIX --from-names ffn=PREFIX"
+    )
+
+
+def unplaced(checkpoint: Checkpoint, layout: Layout | None, stray: list[str], known: int = 0) -> PortError:
+    """The error for hyper-connections under names that no layout has, with the option that would name them."""
+    considered = [o for o in layouts().values() if checkpoint.kind in o.containers]
+    best: tuple[int, Layout | None, list[str]] = 0, layout, []
+    for candidate in [layout] if layout else considered:
+        rows = {kind: [row.name for row in candidate.rows_of(kind)] for kind in ("attention", "ffn", "head", "site")}
+        found = naming.proposal(stray, rows)
+        explained = sum(len(names) for names in found.values())
+        if explained > best[0]:
+            best = explained, candidate, list(found)
+    _, named, options = best
+    which = " ".join(["--from", named.name if named else "LAYOUT", *(f"--from-names '{text}'" for text in options[:4])])
+    what = f"say what they are with {which}" if options else f"no row of {layout.name if layout else 'a layout'} fits"
+    some = ", ".join(stray[:3]) + (", …" if len(stray) > 3 else "")
+    rest = ", or port the rest with --allow-partial" if known else ""
+    return PortError(
+        f"{checkpoint.path}: {len(stray)} of {len(stray) + known} hyper-connection tensors belong to no site that is "
+        f"known, {some}: {what}{rest}", INCOMPLETE,
+    )  # fmt: skip
+
+
+def candidates(checkpoint: Checkpoint, considered: Iterable[Layout]) -> list[str]:
+    """The few names of a large checkpoint that end as a layout's tensors do."""
+    endings = frozenset[str]().union(*(layout.endings for layout in considered))
+    endings |= {ending.replace("/", ".") for ending in endings} | {ending.replace(".", "/") for ending in endings}
+    width = 8
+    long, short = {e[-width:] for e in endings if len(e) >= width}, tuple(e for e in endings if len(e) < width)
+
+    found = [name for name in checkpoint.tensors if name[-width:] in long or name.endswith(short)]
+    hidden = [(name, naming.plain(name)) for name in naming.wrapped(checkpoint.tensors)]
+    more = [name for name, bare in hidden if bare[-width:] in long or bare.endswith(short)]
+    return list(dict.fromkeys([*found, *more]))
+
+
+def _named(error: PortError, checkpoint: Checkpoint, rows: Mapping[str, str]) -> PortError:
+    """An error about a row, with the tensor's own name and file."""
+    text, mentioned = str(error), next(iter(rows.values()))
+    pattern = re.compile(
+        "|".join(rf"(?<![\w.]){re.escape(row)}(?![\w.])" for row in sorted(rows, key=len, reverse=True))
+    )
+    match = pattern.search(text)
+    if match:
+        mentioned = rows[match[0]]
+        text = pattern.sub(lambda m: rows[m[0]], text)
+    return PortError(f"{checkpoint.tensors[mentioned].file}: {text}")

@@ -1,0 +1,115 @@
+"""Which function the target computes: as the user says, as its own configuration says, or as its software does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from conformance.porter import configuration, dialects
+from conformance.porter.dialects import Told
+from conformance.porter.errors import CANNOT, UNKNOWN, PortError
+from conformance.porter.layout import Layout
+from conformance.porter.model import Model
+from conformance.porter.options import Options
+from conformance.porter.storage.checkpoint import Checkpoint
+from conformance.porter.storage.opening import open_checkpoint
+from conformance.porter.verdict import IMPOSSIBLE, ROUNDED
+
+HEAD_LOST = 8
+"""A target that can't have the source's head is further away than one in which every other value differs."""
+
+
+def choose(model: Model, layout: Layout, options: Options) -> Told:
+    """The target's dialect.
+
+    Raises:
+        PortError: the layout has no place for such weights, the configuration of the target isn't known, or the
+            parameters are none that a layer has.
+    """
+    stated = _stated(layout, options)
+    if options.to_dialect:
+        told = dialects.given(options.to_dialect)
+        if stated and _differ(told.parameters, stated.parameters):
+            text = dialects.described(stated.parameters, stated.base)
+            told = replace(told, by=f"{told.by}, though the configuration there says {text}")
+    elif stated:
+        told = stated
+    elif layout.keeps_dialect:
+        told = replace(model.told, by="the source's", assumed=False)
+    else:
+        told = _own(model, layout)
+    found = dict(told.parameters)
+    if model.head and layout.head and not options.to_dialect and found["reduce"] not in ("mean", "carried"):
+        found["reduce"] = "head"
+    if model.residual not in layout.residuals or found["residual"] not in layout.residuals:
+        broken = found["residual"] if model.residual in layout.residuals else model.residual
+        raise PortError(f"{IMPOSSIBLE}: the layout {layout.name} has no place for residual={broken}", CANNOT)
+    if layout.norm == "always":
+        found["norm_weight"] = True
+    if found["norm_weight"] and layout.norm == "never":
+        raise PortError(
+            f"the layout {layout.name} has no place for a norm weight: its dialect must have norm_weight=false"
+        )
+    return replace(told, parameters=dialects.check(found, "the target's dialect"))
+
+
+def _differ(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two rows are different functions, whatever they round and however the streams are reduced."""
+    return any(first[key] != second[key] for key in second if key not in ("reduce", *ROUNDED))
+
+
+def _stated(layout: Layout, options: Options) -> Told | None:
+    """What the configuration of the target says, where there is one.
+
+    Raises:
+        PortError: it is of a model that isn't known, and the user doesn't say what that computes.
+    """
+    if options.to_config is not None:
+        checkpoint = Checkpoint(options.to_config, "", config=configuration.read(options.to_config))
+        checkpoint.config_file = options.to_config
+        told = dialects.from_config(layout, checkpoint)
+    elif options.into is not None:
+        with open_checkpoint(options.into) as checkpoint:
+            told = dialects.from_config(layout, checkpoint)
+    else:
+        return None
+    if told and told.problem:
+        if options.to_dialect:
+            return None
+        raise PortError(f"the target: {told.problem}: say what it computes with --to-dialect", UNKNOWN)
+    return replace(told, by=f"from its {Path(checkpoint.config_place).name}") if told else None
+
+
+def _own(model: Model, layout: Layout) -> Told:
+    """The row of the layout's software that is nearest to the source, set as near as its configuration allows."""
+    rows = dialects.known()
+    names = [
+        name
+        for name in dict.fromkeys((layout.dialect, *layout.models.values()))
+        if rows[name]["residual"] == model.residual
+    ]
+    fitting = dialects.fitting(layout, layout.norm == "always", model.residual)
+    names = names or fitting[:1] or [layout.dialect]
+    origin = _origin(model)
+
+    def distance(name: str) -> tuple[int, bool]:
+        found = configuration.carried(model.parameters, name)
+        apart = sum(
+            found[key] != model.parameters[key]
+            for key in found
+            if key not in ("norm_weight", "head_norm_eps", *ROUNDED)
+        )
+        lost = model.head and found["reduce"] in ("mean", "carried")
+        return apart + HEAD_LOST * lost, name != origin
+
+    base = min(names, key=distance)
+    parameters = configuration.carried(model.parameters, base)
+    by = dialects.OWN if parameters == rows[base] else f"{dialects.OWN}, set as the source is"
+    return Told(parameters, by, base)
+
+
+def _origin(model: Model) -> str:
+    """The row that the source was ported from, where its metadata says so."""
+    return str(dialects.note(model.checkpoint).get("source_row", ""))
