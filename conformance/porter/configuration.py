@@ -12,6 +12,7 @@ from typing import Any
 from conformance import dialects
 from conformance.dialects import Configuration, Parameters
 from conformance.porter.errors import PACKAGE, PortError
+from conformance.porter.storage.checkpoint import PORT_KEY
 
 OURS = re.compile(r"^m?hc_|(?:^|_)mhc_|hyper_?connection", re.IGNORECASE)
 """Keys that speak of hyper-connections, in whatever software."""
@@ -60,7 +61,7 @@ def layers_stated(config: Mapping[str, Any] | None) -> list[int]:
 def unknown_keys(config: Mapping[str, Any] | None, known: Configuration) -> list[str]:
     """Keys that speak of hyper-connections and that the software of the row isn't known to have."""
     names = [key for part in _parts(config) for key in part if isinstance(key, str) and OURS.search(key)]
-    fixed = (*known.keys, *known.fixed)
+    fixed = (*known.keys, *known.fixed, PORT_KEY)
     return [key for key in dict.fromkeys(names) if not any(fnmatch.fnmatchcase(key, pattern) for pattern in fixed)]
 
 
