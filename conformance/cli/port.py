@@ -20,7 +20,9 @@ def port(
     source: Annotated[Path, typer.Argument(help="The checkpoint to port.")],
     target: Annotated[
         Path | None,
-        typer.Argument(help="What to write: NAME.safetensors, NAME.pt, or a directory (of shards, or an Orbax tree)."),
+        typer.Argument(
+            help="What to write: NAME.safetensors, NAME.pt, NAME.gguf, or a directory (of shards, or an Orbax tree)."
+        ),
     ] = None,
     to: Annotated[str, typer.Option("--to", help="The target's layout.")] = "",
     source_layout: Annotated[
@@ -56,7 +58,10 @@ def port(
     ] = False,
     into: Annotated[
         Path | None,
-        typer.Option(help="Put the tensors into this safetensors directory: a new shard and a new index."),
+        typer.Option(
+            help="Put the tensors into this safetensors directory, a new shard and a new index; or a GGUF file, whose "
+            "copy with them is written to TARGET."
+        ),
     ] = None,
     verify: Annotated[int, typer.Option(min=1, help="Probe tokens to evaluate source and target on.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the probes.")] = 0,
@@ -104,7 +109,7 @@ def port(
 
     if not to:
         stop("--to must name the target's layout: " + ", ".join(_layouts()), USAGE)
-    if into is not None and target is not None:
+    if into is not None and target is not None and to != "gguf":
         if target.resolve() != into.resolve():
             stop(f"--into takes the tensors, {target} would too: name one of them", USAGE)
         target = None

@@ -64,6 +64,7 @@ class Layout:
         residuals: kinds of residual matrix that it has a place for.
         containers: the kinds of checkpoint (`storage`) that it is kept in; the first is written
             where a path leaves it open.
+        dtype: the only one that its weights have; empty where they may have any.
         stacked: whether layers may be scanned: stacked in one array (`storage.stacks`).
         keeps_dialect: whether its files state their dialect, and a port to it keeps the source's.
         models: for each ``model_type`` of a ``config.json`` beside it, the dialect.
@@ -85,6 +86,7 @@ class Layout:
     norm: str = "never"
     residuals: frozenset[str] = frozenset({"sinkhorn"})
     containers: tuple[str, ...] = ("safetensors", "torch")
+    dtype: str = ""
     stacked: bool = False
     keeps_dialect: bool = False
     models: Mapping[str, str] = field(default_factory=dict)

@@ -31,7 +31,8 @@ class Options:
         allow_partial: port what has a place though hyper-connections are missing or have no place.
         dtype: that weights are stored in; None keeps each one's.
         allow_approximate: write even where the target computes another function.
-        into: an existing safetensors directory that takes the tensors in a new shard.
+        into: an existing safetensors directory that takes the tensors in a new shard, or a GGUF file, a copy of which
+            has them.
         verify: probe tokens that source and target are evaluated on.
         seed: of the probes.
         activations: streams ``[..., n, C]`` to evaluate on too.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,10 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
         raise PortError(f"at least one probe token is needed, got {options.verify}")
     if options.dtype and options.dtype not in DTYPES:
         raise PortError(f"unknown dtype {options.dtype!r}, expected one of {', '.join(DTYPES)}")
+    if layout.dtype and options.dtype not in (None, layout.dtype):
+        raise PortError(f"the layout {layout.name} keeps weights in {layout.dtype}: leave --dtype {options.dtype} out")
+    if layout.dtype:
+        options = replace(options, dtype=layout.dtype)
     notes: list[str] = []
     existing = _existing(model, layout, options)
     told = target_dialect.choose(model, layout, options)
@@ -195,15 +199,16 @@ def _existing(model: Model, layout: Layout, options: Options) -> dict[Site, dict
     """Under which names the checkpoint that takes the tensors has them already."""
     if options.into is None:
         return {}
-    if "safetensors" not in layout.containers or not options.into.is_dir():
+    if layout.containers[0] == "gguf":
+        if not options.into.is_file():
+            raise PortError(f"{options.into}: --into takes a GGUF file, and writes a copy of it at the target")
+    elif "safetensors" not in layout.containers or not options.into.is_dir():
         raise PortError(f"{options.into}: --into takes a directory of safetensors shards")
     with open_checkpoint(options.into) as checkpoint:
         sites = layout.locate(checkpoint.tensors)
-        others = (
-            []
-            if sites
-            else [o.name for o in layouts().values() if "safetensors" in o.containers and o.locate(checkpoint.tensors)]
-        )
+        others = [] if sites else [
+            o.name for o in layouts().values() if checkpoint.kind in o.containers and o.locate(checkpoint.tensors)
+        ]  # fmt: skip
         if others:
             raise PortError(
                 f"{options.into}: has hyper-connections of the layout {others[0]}, and it would be open whether "

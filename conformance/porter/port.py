@@ -55,7 +55,12 @@ def port(
 
 def _port(source: Path, target: Path | None, options: Options, progress: Callable[[int, int], None] | None) -> Report:
     layout = layout_named(options.to).named(options.names)
-    if (target is None) == (options.into is None):
+    copied = options.into is not None and layout.containers[0] == "gguf"
+    if copied and target is None:
+        raise PortError(
+            f"{options.into}: a GGUF file isn't changed in place: name a target that its copy is written to"
+        )
+    if not copied and (target is None) == (options.into is None):
         raise PortError("name a target, or a checkpoint that takes the tensors (--into), and not both")
     if options.into is not None and os.path.realpath(options.into) == os.path.realpath(source):
         raise PortError(f"{options.into}: is the source, which is never written to: copy it first")
@@ -64,9 +69,9 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
             raise PortError(f"{target}: has no name of its own that could be replaced: name the directory")
         kind = storage.kind_of(target, layout)
         if not options.dry_run:
-            read = [source, *([options.norm_weight] if options.norm_weight else [])]
+            read = [path for path in (source, options.norm_weight, options.into) if path is not None]
             storage.check_target(target, read, options.overwrite)
-            _check_replaceable(target)
+            _check_replaceable(target, options.into)
     else:
         kind = "into"
     with open_checkpoint(source) as checkpoint:
@@ -116,14 +121,16 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
         report.written = str(storage.write_into(options.into, tensors, metadata, options.read_back))
     else:
         assert target
-        storage.write(target, kind, tensors, metadata, options.shard_bytes, options.read_back, plan.config())
+        storage.write(
+            target, kind, tensors, metadata, options.shard_bytes, options.read_back, plan.config(), options.into
+        )
         report.written = str(target)
     report.read_back = options.read_back
     return report
 
 
-def _check_replaceable(target: Path) -> None:
-    """Refuses to replace a checkpoint with more in it than hyper-connections.
+def _check_replaceable(target: Path, model: Path | None) -> None:
+    """Refuses to replace a checkpoint with more in it than hyper-connections, and the model that is copied.
 
     Raises:
         PortError: it names a tensor that would be lost.
@@ -135,6 +142,9 @@ def _check_replaceable(target: Path) -> None:
             held = set(former.tensors)
             for layout in layouts().values():
                 held -= {name for rows in layout.locate(former.tensors).values() for name in rows.values()}
+            if held and model is not None:
+                with open_checkpoint(model) as copied:
+                    held -= set(copied.tensors)
     except PortError:  # no checkpoint, or a broken one: nothing that could be used is lost
         return
     if held:
@@ -189,11 +199,11 @@ def _metadata(report: Report, plan: Plan, kind: str) -> dict[str, str]:
         "dim": plan.model.dim, "source_layout": report.source_layout, "source_parameters": plan.model.parameters,
         "verdict": report.verdict, "reason": report.reason, "rounding": report.rounding,
         "probes": {"tokens": report.probes, "seed": plan.options.seed}, "deviation": report.largest,
-        "left_out": report.left_out, "source_row": plan.model.told.base, "assumed": report.assumed,
+        "left_out": report.left_out, "source_row": plan.model.told.base, "row": plan.base, "assumed": report.assumed,
         "lacking": report.lacking, "settings": report.settings,
     }  # fmt: skip
     found = {PORT_KEY: json.dumps(noted, sort_keys=True)}
     if plan.layout.keeps_dialect:
         sizes = {"streams": plan.model.streams, "dim": plan.model.dim}
         return {"format": CANONICAL, "parameters": json.dumps({**plan.parameters, **sizes}, sort_keys=True), **found}
-    return found if kind in ("orbax", "torch") else {"format": "pt", **found}
+    return found if kind in ("orbax", "torch", "gguf") else {"format": "pt", **found}

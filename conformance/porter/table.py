@@ -66,11 +66,11 @@ def markdown() -> str:
 
 def layout_table() -> str:
     """The layouts, as a Markdown table."""
-    rows = [
-        f"| `{name}` | {layout.summary} | {'as the source' if layout.keeps_dialect else f'`{layout.dialect}`'} |"
-        for name, layout in layouts().items()
-    ]
-    return "\n".join(["| layout | what it is | its own dialect |", "|---|---|---|", *rows, ""])
+    rows = []
+    for name, layout in layouts().items():
+        own = ", ".join(f"`{dialect}`" for dialect in dict.fromkeys([layout.dialect, *layout.models.values()]))
+        rows.append(f"| `{name}` | {layout.summary} | {'as the source' if layout.keeps_dialect else own} |")
+    return "\n".join(["| layout | what it is | its own dialect, or dialects |", "|---|---|---|", *rows, ""])
 
 
 def reasons(before: Parameters, after: Parameters) -> list[str]:

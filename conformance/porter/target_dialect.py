@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from conformance.porter import configuration, dialects
@@ -78,7 +79,7 @@ def _stated(layout: Layout, options: Options) -> Told | None:
         if options.to_dialect:
             return None
         raise PortError(f"the target: {told.problem}: say what it computes with --to-dialect", UNKNOWN)
-    return replace(told, by=dialects.FROM_CONFIG) if told else None
+    return replace(told, by=f"from its {Path(checkpoint.config_place).name}") if told else None
 
 
 def _own(model: Model, layout: Layout) -> Told:

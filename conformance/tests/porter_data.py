@@ -29,7 +29,9 @@ DTYPES = {
 }
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 LAYOUTS = tuple(layouts())
-HEADED = frozenset({"canonical", "deepseek", "maxtext", "megatron", "transformers"})
+SINKHORN = tuple(name for name, layout in layouts().items() if "sinkhorn" in layout.residuals)
+IDENTITY = tuple(name for name, layout in layouts().items() if "identity" in layout.residuals)
+HEADED = frozenset({"canonical", "deepseek", "gguf", "hunyuan", "maxtext", "megatron", "mlx", "transformers"})
 NORMED = frozenset({"canonical", "maxtext", "transformer-engine"})
 PARTS = ("pre", "post", "res")
 

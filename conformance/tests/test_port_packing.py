@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from conformance.porter.errors import Ambiguous, PortError
+from conformance.porter.inspection import inspect
 from conformance.porter.port import Options, port
 from conformance.porter.storage.stacks import Stacks
 from conformance.tests.porter_data import differences, random_sites, read_sites, write_canonical
@@ -78,6 +79,51 @@ def transformers(sites, streams, dim):
     return found
 
 
+def mlx(sites, streams, dim):
+    return {name.replace("hc_head.hc_", "hc_head."): v for name, v in transformers(sites, streams, dim).items()}
+
+
+def xing(sites, streams, dim):
+    return {name.replace("_hc.", "_hc.hc_"): v for name, v in transformers(sites, streams, dim).items()}
+
+
+def hunyuan_rows(weights):
+    """fn ``[2n, n*C]``, base ``[2n]``, scale ``[2]``: rows pre, then post."""
+    n = len(weights["pre_beta"])
+    rows = [weights[f"{part}_alpha"][:, i] for part in ("pre", "post") for i in range(n)]
+    base = [weights[f"{part}_beta"][i] for part in ("pre", "post") for i in range(n)]
+    return np.array(rows), np.array(base), np.array([weights[f"{part}_alpha_scale"][0] for part in ("pre", "post")])
+
+
+HUNYUAN = {
+    "released": ("model.layers.{}.hc_{}_layer.hc_pre.hc_", ("attn", "mlp"), "model.hc_head.hc_head_"),
+    "modules": ("model.layers.{}.{}_hc.", ("attn", "ffn"), "model.hc_head.hc_"),
+    "saved": ("model.layers.{}.hc_pre.hc_{}_layer.hc_", ("attn", "mlp"), "model.hc_pre.hc_head.hc_head_"),
+    "saved base model": ("layers.{}.hc_pre.hc_{}_layer.hc_", ("attn", "mlp"), "hc_head.hc_pre.hc_head_"),
+    "base model": ("layers.{}.{}_hc.", ("attn", "ffn"), "hc_head.hc_"),
+}
+
+
+def hunyuan(sites, names="released"):
+    """Under the released names; those of transformers' modules; those that its ``save_pretrained`` writes."""
+    prefix, (attention, ffn), head = HUNYUAN[names]
+    found = head_rows(sites, head)
+    for layer, kind, weights in bodies(sites):
+        place = prefix.format(layer, {"attention": attention, "ffn": ffn}[kind])
+        found |= {f"{place}{n}": v for n, v in zip(("fn", "base", "scale"), hunyuan_rows(weights), strict=True)}
+    return found
+
+
+def gguf(sites):
+    """In NumPy's order of axes: GGUF's own is the reverse."""
+    found = {f"{name}.weight": value for name, value in head_rows(sites, "output_hc_").items()}
+    for layer, kind, weights in bodies(sites):
+        rows = stacked_rows(weights) if "res_alpha" in weights else hunyuan_rows(weights)
+        for name, value in zip(("fn", "base", "scale"), rows, strict=True):
+            found[f"blk.{layer}.hc_{SHORT[kind]}_{name}.weight"] = value
+    return found
+
+
 def liger(sites, streams, dim):
     found = {}
     for layer, kind, weights in bodies(sites):
@@ -119,6 +165,8 @@ EXPECTED = {
     "canonical": (canonical, True, True),
     "deepseek": (deepseek, False, True),
     "transformers": (transformers, False, True),
+    "mlx": (mlx, False, True),
+    "xing": (xing, False, False),
     "liger": (liger, False, False),
     "megatron": (megatron, False, True),
     "transformer-engine": (transformer_engine, True, False),
@@ -185,6 +233,56 @@ def test_for_the_other_mix_the_residual_block_is_transposed(tmp_path, layout, ou
                 beta[j, i] = weights["res_beta"][i, j]
         turned[site] = {**weights, "res_alpha": alpha, "res_beta": beta}
     assert differences(load_file(tmp_path / "there.safetensors"), out_in(turned, streams, dim)) == []
+
+
+@pytest.mark.parametrize("streams, dim", SIZES)
+@pytest.mark.parametrize("head", [False, True])
+def test_hunyuan_is_written_under_the_released_names(tmp_path, streams, dim, head):
+    sites = random_sites(20, streams, dim, residual="identity", head=head)
+    dialect = "hunyuan-v4" if head else "hunyuan-v4,reduce=none"
+    source = write_canonical(tmp_path / "source.safetensors", sites, dialect)
+    report = port(source, tmp_path / "there.safetensors", Options(to="hunyuan"))
+    assert (report.verdict, report.target_dialect) == ("exact", "hunyuan-v4")
+    assert differences(load_file(tmp_path / "there.safetensors"), hunyuan(sites)) == []
+
+
+@pytest.mark.parametrize("streams, dim", SIZES)
+@pytest.mark.parametrize("names", HUNYUAN)
+def test_hunyuan_is_read_under_each_of_its_names(tmp_path, names, streams, dim):
+    """fn ``[8, n*C]`` with a scale of two entries is four streams of Hunyuan, and not two of DeepSeek."""
+    sites = random_sites(21, streams, dim, residual="identity", head=True)
+    tensors = {k: np.ascontiguousarray(v).reshape(v.shape) for k, v in hunyuan(sites, names).items()}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    found = inspect(tmp_path / "theirs.safetensors")
+    assert (found.layout, found.streams, found.dim, found.residual) == ("hunyuan", streams, dim, "identity")
+    assert differences(read_sites(tmp_path / "theirs.safetensors"), sites) == []
+
+
+def test_two_streams_of_deepseek_are_not_four_of_hunyuan(tmp_path):
+    sites = random_sites(22, 2, 6, head=True)
+    tensors = {k: np.ascontiguousarray(v).reshape(v.shape) for k, v in transformers(sites, 2, 6).items()}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    found = inspect(tmp_path / "theirs.safetensors")
+    assert (found.layout, found.streams, found.dim, found.residual) == ("transformers", 2, 6, "sinkhorn")
+    tensors["model.layers.0.attn_hc.scale"] = np.ones(2, np.float32)
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    with pytest.raises(PortError):
+        inspect(tmp_path / "mixed.safetensors")
+
+
+@pytest.mark.parametrize("streams, dim", SIZES)
+@pytest.mark.parametrize("residual, dialect", [("sinkhorn", "deepseek-v4"), ("identity", "hunyuan-v4")])
+def test_the_tensors_of_a_gguf_file_are_in_float32_with_their_axes_reversed(tmp_path, residual, dialect, streams, dim):
+    package = pytest.importorskip("gguf", reason="gguf, of the extra 'gguf', is not installed")
+    sites = random_sites(23, streams, dim, residual=residual, head=True)
+    source = write_canonical(tmp_path / "source.safetensors", sites, dialect)
+    port(source, tmp_path / "there.gguf", Options(to="gguf"))
+    read = package.GGUFReader(tmp_path / "there.gguf").tensors
+    assert differences({tensor.name: np.array(tensor.data) for tensor in read}, gguf(sites)) == []
+    assert all(tensor.tensor_type == package.GGMLQuantizationType.F32 for tensor in read)
+    rows = 2 * streams + (streams**2 if residual == "sinkhorn" else 0)
+    first = next(tensor for tensor in read if tensor.name == "blk.0.hc_attn_fn.weight")
+    assert first.shape.tolist() == [streams * dim, rows]
 
 
 @pytest.mark.parametrize("layout", ["deepseek", "transformers"])

@@ -55,6 +55,7 @@ def needs() -> None:
         pytest.skip("an installed package has no examples")
     pytest.importorskip("torch", reason="the page's examples write torch state dicts, and torch is not installed")
     pytest.importorskip("orbax.checkpoint", reason="the page's examples write MaxText checkpoints: no orbax-checkpoint")
+    pytest.importorskip("gguf", reason="the page's examples write GGUF files, and gguf is not installed")
 
 
 def test_the_page_shows_what_its_commands_print(tmp_path):

@@ -19,9 +19,9 @@ from conformance.porter.storage.stacks import Stacks
 from conformance.tests.porter_data import (
     DTYPES,
     HEADED,
-    LAYOUTS,
     NORMED,
     ROUNDOFF,
+    SINKHORN,
     differences,
     folded,
     largest_error,
@@ -32,7 +32,7 @@ from conformance.tests.porter_data import (
     write_canonical,
 )
 
-FLAT = tuple(layout for layout in LAYOUTS if layout != "maxtext")
+FLAT = tuple(layout for layout in SINKHORN if layout not in ("maxtext", "gguf"))
 FORMS = ("there.safetensors", "there", "there.pt")
 MODELS = st.fixed_dictionaries(
     {
@@ -90,6 +90,23 @@ def test_files_directories_and_state_dicts_keep_every_bit(form, model, layout, s
         assert_exact(there, again)
         assert differences(read_sites(home / form), sites) == []
         assert differences(read_sites(home / "again.safetensors"), sites) == []
+
+
+@given(model=MODELS, residual=st.sampled_from(["sinkhorn", "identity"]))
+@examples(40)
+def test_a_gguf_file_keeps_every_bit_that_float32_has(model, residual):
+    pytest.importorskip("gguf", reason="gguf, of the extra 'gguf', is not installed")
+    model, wide = {**model, "norm": False}, model["dtype"] == "float64"
+    dialect = fixed(model, False) if residual == "sinkhorn" else "hunyuan-v4"
+    sites = random_sites(**model, residual=residual)
+    with directory() as home:
+        source = write_canonical(home / "source.safetensors", sites, dialect)
+        options = Options(to="gguf", dialect=dialect, to_dialect=dialect, read_back=True)
+        report = port(source, home / "there.gguf", options)
+        found = read_sites(home / "there.gguf")
+        assert_rounded_as_reported(report, found, rationals(sites), "float32", twice=False)
+        narrowed = {site: {k: v.astype("float32") for k, v in weights.items()} for site, weights in sites.items()}
+        assert differences(found, narrowed) == [] and (wide or report.verdict == "exact")
 
 
 def stacks_for(layers):

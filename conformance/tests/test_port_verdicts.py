@@ -362,11 +362,14 @@ def test_every_site_of_the_report_is_measured(ported):
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"canonical"}))
 def test_what_a_layout_s_own_software_computes_is_the_default(tmp_path, layout, head):
-    if layout == "maxtext":
-        pytest.importorskip("orbax.checkpoint")
-    dialect = "deepseek-v4" if head else V4
-    source = write_canonical(tmp_path / "source.safetensors", random_sites(3, 4, 3, head=head), dialect)
-    report = port(source, tmp_path / "there", Options(to=layout, dry_run=True))
+    if layout in ("maxtext", "gguf"):
+        pytest.importorskip({"maxtext": "orbax.checkpoint"}.get(layout, layout))
+    identity = layout == "hunyuan"
+    dialect = "hunyuan-v4" if identity else "deepseek-v4" if head else V4
+    sites = random_sites(3, 4, 3, head=head or identity, residual="identity" if identity else "sinkhorn")
+    source = write_canonical(tmp_path / "source.safetensors", sites, dialect)
+    target = tmp_path / ("there.gguf" if layout == "gguf" else "there")
+    report = port(source, target, Options(to=layout, dry_run=True))
     assert report.target_dialect.split(",")[0] == layout_named(layout).dialect
 
 

@@ -36,6 +36,8 @@ LAYOUT = Layout(
     },
     models={
         "deepseek_v4": "deepseek-v4-transformers",
+        "deepseek_v41": "deepseek-v4.1",
+        "deepseek_v41_text": "deepseek-v4.1",
         "glm5_next": "glm-5",
         "glm5_next_text": "glm-5",
     },

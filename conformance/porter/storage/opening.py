@@ -7,6 +7,8 @@ from pathlib import Path
 
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import Checkpoint
+from conformance.porter.storage.gguf_file import SUFFIX, GGUFCheckpoint
+from conformance.porter.storage.gguf_header import MAGIC
 from conformance.porter.storage.hybrid import paired
 from conformance.porter.storage.orbax_tree import OrbaxCheckpoint, find_tree
 from conformance.porter.storage.shards import SafetensorsCheckpoint
@@ -15,7 +17,7 @@ from conformance.porter.storage.torch_file import TorchCheckpoint
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at ``path``: safetensors (file or directory), torch state dict, or Orbax tree.
+    """The checkpoint at ``path``: safetensors (file or directory), torch state dict, GGUF, or Orbax tree.
 
     Raises:
         PortError: there is none, or it is broken.
@@ -37,18 +39,25 @@ def _opened(path: Path) -> Checkpoint:
             start = file.read(9)
     except OSError as error:
         raise PortError(f"{path}: can't be read ({error.strerror})") from error
+    if start.startswith(MAGIC):
+        return GGUFCheckpoint(path)
     if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and path.suffix != ".safetensors"):
         return TorchCheckpoint(path)
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return SafetensorsCheckpoint(path)
-    raise PortError(f"{path}: expected a safetensors file or a torch state dict, got {found.st_size} bytes of neither")
+    raise PortError(
+        f"{path}: expected a safetensors file, a torch state dict or a GGUF file, got {found.st_size} bytes of neither"
+    )
 
 
 def _directory(path: Path) -> Checkpoint:
     if any(p.name.endswith((".safetensors", ".safetensors.index.json")) for p in path.iterdir()):
         return SafetensorsCheckpoint(path)
+    if any(p.name.endswith(SUFFIX) for p in path.iterdir()):
+        return GGUFCheckpoint(path)
     if find_tree(path):
         return Unstacked(OrbaxCheckpoint(path))
     raise PortError(
-        f"{path}: expected safetensors files or an Orbax checkpoint in it, got neither; name a torch state dict itself"
+        f"{path}: expected safetensors files, GGUF files or an Orbax checkpoint in it, got none of them; name a torch "
+        f"state dict itself"
     )

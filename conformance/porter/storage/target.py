@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from conformance import atomic
 from conformance.porter.errors import CONTRADICTED, PortError
 from conformance.porter.layout import Layout
-from conformance.porter.storage import orbax_tree, torch_file
+from conformance.porter.storage import gguf_copy, gguf_file, gguf_header, orbax_tree, torch_file
 from conformance.porter.storage.checkpoint import PORT_KEY
 from conformance.porter.storage.shards import SafetensorsCheckpoint, Shard, config_beside, index_of, read_index
 
@@ -29,11 +29,18 @@ SHARD_BYTES = 5 * 10**9
 
 
 def kind_of(path: Path, layout: Layout) -> str:
-    """What is written at ``path``: ``orbax``, ``torch``, ``safetensors`` or ``directory``.
+    """What is written at ``path``: ``orbax``, ``gguf``, ``torch``, ``safetensors`` or ``directory``.
 
     Raises:
         PortError: the layout isn't kept in such a file.
     """
+    if layout.containers[0] == "gguf":
+        if path.suffix != gguf_file.SUFFIX:
+            raise PortError(f"{path}: {layout.name} is one file: name it {path.stem}{gguf_file.SUFFIX}")
+        gguf_header.package()
+        return "gguf"
+    if path.suffix == gguf_file.SUFFIX:
+        raise PortError(f"{path}: a GGUF file has the layout gguf, not {layout.name}: port --to gguf, or name another")
     if layout.containers[0] == "orbax":
         if path.suffix in (".safetensors", *TORCH):
             raise PortError(f"{path}: {layout.name} is an Orbax checkpoint, a directory: name one")
@@ -75,11 +82,13 @@ def write(
     shard_bytes: int,
     read_back: bool = False,
     config: Mapping[str, Any] | None = None,
+    model: Path | None = None,
 ) -> None:
     """A new checkpoint at ``path``, in the place of what was there.
 
     Args:
         config: what a directory's ``config.json`` states; it has none where this is empty.
+        model: a GGUF file that is copied, with the tensors put into the copy.
         read_back: read it again before it takes its place, and compare every bit.
 
     Raises:
@@ -93,6 +102,10 @@ def write(
         with atomic.whole(path) as temporary:
             if kind == "orbax":
                 orbax_tree.save(temporary, tensors, metadata, path)
+            elif kind == "gguf" and model is not None:
+                gguf_copy.save_copy(temporary, model, tensors, metadata, path)
+            elif kind == "gguf":
+                gguf_file.save(temporary, tensors, metadata, path)
             elif kind == "torch":
                 torch_file.save(temporary, tensors, metadata)
             elif kind == "safetensors":
@@ -136,8 +149,10 @@ def _compare(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> None:
     Raises:
         PortError: it names the tensor.
     """
-    opened = {"orbax": orbax_tree.OrbaxCheckpoint, "torch": torch_file.TorchCheckpoint}.get(kind, SafetensorsCheckpoint)
-    with opened(path) as checkpoint:
+    kinds = {
+        "orbax": orbax_tree.OrbaxCheckpoint, "torch": torch_file.TorchCheckpoint, "gguf": gguf_file.GGUFCheckpoint,
+    }  # fmt: skip
+    with kinds.get(kind, SafetensorsCheckpoint)(path) as checkpoint:
         checkpoint.prepare(tensors)
         for name, value in tensors.items():
             found = checkpoint.read(name) if name in checkpoint.tensors else None

@@ -1,0 +1,142 @@
+"""A copy of a model's GGUF file with other hyper-connections in it; everything else is carried over byte for byte.
+
+The package's writer would encode every key and tensor anew, and refuses some that other writers make (empty arrays,
+quantisations that it doesn't know). Here what isn't replaced is never decoded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from conformance.porter.errors import PortError
+from conformance.porter.storage.checkpoint import PORT_KEY
+from conformance.porter.storage.gguf_file import SPLIT, counted, stored_as
+from conformance.porter.storage.gguf_header import FLOAT32, MAGIC, STRING, UINT32, Header, blocks, package, read
+from conformance.porter.storage.gguf_keys import ARCHITECTURE, ARCHITECTURES, PREFIX, keys_of, trunk
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the copy.
+
+    Attributes:
+        value: what replaces the model's, or is new; None where the model's own bytes from ``offset`` on are kept.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    nbytes: int
+    offset: int
+    value: np.ndarray | None
+
+
+def save_copy(
+    path: Path, model: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], target: Path
+) -> None:
+    """Writes ``model`` at ``path`` with these tensors in it, and with the keys of their dialect.
+
+    Args:
+        target: what it will be, for messages.
+
+    Raises:
+        PortError: the model is one part of a split one, of an architecture that isn't known, or broken.
+        OSError: it can't be written.
+    """
+    if SPLIT.fullmatch(model.name):
+        raise PortError(f"{model}: is one part of a split model: put it together first, with llama-gguf-split --merge")
+    try:
+        descriptor = os.open(model, os.O_RDONLY)
+    except OSError as error:
+        raise PortError(f"{model}: can't be read ({error.strerror})") from error
+    try:
+        header = Header(model, descriptor)
+        keys = _keys(header, descriptor, metadata)
+        known = trunk(header.values)
+        own = counted(tensors)[0] if known is None else known
+        pieces = _pieces(header, {stored_as(name, own): value for name, value in tensors.items()})
+        with path.open("wb") as file:
+            _write_header(file, header, keys, pieces)
+            for piece in pieces:
+                _write_data(file, header, descriptor, piece, target)
+    finally:
+        os.close(descriptor)
+
+
+def _keys(header: Header, descriptor: int, metadata: Mapping[str, str]) -> list[bytes]:
+    """The records of all keys: the model's own, but for those that state the dialect and this port."""
+    noted, values = json.loads(metadata[PORT_KEY]), header.values
+    architecture = values.get(ARCHITECTURE)
+    if architecture not in ARCHITECTURES:
+        raise PortError(
+            f"{header.path}: is of the architecture {architecture!r}, and its hyper-connections are known for "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    stated = keys_of(architecture, noted["parameters"], noted["streams"])
+    changed: dict[str, bytes] = {PORT_KEY: _record(PORT_KEY, metadata[PORT_KEY])}
+    for key, value in stated.items():
+        name = f"{architecture}.{key}"
+        if key.startswith(PREFIX) and values.get(name) != value:  # the norm's eps is that of all the model's norms
+            changed[name] = _record(name, value)
+    own = {name: read(descriptor, key.begin, key.end - key.begin) for name, key in header.keys.items()}
+    return list({**own, **changed}.values())
+
+
+def _record(name: str, value: Any) -> bytes:
+    if isinstance(value, str):
+        return _text(name) + struct.pack("<I", STRING) + _text(value)
+    kind, form = (UINT32, "I") if isinstance(value, int) else (FLOAT32, "f")
+    return _text(name) + struct.pack(f"<I{form}", kind, value)
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _pieces(header: Header, tensors: Mapping[str, np.ndarray]) -> list[Piece]:
+    """The model's tensors in their order, then those that it lacks."""
+    float32 = int(package().GGMLQuantizationType.F32)
+    ours = {
+        name: Piece(name, value.shape, float32, value.nbytes, 0, np.ascontiguousarray(value))
+        for name, value in tensors.items()
+    }
+    sizes = header.sizes()
+    kept = {
+        name: Piece(name, info.shape, info.type, sizes[name], info.offset, None)
+        for name, info in header.tensors.items()
+    }
+    return list({**kept, **ours}.values())
+
+
+def _write_header(file: BinaryIO, header: Header, keys: list[bytes], pieces: list[Piece]) -> None:
+    file.write(MAGIC + struct.pack("<IQQ", header.version, len(pieces), len(keys)))
+    file.writelines(keys)
+    offset = 0
+    for piece in pieces:
+        axes = piece.shape[::-1]
+        file.write(_text(piece.name) + struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, piece.type, offset))
+        offset += piece.nbytes + -piece.nbytes % header.alignment
+    _pad(file, header)
+
+
+def _write_data(file: BinaryIO, header: Header, descriptor: int, piece: Piece, target: Path) -> None:
+    if piece.value is not None:
+        file.write(piece.value.astype("<f4", copy=False).tobytes())
+    else:
+        written = sum(file.write(block) for block in blocks(descriptor, piece.offset, piece.nbytes))
+        if written < piece.nbytes:
+            raise PortError(f"{header.path}: was cut short in {piece.name} while {target} was written")
+    _pad(file, header)
+
+
+def _pad(file: BinaryIO, header: Header) -> None:
+    file.write(bytes(-file.tell() % header.alignment))

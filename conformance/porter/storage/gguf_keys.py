@@ -1,0 +1,70 @@
+"""The keys of a GGUF file that configure hyper-connections, in the words of a ``config.json``, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from conformance.dialects import dialect_rows
+from conformance.porter.configuration import described
+
+ARCHITECTURES = {
+    "deepseek4": "deepseek-v4",
+    "deepseek41": "deepseek-v4.1",
+    "glm5-next": "glm-5",
+    "hyv4": "hunyuan-v4",
+    "xing4_0": "xing-4",
+}
+"""``general.architecture``, and the dialect that it computes."""
+ARCHITECTURE = "general.architecture"
+WORDS = {
+    "hyper_connection.count": "hc_mult",
+    "hyper_connection.sinkhorn_iterations": "hc_sinkhorn_iters",
+    "hyper_connection.epsilon": "hc_eps",
+    "hyper_connection.magnitude": "hc_magnitude",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "embedding_length": "hidden_size",
+    "nextn_predict_layers": "num_nextn_predict_layers",
+}
+"""What follows the architecture in a key, and the same thing's name in a ``config.json``."""
+COUNTS = ("hyper_connection.count", "hyper_connection.sinkhorn_iterations")
+PREFIX, BLOCKS, NEXTN = "hyper_connection.", "block_count", "nextn_predict_layers"
+
+
+def configuration(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``config.json`` would say; of hyper-connections also the keys that aren't known here, as ``hc_…``."""
+    architecture = str(keys.get(ARCHITECTURE, ""))
+    found: dict[str, Any] = {"model_type": architecture}
+    for key, value in keys.items():
+        word = key.removeprefix(f"{architecture}.")
+        if word in WORDS:
+            found[WORDS[word]] = value
+        elif word.startswith(PREFIX):
+            found[f"hc_{word.removeprefix(PREFIX)}"] = value
+    blocks = trunk(keys)
+    return found if blocks is None else {**found, "num_hidden_layers": blocks}
+
+
+def trunk(keys: Mapping[str, Any]) -> int | None:
+    """How many blocks are the model's own: those for multi-token prediction follow them, and are counted with them."""
+    architecture = keys.get(ARCHITECTURE)
+    blocks, ahead = keys.get(f"{architecture}.{BLOCKS}"), keys.get(f"{architecture}.{NEXTN}", 0)
+    return blocks - ahead if isinstance(blocks, int) and isinstance(ahead, int) else None
+
+
+def architecture_of(row: str, parameters: Mapping[str, Any]) -> str:
+    """The architecture that computes a dialect: the row's, or where it has none, the nearest to the parameters."""
+    rows = dialect_rows()
+
+    def apart(architecture: str) -> tuple[bool, int]:
+        own = ARCHITECTURES[architecture]
+        return own != row, sum(parameters[name] != value for name, value in rows[own].items())
+
+    return min(ARCHITECTURES, key=apart)
+
+
+def keys_of(architecture: str, parameters: Mapping[str, Any], streams: int) -> dict[str, int | float]:
+    """The keys that state a dialect, without the architecture before them; one for each term that its software has."""
+    stated = described(parameters, ARCHITECTURES[architecture], streams)
+    found = {key: stated[word] for key, word in WORDS.items() if word in stated}
+    return {key: value if key in COUNTS else float(value) for key, value in found.items()}
