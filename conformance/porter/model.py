@@ -153,7 +153,7 @@ def understand(
             f"{checkpoint.path}: the dialect has residual={parameters['residual']}, and the columns are those of "
             f"{residual}"
         )
-    parameters = {**parameters, "norm_weight": norm}
+    parameters = dialects.check({**parameters, "norm_weight": norm}, str(checkpoint.path))
     placed = {name for rows in sites.values() for name in rows.values()}
     endings = tuple(chosen.endings_of_anchors)
     unplaced = [n for n in _candidates(checkpoint, [chosen]) if n.endswith(endings) and n not in placed]

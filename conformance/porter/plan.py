@@ -227,7 +227,7 @@ def _target_parameters(model: Model, layout: Layout, options: Options) -> tuple[
         raise PortError(
             f"the layout {layout.name} has no place for a norm weight: its dialect must have norm_weight=false"
         )
-    return found, told_by
+    return dialects.check(found, f"the target's dialect ({told_by})"), told_by
 
 
 def _config(layout: Layout, directory: Path) -> dict[str, Any] | None:
