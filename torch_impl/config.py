@@ -7,7 +7,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 CHOICES = {
     "norm_eps_position": ("mean", "root"),
@@ -180,7 +180,7 @@ class MHCConfig:
         return cls.from_parameters({**rows[name], **overrides, "streams": streams, "dim": dim})
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: Any) -> TypeGuard[float]:
     """Whether a value is a number, and one that a float can be."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -278,3 +278,11 @@ def test_a_stack_wants_a_prefix_for_each_of_its_layers(tmp_path):
     save_model(path, {STACKED: Stack(0).blocks})
     with pytest.raises(FileExistsError, match=r"holds layers.1.ffn., layers.2.ffn. too"):
         layer().save_weights(path, "layers.0.ffn.")
+
+
+def test_no_copy_is_made_of_what_is_on_the_host_already():
+    """The writing process holds the whole once: what is gathered goes into the file from where it is."""
+    for prefix, site in (("a.", layer()), (STACKED, Stack(0).blocks)):
+        held = {name: np.asarray(value) for name, value in site.weights().items()}
+        for name, value in weights.flattened(held, prefix).items():
+            assert np.shares_memory(value, held[name.rpartition(".")[2]]), name

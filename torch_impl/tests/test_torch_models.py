@@ -235,3 +235,10 @@ def test_dtypes_are_kept(tmp_path, dtype):
     twin = {"a.": layer(seed=2, dtype=dtype), "b.": layer(seed=3)}
     load_model(path, twin)
     assert same(twin, source) and load_file(path)["a.pre_beta"].dtype == dtype
+
+
+def test_no_copy_is_made_of_what_is_on_the_cpu_already():
+    """The writing process holds the whole once: what is gathered goes into the file from where it is."""
+    site = layer()
+    for name, value in weights.flattened(site.weights(), "a.").items():
+        assert value.data_ptr() == site.weights()[name.removeprefix("a.")].data_ptr(), name
