@@ -8,6 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from conformance.dialects import DialectError, check, check_sizes
+from conformance.places import CaseError
 from conformance.stages import STAGES, head_shapes, layer_shapes, residual_columns
 
 DTYPES = {
@@ -22,11 +24,6 @@ REQUIRED = ("id", "family", "why", "clause", "dialect", "overrides", "parameters
             "variants", "bounds")  # fmt: skip
 STAGE_KEYS = ("inputs", "weights", "outputs", "options")
 VARIANT_KEYS = ("name", "x", "weights", "contract", "stages")
-PERMUTED_STREAMS = 5
-
-
-class CaseError(ValueError):
-    """A case file that doesn't keep the format of fixtures/README.md."""
 
 
 def _one_of(path: Path, kind: str, name: Any, known: Any) -> None:
@@ -38,11 +35,6 @@ def _keys(path: Path, what: str, entry: Any, keys: tuple[str, ...]) -> None:
     absent = [k for k in keys if k not in entry] if isinstance(entry, dict) else list(keys)
     if absent:
         raise CaseError(f"{path}: {what} must have {', '.join(absent)}")
-
-
-def _at_least_1(path: Path, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CaseError(f"{path}: {name} must be an integer of at least 1, got {value!r}")
 
 
 def check_description(path: Path, case: Any) -> None:
@@ -69,13 +61,13 @@ def check_description(path: Path, case: Any) -> None:
             if variant["name"] not in case["bounds"].get(stage, {}):
                 raise CaseError(f"{path}: bounds of stage {stage} must have variant {variant['name']}, got none")
     parameters = case["parameters"]
-    _keys(path, "parameters", parameters, ("streams", "dim", "residual", "coefficients"))
-    for name in ("streams", "dim"):
-        _at_least_1(path, name, parameters[name])
-    if parameters["residual"] == "sinkhorn":
-        _at_least_1(path, "iterations", parameters.get("iterations"))
-    if parameters["residual"] == "permutations" and parameters["streams"] > PERMUTED_STREAMS:
-        raise CaseError(f"{path}: permutations need at most {PERMUTED_STREAMS} streams, got {parameters['streams']}")
+    _keys(path, "parameters", parameters, ("streams", "dim", "residual"))
+    row = {name: value for name, value in parameters.items() if name not in ("streams", "dim")}
+    try:
+        check_sizes(parameters["streams"], parameters["dim"], parameters["residual"], str(path))
+        check(row, str(path))
+    except DialectError as error:
+        raise CaseError(str(error)) from error
 
 
 def _endings(parameters: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from conformance.cases import DTYPES
-from conformance.dialects import Dialect, unclaimed
+from conformance.dialects import Dialect, check_sizes, unclaimed
 from conformance.interface import describe
 from conformance.oracle.build import Wish, build
 from conformance.stages import ACTIVATION, COEFFICIENT, STAGES
@@ -55,11 +55,10 @@ def calls(
     """The stages of one layer on fresh data, float32 weights (float64 under float64).
 
     Raises:
-        ValueError: more than 5 streams for permutations.
+        DialectError: sizes that no layer of this dialect has.
     """
     row = dialect.parameters
-    if row["residual"] == "permutations" and streams > 5:
-        raise ValueError(f"{dialect.name} has {streams}! permutations; at most 5 streams, got {streams}")
+    check_sizes(streams, dim, row["residual"], dialect.name)
     head = [] if row["reduce"] != "head" else ["head"]
     how = row["reduce"] if row["reduce"] in ("sum", "mean", "carried") else "sum"
     stages: list[Any] = [

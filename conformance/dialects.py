@@ -1,7 +1,8 @@
 """What a dialect is: the published rows, what each parameter may be, and rows that a user writes.
 
 A row is named (``deepseek-v4``), named with what departs from it (``deepseek-v4,norm_eps=1e-20``), or a JSON file that
-holds all of it (``mine.json``). The rules are those of ``jax_impl.MHCConfig`` and ``torch_impl.MHCConfig``.
+holds all of it (``mine.json``). What a row must be stands in ``fixtures/dialects.schema.json`` and is read from there
+(`conformance.rules`); everything here that takes a row from outside checks it by `check`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,9 @@ from typing import Any
 
 from conformance.interface import Capabilities
 from conformance.places import fixtures
+from conformance.rules import Domain, domains, most_permuted, rules, schema, sizes
 
 Parameters = dict[str, Any]
-SINKHORN = ("softmax", "order", "guard", "eps", "iterations", "logit_limit")
-"""Parameters of ``residual=sinkhorn`` alone, null in every other row."""
-OPTIONAL = ("logit_limit",)
-"""Those of them that may be null with Sinkhorn too."""
-
 SILENT: Parameters = {
     "logit_limit": None, "pre_from": "own", "matrix": "float32", "reduction": "float32", "head_norm_eps": None,
 }  # fmt: skip
@@ -32,64 +28,6 @@ SILENT: Parameters = {
 
 class DialectError(ValueError):
     """A text or a file that is no row: what was expected, what came and what to do, in one line."""
-
-
-@dataclass(frozen=True)
-class Domain:
-    """What a parameter may be, as the schema of the dialects says.
-
-    Attributes:
-        kind: ``boolean``, ``integer``, ``number`` or ``choice``.
-        choices: the values of a choice, without null.
-        nullable: whether it may be null.
-        above: a number must be greater than this; None where ``least`` holds instead.
-        least: the smallest number that it may be.
-    """
-
-    kind: str
-    choices: tuple[str, ...] = ()
-    nullable: bool = False
-    above: float | None = None
-    least: float | None = None
-
-    def holds(self, value: Any) -> bool:
-        if value is None:
-            return self.nullable
-        if self.kind == "boolean":
-            return type(value) is bool
-        if self.kind == "choice":
-            return isinstance(value, str) and value in self.choices
-        if isinstance(value, bool) or not isinstance(value, int if self.kind == "integer" else int | float):
-            return False
-        return _finite(value) and not (
-            (self.least is not None and value < self.least) or (self.above is not None and value <= self.above)
-        )
-
-    def __str__(self) -> str:
-        """The domain in words, after "must be"."""
-        null = " or null" if self.nullable else ""
-        if self.kind == "boolean":
-            return f"true or false{null}"
-        if self.kind == "choice":
-            return f"one of {', '.join(self.choices)}{null}"
-        if self.kind == "integer":
-            return f"an integer of at least {self.least:g}{null}" if self.least is not None else f"an integer{null}"
-        sign = {(None, 0): "non-negative ", (0, None): "positive "}.get((self.above, self.least), "")
-        return f"a finite {sign}number{null}"
-
-    def read(self, text: str) -> Any:
-        """The value that a text stands for, not yet checked.
-
-        Raises:
-            ValueError, KeyError: it stands for no value of this kind.
-        """
-        if text == "null":
-            return None
-        if self.kind == "boolean":
-            return {"true": True, "false": False}[text.lower()]
-        if self.kind == "choice":
-            return text
-        return int(text) if self.kind == "integer" else float(text)
 
 
 @dataclass(frozen=True)
@@ -190,36 +128,6 @@ def published(name: str) -> Dialect:
     return Dialect(name, dict(_rows()[name]), name)
 
 
-@functools.cache
-def _schema() -> dict[str, Any]:
-    return json.loads((fixtures() / "dialects.schema.json").read_text())
-
-
-@functools.cache
-def domains() -> dict[str, Domain]:
-    """What each parameter may be, in the order of the rows."""
-    parameters = _schema()["$defs"]["dialect"]["properties"]["parameters"]["properties"]
-    return {name: _domain(_value_schema(node)) for name, node in parameters.items()}
-
-
-def _value_schema(node: Mapping[str, Any]) -> dict[str, Any]:
-    """What a parameter's schema says of its value, with references followed."""
-    found: dict[str, Any] = {}
-    if "$ref" in node:
-        found |= _value_schema(_schema()["$defs"][node["$ref"].rpartition("/")[2]])
-    for part in node.get("allOf", ()):
-        found |= _value_schema(part)
-    return found | node.get("properties", {}).get("value", {})
-
-
-def _domain(value: Mapping[str, Any]) -> Domain:
-    if "enum" in value:
-        return Domain("choice", tuple(v for v in value["enum"] if v is not None), None in value["enum"])
-    kinds = [value["type"]] if isinstance(value["type"], str) else list(value["type"])
-    (kind,) = (k for k in kinds if k != "null")
-    return Domain(kind, (), "null" in kinds, value.get("exclusiveMinimum"), value.get("minimum"))
-
-
 def parse(text: str) -> Dialect:
     """A row from ``NAME``, ``NAME,key=value,…`` or the path of a JSON file that holds all of it.
 
@@ -266,12 +174,8 @@ def read(path: Path) -> Dialect:
     except (ValueError, RecursionError) as error:
         raise DialectError(f"{path}: expected a dialect as JSON, got {error}") from error
     given = _parameters(path, content)
-    _known(str(path), given)
-    missing = [name for name in domains() if name not in given]
-    if missing:
-        raise DialectError(f"{path}: a whole row is expected, missing are {', '.join(missing)}")
+    check(given, str(path))
     parameters = {key: _number(domains()[key], given[key]) for key in domains()}
-    check(parameters, str(path))
     name = path.stem
     if name not in _rows():
         return Dialect(name, parameters)
@@ -297,7 +201,7 @@ def _parameters(path: Path, content: Any) -> Parameters:
     rows = content
     if "parameters" in content:
         rows = content["parameters"]
-        beside = {"$schema", *_schema()["$defs"]["dialect"]["properties"]}
+        beside = {"$schema", *schema()["$defs"]["dialect"]["properties"]}
         surplus = [name for name in content if name not in beside]
         if surplus or not isinstance(rows, dict):
             raise DialectError(f"{path}: expected {form}, got {surplus[0] if surplus else type(rows).__name__!r}")
@@ -311,7 +215,7 @@ def _parameters(path: Path, content: Any) -> Parameters:
 def _number(domain: Domain, value: Any) -> Any:
     """A whole number as the float that the rows have, where the parameter is one."""
     whole = domain.kind == "number" and isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if whole and _finite(value) else value
+    return float(value) if whole else value
 
 
 def _known(where: str, names: Iterable[str]) -> None:
@@ -324,13 +228,6 @@ def _known(where: str, names: Iterable[str]) -> None:
 def _meant(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
-        return False
 
 
 def _text(value: Any) -> str:
@@ -351,35 +248,31 @@ def check(parameters: Mapping[str, Any], where: str) -> None:
     Raises:
         DialectError: it names the parameter.
     """
+    _known(where, parameters)
+    missing = [name for name in domains() if name not in parameters]
+    if missing:
+        raise DialectError(f"{where}: a whole row is expected, missing are {', '.join(missing)}")
     for key, domain in domains().items():
         if not domain.holds(parameters[key]):
             raise DialectError(f"{where}: {key} must be {domain}, got {_shown(parameters[key])}")
-    for key, problem in _contradictions(parameters):
-        raise DialectError(f"{where}: {problem}, got {_shown(parameters[key])}")
+    for rule in rules():
+        key = rule.broken(parameters)
+        if key is not None:
+            raise DialectError(f"{where}: {rule.said(key)}, got {key}={_shown(parameters[key])}")
 
 
-def _contradictions(p: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Each rule between parameters that is broken: the parameter at fault, and the rule."""
-    sinkhorn = p["residual"] == "sinkhorn"
-    for key in SINKHORN:
-        if not sinkhorn and p[key] is not None:
-            yield key, f"{key} belongs to residual=sinkhorn and must be null for residual={p['residual']}"
-        if sinkhorn and p[key] is None and key not in OPTIONAL:
-            yield key, f"{key} belongs to residual=sinkhorn and must be given for it"
-    if (p["mix"] == "identity") != (p["residual"] == "identity"):
-        yield "mix", "mix=identity goes with residual=identity alone"
-    if sinkhorn and (p["guard"] == "none") != (p["eps"] == 0):
-        yield "eps", f"eps must be 0 with guard=none and positive with any other, here {p['guard']}"
-    if sinkhorn and p["guard"] == "add" and p["softmax"] == "none":
-        yield "softmax", "guard=add adds eps to a softmax, so that softmax can't be none: take guard=denominator"
-    if p["coefficients"] == "activation" and p["mixing"] != "activation":
-        yield "mixing", "mixing must be activation where coefficients is"
-    if p["matrix"] == "activation" and (p["coefficients"] != "activation" or p["residual"] != "sinkhorn"):
-        yield "matrix", "matrix=activation needs coefficients=activation and residual=sinkhorn"
-    if (p["pre_from"] == "previous") != (p["reduce"] == "carried"):
-        yield "reduce", "reduce=carried and pre_from=previous go with each other alone"
-    if p["pre_from"] == "previous" and p["coefficients"] != "float32":
-        yield "coefficients", "pre_from=previous needs coefficients=float32"
+def check_sizes(streams: Any, dim: Any, residual: Any, where: str) -> None:
+    """Raises for numbers of streams and dim that a layer of this residual matrix can't have.
+
+    Raises:
+        DialectError: it names the size.
+    """
+    for name, value in (("streams", streams), ("dim", dim)):
+        domain = sizes()[name]
+        if not domain.holds(value):
+            raise DialectError(f"{where}: {name} must be {domain}, got {_shown(value)}")
+    if residual == "permutations" and streams > most_permuted():
+        raise DialectError(f"{where}: permutations need at most {most_permuted()} streams, got {streams}")
 
 
 def completed(parameters: Mapping[str, Any]) -> Parameters:

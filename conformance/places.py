@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conformance.casecheck import CaseError
+
+class CaseError(ValueError):
+    """A case file that doesn't keep the format of fixtures/README.md, or fixtures that are missing."""
 
 
 def fixtures() -> Path:

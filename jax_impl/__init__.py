@@ -14,6 +14,7 @@ from jax_impl.functional import (
     reduce,
     rms_norm,
 )
+from jax_impl.models import load_model, save_model
 from jax_impl.modules import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections
 from jax_impl.residual import permutations, residual_matrix, sinkhorn
 from jax_impl.weights import from_flat, load_weights, save_weights
@@ -28,6 +29,7 @@ __all__ = [
     "expand",
     "from_flat",
     "head",
+    "load_model",
     "load_weights",
     "one_hot",
     "permutations",
@@ -38,6 +40,7 @@ __all__ = [
     "reduce",
     "residual_matrix",
     "rms_norm",
+    "save_model",
     "save_weights",
     "sinkhorn",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,42 +64,42 @@ class Site(nnx.Module):
         """The parameters' values under their canonical names."""
         return {name: getattr(self, _attribute(name))[...] for name in self._shapes}
 
-    def load_weights(self, path: str | Path, prefix: str | Sequence[str] = "") -> None:
+    def load_weights(self, path: str | Path, prefix: weights.Prefix = "", *, insist: bool = False) -> None:
         """Fills the parameters from a canonical safetensors file (`weights.load_weights`), each shard by its own part.
 
         Args:
             prefix: of this site; for layers that are stacked (`flax.nnx.scan`) one for each.
+            insist: take weights whose file states another dialect than this site's.
 
         Raises:
             ValueError: as `weights.load_weights`, or not a prefix for each layer; on every process if on one.
         """
-        held = self.weights()
-        self._check_prefixes(prefix)
-        shardings = {name: value.sharding for name, value in held.items()}
-        with sharding.agreed():
-            loaded = weights.load_weights(path, self.config, prefix, self._shapes, shardings)
-        for name, value in loaded.items():
-            parameter = getattr(self, _attribute(name))
-            parameter[...] = value.astype(held[name].dtype)
+        from jax_impl import models  # here, since it needs this module
 
-    def save_weights(self, path: str | Path, prefix: str | Sequence[str] = "") -> None:
+        models.load_sites(path, [(prefix, self)], insist, whole=False)
+
+    def save_weights(self, path: str | Path, prefix: weights.Prefix = "", *, replace: bool = False) -> None:
         """Writes the parameters as a canonical safetensors file (`weights.save_weights`); of several processes the
         first writes.
 
         Args:
             prefix: of this site; for layers that are stacked one for each.
+            replace: replace a file whatever it holds, also other sites.
 
         Raises:
-            OSError: the target can't be written; on every process.
+            OSError: as `weights.save_weights`; on every process.
             ValueError: not a prefix for each layer.
         """
-        self._check_prefixes(prefix)
-        whole = {name: sharding.gather(value) for name, value in self.weights().items()}
-        with sharding.agreed():
-            if jax.process_index() == 0:
-                weights.save_weights(path, whole, self.config, prefix)
+        from jax_impl import models
 
-    def _check_prefixes(self, prefix: str | Sequence[str]) -> None:
+        models.save_sites(path, [(prefix, self)], replace)
+
+    def check_prefix(self, prefix: weights.Prefix) -> None:
+        """Checks that there is one prefix for a site, and one for each of a stack's layers.
+
+        Raises:
+            ValueError: another number.
+        """
         name, shape = next(iter(self._shapes.items()))
         held = self.weights()[name].shape
         layers = held[: len(held) - len(shape)]
@@ -107,6 +107,16 @@ class Site(nnx.Module):
         if given != layers:
             expected = f"a prefix for each of {layers[0]} stacked layers" if layers else "one prefix, a string"
             raise ValueError(f"prefix must be {expected}, got {prefix!r}")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parameters' shapes under their canonical names, of one site also where several are stacked."""
+        return dict(self._shapes)
+
+    def assign(self, values: Mapping[str, Array]) -> None:
+        """Takes new values of the parameters, cast to the dtypes that they have."""
+        for name, value in values.items():
+            parameter = getattr(self, _attribute(name))
+            parameter[...] = value.astype(parameter[...].dtype)
 
 
 class ManifoldConstrainedHyperConnections(Site):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jax_impl.config import MHCConfig
-from jax_impl.functional import weight_shapes
+from jax_impl.functional import head_shapes, weight_shapes
+from jax_impl.metadata import check_metadata, metadata_of
 
-FORMAT = "mhc-canonical/1"
+_WITH_ALL = MHCConfig(streams=1, dim=1, norm_weight=True)
+KINDS = (tuple(weight_shapes(_WITH_ALL)), tuple(head_shapes(_WITH_ALL)))
+"""The canonical names that a layer may have, and a head."""
+Prefix = str | Sequence[str]
+"""What stands before the canonical names of a site; of layers that are stacked along a first axis one for each."""
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -55,9 +60,11 @@ def from_flat(
 def load_weights(
     path: str | Path,
     config: MHCConfig,
-    prefix: str | Sequence[str] = "",
+    prefix: Prefix = "",
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     shardings: Mapping[str, Sharding] | None = None,
+    *,
+    insist: bool = False,
 ) -> dict[str, Array]:
     """The weights under ``prefix`` in the file, in their own dtype and in-memory shapes.
 
@@ -66,51 +73,72 @@ def load_weights(
             along a new first axis, as `flax.nnx.scan` has its layers.
         shapes: names and in-memory shapes of one site; the layer's unless given (`functional.head_shapes` for a head).
         shardings: where each array lies. Only the parts that this process' devices hold are read, into their shards.
+        insist: take weights whose file states another dialect than ``config``; streams and dim must agree always.
 
     Raises:
-        ValueError: the file can't be read, contradicts ``config``, or a tensor is missing, surplus, of another dtype
-            or shape, or not finite.
+        ValueError: the file can't be read, states a parameter that ``config`` contradicts (`metadata.check_metadata`),
+            or a tensor is missing, surplus, of another dtype or shape, or not finite.
     """
     shapes = weight_shapes(config) if shapes is None else shapes
-    prefixes = [prefix] if isinstance(prefix, str) else list(prefix)
+    with opened(path) as file:
+        check_metadata(path, file.metadata() or {}, config, insist)
+        for one in listed(prefix):
+            present = {name[len(one) :] for name in file.keys() if name.startswith(one)}  # noqa: SIM118
+            missing, surplus = sorted(set(shapes) - present), sorted(present - set(shapes))
+            if missing or surplus:
+                raise ValueError(f"{path}: under {one!r} missing {missing or 'none'}, surplus {surplus or 'none'}")
+        return read_site(path, file, prefix, shapes, shardings)
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Any]:
+    """The file, open for reading.
+
+    Raises:
+        ValueError: it can't be read.
+    """
     try:
         with safe_open(str(path), framework="numpy") as file:
-            _check_metadata(path, file.metadata() or {}, config)
-            for one in prefixes:
-                _check_tensors(path, file, one, shapes)
-
-            def whole(name: str) -> Array:
-                parts = [_part(path, file, one + name, shapes[name], ()) for one in prefixes]
-                return jnp.asarray(parts[0] if isinstance(prefix, str) else np.stack(parts))
-
-            def sharded(name: str, where: Sharding) -> Array:
-                shape = shapes[name] if isinstance(prefix, str) else (len(prefixes), *shapes[name])
-
-                def part(index: Any) -> np.ndarray:
-                    if isinstance(prefix, str):
-                        return _part(path, file, prefix + name, shapes[name], index)
-                    return np.stack([_part(path, file, p + name, shapes[name], index[1:]) for p in prefixes[index[0]]])
-
-                return jax.make_array_from_callback(shape, where, part)
-
-            return {name: sharded(name, shardings[name]) if shardings else whole(name) for name in shapes}
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: expected a whole safetensors file, got one that can't be read ({error})") from error
 
 
-def _check_metadata(path: str | Path, metadata: Mapping[str, str], config: MHCConfig) -> None:
-    if "parameters" in metadata:
-        stated = json.loads(metadata["parameters"])
-        for key in ("streams", "dim"):
-            if stated.get(key) != getattr(config, key):
-                raise ValueError(f"{path}: {key} must be {getattr(config, key)}, the file says {stated.get(key)}")
+def listed(prefix: Prefix) -> list[str]:
+    """The prefix of one site, or those of a stack."""
+    return [prefix] if isinstance(prefix, str) else list(prefix)
 
 
-def _check_tensors(path: str | Path, file: Any, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    present = {name[len(prefix) :] for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-    missing, surplus = sorted(set(shapes) - present), sorted(present - set(shapes))
-    if missing or surplus:
-        raise ValueError(f"{path}: under {prefix!r} missing {missing or 'none'}, surplus {surplus or 'none'}")
+def read_site(
+    path: str | Path,
+    file: Any,
+    prefix: Prefix,
+    shapes: Mapping[str, tuple[int, ...]],
+    shardings: Mapping[str, Sharding] | None = None,
+) -> dict[str, Array]:
+    """The weights under ``prefix`` in an open file (`load_weights`), whose names are checked already."""
+    prefixes = listed(prefix)
+    for one in prefixes:
+        _check_headers(path, file, one, shapes)
+
+    def whole(name: str) -> Array:
+        parts = [_part(path, file, one + name, shapes[name], ()) for one in prefixes]
+        return jnp.asarray(parts[0] if isinstance(prefix, str) else np.stack(parts))
+
+    def sharded(name: str, where: Sharding) -> Array:
+        shape = shapes[name] if isinstance(prefix, str) else (len(prefixes), *shapes[name])
+
+        def part(index: Any) -> np.ndarray:
+            if isinstance(prefix, str):
+                return _part(path, file, prefix + name, shapes[name], index)
+            return np.stack([_part(path, file, p + name, shapes[name], index[1:]) for p in prefixes[index[0]]])
+
+        return jax.make_array_from_callback(shape, where, part)
+
+    return {name: sharded(name, shardings[name]) if shardings else whole(name) for name in shapes}
+
+
+def _check_headers(path: str | Path, file: Any, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
         header = file.get_slice(prefix + name)
         if header.get_dtype() not in DTYPES:
@@ -136,26 +164,86 @@ def _part(path: str | Path, file: Any, name: str, shape: tuple[int, ...], index:
 
 
 def save_weights(
-    path: str | Path, weights: Mapping[str, Array | np.ndarray], config: MHCConfig, prefix: str | Sequence[str] = ""
+    path: str | Path,
+    weights: Mapping[str, Array | np.ndarray],
+    config: MHCConfig,
+    prefix: Prefix = "",
+    *,
+    replace: bool = False,
 ) -> None:
     """Writes the weights flat under ``prefix``; the file appears whole or not at all.
 
     Args:
         prefix: of one site; several are those of layers that are stacked along a first axis.
+        replace: replace a file whatever it holds, also other sites.
+
+    Raises:
+        FileExistsError: the file holds other tensors than this site's, or can't be read (`check_replaceable`).
+        OSError: the target can't be written; a former file is left as it was.
+    """
+    flat = flattened(weights, prefix)
+    check_replaceable(path, flat, replace)
+    write(path, flat, config)
+
+
+def flattened(weights: Mapping[str, Array | np.ndarray], prefix: Prefix) -> dict[str, np.ndarray]:
+    """The weights as a file has them; no copies of those that are on the host already."""
+    flat: dict[str, np.ndarray] = {}
+    for name, value in weights.items():
+        parts = [np.asarray(value)] if isinstance(prefix, str) else list(np.asarray(value))
+        for one, part in zip(listed(prefix), parts, strict=True):
+            flat[one + name] = np.ascontiguousarray(part.reshape(_flat(name, part.shape)))
+    return flat
+
+
+def check_replaceable(path: str | Path, names: Collection[str], replace: bool = False) -> None:
+    """Checks that a file with these tensors may take the place of what is there.
+
+    Raises:
+        FileExistsError: a file that holds other sites, or anything else that would be lost, or can't be read.
+    """
+    if replace or not Path(path).exists():
+        return
+    told = "or pass replace=True, which replaces the file"
+    try:
+        with opened(path) as file:
+            present = set(file.keys())
+    except ValueError as error:
+        raise FileExistsError(
+            f"{path}: is there already and can't be read: remove it, {told} ({error.__cause__})"
+        ) from error
+    written = {prefix_of(name) for name in names}
+    alike = {prefix_of(name) + other for name in names for kind in KINDS if _ending(name) in kind for other in kind}
+    sites = {prefix_of(name) for name in present - alike}
+    lost = sorted(sites - written) or sorted(present - alike)
+    if lost:
+        others = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise FileExistsError(
+            f"{path}: holds {', '.join(lost[:3])}{others} too, which would be lost: save_model writes several sites in "
+            f"one file; name another file, {told}"
+        )
+
+
+def _ending(name: str) -> str:
+    """The canonical name that a tensor's ends in; empty for another tensor's."""
+    return next((known for kind in KINDS for known in kind if name.endswith(known)), "")
+
+
+def prefix_of(name: str) -> str:
+    """What stands before the canonical name; all of another tensor's name."""
+    return name.removesuffix(_ending(name))
+
+
+def write(path: str | Path, flat: Mapping[str, np.ndarray], config: MHCConfig) -> None:
+    """Writes arrays that are flat already; the file appears whole or not at all.
 
     Raises:
         OSError: the target can't be written; a former file is left as it was.
     """
     path = Path(path)
-    flat = {}
-    for name, value in weights.items():
-        parts = [np.asarray(value)] if isinstance(prefix, str) else list(np.asarray(value))
-        for one, part in zip([prefix] if isinstance(prefix, str) else prefix, parts, strict=True):
-            flat[one + name] = np.ascontiguousarray(part.reshape(_flat(name, part.shape)))
-    metadata = {"format": FORMAT, "parameters": json.dumps(config.parameters(), sort_keys=True)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(flat, str(temporary), metadata=metadata)
+        save_file(dict(flat), str(temporary), metadata=metadata_of(config))
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

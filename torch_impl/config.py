@@ -7,7 +7,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 CHOICES = {
     "norm_eps_position": ("mean", "root"),
@@ -100,8 +100,7 @@ class MHCConfig:
             if value is None and name in ("eps", "logit_limit", "head_norm_eps"):
                 continue
             positive = name in ("post_scale", "logit_limit")
-            number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-            if not math.isfinite(number) or number < 0 or (positive and number == 0):
+            if not _is_finite(value) or value < 0 or (positive and value == 0):
                 kind = "positive" if positive else "non-negative"
                 raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")
         if self.residual != "sinkhorn":
@@ -179,6 +178,14 @@ class MHCConfig:
         if name not in rows:
             raise ValueError(f"dialect must be one of {', '.join(rows)}, got {name!r}")
         return cls.from_parameters({**rows[name], **overrides, "streams": streams, "dim": dim})
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number, and one that a float can be."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 @functools.cache

@@ -65,7 +65,7 @@ class Site(nn.Module):
         if any(value.is_meta for value in self.parameters()):
             return
         seed, device = torch.randint(2**63 - 1, ()), next(self.parameters()).device
-        if self._is_sharded():
+        if self.is_sharded():
             from torch_impl import sharding  # here, since it needs torch.distributed and this module
 
             seed = sharding.agreed_seed(self, seed)
@@ -85,30 +85,38 @@ class Site(nn.Module):
         """The parameters under their canonical names."""
         return {name: getattr(self, _attribute(name)) for name in self._shapes}
 
-    def _is_sharded(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether the parameters are DTensors, after FSDP has let go of what the last forward gathered."""
         if isinstance(reshard := getattr(self, "reshard", None), Callable):
             reshard()
         return any(hasattr(value, "device_mesh") for value in self.parameters())
 
-    def load_weights(self, path: str | Path, prefix: str = "") -> None:
-        """Fills the parameters from a canonical safetensors file (`weights.load_weights`, `sharding.load_weights`)."""
-        if self._is_sharded():
-            from torch_impl import sharding
+    def load_weights(self, path: str | Path, prefix: str = "", *, insist: bool = False) -> None:
+        """Fills the parameters from a canonical safetensors file (`weights.load_weights`), each shard by its own part.
 
-            return sharding.load_weights(self, path, prefix)
-        loaded = weights.load_weights(path, self.config, prefix, self._shapes)
-        with torch.no_grad():
-            for name, parameter in self.weights().items():
-                parameter.copy_(loaded[name])
+        Args:
+            insist: take weights whose file states another dialect than this site's.
 
-    def save_weights(self, path: str | Path, prefix: str = "") -> None:
-        """Writes the parameters as a canonical safetensors file (`weights.save_weights`, `sharding.save_weights`)."""
-        if self._is_sharded():
-            from torch_impl import sharding
+        Raises:
+            ValueError: as `weights.load_weights`; on every process if on one.
+        """
+        from torch_impl import models  # here, since it needs this module
 
-            return sharding.save_weights(self, path, prefix)
-        weights.save_weights(path, self.weights(), self.config, prefix)
+        models.load_sites(path, {prefix: self}, insist, whole=False)
+
+    def save_weights(self, path: str | Path, prefix: str = "", *, replace: bool = False) -> None:
+        """Writes the parameters as a canonical safetensors file (`weights.save_weights`); of several processes the
+        first writes.
+
+        Args:
+            replace: replace a file whatever it holds, also other sites.
+
+        Raises:
+            OSError: as `weights.save_weights`; on every process.
+        """
+        from torch_impl import models
+
+        models.save_sites(path, {prefix: self}, replace)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config.parameters().items())

@@ -8,9 +8,10 @@ one kind of data parallelism.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from torch_impl import functional, weights
+from torch_impl import functional, models
 from torch_impl.config import MHCConfig
 from torch_impl.modules import ManifoldConstrainedHyperConnections, Mixing, Site
 from torch_impl.shards import TensorShards
@@ -322,20 +323,31 @@ def _broadcast(value: Tensor, mesh: DeviceMesh) -> Tensor:
     return value
 
 
-def _mesh_of(site: Site) -> DeviceMesh | None:
-    """The mesh of the sharded parameters, back in their parts if the last forward has left them whole."""
-    if isinstance(site, FSDPModule):
-        site.reshard()
-    return next((value.device_mesh for value in site.parameters() if isinstance(value, DTensor)), None)
+def mesh_of(sites: Mapping[str, Site]) -> DeviceMesh:
+    """The one mesh of the parameters that are sharded, back in their parts if the last forward has left them whole.
+
+    Raises:
+        ValueError: none is sharded, or they are on several meshes.
+    """
+    found: dict[DeviceMesh, str] = {}
+    for prefix, site in sites.items():
+        if isinstance(site, FSDPModule):
+            site.reshard()
+        mesh = next((value.device_mesh for value in site.parameters() if isinstance(value, DTensor)), None)
+        if mesh is not None:
+            found.setdefault(mesh, prefix)
+    if len(found) != 1:
+        raise ValueError(f"the sites must be on one mesh, {' and '.join(map(repr, found.values())) or 'none'} are")
+    return next(iter(found))
 
 
 def agreed_seed(site: Site, seed: Tensor) -> Tensor:
     """The first process's seed, on all that hold the site's parameters."""
-    mesh = _mesh_of(site)
-    return seed if mesh is None else _broadcast(seed.to(mesh.device_type), mesh)
+    mesh = mesh_of({"": site})
+    return _broadcast(seed.to(mesh.device_type), mesh)
 
 
-def _whole(value: Tensor) -> Tensor:
+def whole(value: Tensor) -> Tensor:
     """A parameter gathered along one mesh dimension after another, which `full_tensor` warns of."""
     if not isinstance(value, DTensor):
         return value
@@ -344,50 +356,40 @@ def _whole(value: Tensor) -> Tensor:
     return value.to_local()
 
 
-def _agree(error: Exception | None, mesh: DeviceMesh | None) -> None:
-    """Raises on every process what any of them met; returns when all are here."""
-    for index, size in enumerate(mesh.shape if mesh is not None else ()):
+@contextlib.contextmanager
+def agreed(mesh: DeviceMesh) -> Iterator[None]:
+    """What fails on one process fails on all, once all have come here.
+
+    Raises:
+        Exception: what any of them met.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:  # of any kind: the others would wait forever
+        error = raised
+    for index, size in enumerate(mesh.shape):
         if size > 1:
             errors: list[Exception | None] = [None] * size
-            dist.all_gather_object(errors, error, group=mesh.get_group(index))  # type: ignore[union-attr]
+            dist.all_gather_object(errors, error, group=mesh.get_group(index))
             error = error or next((other for other in errors if other is not None), None)
     if error is not None:
         raise error
 
 
-@torch.no_grad()
-def load_weights(site: Site, path: str | Path, prefix: str = "") -> None:
+def load_weights(site: Site, path: str | Path, prefix: str = "", *, insist: bool = False) -> None:
     """Fills a sharded layer or head from a canonical file; each process reads only its own parts of it.
 
     Raises:
         ValueError: as `weights.load_weights`, on every process if on one.
     """
-    mesh, error = _mesh_of(site), None
-    held = {name: weights.local_part(value) for name, value in site.weights().items()}
-    shapes = {name: tuple(value.shape) for name, value in site.weights().items()}
-    loaded: dict[str, Tensor] = {}
-    try:
-        parts = {name: part for name, (_, part) in held.items()}
-        loaded = weights.load_weights(path, site.config, prefix, shapes, parts=parts)
-    except Exception as raised:  # of any kind: the others would wait forever
-        error = raised
-    _agree(error, mesh)
-    for name, (local, _) in held.items():
-        local.copy_(loaded[name])
+    models.load_sites(path, {prefix: site}, insist, whole=False)
 
 
-@torch.no_grad()
-def save_weights(site: Site, path: str | Path, prefix: str = "") -> None:
+def save_weights(site: Site, path: str | Path, prefix: str = "", *, replace: bool = False) -> None:
     """Writes a sharded layer or head as the canonical file of the whole one; the mesh's first process writes.
 
     Raises:
         OSError: as `weights.save_weights`, on every process.
     """
-    mesh, error = _mesh_of(site), None
-    whole = {name: _whole(value) for name, value in site.weights().items()}
-    if mesh is None or not any(mesh.get_coordinate() or ()):
-        try:
-            weights.save_weights(path, whole, site.config, prefix)
-        except Exception as raised:  # as above
-            error = raised
-    _agree(error, mesh)
+    models.save_sites(path, {prefix: site}, replace)

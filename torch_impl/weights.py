@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torch_impl.config import MHCConfig
-from torch_impl.functional import SHARDED, weight_shapes
+from torch_impl.functional import SHARDED, head_shapes, weight_shapes
+from torch_impl.metadata import check_metadata, metadata_of
 
-FORMAT = "mhc-canonical/1"
+_WITH_ALL = MHCConfig(streams=1, dim=1, norm_weight=True)
+KINDS = (tuple(weight_shapes(_WITH_ALL)), tuple(head_shapes(_WITH_ALL)))
+"""The canonical names that a layer may have, and a head."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Index = tuple[slice, ...]  # where a part stands in the whole, one slice for each axis in memory
 
@@ -66,6 +69,7 @@ def load_weights(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     *,
     parts: Mapping[str, Index] | None = None,
+    insist: bool = False,
 ) -> dict[str, Tensor]:
     """The weights under ``prefix`` in the file, in their own dtype and in-memory shapes.
 
@@ -73,32 +77,48 @@ def load_weights(
         prefix: what stands before each canonical name, for instance ``"layers.0.attention."``.
         shapes: names and in-memory shapes; the layer's unless given (`functional.head_shapes` for a head).
         parts: the slices of each weight that are wanted; only these are read. The whole unless given.
+        insist: take weights whose file states another dialect than ``config``; streams and dim must agree always.
 
     Raises:
-        ValueError: the file can't be read, contradicts ``config``, or a tensor is missing, surplus, of another dtype
-            or shape, or not finite.
+        ValueError: the file can't be read, states a parameter that ``config`` contradicts (`metadata.check_metadata`),
+            or a tensor is missing, surplus, of another dtype or shape, or not finite.
     """
     shapes = weight_shapes(config) if shapes is None else shapes
-    found: dict[str, Tensor] = {}
+    with opened(path) as file:
+        check_metadata(path, file.metadata() or {}, config, insist)
+        present = {name[len(prefix) :] for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+        missing, surplus = sorted(set(shapes) - present), sorted(present - set(shapes))
+        if missing or surplus:
+            raise ValueError(f"{path}: under {prefix!r} missing {missing or 'none'}, surplus {surplus or 'none'}")
+        return read_site(path, file, prefix, shapes, parts)
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Any]:
+    """The file, open for reading.
+
+    Raises:
+        ValueError: it can't be read.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            present = {name[len(prefix) :]: name for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-            missing, surplus = sorted(set(shapes) - set(present)), sorted(set(present) - set(shapes))
-            if missing or surplus:
-                raise ValueError(f"{path}: under {prefix!r} missing {missing or 'none'}, surplus {surplus or 'none'}")
-            if "parameters" in metadata:
-                stated = json.loads(metadata["parameters"])
-                for key in ("streams", "dim"):
-                    if stated.get(key) != getattr(config, key):
-                        raise ValueError(
-                            f"{path}: {key} must be {getattr(config, key)}, the file says {stated.get(key)}"
-                        )
-            for name, shape in shapes.items():
-                part = tuple(slice(0, size) for size in shape) if parts is None else parts[name]
-                found[name] = _read(f"{path}: {present[name]}", file.get_slice(present[name]), name, shape, part)
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: expected a whole safetensors file, got one that can't be read ({error})") from error
+
+
+def read_site(
+    path: str | Path,
+    file: Any,
+    prefix: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    parts: Mapping[str, Index] | None = None,
+) -> dict[str, Tensor]:
+    """The weights under ``prefix`` in an open file (`load_weights`), whose names are checked already."""
+    found: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        part = tuple(slice(0, size) for size in shape) if parts is None else parts[name]
+        found[name] = _read(f"{path}: {prefix + name}", file.get_slice(prefix + name), name, shape, part)
     return found
 
 
@@ -122,21 +142,89 @@ def _read(said: str, entry: Any, name: str, shape: tuple[int, ...], part: Index)
     return value
 
 
-def save_weights(path: str | Path, weights: Mapping[str, Tensor], config: MHCConfig, prefix: str = "") -> None:
+def save_weights(
+    path: str | Path,
+    weights: Mapping[str, Tensor],
+    config: MHCConfig,
+    prefix: str = "",
+    *,
+    replace: bool = False,
+) -> None:
     """Writes the weights flat under ``prefix``; the file appears whole or not at all.
+
+    Args:
+        replace: replace a file whatever it holds, also other sites.
+
+    Raises:
+        FileExistsError: the file holds other tensors than this site's, or can't be read (`check_replaceable`).
+        OSError: the target can't be written; a former file is left as it was.
+    """
+    flat = flattened(weights, prefix)
+    check_replaceable(path, flat, replace)
+    write(path, flat, config)
+
+
+def flattened(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights as a file has them, on the CPU; no copies of those that are there already."""
+    return {
+        prefix + name: value.detach().to("cpu").reshape(_flat(name, tuple(value.shape))).contiguous()
+        for name, value in weights.items()
+    }
+
+
+def check_replaceable(path: str | Path, names: Collection[str], replace: bool = False) -> None:
+    """Checks that a file with these tensors may take the place of what is there.
+
+    Raises:
+        FileExistsError: a file that holds other sites, or anything else that would be lost, or can't be read.
+    """
+    if replace or not Path(path).exists():
+        return
+    told = "or pass replace=True, which replaces the file"
+    try:
+        with opened(path) as file:
+            present = set(file.keys())
+    except ValueError as error:
+        raise FileExistsError(
+            f"{path}: is there already and can't be read: remove it, {told} ({error.__cause__})"
+        ) from error
+    written = {prefix_of(name) for name in names}
+    alike = {prefix_of(name) + other for name in names for kind in KINDS if _ending(name) in kind for other in kind}
+    sites = {prefix_of(name) for name in present - alike}
+    lost = sorted(sites - written) or sorted(present - alike)
+    if lost:
+        others = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise FileExistsError(
+            f"{path}: holds {', '.join(lost[:3])}{others} too, which would be lost: save_model writes several sites in "
+            f"one file; name another file, {told}"
+        )
+
+
+def _ending(name: str) -> str:
+    """The canonical name that a tensor's ends in; empty for another tensor's."""
+    return next((known for kind in KINDS for known in kind if name.endswith(known)), "")
+
+
+def prefix_of(name: str) -> str:
+    """What stands before the canonical name; all of another tensor's name."""
+    return name.removesuffix(_ending(name))
+
+
+def write(path: str | Path, flat: Mapping[str, Tensor], config: MHCConfig) -> None:
+    """Writes tensors that are flat already; the file appears whole or not at all.
 
     Raises:
         OSError: the target can't be written; a former file is left as it was.
     """
-    path = Path(path)
-    flat = {
-        prefix + name: value.detach().to("cpu").reshape(_flat(name, tuple(value.shape))).contiguous().clone()
-        for name, value in weights.items()
-    }
-    metadata = {"format": FORMAT, "parameters": json.dumps(config.parameters(), sort_keys=True)}
+    path, held = Path(path), set[int]()
+    single = dict(flat)
+    for name, value in flat.items():  # safetensors refuses two tensors in one storage: a module under two prefixes
+        storage = value.untyped_storage().data_ptr()
+        single[name] = value.clone() if value.numel() and storage in held else value
+        held.add(storage)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(flat, str(temporary), metadata=metadata)
+        save_file(single, str(temporary), metadata=metadata_of(config))
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -13,6 +13,7 @@ import numpy as np
 from conformance.dialects import Dialect, dialect_names, published
 from conformance.oracle import data
 from conformance.oracle.build import CORE, PURE, Wish
+from conformance.rules import most_permuted
 
 SLOWEST = json.loads(Path(__file__).with_name("slowest.json").read_text())
 NARROW = ("bfloat16-float32", "float16-float32")
@@ -99,7 +100,7 @@ def _sizes(name: str, p: dict[str, Any]) -> Iterator[Wish]:
         8: (BF16, BF16),
     }
     for streams, (variants, layer) in sizes.items():
-        if p["residual"] == "permutations" and streams > 5:
+        if p["residual"] == "permutations" and streams > most_permuted():
             continue
         yield Wish(
             "generic", "a transposition shows only for three streams and more", "Forward", name, f"n{streams}",

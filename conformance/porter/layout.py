@@ -17,6 +17,7 @@ import numpy as np
 from conformance.porter import names as naming
 from conformance.porter.errors import PortError
 from conformance.porter.site import ALONE, Site, Weights, canonical_shapes
+from conformance.rules import most_permuted
 
 PREFIXES = {
     "{any}": r"(?:(?!.*(?<![^./_])mtp).*[./])?",  # layers of multi-token prediction are numbered on their own
@@ -265,7 +266,7 @@ class Layout:
         flat = shapes[wide.name][wide.axes.split().index("k")]
         for n in range(1, MOST_STREAMS + 1):
             for residual in sorted(self.residuals):
-                if flat % n or flat == 0 or (residual == "permutations" and n > 5):
+                if flat % n or flat == 0 or (residual == "permutations" and n > most_permuted()):
                     continue
                 expected = self.file_shapes(site, n, flat // n, residual)
                 lacking = {r.name for r in rows if r.optional and r.name not in shapes}
@@ -376,7 +377,7 @@ def _explain(layout: Layout, site: Site, shapes: Mapping[str, tuple[int, ...]], 
     best: tuple[tuple[int, bool], str] | None = None
     for n in range(1, MOST_STREAMS + 1):
         for residual in sorted(layout.residuals):
-            if residual == "permutations" and n > 5:
+            if residual == "permutations" and n > most_permuted():
                 continue
             expected = layout.file_shapes(site, n, max(flat // n, 1), residual)
             right = shapes[wide.name] == expected[wide.name] and flat % n == 0

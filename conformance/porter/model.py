@@ -223,20 +223,10 @@ def understand(
             f"{checkpoint.path}: the dialect has residual={told.parameters['residual']}, and the columns are those of "
             f"{residual}"
         )
-    told.parameters = {**told.parameters, "norm_weight": norm}
+    told.parameters = dialects.check({**told.parameters, "norm_weight": norm}, str(checkpoint.path))
     model = Model(
-        checkpoint,
-        chosen,
-        sites,
-        streams,
-        dim,
-        residual,
-        norm,
-        told,
-        [],
-        _differing(checkpoint, found, told.base),
-        sizes,
-    )
+        checkpoint, chosen, sites, streams, dim, residual, norm, told, [], _differing(checkpoint, found, told.base), sizes
+    )  # fmt: skip
     placed = {name for rows in sites.values() for name in rows.values()}
     endings = tuple(chosen.endings_of_anchors)
     stray = dict.fromkeys(n for n in naming.plainly_ours(checkpoint.tensors) if n not in placed)

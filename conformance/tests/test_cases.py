@@ -14,7 +14,8 @@ import pytest
 
 from conformance import corpus
 from conformance.cases import CaseError, load_case
-from conformance.dialects import dialect_names, domains, edition
+from conformance.dialects import dialect_names, edition
+from conformance.rules import domains
 
 SOURCE = corpus.fixtures() / "golden" / "smoke-paper-2.safetensors"
 
@@ -217,8 +218,11 @@ def weight_shape(header, data):
     [
         (weight_shape, "weight/pre_alpha must end in"),
         (lambda h, d: parameters(h, streams=0), "streams must be an integer of at least 1, got 0"),
-        (lambda h, d: parameters(h, dim=True), "dim must be an integer of at least 1, got True"),
-        (lambda h, d: parameters(h, iterations=0), "iterations must be an integer of at least 1, got 0"),
+        (lambda h, d: parameters(h, dim=True), "dim must be an integer of at least 1, got true"),
+        (lambda h, d: parameters(h, iterations=0), "iterations must be an integer of at least 1 or null, got 0"),
+        (lambda h, d: parameters(h, guard="none", eps=1e-6), "eps must be 0 with guard=none and positive with any"),
+        (lambda h, d: parameters(h, gard="none"), r"unknown parameter 'gard' \(did you mean 'guard'"),
+        (lambda h, d: parameters(h, matrix=None), "matrix must be one of float32, activation, got null"),
         (lambda h, d: parameters(h, residual="permutations", streams=6), "at most 5 streams, got 6"),
         (lambda h, d: described(h, layout="odd"), "unknown layout 'odd'"),
         (lambda h, d: described(h, variants=[{"x": "float32", "weights": "float32"}]), "a variant must have"),

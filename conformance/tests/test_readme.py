@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from conformance.porter.inspection import inspect
+from conformance.porter.port import Options, port
 from conformance.registry import missing_modules
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -76,3 +78,14 @@ def test_the_example_of_an_implementation_passes(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert re.search(r"[1-9]\d+ items ran, 0 failed", done.stdout), done.stdout[-500:]
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_the_examples_of_whole_models_write_what_the_porter_takes(tmp_path, framework):
+    if missing_modules(framework):
+        pytest.skip(f"{framework} isn't installed")
+    run(tmp_path, "Loading weights", framework)
+    found = inspect(tmp_path / "model.safetensors")
+    assert (found.layout, found.dialect, found.streams, found.dim) == ("canonical", "deepseek-v4", 4, 64)
+    report = port(tmp_path / "model.safetensors", tmp_path / "ported.safetensors", Options(to="deepseek"))
+    assert (report.verdict, report.sites, report.layers, report.head) == ("exact", 5, 2, True)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_impl import ManifoldConstrainedHyperConnections, MHCConfig
+from jax_impl import HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, load_model
 
 START = """
 import sys
@@ -26,7 +26,8 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout_seconds=10)
 from pathlib import Path
 from flax import nnx
-from jax_impl import HyperConnectionType, ManifoldConstrainedHyperConnections, MHCConfig, sharding
+from jax_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig
+from jax_impl import load_model, save_model, sharding
 
 config = MHCConfig.from_dialect("deepseek-v4", streams=4, dim=16)
 mesh = sharding.make_mesh(tensor=2)
@@ -56,6 +57,10 @@ layer.load_weights(folder / "site.safetensors")  # written before any process go
 print("absent here:", said(lambda: layer.load_weights(folder / ("site.safetensors" if rank else "absent"))))
 print("no folder:", said(lambda: layer.save_weights(folder / "absent" / "site.safetensors")))
 layer.save_weights(folder / "again.safetensors")
+head = sharding.create(lambda: HyperHead(config, rngs=nnx.Rngs(1)), mesh)
+print("in the way:", said(lambda: head.save_weights(folder / "again.safetensors", "head.")))
+save_model(folder / "model.safetensors", {"layers.0.": layer, "head.": head})
+load_model(folder / "model.safetensors", {"layers.0.": layer, "head.": head})
 print("done", flush=True)
 """
 
@@ -113,7 +118,9 @@ def test_what_fails_on_one_process_fails_on_both_and_both_go_on(tmp_path):
     assert lines[1][0] == "absent here: RuntimeError: process 0 of 2 failed here: see its own message"
     assert lines[1][1] == "no folder: RuntimeError: process 0 of 2 failed here: see its own message"
     assert "absent" in lines[0][1] and "nothing" not in lines[0][1]
-    assert lines[0][2] == lines[1][2] == "done"
+    assert lines[0][2].startswith("in the way: FileExistsError: ") and "which would be lost" in lines[0][2]
+    assert lines[1][2] == "in the way: RuntimeError: process 0 of 2 failed here: see its own message"
+    assert lines[0][3] == lines[1][3] == "done"
     layer = ManifoldConstrainedHyperConnections(
         MHCConfig.from_dialect("deepseek-v4", streams=4, dim=16), rngs=nnx.Rngs(0)
     )
@@ -121,6 +128,11 @@ def test_what_fails_on_one_process_fails_on_both_and_both_go_on(tmp_path):
     layer.load_weights(tmp_path / "again.safetensors")
     for name, value in layer.weights().items():
         np.testing.assert_array_equal(value, expected[name])
+    head = HyperHead(layer.config, rngs=nnx.Rngs(1))
+    drawn = {name: np.asarray(value) for name, value in head.weights().items()}
+    load_model(tmp_path / "model.safetensors", {"layers.0.": layer, "head.": head})
+    for name, value in {**layer.weights(), **head.weights()}.items():
+        np.testing.assert_array_equal(value, {**expected, **drawn}[name])
 
 
 @pytest.mark.parametrize("prefix", ["", "layers.0."])

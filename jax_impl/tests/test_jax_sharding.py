@@ -15,8 +15,10 @@ from jax_impl import (
     HyperHead,
     ManifoldConstrainedHyperConnections,
     MHCConfig,
+    load_model,
     one_hot,
     reduce,
+    save_model,
     sharding,
 )
 from jax_impl.functional import head_shapes, weight_shapes
@@ -317,6 +319,33 @@ def test_a_stack_is_written_layer_by_layer_and_wants_a_prefix_for_each(tmp_path)
         assert all(np.array_equal(v, site.weights()[k][index]) for k, v in one.weights().items())
     with pytest.raises(ValueError, match="prefix must be one prefix, a string, got"):
         layer(site.config).load_weights(path, prefixes)
+
+
+def test_a_model_is_read_into_shards_and_written_from_them(tmp_path):
+    """A stack of a scan, a site of its own and a head: the file is that of whole modules."""
+    prefixes = tuple(f"layers.{i}.mlp." for i in range(LAYERS))
+
+    def model(seed: int) -> dict[Any, Any]:
+        stack = Stack(nnx.Rngs(seed)).blocks.mlp
+        head = HyperHead(stack.config, rngs=nnx.Rngs(seed), param_dtype=jnp.float64)
+        return {prefixes: stack, "layers.0.attention.": layer(stack.config), "head.": head}
+
+    whole = {prefix: randomised(site) for prefix, site in model(0).items()}
+    save_model(tmp_path / "whole.safetensors", whole)
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    made = sharding.create(lambda: nnx.List(model(1).values()), mesh)
+    sites = dict(zip(whole, made, strict=True))
+    laid = {prefix: {k: v.sharding for k, v in site.weights().items()} for prefix, site in sites.items()}
+    load_model(tmp_path / "whole.safetensors", sites)
+    for prefix, site in sites.items():
+        for name, value in site.weights().items():
+            np.testing.assert_array_equal(value, whole[prefix].weights()[name])
+            assert value.sharding.is_equivalent_to(laid[prefix][name], value.ndim), (prefix, name)
+    save_model(tmp_path / "again.safetensors", sites)
+    from safetensors.numpy import load_file
+
+    first, second = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "again.safetensors")
+    assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def test_hessian_vector_products_are_there_by_forward_over_reverse():

@@ -27,7 +27,7 @@ def test_there_and_back_is_exact_and_flat_in_the_file(tmp_path, dtype):
     twin.load_weights(path, prefix="layers.0.attention.")
     assert all((twin.weights()[k] == v).all() for k, v in source.weights().items())
     head = HyperHead(CONFIG, rngs=nnx.Rngs(0))
-    head.save_weights(path)
+    head.save_weights(path := tmp_path / "head.safetensors")
     assert load_file(path)["head_fn"].shape == (12, 3)
     HyperHead(CONFIG, rngs=nnx.Rngs(1)).load_weights(path)
 
@@ -64,7 +64,7 @@ def test_a_truncated_a_foreign_and_a_contradicting_file_are_refused(tmp_path):
     path.write_text("not safetensors")
     with pytest.raises(ValueError, match="whole safetensors file"):
         load_weights(path, CONFIG)
-    module().save_weights(path)
+    module().save_weights(path, replace=True)
     with pytest.raises(ValueError, match="streams must be 4, the file says 3"):
         load_weights(path, MHCConfig.from_dialect("maxtext", streams=4, dim=4))
 

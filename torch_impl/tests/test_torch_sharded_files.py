@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from torch_impl import HyperHead, ManifoldConstrainedHyperConnections, MHCConfig
+from torch_impl import HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, load_model, save_model
 from torch_impl import sharding as sharded
 
 
@@ -34,8 +34,8 @@ def assert_same(found: Path, expected: Path, said) -> None:
 
 
 def files_are_the_whole_modules(path: Path) -> None:
-    expected = path / "whole.safetensors"
     for kind in (ManifoldConstrainedHyperConnections, HyperHead):
+        expected = path / f"whole-{kind.__name__}.safetensors"
         for plan in PLANS[dist.get_world_size()]:
             mesh = mesh_of(plan)
             if dist.get_rank() == 0:
@@ -43,7 +43,7 @@ def files_are_the_whole_modules(path: Path) -> None:
             dist.barrier()
             module = sharded.parallelize(make("maxtext", kind, seed=6), mesh)
             sharded.load_weights(module, expected, "layers.0.")
-            written = path / "sharded.safetensors"
+            written = path / f"sharded-{kind.__name__}.safetensors"
             sharded.save_weights(module, written, "layers.0.")
             assert_same(written, expected, plan)
             dist.barrier()
@@ -73,6 +73,78 @@ def a_bad_file_or_target_fails_on_all_processes(path: Path) -> None:
     with pytest.raises(OSError):
         sharded.save_weights(module, path / "absent" / "x.safetensors")
     assert torch.equal(whole(module.weights()["res_alpha"]), make().weights()["res_alpha"])
+
+
+def model_of(seed: int, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    """Two layers and a head, their values by the seed; on a mesh where one is given."""
+    kinds = {"layers.0.": ManifoldConstrainedHyperConnections, "layers.1.": ManifoldConstrainedHyperConnections}
+    sites = {p: make("maxtext", k, seed=seed + i) for i, (p, k) in enumerate({**kinds, "head.": HyperHead}.items())}
+    return sites if mesh is None else {p: sharded.parallelize(site, mesh) for p, site in sites.items()}
+
+
+def models_are_the_whole_ones(path: Path) -> None:
+    expected, written = path / "whole-model.safetensors", path / "sharded-model.safetensors"
+    for plan in PLANS[dist.get_world_size()]:
+        mesh = mesh_of(plan)
+        if dist.get_rank() == 0:
+            save_model(expected, model_of(seed=5))
+        dist.barrier()
+        sites = model_of(seed=8, mesh=mesh)
+        x = sharded.shard(example()[0], mesh)
+        forward(sites["layers.1."], forward(sites["layers.0."], x))  # FSDP's roots leave their parameters whole
+        load_model(expected, sites)
+        save_model(written, sites)
+        assert_same(written, expected, plan)
+        dist.barrier()
+        # One site whole on every process, and the others in parts.
+        mixed = {**model_of(seed=8, mesh=mesh), "layers.1.": model_of(seed=8)["layers.1."]}
+        load_model(expected, mixed)
+        save_model(written, mixed)
+        assert_same(written, expected, plan)
+        dist.barrier()
+
+
+def a_refusal_is_one_on_every_process_and_changes_nothing(path: Path) -> None:
+    mesh = mesh_of(PLANS[dist.get_world_size()][-1])
+    target, bad, text = (path / f"{name}-{dist.get_world_size()}" for name in ("refused", "nan", "text"))
+    if dist.get_rank() == 0:
+        make().save_weights(target, "another.")
+        sites = model_of(seed=5)
+        with torch.no_grad():
+            sites["head."].get_parameter("head_fn")[0, 0, 0] = torch.nan  # the last site, the first process's part
+        save_model(bad, sites)
+        text.write_text("not safetensors")
+    dist.barrier()
+    before = target.read_bytes()
+    sites = model_of(seed=8, mesh=mesh)
+    for call, said, kind in (
+        (lambda: save_model(target, sites), "holds another. too, which would be lost", FileExistsError),
+        (lambda: sites["head."].save_weights(target), "holds another. too, which would be lost", FileExistsError),
+        (lambda: save_model(text, sites), "can't be read: remove it, or pass replace=True", FileExistsError),
+        (lambda: save_model(path / "absent" / "x", sites), "absent", OSError),
+        (lambda: load_model(bad, sites), "head.head_fn must be finite", ValueError),
+        (lambda: load_model(target, sites), r"missing head\., layers.0., layers.1., surplus another.", ValueError),
+        (lambda: load_model(path / "absent", sites), "expected a whole safetensors file", ValueError),
+    ):
+        with pytest.raises(kind, match=said):
+            call()
+    assert target.read_bytes() == before
+    for prefix, site in model_of(seed=8).items():
+        for name, value in site.weights().items():
+            assert torch.equal(whole(sites[prefix].weights()[name]), value), (prefix, name)
+    save_model(target, sites, replace=True)
+    dist.barrier()
+    load_model(target, model_of(seed=1, mesh=mesh))
+
+
+def sites_on_two_meshes_are_refused(path: Path) -> None:
+    sites = {
+        "a.": sharded.parallelize(make(), mesh_of({"tensor": 2})),
+        "b.": sharded.parallelize(make(), mesh_of({"fsdp": 2})),
+    }
+    for call in (save_model, load_model):
+        with pytest.raises(ValueError, match=r"the sites must be on one mesh, 'a.' and 'b.' are"):
+            call(path / "meshes.safetensors", sites)
 
 
 def checkpointed(mesh: DeviceMesh, seed: int) -> Any:
@@ -155,11 +227,16 @@ def the_others_end_when_one_dies(path: Path) -> None:
         os._exit(0)
 
 
-FILES = (files_are_the_whole_modules, a_bad_file_or_target_fails_on_all_processes)
+FILES = (
+    files_are_the_whole_modules,
+    a_bad_file_or_target_fails_on_all_processes,
+    models_are_the_whole_ones,
+    a_refusal_is_one_on_every_process_and_changes_nothing,
+)
 
 
 def test_files_and_checkpoints_do_not_depend_on_the_mesh(tmp_path):
-    launch(2, what_cannot_be_is_said, *FILES, a_checkpoint_is_saved, path=tmp_path)
+    launch(2, what_cannot_be_is_said, sites_on_two_meshes_are_refused, *FILES, a_checkpoint_is_saved, path=tmp_path)
     launch(4, *FILES, a_checkpoint_of_other_processes_is_loaded, a_checkpoint_is_saved, path=tmp_path)
     launch(2, a_checkpoint_of_other_processes_is_loaded, path=tmp_path)
 

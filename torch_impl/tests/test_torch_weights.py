@@ -24,7 +24,7 @@ def test_there_and_back_is_exact_and_flat_in_the_file(tmp_path, dtype):
     twin.load_weights(path, prefix="layers.0.attention.")
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), twin.parameters(), strict=True))
     head = HyperHead(CONFIG)
-    head.save_weights(path)
+    head.save_weights(path := tmp_path / "head.safetensors")
     HyperHead(CONFIG).load_weights(path)
 
 
@@ -71,7 +71,7 @@ def test_a_truncated_a_foreign_and_a_contradicting_file_are_refused(tmp_path):
     path.write_text("not safetensors")
     with pytest.raises(ValueError, match="whole safetensors file"):
         load_weights(path, CONFIG)
-    ManifoldConstrainedHyperConnections(CONFIG).save_weights(path)
+    ManifoldConstrainedHyperConnections(CONFIG).save_weights(path, replace=True)
     with pytest.raises(ValueError, match="streams must be 4, the file says 3"):
         load_weights(path, MHCConfig.from_dialect("maxtext", streams=4, dim=4))
 

@@ -1,0 +1,135 @@
+"""What a file states of its dialect is compared with the layer that takes its weights, one parameter after another."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from jax_impl import ManifoldConstrainedHyperConnections, MHCConfig, load_model, load_weights
+from jax_impl.config import CHOICES, dialects
+from jax_impl.functional import weight_shapes
+
+CONFIG = MHCConfig.from_dialect("deepseek-v4", streams=3, dim=4)
+NEWER = ("logit_limit", "pre_from", "matrix", "reduction", "head_norm_eps", "softmax")
+
+
+def file_of(tmp_path, config=CONFIG, **metadata):
+    """A layer's file whose metadata has these entries too; None takes one away."""
+    path = tmp_path / "site.safetensors"
+    ManifoldConstrainedHyperConnections(config, rngs=nnx.Rngs(0)).save_weights(path, replace=True)
+    with safe_open(str(path), framework="numpy") as file:
+        found = {**file.metadata(), **metadata}
+    save_file(load_file(path), path, metadata={key: value for key, value in found.items() if value is not None})
+    return path
+
+
+def stating(tmp_path, config=CONFIG, without=(), **changes):
+    parameters = {key: value for key, value in {**config.parameters(), **changes}.items() if key not in without}
+    return file_of(tmp_path, config, parameters=json.dumps(parameters))
+
+
+@pytest.mark.parametrize("name", dialects())
+def test_a_file_of_one_dialect_is_refused_by_every_other(tmp_path, name):
+    """The error lists each parameter in which they differ, and no other."""
+    path = file_of(tmp_path, source := MHCConfig.from_dialect(name, streams=3, dim=4))
+    for other in dialects():
+        config = MHCConfig.from_dialect(other, streams=3, dim=4)
+        wanted, stated = config.parameters(), source.parameters()
+        apart = sorted(key for key in wanted if wanted[key] != stated[key])
+        if not apart:
+            load_weights(path, config)
+            continue
+        with pytest.raises(ValueError, match="of another dialect than config's") as raised:
+            load_weights(path, config)
+        listed = ", ".join(f"{key} ({stated[key]!r} in the file, {wanted[key]!r} in config)" for key in apart)
+        assert f": {listed}. " in str(raised.value) and "insist=True" in str(raised.value), (name, other)
+        if weight_shapes(config) == weight_shapes(source):
+            assert set(load_weights(path, config, insist=True)) == set(weight_shapes(source))
+
+
+@pytest.mark.parametrize("name", sorted(set(CONFIG.parameters()) - {"streams", "dim"}))
+def test_every_parameter_is_compared(tmp_path, name):
+    value = CONFIG.parameters()[name]
+    if name in CHOICES:
+        other = next(choice for choice in CHOICES[name] if choice != value)
+    else:
+        other = {True: False, False: True, None: 0.5}[value] if value is None or type(value) is bool else value + 1
+    path = stating(tmp_path, **{name: other})
+    for call in (
+        lambda insist: load_weights(path, CONFIG, insist=insist),
+        lambda insist: ManifoldConstrainedHyperConnections(CONFIG, rngs=nnx.Rngs(0)).load_weights(path, insist=insist),
+        lambda insist: load_model(
+            path, {"": ManifoldConstrainedHyperConnections(CONFIG, rngs=nnx.Rngs(0))}, insist=insist
+        ),
+    ):
+        with pytest.raises(ValueError) as raised:
+            call(False)
+        assert f"{name} ({other!r} in the file, {value!r} in config)" in str(raised.value)
+        call(True)
+
+
+@pytest.mark.parametrize("changes", [{"streams": 2}, {"dim": 8}])
+def test_sizes_must_agree_whoever_insists(tmp_path, changes):
+    ((name, value),) = changes.items()
+    path = stating(tmp_path, **changes)
+    for insist in (False, True):
+        with pytest.raises(ValueError, match=f"{name} must be {CONFIG.parameters()[name]}, the file says {value}"):
+            load_weights(path, CONFIG, insist=insist)
+
+
+def test_a_file_that_is_older_than_a_parameter_means_what_every_layer_was_then(tmp_path):
+    for count in range(len(NEWER) + 1):
+        for without in itertools.combinations(NEWER, count):
+            load_weights(stating(tmp_path, without=without), CONFIG)
+    for name, value in (("logit_limit", 30.0), ("reduction", "activation"), ("head_norm_eps", 1e-5)):
+        config = MHCConfig.from_dialect("deepseek-v4", streams=3, dim=4, **{name: value})
+        path = stating(tmp_path, config, without=NEWER)
+        with pytest.raises(ValueError) as raised:
+            load_weights(path, config)
+        assert f"{name} ({ {**dict.fromkeys(NEWER), 'reduction': 'float32'}[name]!r} in the file" in str(raised.value)
+    columns = MHCConfig.from_dialect("maxtext-v1", streams=3, dim=4)
+    with pytest.raises(ValueError, match=r"softmax \('rows' in the file, 'columns' in config\)"):
+        load_weights(stating(tmp_path, columns, without=NEWER), columns)
+    identity = MHCConfig.from_dialect("hunyuan-v4", streams=3, dim=4)
+    load_weights(stating(tmp_path, identity, without=NEWER), identity)
+
+
+def test_a_file_that_states_a_part_or_nothing_is_held_to_that(tmp_path):
+    load_weights(file_of(tmp_path, parameters=None), CONFIG)
+    load_weights(file_of(tmp_path, parameters=json.dumps({"streams": 3, "eps": 1e-6})), CONFIG)
+    with pytest.raises(ValueError, match=r"dialect than config's: eps \(0.1 in the file, 1e-06 in config\)\. "):
+        load_weights(file_of(tmp_path, parameters=json.dumps({"streams": 3, "eps": 0.1})), CONFIG)
+
+
+def test_a_parameter_that_is_not_known_here_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"carried_by \(not known here\)"):
+        load_weights(path := stating(tmp_path, carried_by="pigeon"), CONFIG)
+    load_weights(path, CONFIG, insist=True)
+
+
+def test_a_number_is_not_a_boolean(tmp_path):
+    with pytest.raises(ValueError, match=r"norm_weight \(0 in the file, False in config\)"):
+        load_weights(stating(tmp_path, norm_weight=0), CONFIG)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "3", '"deepseek-v4"', "[" * 100_000], ids=lambda text: text[:12])
+def test_metadata_that_is_no_object_is_said(tmp_path, text):
+    with pytest.raises(ValueError, match="parameters in its metadata must be a JSON object, got"):
+        load_weights(file_of(tmp_path, parameters=text), CONFIG, insist=True)
+
+
+def test_an_assumption_is_compared_too_and_called_one(tmp_path):
+    note = json.dumps({"format": "mhc-port/1", "assumed": True})
+    path = file_of(tmp_path, mhc_port=note)
+    load_weights(path, CONFIG)
+    other = MHCConfig.from_dialect("deepseek-v4", streams=3, dim=4, norm_eps=1e-20)
+    with pytest.raises(ValueError, match="file's own are an assumption of the port that wrote it"):
+        load_weights(path, other)
+    with pytest.raises(ValueError) as raised:
+        load_weights(file_of(tmp_path, mhc_port=note.replace("true", "false")), other)
+    assert "an assumption of" not in str(raised.value)

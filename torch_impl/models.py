@@ -1,0 +1,169 @@
+"""Whole models in one canonical file: every layer and head under a prefix of its own, their parameters stated once.
+
+    save_model("model.safetensors", {"layers.0.attention.": layer, …, "head.": head})
+    load_model("model.safetensors", {"layers.0.attention.": layer, …, "head.": head})
+
+Sharded sites come and go as whole ones: every process calls with the same sites, and the mesh's first one writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_impl import metadata, weights
+from torch_impl.modules import Site
+
+Sites = Mapping[str, Site]
+"""Layers and heads, each under what stands before its tensors' canonical names."""
+
+
+def save_model(path: str | Path, sites: Sites, *, replace: bool = False) -> None:
+    """Writes layers and heads as one canonical file; it appears whole or not at all.
+
+    Args:
+        sites: under their prefixes, for instance ``{"layers.0.attention.": layer, "head.": head}``; parameters may be
+            sharded over one mesh, all of whose processes call this.
+        replace: replace a file whatever it holds, also other sites.
+
+    Raises:
+        ValueError: no site, something else than one, or configurations that differ; it names the parameters.
+        FileExistsError: the file holds other tensors than these sites', or can't be read.
+        OSError: the target can't be written; a former file is left as it was. On every process.
+    """
+    _check(sites)
+    save_sites(path, sites, replace)
+
+
+def load_model(path: str | Path, sites: Sites, *, insist: bool = False) -> None:
+    """Fills layers and heads from one canonical file, which holds these and no others; all are filled or none.
+
+    Args:
+        sites: as `save_model` takes them; of sharded parameters each process reads its own parts alone.
+        insist: take weights whose file states another dialect than a site's; streams and dim must agree always.
+
+    Raises:
+        ValueError: no site, or something else than one; a prefix is missing in the file, or in ``sites``; else as
+            `weights.load_weights`. On every process.
+    """
+    _check(sites)
+    load_sites(path, sites, insist, whole=True)
+
+
+@torch.no_grad()
+def save_sites(path: str | Path, sites: Sites, replace: bool) -> None:
+    """`save_model` of sites that are checked; each is gathered and handed to the writing process in turn."""
+    metadata.check_alike({prefix: site.config for prefix, site in sites.items()})
+    agreed, writes, gathered = _distributed(sites)
+    with agreed():
+        if writes:
+            weights.check_replaceable(path, _names(sites), replace)
+    flat: dict[str, torch.Tensor] = {}
+    for prefix, site in sites.items():
+        for name, value in site.weights().items():
+            whole = gathered(value)
+            if writes:
+                flat |= weights.flattened({name: whole}, prefix)
+    with agreed():
+        if writes:
+            weights.write(path, flat, next(iter(sites.values())).config)
+
+
+@torch.no_grad()
+def load_sites(path: str | Path, sites: Sites, insist: bool, whole: bool) -> None:
+    """`load_model` of sites that are checked.
+
+    Args:
+        whole: the file must hold no others.
+    """
+    agreed, _, _ = _distributed(sites)
+    held = {prefix: _parts(site) for prefix, site in sites.items()}
+    parts = {prefix: {name: part for name, (_, part) in own.items()} for prefix, own in held.items()}
+    loaded: dict[str, dict[str, torch.Tensor]] = {}
+    with agreed():
+        if not whole:
+            for prefix, site in sites.items():
+                loaded[prefix] = weights.load_weights(
+                    path, site.config, prefix, _shapes(site), parts=parts[prefix], insist=insist
+                )
+        else:
+            with weights.opened(path) as file:
+                for site in sites.values():
+                    metadata.check_metadata(path, file.metadata() or {}, site.config, insist)
+                _check_names(path, set(file.keys()), _names(sites))
+                for prefix, site in sites.items():
+                    loaded[prefix] = weights.read_site(path, file, prefix, _shapes(site), parts[prefix])
+    for prefix, values in loaded.items():
+        for name, (local, _) in held[prefix].items():
+            local.copy_(values[name])
+
+
+def _parts(site: Site) -> dict[str, tuple[torch.Tensor, weights.Index]]:
+    """This process's part of each parameter."""
+    return {name: weights.local_part(value.detach()) for name, value in site.weights().items()}
+
+
+def _shapes(site: Site) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in site.weights().items()}
+
+
+def _names(sites: Sites) -> set[str]:
+    return {prefix + name for prefix, site in sites.items() for name in _shapes(site)}
+
+
+def _check(sites: Sites) -> None:
+    if not sites:
+        raise ValueError("sites must have a layer or a head under its prefix, got none")
+    for prefix, site in sites.items():
+        if not isinstance(prefix, str):
+            raise ValueError(f"a prefix must be a string, got {prefix!r}")
+        if not isinstance(site, Site):
+            raise ValueError(
+                f"{prefix!r} must be a ManifoldConstrainedHyperConnections or a HyperHead, got {type(site).__name__}"
+            )
+    names = [prefix + name for prefix, site in sites.items() for name in _shapes(site)]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"prefixes must give each tensor a name of its own, two are {twice}: change one of the prefixes"
+        )
+
+
+def _check_names(path: str | Path, present: Collection[str], wanted: Collection[str]) -> None:
+    """Checks that a file holds these tensors and no others.
+
+    Raises:
+        ValueError: it names the prefixes that are missing altogether, and else the tensors.
+    """
+    missing, surplus = set(wanted) - set(present), set(present) - set(wanted)
+    if missing or surplus:
+        raise ValueError(
+            f"{path}: missing {_told(missing, present)}, surplus {_told(surplus, wanted)}: the sites must be those of "
+            f"the file; load_weights takes single ones"
+        )
+
+
+def _told(names: Collection[str], others: Collection[str]) -> str:
+    """Tensors in a few words: a prefix where all of a site is meant."""
+    partly = {weights.prefix_of(name) for name in others}
+    found = sorted({name if (prefix := weights.prefix_of(name)) in partly else prefix for name in names})
+    more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+    return (", ".join(found[:6]) + more) or "none"
+
+
+def _distributed(sites: Sites) -> tuple[Any, bool, Any]:
+    """What sharded sites need.
+
+    Returns:
+        A context where what fails on one process fails on all, whether this one writes, and what gathers a parameter.
+    """
+    if not any([site.is_sharded() for site in sites.values()]):  # all of them: FSDP lets go of what it has gathered
+        return nullcontext, True, lambda value: value
+    from torch_impl import sharding  # here, since it needs torch.distributed and this module
+
+    mesh = sharding.mesh_of(sites)
+    return lambda: sharding.agreed(mesh), not any(mesh.get_coordinate() or ()), sharding.whole
