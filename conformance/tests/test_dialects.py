@@ -74,6 +74,7 @@ def test_changes_make_a_row_that_is_named_after_them(text, name, overrides):
         ("mhc-lite,guard=add", "guard belongs to residual=sinkhorn and must be null for any other, got guard='add'"),
         ("paper,mix=identity", "mix=identity goes with residual=identity alone"),
         ("paper,coefficients=activation", "mixing must be activation where coefficients is"),
+        ("maxtext,mixing=float32", "mixing must be activation where coefficients is"),
         ("nowhere.json", "nowhere.json: can't be read"),
         ("mine.json,eps=0", "a file holds the whole row, write eps=0 into it"),
     ],

@@ -27,7 +27,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from conformance import rules as reading
-from conformance.dialects import DialectError, check, check_sizes, dialect_names, dialect_rows
+from conformance.dialects import SILENT, DialectError, check, check_sizes, completed, dialect_names, dialect_rows
 from conformance.places import fixtures
 from conformance.porter.errors import PortError
 from conformance.porter.layouts import layout_named
@@ -166,6 +166,23 @@ def test_each_parameter_of_a_published_row_may_take_the_same_values(judge, name)
         without = {key: kept for key, kept in row.items() if key != parameter}
         assert refused(lambda without=without: check(without, "row")) and not accepted(without), parameter
     assert not accepted({**row, "gard": "none"}) and refused(lambda: check({**row, "gard": "none"}, "row"))
+
+
+@pytest.mark.parametrize("framework", ["torch_impl", "jax_impl"])
+def test_an_older_file_means_the_same_to_all(framework):
+    """Whatever a file leaves unsaid: the implementations state the rule of `completed` themselves."""
+    configuration(framework)
+    metadata = importlib.import_module(f"{framework}.metadata")
+
+    @given(row=sound(), kept=st.sets(st.sampled_from(list(domains()))))
+    @examples(200)
+    def run(row: dict[str, Any], kept: set[str]) -> None:
+        stated = {name: value for name, value in row.items() if name in kept}
+        found = metadata.stated_parameters("file", {"parameters": json.dumps(stated)})
+        assert found == completed(stated)
+
+    run()
+    assert metadata.SILENT == SILENT
 
 
 @pytest.mark.parametrize("judge", JUDGES)
