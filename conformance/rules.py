@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ class Domain:
         nullable: whether it may be null.
         above: a number must be greater than this; None where ``least`` holds instead.
         least: the smallest number that it may be.
+        most: the largest; the largest float for a finite number.
     """
 
     kind: str
@@ -33,6 +33,7 @@ class Domain:
     nullable: bool = False
     above: float | None = None
     least: float | None = None
+    most: float | None = None
 
     def holds(self, value: Any) -> bool:
         if value is None:
@@ -43,8 +44,11 @@ class Domain:
             return isinstance(value, str) and value in self.choices
         if isinstance(value, bool) or not isinstance(value, int if self.kind == "integer" else int | float):
             return False
-        return (self.kind == "integer" or _finite(value)) and not (
-            (self.least is not None and value < self.least) or (self.above is not None and value <= self.above)
+        return not (
+            value != value
+            or (self.least is not None and value < self.least)
+            or (self.above is not None and value <= self.above)
+            or (self.most is not None and value > self.most)
         )
 
     def __str__(self) -> str:
@@ -55,7 +59,8 @@ class Domain:
         if self.kind == "choice":
             return f"one of {', '.join(self.choices)}{null}"
         if self.kind == "integer":
-            return f"an integer of at least {self.least:g}{null}" if self.least is not None else f"an integer{null}"
+            most = f" and at most {self.most}" if self.most is not None else ""
+            return f"an integer of at least {self.least}{most}{null}"
         sign = {(None, 0): "non-negative ", (0, None): "positive "}.get((self.above, self.least), "")
         return f"a finite {sign}number{null}"
 
@@ -144,7 +149,7 @@ def _domain(value: Mapping[str, Any]) -> Domain:
         return Domain("choice", tuple(v for v in value["enum"] if v is not None), None in value["enum"])
     kinds = [value["type"]] if isinstance(value["type"], str) else list(value["type"])
     (kind,) = (k for k in kinds if k != "null")
-    return Domain(kind, (), "null" in kinds, value.get("exclusiveMinimum"), value.get("minimum"))
+    return Domain(kind, (), "null" in kinds, value.get("exclusiveMinimum"), value.get("minimum"), value.get("maximum"))
 
 
 @functools.cache
@@ -164,11 +169,12 @@ def rules() -> tuple[Rule, ...]:
 
 def _by_parameter(node: Mapping[str, Any] | None) -> dict[str, Any]:
     """The schemas of the single values that a part of a rule speaks of."""
-    found = {}
-    for name, parameter in ({"properties": {}} if node is None else node)["properties"].items():
-        found[name] = parameter["properties"]["value"]
-        if node is None or set(node) != {"properties"} or parameter != {"properties": {"value": found[name]}}:
-            raise NotImplementedError(f"a rule of dialects.schema.json must be over values alone, got {node}")
+    found: dict[str, Any] = {}
+    for name, parameter in (node or {}).get("properties", {}).items():
+        found[name] = parameter.get("properties", {}).get("value")
+    form = {"properties": {name: {"properties": {"value": value}} for name, value in found.items()}}
+    if node is not None and node != form:
+        raise NotImplementedError(f"a rule of dialects.schema.json must be over values alone, got {node}")
     return found
 
 
@@ -182,10 +188,3 @@ def sizes() -> dict[str, Domain]:
 def most_permuted() -> int:
     """The most streams of a layer with residual=permutations."""
     return schema()["$defs"]["permuted_sizes"]["allOf"][1]["properties"]["streams"]["maximum"]
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
-        return False

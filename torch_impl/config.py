@@ -23,6 +23,7 @@ CHOICES = {
     "reduce": ("sum", "mean", "head", "carried", "none"),
     "reduction": ("float32", "activation"),
 }
+MOST_ITERATIONS = 10_000  # each is a step of its own, forward and backward: more is a mistake, and never ends
 MOST_PERMUTED = 5  # 6! = 720 columns of the projection are out of proportion
 SINKHORN = {"order": "columns-first", "softmax": None, "guard": "none", "eps": 0.0, "iterations": 20}
 FIRST = {"rows-first": "rows", "columns-first": "columns"}
@@ -89,6 +90,8 @@ class MHCConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.residual == "sinkhorn" and self.iterations is not None and self.iterations > MOST_ITERATIONS:
+            raise ValueError(f"iterations must be at most {MOST_ITERATIONS}, got {self.iterations}")
         if type(self.norm_weight) is not bool:
             raise ValueError(f"norm_weight must be True or False, got {self.norm_weight!r}")
         for name, choices in CHOICES.items():

@@ -11,7 +11,7 @@ from conformance.rules import Domain, domains, rules
 
 NUMBERS = (0, 0.0, 1e-20, 1e-6, 0.5, 2, 30.0, 1e300, 5e-324)
 WILD = (
-    None, True, False, 0, 1, -1, 2.0, 0.0, -0.0, -1e-6, 1.5, math.nan, math.inf, -math.inf, 10**400, -(10**400),
+    None, True, False, 0, 1, -1, 2.0, 0.0, -0.0, -1e-6, 1.5, 10_001, math.nan, math.inf, -math.inf, 10**400, -(10**400),
     "", "0", "1e-6", "none", "None", "Rows", "rows ", "activation", "identity", [], ["rows"], {}, {"value": 1}, [1e-6],
 )  # fmt: skip
 """What stands in files by mistake: other types, null, what JSON hasn't, and other parameters' values."""
@@ -26,7 +26,7 @@ def value_of(domain: Domain) -> st.SearchStrategy[Any]:
     elif domain.kind == "choice":
         own = st.sampled_from(domain.choices)
     elif domain.kind == "integer":
-        own = st.sampled_from([1, 2, 3, 20, 10**30])
+        own = st.sampled_from([1, 2, 3, 20])
     else:
         own = st.sampled_from([number for number in NUMBERS if domain.holds(number)])
     return st.one_of(st.none(), own) if domain.nullable else own

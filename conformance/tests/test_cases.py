@@ -219,7 +219,10 @@ def weight_shape(header, data):
         (weight_shape, "weight/pre_alpha must end in"),
         (lambda h, d: parameters(h, streams=0), "streams must be an integer of at least 1, got 0"),
         (lambda h, d: parameters(h, dim=True), "dim must be an integer of at least 1, got true"),
-        (lambda h, d: parameters(h, iterations=0), "iterations must be an integer of at least 1 or null, got 0"),
+        (
+            lambda h, d: parameters(h, iterations=0),
+            "iterations must be an integer .* 10000 or null, got 0",
+        ),
         (lambda h, d: parameters(h, guard="none", eps=1e-6), "eps must be 0 with guard=none and positive with any"),
         (lambda h, d: parameters(h, gard="none"), r"unknown parameter 'gard' \(did you mean 'guard'"),
         (lambda h, d: parameters(h, matrix=None), "matrix must be one of float32, activation, got null"),
