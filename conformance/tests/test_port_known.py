@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def noted(path):
 
 def rows(printed):
     """What `inspect` prints, by the word at the start of each line; ``odd`` is all of those."""
-    found = {"odd": []}
+    found: dict[str, Any] = {"odd": []}
     for line in printed.splitlines():
         word, _, text = line.partition(" ")
         if word == "odd":

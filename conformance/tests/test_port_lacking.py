@@ -19,7 +19,20 @@ from conformance.porter.configuration import OTHERS
 from conformance.porter.errors import PortError
 from conformance.porter.layouts import layouts
 from conformance.porter.port import Options, port
-from conformance.tests.misread import DIM, MISREAD, STREAMS, V4, V41, glm5, sites, wrapped, write_file, write_model
+from conformance.porter.storage.stacks import Stacks
+from conformance.tests.misread import (
+    DIM,
+    MISREAD,
+    STREAMS,
+    V4,
+    V41,
+    glm5,
+    sites,
+    wrapped,
+    write_file,
+    write_model,
+    write_tree,
+)
 from conformance.tests.porter_data import HEADED, differences, random_sites, read_sites, write_canonical
 from conformance.tests.test_port_packing import deepseek, transformers
 from conformance.tests.test_port_properties import directory, examples
@@ -175,6 +188,17 @@ RENAMED = {
         r"decoder\.layers\.(\d+)\.(\w+)_hyper_connection", rf"{lead}.{word}.\1.\2_mixer", name
     ).replace("decoder.hc_head_", f"{lead}.{word}.hc_head_"),
     "liger": lambda name, lead, word: re.sub(r"^layers\.(\d+)\.", rf"{lead}.{word}.\1.", name),
+    "mlx": lambda name, lead, word: name.replace("model.layers.", f"{lead}.{word}.").replace(
+        "model.hc_head.", f"{lead}.{word}.hc_head."
+    ),
+    "xing": lambda name, lead, word: name.replace("model.layers.", f"{lead}.{word}."),
+    "hunyuan": lambda name, lead, word: name.replace("model.layers.", f"{lead}.{word}.").replace(
+        "model.hc_head.", f"{lead}.{word}."
+    ),
+    "paddlefleet": lambda name, lead, word: RENAMED["megatron"](name, lead, word),
+    "transformer-engine": lambda name, lead, word: re.sub(
+        r"^layers\.(\d+)\.(attention|ffn)", rf"{lead}.{word}.\1.\2_hc", name
+    ),
 }  # fmt: skip
 
 
@@ -189,6 +213,30 @@ def test_names_that_no_layout_has_are_7_and_the_proposal_ports_them(layout, lead
         renamed = {RENAMED[layout](name, lead, word): value for name, value in plain.items()}
         assert len(renamed) == len(plain) and not renamed.keys() & plain.keys()
         source = write_file(home / "renamed", renamed)
+        for options in ({}, {"assume": True}, {"allow_partial": True}, {"dialect": dialect}):
+            status, reason = ends(source, home / "there.safetensors", **options)
+            assert status == 7 and any(name in reason for name in renamed), f"{options}: {status}, {reason}"
+        options = offered(reason)
+        ended = ends(source, home / "there.safetensors", dialect=dialect, to_dialect=dialect, **options)
+        assert ended == ("exact", "exact"), f"{options}: {ended}"
+        assert differences(read_sites(home / "there.safetensors"), found) == [], options
+
+
+@given(lead=LEAD, word=LEAD, layers=st.integers(1, 3), head=st.booleans())
+@examples(6)
+def test_leaves_of_a_tree_under_names_that_no_layout_has_are_7_too(lead, word, layers, head):
+    pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint, of the extra 'orbax', is not installed")
+    drawn = {"seed": 4, "streams": 3, "dim": 4, "layers": layers, "norm": True, "head": head}
+    found, dialect = model_of("maxtext", drawn)
+    with directory() as home:
+        plain = tensors_in(home, "maxtext", found, dialect, stacks=Stacks.parse("unscanned"))
+        renamed = {
+            re.sub(r"decoder/layers_(\d+)/", rf"{lead}/{word}_\1/", name).replace(
+                "decoder/hc_head", f"{lead}/hc_head"
+            ): v
+            for name, v in plain.items()
+        }
+        source = write_tree(home / "renamed", renamed)
         for options in ({}, {"assume": True}, {"allow_partial": True}, {"dialect": dialect}):
             status, reason = ends(source, home / "there.safetensors", **options)
             assert status == 7 and any(name in reason for name in renamed), f"{options}: {status}, {reason}"
@@ -231,8 +279,8 @@ def test_multi_token_prediction_that_a_layout_has_no_name_for_is_named(tmp_path)
         with pytest.raises(PortError) as raised:
             port(source, tmp_path / "out.safetensors", Options(to=to, to_dialect="deepseek-v4"))
         assert raised.value.status == 7 and "mtp.0.head" in str(raised.value), str(raised.value)
-        more = {"allow_partial": True, "allow_approximate": True}
-        report = port(source, tmp_path / f"{to}.safetensors", Options(to=to, to_dialect="deepseek-v4", **more))
+        allowed = Options(to=to, to_dialect="deepseek-v4", allow_partial=True, allow_approximate=True)
+        report = port(source, tmp_path / f"{to}.safetensors", allowed)
         assert report.verdict == "partial" and "of 30 tensors" in report.reason, report.reason
 
 
