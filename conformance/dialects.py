@@ -11,7 +11,7 @@ import difflib
 import functools
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +101,13 @@ class Configuration:
         keys: for each key the parameters that it sets, all to one value; ``streams`` is n, and a parameter after a
             minus is set to the negative of it.
         fixed: patterns of keys that speak of hyper-connections and set no parameter.
+        requires: switches that must be so, where they are given, for the software to compute this row.
     """
 
     place: str
     keys: Mapping[str, tuple[str, ...]]
     fixed: tuple[str, ...] = ()
+    requires: Mapping[str, bool] = field(default_factory=dict)
 
 
 def configuration(name: str) -> Configuration:
@@ -114,7 +116,7 @@ def configuration(name: str) -> Configuration:
     if found is None:
         return Configuration("", {})
     keys = {key: tuple(parameters) for key, parameters in found["keys"].items()}
-    return Configuration(found["place"], keys, tuple(found.get("fixed", ())))
+    return Configuration(found["place"], keys, tuple(found.get("fixed", ())), dict(found.get("requires", {})))
 
 
 def published(name: str) -> Dialect:

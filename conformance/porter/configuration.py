@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import re
@@ -61,8 +62,15 @@ def layers_stated(config: Mapping[str, Any] | None) -> list[int]:
 def unknown_keys(config: Mapping[str, Any] | None, known: Configuration) -> list[str]:
     """Keys that speak of hyper-connections and that the software of the row isn't known to have."""
     names = [key for part in _parts(config) for key in part if isinstance(key, str) and OURS.search(key)]
-    fixed = (*known.keys, *known.fixed, PORT_KEY)
+    fixed = (*known.keys, *known.fixed, *known.requires, PORT_KEY)
     return [key for key in dict.fromkeys(names) if not any(fnmatch.fnmatchcase(key, pattern) for pattern in fixed)]
+
+
+def contradicted(config: Mapping[str, Any] | None, known: Configuration) -> str:
+    """The switch that makes the software compute another row, with its value; empty where none does."""
+    part = of_language_model(config)
+    wrong = (key for key, value in known.requires.items() if part.get(key) is not None and part[key] != value)
+    return next((f"{key} is {part[key]}" for key in wrong), "")
 
 
 def values(config: Mapping[str, Any] | None, known: Configuration) -> Parameters:
@@ -75,8 +83,9 @@ def values(config: Mapping[str, Any] | None, known: Configuration) -> Parameters
     for key, parameters in known.keys.items():
         if part.get(key) is None:
             continue
+        stated = _number(part[key])
         for name in parameters:
-            value = -part[key] if name.startswith("-") and isinstance(part[key], int | float) else part[key]
+            value = -stated if name.startswith("-") and isinstance(stated, int | float) else stated
             name = name.removeprefix("-")
             if name in found and found[name] != value:
                 raise PortError(f"{told_by[name]} and {key} set {name} to {found[name]} and to {value}")
@@ -84,9 +93,20 @@ def values(config: Mapping[str, Any] | None, known: Configuration) -> Parameters
     return found
 
 
+def _number(value: Any) -> Any:
+    """The number that a text is: YAML takes ``1e-6``, which has no point, for a text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
+    except ValueError:
+        return value
+
+
 def settings(parameters: Mapping[str, Any], base: str) -> dict[str, Any]:
     """For each key whose value isn't the row's own, what must be set for these parameters; the first key of each."""
-    row, found, told = dialects.dialect_rows()[base], dict[str, Any](), set[str]()
+    row, told = dialects.dialect_rows()[base], set[str]()
+    found: dict[str, Any] = {key: value for key, value in dialects.configuration(base).requires.items() if value}
     for key, names in dialects.configuration(base).keys.items():
         bare = [name.removeprefix("-") for name in names if name != "streams"]
         if not bare or told >= {*names} or len({parameters[name] for name in bare}) > 1:
@@ -101,14 +121,18 @@ def settings(parameters: Mapping[str, Any], base: str) -> dict[str, Any]:
 def carried(parameters: Mapping[str, Any], base: str) -> Parameters:
     """The row ``base`` with the values of ``parameters`` wherever its software takes them from its configuration.
 
-    A key that sets several parameters can carry one value: where the source's differ, the row's own stay.
+    A key that sets several parameters can carry one value: where the source's differ, the row's own stay; and so they
+    do where the software can't have the source's, such as an eps of 0 under a guard that adds it.
     """
     found = dialects.dialect_rows()[base]
     for names in dialects.configuration(base).keys.values():
         bare = [name.removeprefix("-") for name in names if name != "streams"]
         wanted = {parameters[name] for name in bare}
         if len(wanted) == 1 and all((found[name] is None) == (parameters[name] is None) for name in bare):
-            found |= dict.fromkeys(bare, wanted.pop())
+            candidate = found | dict.fromkeys(bare, wanted.pop())
+            with contextlib.suppress(dialects.DialectError):
+                dialects.check(candidate, base)
+                found = candidate
     return found
 
 

@@ -178,6 +178,8 @@ def from_config(layout: Layout, checkpoint: Checkpoint) -> Told | None:
     unknown = [kind for kind in kinds if kind not in layout.models]
     base = layout.models[kinds[-1]] if kinds and not unknown else layout.dialect
     problem = ""
+    if not kinds:
+        base = _switched(base, config)
     if unknown:
         at_home = sorted({row for o in layouts().values() if (row := o.models.get(unknown[-1]))})
         problem = f"model_type {unknown[0]} is not known" + (
@@ -185,6 +187,9 @@ def from_config(layout: Layout, checkpoint: Checkpoint) -> Told | None:
         )
     software = dialects.configuration(base)
     strange = configuration.unknown_keys(config, software)
+    switch = configuration.contradicted(config, software)
+    if switch and not problem:
+        problem = f"{place}: {switch}, and then the software computes another function than {base}"
     if strange and not problem:
         problem = f"{place}: the key {strange[0]} speaks of hyper-connections, and no row of {base} is known to have it"
     row, set_there = dict(known()[base]), Parameters()
@@ -197,7 +202,18 @@ def from_config(layout: Layout, checkpoint: Checkpoint) -> Told | None:
         return Told(parameters, problem, base, False, problem)
     if not kinds:
         return Told(parameters, f"{OWN}, with the values {FROM_CONFIG}", base, True) if set_there else None
+    if config.get(PORT_KEY) is not None and note(checkpoint).get("assumed") is True:  # a port wrote it, from a guess
+        return Told(parameters, f"an assumption, {FROM_METADATA}", base, True)
     return Told(parameters, FROM_CONFIG.replace("config.json", Path(place).name), base)
+
+
+def _switched(base: str, config: Mapping[str, Any]) -> str:
+    """The row of the same software that the switches of its configuration choose."""
+    place = dialects.configuration(base).place
+    rows = [base, *(name for name in known() if name != base and dialects.configuration(name).place == place)]
+    fits = (name for name in rows if not configuration.contradicted(config, dialects.configuration(name)))
+    switches = dialects.configuration(base).requires
+    return next(fits, base) if any(key in config for key in switches) else base
 
 
 def _json(value: Any, checkpoint: Checkpoint) -> dict[str, Any]:

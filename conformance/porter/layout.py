@@ -221,6 +221,8 @@ class Layout:
             plain = plain.replace("/", ".")
         for spelling in dict.fromkeys((name, plain, naming.of_text(plain))):
             for group, kind, template, pattern in self._patterns:
+                if spelling == name != plain and template not in self.given:
+                    continue  # a wrapper's word is no part of a prefix, unless the user names it
                 match = pattern.fullmatch(spelling)
                 if match:
                     layer = match.groupdict().get("layer")

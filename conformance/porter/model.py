@@ -15,7 +15,7 @@ from conformance.porter.errors import CANNOT, INCOMPLETE, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layout_named, layouts
 from conformance.porter.recognition import Recognised, recognise, unplaced
-from conformance.porter.site import HEAD, NORM, Site, Weights
+from conformance.porter.site import ALONE, HEAD, NORM, Site, Weights
 from conformance.porter.storage.checkpoint import Checkpoint, check_dtype
 
 NO_HEAD = "the head is missing, and the dialect reduces the streams by one"
@@ -98,6 +98,8 @@ class Model:
                 without = sorted(every - kinds.get(kind, set()))
                 if without and (kind in kinds or stated):
                     found.append(f"{group} {numbers(without)} have no {kind} site")
+        if stated and not self.layers and ALONE not in self.sites:
+            found.append(f"config.json states {' or '.join(map(str, stated))} layers, and none is there")
         if stated and self.layers and len(self.layers) not in stated and not any("missing" in line for line in found):
             found.append(f"config.json states {' or '.join(map(str, stated))} layers, and {len(self.layers)} are there")
         if self.parameters["reduce"] == "head" and self.layers and not self.head and not self.told.problem:
@@ -213,6 +215,8 @@ def understand(
     told = dialects.given(dialect, checkpoint) if dialect else dialects.of_checkpoint(chosen, checkpoint)
     if told.assumed and told.by == dialects.OWN and (row := _named_after(chosen, sites)):
         told = replace(told, parameters=dialects.parse(row), base=row, by=f"its names are those of {row}")
+    if told.assumed and HEAD in sites and told.parameters["reduce"] == "mean":  # a head speaks against the mean
+        told = replace(told, parameters={**told.parameters, "reduce": "head"})
     if not bodies:  # a head alone says nothing of the matrix
         residual, norm = told.parameters["residual"], told.parameters["norm_weight"]
     elif told.parameters["residual"] != residual and told.assumed:

@@ -17,7 +17,7 @@ WRAPPERS = (
 the keys of training checkpoints (mathematics.md, "More names in use")."""
 LANGUAGE_MODEL = "language_model"
 """The text part of a model with several: some layouts have it in their names."""
-_WRAPPED = re.compile(rf"(?:(?<=[./])|^)(?:{'|'.join(map(re.escape, WRAPPERS))})[./]")
+_WRAPPED = re.compile(rf"(?:(?<=[./])|^)(?:{'|'.join(WRAPPERS).replace('.', '[./]')})[./]")
 _WRAPPING = ("module", "_orig_mod", "_fp32_params", "base_model", "ema_model", "state_dict")  # a word of each wrapper
 _LANGUAGE = re.compile(rf"(?:(?<=[./])|^){LANGUAGE_MODEL}[./]")
 _LEAF = re.compile(r"[./](?:raw_)?value$")

@@ -28,7 +28,7 @@ def choose(model: Model, layout: Layout, options: Options) -> Told:
         PortError: the layout has no place for such weights, the configuration of the target isn't known, or the
             parameters are none that a layer has.
     """
-    stated = _stated(layout, options)
+    stated = _stated(layout, options, model.streams)
     if options.to_dialect:
         told = dialects.given(options.to_dialect)
         if stated and _differ(told.parameters, stated.parameters):
@@ -60,21 +60,28 @@ def _differ(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return any(first[key] != second[key] for key in second if key not in ("reduce", *ROUNDED))
 
 
-def _stated(layout: Layout, options: Options) -> Told | None:
+def _stated(layout: Layout, options: Options, streams: int) -> Told | None:
     """What the configuration of the target says, where there is one.
 
     Raises:
-        PortError: it is of a model that isn't known, and the user doesn't say what that computes.
+        PortError: it is of a model that isn't known, and the user doesn't say what that computes; or of another n.
     """
     if options.to_config is not None:
         checkpoint = Checkpoint(options.to_config, "", config=configuration.read(options.to_config))
         checkpoint.config_file = options.to_config
         told = dialects.from_config(layout, checkpoint)
+        other = configuration.other_function(checkpoint.config)
     elif options.into is not None:
         with open_checkpoint(options.into) as checkpoint:
             told = dialects.from_config(layout, checkpoint)
+        other = configuration.other_function(checkpoint.config)
     else:
         return None
+    if other:
+        raise PortError(f"the target: {other}: that is another function, which takes none of these weights", CANNOT)
+    stated = dialects.streams_stated(checkpoint, told.base) if told else None
+    if stated not in (None, streams):
+        raise PortError(f"{checkpoint.config_place} states n = {stated}, and the tensors have n = {streams}")
     if told and told.problem:
         if options.to_dialect:
             return None

@@ -90,13 +90,15 @@ def check_dtype(tensor: Tensor) -> np.dtype:
 
 
 def flatten(tree: Mapping[str, Any], separator: str) -> dict[str, Any]:
-    """Leaves of nested mappings under their joined keys."""
+    """Leaves of nested mappings and lists under their joined keys, an item of a list under its number."""
     flat: dict[str, Any] = {}
     stack: list[tuple[str, Any]] = [("", tree)]
     while stack:
         prefix, node = stack.pop()
         if isinstance(node, Mapping):
             stack.extend((f"{prefix}{separator}{k}" if prefix else str(k), v) for k, v in node.items())
+        elif isinstance(node, list | tuple):
+            stack.extend((f"{prefix}{separator}{k}" if prefix else str(k), v) for k, v in enumerate(node))
         else:
             flat[prefix] = node
     return flat
