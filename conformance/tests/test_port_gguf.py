@@ -117,7 +117,7 @@ def test_a_file_states_the_dialect_of_its_source(tmp_path, dialect, residual, he
                      "hunyuan-v4": "hyv4", "xing-4": "xing4_0"}  # fmt: skip
     sites = random_sites(1, STREAMS, DIM, residual=residual, head=head)
     report = port(write_canonical(tmp_path / "s.safetensors", sites, dialect), tmp_path / "t.gguf", Options(to="gguf"))
-    assert (report.verdict, report.target_dialect) == ("exact", dialect)
+    assert (report.verdict, report.target_dialect, report.settings) == ("exact", dialect, {})
     found, name = keys(tmp_path / "t.gguf"), architectures[dialect]
     assert found["general.architecture"] == name
     assert (found[f"{name}.hyper_connection.count"], found[f"{name}.block_count"]) == (STREAMS, 2)
@@ -128,6 +128,19 @@ def test_a_file_states_the_dialect_of_its_source(tmp_path, dialect, residual, he
     read = inspect(tmp_path / "t.gguf")
     assert (read.dialect, read.told_by) == (dialect, "from its keys")
     assert port(tmp_path / "t.gguf", tmp_path / "back.safetensors", Options(to="canonical")).verdict == "exact"
+
+
+def test_configured_values_are_carried_in_the_keys(tmp_path):
+    sites = random_sites(12, STREAMS, DIM, head=True)
+    told = "deepseek-v4,norm_eps=2e-5,eps=3e-6,pre_eps=3e-6,iterations=7"
+    source = write_canonical(tmp_path / "s.safetensors", sites, told)
+    report = port(source, tmp_path / "t.gguf", Options(to="gguf"))
+    assert (report.verdict, report.settings) == ("exact", {})  # nothing is left to set
+    read = inspect(tmp_path / "t.gguf")
+    assert read.dialect == "deepseek-v4,norm_eps=2e-05,eps=3e-06,iterations=7,pre_eps=3e-06"
+    assert keys(tmp_path / "t.gguf")["deepseek4.hyper_connection.sinkhorn_iterations"] == 7
+    back = port(tmp_path / "t.gguf", tmp_path / "back.safetensors", Options(to="canonical"))
+    assert back.verdict == "exact" and differences(read_sites(tmp_path / "back.safetensors"), sites) == []
 
 
 def test_blocks_beyond_the_model_s_own_are_for_multi_token_prediction(tmp_path):
