@@ -346,6 +346,33 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path, at, number, said):
         inspect(path)
 
 
+def test_damaged_headers_are_refused_or_read(tmp_path):
+    """Nothing but the porter's own error, and no memory for what a number only claims."""
+    path = model(tmp_path / "m.gguf")
+    content, random = path.read_bytes(), np.random.default_rng(3)
+    with contextlib.closing(GGUFCheckpoint(path)) as checkpoint:
+        end = checkpoint.headers[0].data
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        width = int(random.choice([1, 2, 4, 8]))
+        at = int(random.integers(4, end - width))
+        damaged[at : at + width] = random.choice([b"\xff" * width, bytes(width), random.bytes(width)])
+        path.write_bytes(damaged)
+        try:
+            inspect(path)
+        except PortError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert refused > 200
+
+
+def test_more_blocks_ahead_than_there_are_is_refused(tmp_path):
+    path = model(tmp_path / "m.gguf", keys={"nextn_predict_layers": 2**31}, ahead=0)
+    with pytest.raises(PortError, match=r"m\.gguf: of block_count = 2 blocks nextn_predict_layers = 2147483648"):
+        inspect(path)
+
+
 def test_an_architecture_that_is_not_known_takes_no_tensors(tmp_path):
     path = model(tmp_path / "m.gguf", "qwen4exp", ahead=0)
     source = write_canonical(tmp_path / "s.safetensors", random_sites(10, STREAMS, DIM, head=True), "deepseek-v4")
