@@ -6,6 +6,8 @@ Files are made and looked at by the package ``gguf``, or byte by byte where it c
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import struct
 import sys
 from collections.abc import Mapping
@@ -177,6 +179,23 @@ def test_a_copy_has_the_new_tensors_and_every_other_byte_of_the_model(tmp_path):
     assert {k for k in keys(tmp_path / "t.gguf").items() ^ keys(path).items()} == {
         ("mhc_port", keys(tmp_path / "t.gguf")["mhc_port"])
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [0, 100])
+def test_a_copy_is_the_same_where_the_kernel_copies_little_or_nothing(tmp_path, monkeypatch, step):
+    path = model(tmp_path / "m.gguf", ahead=0)
+    source = write_canonical(tmp_path / "s.safetensors", random_sites(13, STREAMS, DIM, head=True), "deepseek-v4")
+    port(source, tmp_path / "t.gguf", Options(to="gguf", into=path))
+    real = os.copy_file_range
+
+    def little(here: int, there: int, length: int, offset: int) -> int:
+        if not step:
+            raise OSError(errno.EXDEV, "on another file system")
+        return real(here, there, min(length, step), offset)
+
+    monkeypatch.setattr(os, "copy_file_range", little)
+    port(source, tmp_path / "u.gguf", Options(to="gguf", into=path))
+    assert (tmp_path / "u.gguf").read_bytes() == (tmp_path / "t.gguf").read_bytes()
 
 
 def test_a_copy_of_its_own_model_s_tensors_is_the_model(tmp_path):
