@@ -98,6 +98,4 @@ def inspect(
 
 def _odd(model: Model) -> list[str]:
     found = [*([model.differing] if model.differing else []), *model.lacking()]
-    if model.parameters["reduce"] == "head" and not model.head and model.told.assumed:
-        found.append(f"there is no head, and {model.told.base} reduces the streams by one")
     return [*found, *damage.signs(model)]

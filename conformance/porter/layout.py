@@ -128,9 +128,9 @@ class Layout:
 
     def of_dialect(self, name: str) -> Layout:
         """The same layout, writing the names that models of a dialect have (`leads`)."""
-        lead = self.leads.get(name)
-        if lead is None:
+        if name not in self.leads:
             return self
+        lead = self.leads[name]
         names = {
             key: tuple(sorted(templates, key=lambda t: (t not in self.given, not t.startswith(lead))))
             for key, templates in self.names.items()

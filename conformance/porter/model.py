@@ -100,7 +100,7 @@ class Model:
                     found.append(f"{group} {numbers(without)} have no {kind} site")
         if stated and self.layers and len(self.layers) not in stated and not any("missing" in line for line in found):
             found.append(f"config.json states {' or '.join(map(str, stated))} layers, and {len(self.layers)} are there")
-        if self.parameters["reduce"] == "head" and self.layers and not self.head and not self.told.assumed:
+        if self.parameters["reduce"] == "head" and self.layers and not self.head and not self.told.problem:
             found.append(NO_HEAD)
         return found
 
@@ -225,7 +225,8 @@ def understand(
         )
     told.parameters = dialects.check({**told.parameters, "norm_weight": norm}, str(checkpoint.path))
     model = Model(
-        checkpoint, chosen, sites, streams, dim, residual, norm, told, [], _differing(checkpoint, found, told.base), sizes
+        checkpoint, chosen, sites, streams, dim, residual, norm, told, [],
+        _differing(checkpoint, found, told.base), sizes,
     )  # fmt: skip
     placed = {name for rows in sites.values() for name in rows.values()}
     endings = tuple(chosen.endings_of_anchors)

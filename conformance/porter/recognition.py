@@ -137,10 +137,11 @@ def _likeliest(checkpoint: Checkpoint, fits: list[Recognised]) -> list[Recognise
     if any(stated & set(fit.layout.models) for fit in fits):
         fits = [fit for fit in fits if stated & set(fit.layout.models)]
     most = max(fit.tensors for fit in fits)
-    fits = [fit for fit in fits if fit.tensors == most]
-    if all(fit.weights() == fits[0].weights() for fit in fits):
-        fits = [min(fits, key=lambda fit: fit.layout.rank)]
-    return fits
+    found: list[Recognised] = []
+    for fit in sorted((fit for fit in fits if fit.tensors == most), key=lambda fit: fit.layout.rank):
+        if all(fit.weights() != other.weights() for other in found):
+            found.append(fit)
+    return found
 
 
 def _nothing(checkpoint: Checkpoint, given: Layout | None) -> PortError:

@@ -102,7 +102,7 @@ def test_inspect_names_what_is_odd(tmp_path):
     tensors = {k: v for k, v in tensors.items() if not k.startswith("layers.1.hc_attn")}
     save_file(tensors, tmp_path / "odd.safetensors")
     odd = json.loads(call("inspect", tmp_path / "odd.safetensors", "--json").stdout)["odd"]
-    assert any("there is no head, and deepseek-v4 reduces the streams by one" in line for line in odd)
+    assert any("the head is missing, and the dialect reduces the streams by one" in line for line in odd)
     assert any("layers.0.attention, pre_alpha_scale is 0" in line for line in odd)
     assert any("layers.1.ffn" in line and "1 of 128 values aren't finite" in line for line in odd)
     assert any("layers 1 have no attention site" in line for line in odd)

@@ -62,7 +62,10 @@ def to_maxtext(peer, target, stacks=SCANNED, **changes):
 
 
 def config_of(peer):
-    return jax_impl.MHCConfig.from_dialect("maxtext", streams=models.STREAMS, dim=models.DIM, norm_eps=peer.norm_eps)
+    reduce = "head" if peer.head is not None else "sum"
+    return jax_impl.MHCConfig.from_dialect(
+        "maxtext", streams=models.STREAMS, dim=models.DIM, norm_eps=peer.norm_eps, reduce=reduce
+    )
 
 
 def from_tree(tree, config, stacks, name):

@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 def restored(path: Path) -> dict[str, Any]:
     """A checkpoint as nested dictionaries of NumPy arrays, whatever devices it was written from."""
     handler = ocp.PyTreeCheckpointHandler()
-    metadata = ocp.Checkpointer(handler).metadata(path.resolve()).item_metadata.tree
-    arguments = replaced(metadata, lambda _: ocp.RestoreArgs(restore_type=np.ndarray))
+    metadata: Any = ocp.Checkpointer(handler).metadata(path.resolve())
+    arguments = replaced(metadata.item_metadata.tree, lambda _: ocp.RestoreArgs(restore_type=np.ndarray))
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
         path.resolve(), ocp.args.PyTreeRestore(restore_args=arguments)
     )
