@@ -91,9 +91,9 @@ class Model:
         stated = dialects.layers_stated(self.checkpoint)
         for group, kinds in groups.items():
             every = set().union(*kinds.values())
-            gaps = sorted(set(range(max(every) + 1)) - every)
-            if gaps:
-                found.append(f"{group} {numbers(gaps)} are missing")
+            between = gaps(every)
+            if between:
+                found.append(f"{group} {between} are missing")
             for kind in ("attention", "ffn"):
                 without = sorted(every - kinds.get(kind, set()))
                 if without and (kind in kinds or stated):
@@ -279,6 +279,16 @@ def _differing(checkpoint: Checkpoint, found: Recognised, base: str) -> str:
     if stated is not None and stated != streams:
         return f"{checkpoint.config_place} states n = {stated}, and the tensors have n = {streams}"
     return ""
+
+
+def gaps(found: set[int]) -> str:
+    """The numbers below the largest that aren't there, as ``0-2, 5``; a name may have any number in it."""
+    runs, before = list[str](), -1
+    for number in sorted(found):
+        if number > before + 1:
+            runs.append(str(before + 1) if number == before + 2 else f"{before + 1}-{number - 1}")
+        before = number
+    return ", ".join(runs)
 
 
 def numbers(found: list[int]) -> str:

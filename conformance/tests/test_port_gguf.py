@@ -6,6 +6,8 @@ Files are made and looked at by the package ``gguf``, or byte by byte where it c
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import struct
 import sys
 from collections.abc import Mapping
@@ -117,7 +119,7 @@ def test_a_file_states_the_dialect_of_its_source(tmp_path, dialect, residual, he
                      "hunyuan-v4": "hyv4", "xing-4": "xing4_0"}  # fmt: skip
     sites = random_sites(1, STREAMS, DIM, residual=residual, head=head)
     report = port(write_canonical(tmp_path / "s.safetensors", sites, dialect), tmp_path / "t.gguf", Options(to="gguf"))
-    assert (report.verdict, report.target_dialect) == ("exact", dialect)
+    assert (report.verdict, report.target_dialect, report.settings) == ("exact", dialect, {})
     found, name = keys(tmp_path / "t.gguf"), architectures[dialect]
     assert found["general.architecture"] == name
     assert (found[f"{name}.hyper_connection.count"], found[f"{name}.block_count"]) == (STREAMS, 2)
@@ -128,6 +130,19 @@ def test_a_file_states_the_dialect_of_its_source(tmp_path, dialect, residual, he
     read = inspect(tmp_path / "t.gguf")
     assert (read.dialect, read.told_by) == (dialect, "from its keys")
     assert port(tmp_path / "t.gguf", tmp_path / "back.safetensors", Options(to="canonical")).verdict == "exact"
+
+
+def test_configured_values_are_carried_in_the_keys(tmp_path):
+    sites = random_sites(12, STREAMS, DIM, head=True)
+    told = "deepseek-v4,norm_eps=2e-5,eps=3e-6,pre_eps=3e-6,iterations=7"
+    source = write_canonical(tmp_path / "s.safetensors", sites, told)
+    report = port(source, tmp_path / "t.gguf", Options(to="gguf"))
+    assert (report.verdict, report.settings) == ("exact", {})  # nothing is left to set
+    read = inspect(tmp_path / "t.gguf")
+    assert read.dialect == "deepseek-v4,norm_eps=2e-05,eps=3e-06,iterations=7,pre_eps=3e-06"
+    assert keys(tmp_path / "t.gguf")["deepseek4.hyper_connection.sinkhorn_iterations"] == 7
+    back = port(tmp_path / "t.gguf", tmp_path / "back.safetensors", Options(to="canonical"))
+    assert back.verdict == "exact" and differences(read_sites(tmp_path / "back.safetensors"), sites) == []
 
 
 def test_blocks_beyond_the_model_s_own_are_for_multi_token_prediction(tmp_path):
@@ -164,6 +179,23 @@ def test_a_copy_has_the_new_tensors_and_every_other_byte_of_the_model(tmp_path):
     assert {k for k in keys(tmp_path / "t.gguf").items() ^ keys(path).items()} == {
         ("mhc_port", keys(tmp_path / "t.gguf")["mhc_port"])
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [0, 100])
+def test_a_copy_is_the_same_where_the_kernel_copies_little_or_nothing(tmp_path, monkeypatch, step):
+    path = model(tmp_path / "m.gguf", ahead=0)
+    source = write_canonical(tmp_path / "s.safetensors", random_sites(13, STREAMS, DIM, head=True), "deepseek-v4")
+    port(source, tmp_path / "t.gguf", Options(to="gguf", into=path))
+    real = os.copy_file_range
+
+    def little(here: int, there: int, length: int, offset: int) -> int:
+        if not step:
+            raise OSError(errno.EXDEV, "on another file system")
+        return real(here, there, min(length, step), offset)
+
+    monkeypatch.setattr(os, "copy_file_range", little)
+    port(source, tmp_path / "u.gguf", Options(to="gguf", into=path))
+    assert (tmp_path / "u.gguf").read_bytes() == (tmp_path / "t.gguf").read_bytes()
 
 
 def test_a_copy_of_its_own_model_s_tensors_is_the_model(tmp_path):
@@ -330,6 +362,33 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path, at, number, said):
     content[at : at + len(number)] = number
     path.write_bytes(content)
     with pytest.raises(PortError, match=said):
+        inspect(path)
+
+
+def test_damaged_headers_are_refused_or_read(tmp_path):
+    """Nothing but the porter's own error, and no memory for what a number only claims."""
+    path = model(tmp_path / "m.gguf")
+    content, random = path.read_bytes(), np.random.default_rng(3)
+    with contextlib.closing(GGUFCheckpoint(path)) as checkpoint:
+        end = checkpoint.headers[0].data
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        width = int(random.choice([1, 2, 4, 8]))
+        at = int(random.integers(4, end - width))
+        damaged[at : at + width] = random.choice([b"\xff" * width, bytes(width), random.bytes(width)])
+        path.write_bytes(damaged)
+        try:
+            inspect(path)
+        except PortError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert refused > 200
+
+
+def test_more_blocks_ahead_than_there_are_is_refused(tmp_path):
+    path = model(tmp_path / "m.gguf", keys={"nextn_predict_layers": 2**31}, ahead=0)
+    with pytest.raises(PortError, match=r"m\.gguf: of block_count = 2 blocks nextn_predict_layers = 2147483648"):
         inspect(path)
 
 

@@ -150,3 +150,15 @@ def test_a_missing_package_is_3_and_its_extra_is_named(tmp_path, monkeypatch, pa
         (held / "_METADATA").write_text("{}")
     refuses(tmp_path, "port", held, tmp_path / "out", "--to", "canonical", saying=(f"[{extra}]",), status=3)
     refuses(tmp_path, "inspect", held, saying=(f"[{extra}]",), status=3)
+
+
+def test_a_number_in_a_name_takes_no_memory(tmp_path):
+    """Layers up to 4,000,000,000, of which three are there."""
+    source = build(tmp_path / "source", layers=3)
+    for shard in sorted(source.glob("*.safetensors")):
+        store(shard, {name.replace("layers.2.", "layers.4000000000."): value for name, value in load(shard).items()})
+    (source / "model.safetensors.index.json").unlink()
+    refuses(
+        tmp_path, "port", source, tmp_path / "x", "--to", "canonical", saying=("layers 2-3999999999 are missing",),
+        status=7,
+    )  # fmt: skip

@@ -235,6 +235,15 @@ def test_for_the_other_mix_the_residual_block_is_transposed(tmp_path, layout, ou
     assert differences(load_file(tmp_path / "there.safetensors"), out_in(turned, streams, dim)) == []
 
 
+def test_glm_has_the_names_of_mlx_vlm_s_language_model(tmp_path):
+    """mlx-vlm's GLM-5 renames ``model.language_model.``, and nothing that starts with ``model.layers.``."""
+    sites = random_sites(24, 4, 3)
+    source = write_canonical(tmp_path / "source.safetensors", sites, "glm-5")
+    assert port(source, tmp_path / "there.safetensors", Options(to="mlx")).target_dialect == "glm-5"
+    expected = {f"language_model.{name}": value for name, value in mlx(sites, 4, 3).items()}
+    assert differences(load_file(tmp_path / "there.safetensors"), expected) == []
+
+
 @pytest.mark.parametrize("streams, dim", SIZES)
 @pytest.mark.parametrize("head", [False, True])
 def test_hunyuan_is_written_under_the_released_names(tmp_path, streams, dim, head):

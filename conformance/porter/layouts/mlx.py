@@ -30,4 +30,5 @@ LAYOUT = Layout(
         "glm5_next": "glm-5",
         "glm5_next_text": "glm-5",
     },
+    leads={"glm-5": "language_model.model."},  # mlx-vlm's GLM-5 renames nothing that starts with model.layers
 )

@@ -67,7 +67,10 @@ class GGUFCheckpoint(Checkpoint):
         self.headers.append(header)
         if self.config is None:  # the first part has the keys of all
             self.keys = header.values
-            self.config = configuration(self.keys)
+            try:
+                self.config = configuration(self.keys)
+            except PortError as error:
+                raise PortError(f"{path}: {error}") from error
             if isinstance(self.keys.get(PORT_KEY), str):
                 self.metadata = {PORT_KEY: self.keys[PORT_KEY]}
         blocks, held = trunk(self.keys), dict(self.tensors)

@@ -7,6 +7,7 @@ from typing import Any
 
 from conformance.dialects import dialect_rows
 from conformance.porter.configuration import described
+from conformance.porter.errors import PortError
 
 ARCHITECTURES = {
     "deepseek4": "deepseek-v4",
@@ -46,10 +47,18 @@ def configuration(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trunk(keys: Mapping[str, Any]) -> int | None:
-    """How many blocks are the model's own: those for multi-token prediction follow them, and are counted with them."""
+    """How many blocks are the model's own: those for multi-token prediction follow them, and are counted with them.
+
+    Raises:
+        PortError: it would have none.
+    """
     architecture = keys.get(ARCHITECTURE)
     blocks, ahead = keys.get(f"{architecture}.{BLOCKS}"), keys.get(f"{architecture}.{NEXTN}", 0)
-    return blocks - ahead if isinstance(blocks, int) and isinstance(ahead, int) else None
+    if type(blocks) is not int or type(ahead) is not int:
+        return None
+    if not 0 <= ahead < blocks:
+        raise PortError(f"of {BLOCKS} = {blocks} blocks {NEXTN} = {ahead} would be for multi-token prediction")
+    return blocks - ahead
 
 
 def architecture_of(row: str, parameters: Mapping[str, Any]) -> str:
