@@ -14,7 +14,6 @@ from conformance.porter.errors import PortError
 from conformance.porter.model import Model, understand
 from conformance.porter.site import HEAD, NORM
 from conformance.porter.storage.opening import open_checkpoint
-from conformance.porter.storage.stacks import Unstacked
 
 
 @dataclass
@@ -79,8 +78,8 @@ def inspect(path: Path, layout: str | None = None, names: Mapping[str, str] | No
             streams=model.streams, dim=model.dim, residual=model.residual, norm_weight=model.norm, head=model.head,
             sites=len(model.sites), layers=groups, dtypes=model.dtypes,
             tensors=sum(len(rows) for rows in model.sites.values()), all_tensors=len(checkpoint.tensors),
-            bytes=model.nbytes, stacked=checkpoint.stacks if isinstance(checkpoint, Unstacked) else "",
-            scan_axes=sorted(checkpoint.axes) if isinstance(checkpoint, Unstacked) else [],
+            bytes=model.nbytes, stacked=checkpoint.stacks,
+            scan_axes=sorted(checkpoint.axes),
             dialects=dialects.fitting(model.layout, model.norm, model.residual),
             dialect=dialects.described(model.parameters), told_by=model.told_by, odd=_odd(model, groups),
         )  # fmt: skip

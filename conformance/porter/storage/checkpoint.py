@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,10 @@ from conformance.porter.errors import PortError
 
 PORT_KEY = "mhc_port"
 """Where a checkpoint that was written here says how: JSON, in the metadata of its file, index or tree."""
+DEEPEST, MOST_LEAVES = 100, 1_000_000
+"""Levels and entries of a tree, beyond those of any model."""
+OPTIMISERS = frozenset({"opt_state", "optimizer", "optimizers", "optimizer_state", "optimizer_states", "optim"})
+"""Keys under which training checkpoints keep an optimiser's state: of optax, of Flax NNX, and of PyTorch's trainers."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class Checkpoint:
         metadata: of the file, the index or the tree.
         config: ``config.json`` beside it, where there is one.
         files: how many files hold tensors.
+        aside: names of tensors that are no weights and aren't shown: the state of an optimiser.
+        stacks: in words, which layers lie stacked in one array; empty where none does.
+        axes: along which axes they are stacked.
     """
 
     path: Path
@@ -50,6 +58,9 @@ class Checkpoint:
     metadata: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     files: int = 1
+    aside: frozenset[str] = frozenset()
+    stacks: str = ""
+    axes: set[int] = field(default_factory=set)
 
     def prepare(self, names: Iterable[str]) -> None:
         """Told before `read` which tensors will be asked for."""
@@ -84,13 +95,44 @@ def check_dtype(tensor: Tensor) -> np.dtype:
 
 
 def flatten(tree: Mapping[str, Any], separator: str) -> dict[str, Any]:
-    """Leaves of nested mappings under their joined keys."""
+    """Leaves of nested mappings and of lists with mappings in them, under their joined keys.
+
+    Raises:
+        PortError: two leaves have one name, or the tree is deeper or larger than any model's: it holds itself, or
+            shares its branches many times.
+    """
     flat: dict[str, Any] = {}
-    stack: list[tuple[str, Any]] = [("", tree)]
+    stack: list[tuple[str, int, Any]] = [("", 0, tree)]
     while stack:
-        prefix, node = stack.pop()
-        if isinstance(node, Mapping):
-            stack.extend((f"{prefix}{separator}{k}" if prefix else str(k), v) for k, v in node.items())
-        else:
+        prefix, depth, node = stack.pop()
+        branches = _branches(node)
+        if branches is None:
+            if prefix in flat:
+                raise PortError(f"{prefix} is there twice, under keys that join to one name")
             flat[prefix] = node
+            continue
+        if depth == DEEPEST:
+            raise PortError(f"{prefix[:60]}… is nested more than {DEEPEST} levels deep, or holds itself")
+        stack.extend((f"{prefix}{separator}{k}" if prefix else str(k), depth + 1, v) for k, v in branches)
+        if len(flat) + len(stack) > MOST_LEAVES:
+            raise PortError(f"has more than {MOST_LEAVES} entries, as if its branches were shared many times")
     return flat
+
+
+def _branches(node: Any) -> Iterable[tuple[Any, Any]] | None:
+    """What a node of a tree holds under which keys; None for a leaf, as a list of mere numbers is."""
+    if isinstance(node, Mapping):
+        return node.items()
+    if isinstance(node, list | tuple) and any(isinstance(v, Mapping | list) or hasattr(v, "shape") for v in node):
+        return enumerate(node)
+    return None
+
+
+def without_optimiser(names: Iterable[str]) -> tuple[list[str], frozenset[str]]:
+    """The names that aren't an optimiser's, whose moments are named and shaped as the weights are; and the others.
+
+    A name is an optimiser's where one of its keys says so. Where all are, none is taken away.
+    """
+    every = list(names)
+    kept = [name for name in every if OPTIMISERS.isdisjoint(re.split(r"[./]", name))]
+    return (kept, frozenset(every).difference(kept)) if kept else (every, frozenset())

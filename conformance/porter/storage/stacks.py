@@ -162,7 +162,9 @@ class Unstacked(Checkpoint):
     """A checkpoint with its scanned layers taken apart; everything else is handed through."""
 
     def __init__(self, whole: Checkpoint):
-        super().__init__(whole.path, whole.kind, {}, whole.metadata, whole.config, whole.files)
+        super().__init__(
+            whole.path, whole.kind, {}, whole.metadata, whole.config, whole.files, whole.aside, whole.stacks, whole.axes
+        )
         self._whole = whole
         self._slices: dict[str, tuple[str, int, int]] = {}
         self._alone: dict[str, str] = {}
@@ -176,8 +178,7 @@ class Unstacked(Checkpoint):
                 groups.setdefault(match["stack"], []).append((match, tensor))
             else:
                 self._shown[name] = tensor
-        self.axes: set[int] = set()
-        self.stacks = self._place(groups)
+        self.stacks = ",".join(filter(None, [self.stacks, self._place(groups)]))
 
     def _place(self, groups: Mapping[str, list[tuple[re.Match[str], Tensor]]]) -> str:
         """Fills in the unscanned names; says in a word how the layers lay."""
