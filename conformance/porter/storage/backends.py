@@ -18,7 +18,8 @@ def processor_only() -> Iterator[None]:
     """In the block JAX has the processor (CPU) alone, unless it has been started before; afterwards it is as it was.
 
     A program that has started JAX keeps what it has, which Orbax then uses without starting anything. One that hasn't
-    finds JAX unstarted after the block, with the platforms that it set or that JAX would choose.
+    finds JAX unstarted after the block, with the platforms that it set or that JAX would choose; a thread of it that
+    starts JAX within the block would get the processor, and lose it at the end.
     """
     import jax
     from jax._src import xla_bridge  # no public function says whether JAX has been started
