@@ -221,6 +221,16 @@ def chunks(*parts):
     return change
 
 
+def overlapping(path):
+    """As many elements as the tensor has, of two files, and some of them twice."""
+    (other,) = (info for key, info in metadata(path).storage_data.items() if key.fqn == "layers.0.hc_attn_fn")
+    chunks((0, 12), (8, 12))(path)
+    content = metadata(path)
+    (second,) = (key for key in content.storage_data if key.fqn == ATTN and key.offset[0] == 8)
+    content.storage_data[second] = other
+    write(path, content)
+
+
 def file_of(path: Path, name: str = ATTN) -> Path:
     content = metadata(path)
     return path / next(info.relative_path for key, info in content.storage_data.items() if key.fqn == name)
@@ -263,7 +273,8 @@ DISTRIBUTED = {
     ),
     "no-chunks": (tensor(chunks=[]), (ATTN, "0 of 768")),
     "a-hole": (chunks((0, 8), (16, 8)), (ATTN, "512 of 768")),
-    "an-overlap": (chunks((0, 12), (8, 12)), (ATTN, "more bytes")),
+    "one-place-twice": (chunks((0, 12), (8, 12)), (ATTN, "more bytes")),
+    "an-overlap": (overlapping, (ATTN, "overlap")),
     "out-of-it": (chunks((0, 12), (16, 12)), (ATTN, "stand out")),
     "goes-up": (place(relative_path="../x"), (ATTN, "'../x'", "outside")),
     "is-absolute": (place(relative_path="/etc/passwd"), (ATTN, "'/etc/passwd'", "outside")),
