@@ -20,6 +20,10 @@ class PortError(Exception):
         self.status = status
 
 
+class Incomplete(PortError):
+    """Some of a checkpoint isn't there; what is there may be of use."""
+
+
 class Ambiguous(PortError):
     """Several layouts fit.
 

@@ -10,7 +10,6 @@ from typing import Any
 from conformance.porter import configuration, damage, dialects
 from conformance.porter.model import Model, understand
 from conformance.porter.storage.opening import open_checkpoint
-from conformance.porter.storage.stacks import Unstacked
 
 
 @dataclass
@@ -88,8 +87,8 @@ def inspect(
             streams=model.streams, dim=model.dim, residual=model.residual, norm_weight=model.norm, head=model.head,
             sites=len(model.sites), layers=groups, dtypes=model.dtypes,
             tensors=sum(len(rows) for rows in model.sites.values()), all_tensors=len(checkpoint.tensors),
-            bytes=model.nbytes, stacked=checkpoint.stacks if isinstance(checkpoint, Unstacked) else "",
-            scan_axes=sorted(checkpoint.axes) if isinstance(checkpoint, Unstacked) else [],
+            bytes=model.nbytes, stacked=checkpoint.stacks,
+            scan_axes=sorted(checkpoint.axes),
             dialects=dialects.fitting(model.layout, model.norm, model.residual),
             dialect=dialects.described(model.parameters), told_by=model.told.by, assumed=model.told.assumed,
             problem=model.told.problem, odd=_odd(model),

@@ -18,6 +18,8 @@ from conformance.porter.layouts import layouts
 from conformance.porter.model import Model, understand
 from conformance.porter.options import Options, Report
 from conformance.porter.site import ALONE, HEAD, NORM, Site
+from conformance.porter.storage.into import check_into
+from conformance.porter.storage.modules import OfModules
 from conformance.porter.storage.opening import open_checkpoint
 from conformance.porter.storage.stacks import Stacker, Stacks
 from conformance.porter.verdict import Verdict, derive
@@ -203,9 +205,16 @@ def _existing(model: Model, layout: Layout, options: Options) -> dict[Site, dict
         if not options.into.is_file():
             raise PortError(f"{options.into}: --into takes a GGUF file, and writes a copy of it at the target")
     elif "safetensors" not in layout.containers or not options.into.is_dir():
-        raise PortError(f"{options.into}: --into takes a directory of safetensors shards")
+        raise PortError(f"{options.into}: --into takes a directory of safetensors files")
+    else:
+        check_into(options.into)
     with open_checkpoint(options.into) as checkpoint:
         sites = layout.locate(checkpoint.tensors)
+        if sites and isinstance(checkpoint, OfModules):
+            raise PortError(
+                f"{options.into}: holds its hyper-connections as modules have them in memory, φ as [n, C, m], and a "
+                f"shard would hold them flat: port to a file, and load that into the modules"
+            )
         others = [] if sites else [
             o.name for o in layouts().values() if checkpoint.kind in o.containers and o.locate(checkpoint.tensors)
         ]  # fmt: skip

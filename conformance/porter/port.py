@@ -11,13 +11,14 @@ from pathlib import Path
 
 from conformance.porter import configuration
 from conformance.porter import plan as planning
-from conformance.porter.errors import CANNOT, REFUSED, UNKNOWN, PortError
+from conformance.porter.errors import CANNOT, REFUSED, UNKNOWN, Incomplete, PortError
 from conformance.porter.layouts import layout_named, layouts
 from conformance.porter.model import understand
 from conformance.porter.options import Options, Refused, Report
 from conformance.porter.plan import Plan
 from conformance.porter.storage import target as storage
 from conformance.porter.storage.checkpoint import PORT_KEY
+from conformance.porter.storage.into import write_into
 from conformance.porter.storage.opening import open_checkpoint
 from conformance.porter.verdict import APPROXIMATE, EXACT, IMPOSSIBLE, PARTIAL, ROUNDING, Verdict
 
@@ -118,7 +119,7 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
     metadata = _metadata(report, plan, kind)
     if kind == "into":
         assert options.into
-        report.written = str(storage.write_into(options.into, tensors, metadata, options.read_back))
+        report.written = str(write_into(options.into, tensors, metadata, options.read_back))
     else:
         assert target
         storage.write(
@@ -139,12 +140,14 @@ def _check_replaceable(target: Path, model: Path | None) -> None:
         return
     try:
         with open_checkpoint(target) as former:
-            held = set(former.tensors)
+            held = set(former.tensors) | former.aside
             for layout in layouts().values():
                 held -= {name for rows in layout.locate(former.tensors).values() for name in rows.values()}
             if held and model is not None:
                 with open_checkpoint(model) as copied:
                     held -= set(copied.tensors)
+    except Incomplete as error:
+        raise PortError(f"{target}: holds a part of a checkpoint, which would be lost: remove it first") from error
     except PortError:  # no checkpoint, or a broken one: nothing that could be used is lost
         return
     if held:

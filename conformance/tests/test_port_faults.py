@@ -82,6 +82,13 @@ def twice_without_index(d):
     (d / INDEX).unlink()
 
 
+def alone(d, tensors):
+    """A checkpoint of one file."""
+    for name in (S1, S2, S3, INDEX):
+        (d / name).unlink()
+    store(d / "model.safetensors", tensors)
+
+
 def streams(n, dim):
     """Layer 1's attention with another n; C so that the flat axis keeps its length."""
     rows = 2 * n + n * n
@@ -167,14 +174,13 @@ FAULTS = {
         (S2, "layers.1.hc_ffn_base"),
     ),
     "one-site-twice": (
-        lambda d: [(d / s).unlink() for s in (S1, S3, INDEX)] and store(
-            d / S2, {lead + k.replace("hc_ffn_", "ffn_hc.").replace("hc_attn_", "attn_hc."): v
+        lambda d: alone(
+            d, {lead + k.replace("hc_ffn_", "ffn_hc.").replace("hc_attn_", "attn_hc."): v
                      for lead in ("", "model.") for k, v in load(d / S2).items()}),
         ("layers.1.attn_hc.fn", "model.layers.1.attn_hc.fn"),
     ),
-    "nothing-of-mhc": (lambda d: [(d / s).unlink() for s in (S1, S2, INDEX)] and store(
-        d / S3, {"norm.weight": ("F16", [2], bytes(4))}), ("no mHC tensors",)),
-    "no-tensors-at-all": (lambda d: [(d / s).unlink() for s in (S1, S2, INDEX)] and store(d / S3, {}), ("no mHC",)),
+    "nothing-of-mhc": (lambda d: alone(d, {"norm.weight": ("F16", [2], bytes(4))}), ("no mHC tensors",)),
+    "no-tensors-at-all": (lambda d: alone(d, {}), ("no mHC",)),
     "an-empty-directory": (lambda d: [p.unlink() for p in d.iterdir()], ("safetensors", "Orbax")),
     "a-config-alone": (lambda d: [(d / s).unlink() for s in (S1, S2, S3, INDEX)], ("safetensors", "Orbax")),
     "not-there": (shutil.rmtree, ("No such file",)),

@@ -248,6 +248,38 @@ def test_a_checkpoint_that_takes_tensors_loads_at_every_moment(tmp_path, sources
     counts.check("--into", duration)
 
 
+def test_a_model_of_one_file_that_takes_tensors_is_the_old_one_or_the_new_one(tmp_path, sources, drivers):
+    """Its directory changes places with another one that has links to the same files."""
+    source, pristine, folder = sources[0], tmp_path / "pristine", tmp_path / "folder"
+    folder.mkdir()
+    port(sources[1], pristine, Options(to="deepseek", allow_approximate=True))
+    (pristine / "model-00001-of-00001.safetensors").rename(pristine / "model.safetensors")
+    (pristine / INDEX).unlink()
+    chance, counts, into = random.Random("one 1"), Counts(), folder / "into"
+    task = {"source": str(source), "into": str(into), "to": "deepseek"}
+    driver = drivers({"source": str(source), "target": str(tmp_path / "warm"), "to": "deepseek"}).ready()
+    durations = []
+    for _ in range(3):
+        shutil.rmtree(into, ignore_errors=True)
+        shutil.copytree(pristine, into)
+        durations.append(driver.ask(task, fork=True)["seconds"])
+    duration, complete, held = statistics.median(durations), content(into), content(pristine)
+    new_values, old_values = values(source), values(pristine)
+    assert equal(values(into), new_values) and not equal(new_values, old_values)
+    left = hidden(folder, {"into"})
+    for _ in counts.enough(KILLS):
+        shutil.rmtree(into)
+        shutil.copytree(pristine, into)
+        answer = driver.ask(task, fork=True, kill_after=chance.uniform(0, BEYOND * duration))
+        old = content(into) == held
+        assert old or content(into) == complete
+        assert equal(values(into), old_values if old else new_values)
+        found = hidden(folder, {"into"})
+        counts.take(answer["killed"], old, found > left)
+        left = found
+    counts.check("--into a model of one file", duration)
+
+
 def test_an_orbax_tree_is_the_old_one_or_the_new_one(tmp_path, sources, drivers):
     pytest.importorskip("orbax.checkpoint")
     folder, chance, counts = tmp_path / "folder", random.Random("orbax 1"), Counts()

@@ -12,6 +12,7 @@ LAYOUT = Layout(
     keeps_dialect=True,
     norm="optional",
     residuals=frozenset({"sinkhorn", "permutations", "identity"}),
+    containers=("safetensors", "torch", "orbax"),
     rows=(
         Packed("mhc_norm.scale", ("mhc_norm.scale",), "k", optional=True),
         Packed("pre_alpha", ("pre_alpha",), "k m"),
@@ -35,7 +36,7 @@ LAYOUT = Layout(
         ("mtp", "attention"): ("mtp.{layer}.attention.",),
         ("mtp", "ffn"): ("mtp.{layer}.ffn.",),
         ("mtp", "head"): ("mtp.{layer}.head.",),
-        ("", "head"): ("head.", ""),
+        ("", "head"): ("head.", "{any}head.", ""),
         ("", ""): ("",),
     },
 )

@@ -11,9 +11,12 @@ import numpy as np
 
 from conformance.casecheck import DTYPES
 from conformance.porter.errors import PortError
+from conformance.porter.names import of_optimizer
 
 PORT_KEY = "mhc_port"
 """Where a checkpoint that was written here says how: JSON, in the metadata of its file, index or tree."""
+DEEPEST, MOST_LEAVES = 100, 1_000_000
+"""Levels and entries of a tree, beyond those of any model."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Checkpoint:
         metadata: of the file, the index or the tree.
         config: the configuration of its model: ``config.json`` beside it, or what the user names; None without one.
         files: how many files hold tensors.
+        aside: names of tensors that are no weights and aren't shown: the state of an optimiser.
+        stacks: in words, which layers lie stacked in one array; empty where none does.
+        axes: along which axes they are stacked.
     """
 
     path: Path
@@ -50,6 +56,9 @@ class Checkpoint:
     metadata: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     files: int = 1
+    aside: frozenset[str] = frozenset()
+    stacks: str = ""
+    axes: set[int] = field(default_factory=set)
     config_file: Path | None = None
 
     @property
@@ -78,6 +87,24 @@ class Checkpoint:
         self.close()
 
 
+class View(Checkpoint):
+    """Another checkpoint's tensors under other names, or in other shapes.
+
+    Args:
+        whole: what holds them; closed with this one.
+    """
+
+    def __init__(self, whole: Checkpoint):
+        super().__init__(
+            whole.path, whole.kind, {}, whole.metadata, whole.config, whole.files, whole.aside, whole.stacks, whole.axes,
+            whole.config_file,
+        )  # fmt: skip
+        self._whole = whole
+
+    def close(self) -> None:
+        self._whole.close()
+
+
 def check_dtype(tensor: Tensor) -> np.dtype:
     """Its dtype, where mHC weights can have it.
 
@@ -90,15 +117,44 @@ def check_dtype(tensor: Tensor) -> np.dtype:
 
 
 def flatten(tree: Mapping[str, Any], separator: str) -> dict[str, Any]:
-    """Leaves of nested mappings and lists under their joined keys, an item of a list under its number."""
+    """Leaves of nested mappings and of lists with mappings in them, under their joined keys.
+
+    Raises:
+        PortError: two leaves have one name, or the tree is deeper or larger than any model's: it holds itself, or
+            shares its branches many times.
+    """
     flat: dict[str, Any] = {}
-    stack: list[tuple[str, Any]] = [("", tree)]
+    stack: list[tuple[str, int, Any]] = [("", 0, tree)]
     while stack:
-        prefix, node = stack.pop()
-        if isinstance(node, Mapping):
-            stack.extend((f"{prefix}{separator}{k}" if prefix else str(k), v) for k, v in node.items())
-        elif isinstance(node, list | tuple):
-            stack.extend((f"{prefix}{separator}{k}" if prefix else str(k), v) for k, v in enumerate(node))
-        else:
+        prefix, depth, node = stack.pop()
+        branches = _branches(node)
+        if branches is None:
+            if prefix in flat:
+                raise PortError(f"{prefix} is there twice, under keys that join to one name")
             flat[prefix] = node
+            continue
+        if depth == DEEPEST:
+            raise PortError(f"{prefix[:60]}… is nested more than {DEEPEST} levels deep, or holds itself")
+        stack.extend((f"{prefix}{separator}{k}" if prefix else str(k), depth + 1, v) for k, v in branches)
+        if len(flat) + len(stack) > MOST_LEAVES:
+            raise PortError(f"has more than {MOST_LEAVES} entries, as if its branches were shared many times")
     return flat
+
+
+def _branches(node: Any) -> Iterable[tuple[Any, Any]] | None:
+    """What a node of a tree holds under which keys; None for a leaf, as a list of mere numbers is."""
+    if isinstance(node, Mapping):
+        return node.items()
+    if isinstance(node, list | tuple) and any(isinstance(v, Mapping | list) or hasattr(v, "shape") for v in node):
+        return enumerate(node)
+    return None
+
+
+def without_optimiser(names: Iterable[str]) -> tuple[list[str], frozenset[str]]:
+    """The names that aren't an optimiser's, whose moments are named and shaped as the weights are; and the others.
+
+    A name is an optimiser's where one of its keys says so. Where all are, none is taken away.
+    """
+    every = list(names)
+    kept = [name for name in every if not of_optimizer(name)]
+    return (kept, frozenset(every).difference(kept)) if kept else (every, frozenset())

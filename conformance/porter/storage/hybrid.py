@@ -13,7 +13,7 @@ import numpy as np
 
 from conformance.porter import names
 from conformance.porter.errors import PortError
-from conformance.porter.storage.checkpoint import Checkpoint
+from conformance.porter.storage.checkpoint import Checkpoint, View
 
 SITE = re.compile(r"(?P<lead>(?:.*\.)?)layers\.(?P<number>\d+)\.hyper_connection\.(?P<rest>.+)")
 INNER = re.compile(r"(?:.*\.)?layers\.(?P<number>\d+)\.inner_layer\.(?P<module>\w+)\.")
@@ -21,12 +21,11 @@ KINDS = {"self_attention": "self_attention", "mixer": "self_attention", "mlp": "
 """Modules of a sub-layer, and the kind of site that each makes it."""
 
 
-class Paired(Checkpoint):
+class Paired(View):
     """A checkpoint whose hybrid layers are shown under the names that a model of paired sub-layers has."""
 
     def __init__(self, whole: Checkpoint, shown: Mapping[str, str]):
-        super().__init__(whole.path, whole.kind, {}, whole.metadata, whole.config, whole.files, whole.config_file)
-        self._whole = whole
+        super().__init__(whole)
         self._held = shown
         hidden = set(shown.values())
         own = {name: whole.tensors[name] for name in whole.tensors if name not in hidden}
@@ -37,9 +36,6 @@ class Paired(Checkpoint):
 
     def read(self, name: str) -> np.ndarray:
         return self._whole.read(self._held.get(name, name))
-
-    def close(self) -> None:
-        self._whole.close()
 
 
 def paired(checkpoint: Checkpoint) -> Checkpoint:

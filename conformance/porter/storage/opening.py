@@ -6,18 +6,25 @@ import stat
 from pathlib import Path
 
 from conformance.porter.errors import PortError
+from conformance.porter.storage import distributed_metadata
 from conformance.porter.storage.checkpoint import Checkpoint
+from conformance.porter.storage.distributed import DistributedCheckpoint
 from conformance.porter.storage.gguf_file import SUFFIX, GGUFCheckpoint
 from conformance.porter.storage.gguf_header import MAGIC
 from conformance.porter.storage.hybrid import paired
+from conformance.porter.storage.modules import of_modules
 from conformance.porter.storage.orbax_tree import OrbaxCheckpoint, find_tree
 from conformance.porter.storage.shards import SafetensorsCheckpoint
 from conformance.porter.storage.stacks import Unstacked
 from conformance.porter.storage.torch_file import TorchCheckpoint
+from conformance.porter.storage.torch_shards import INDICES, TorchDirectory, torch_files
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at ``path``: safetensors (file or directory), torch state dict, GGUF, or Orbax tree.
+    """The checkpoint at ``path``, with the parameters of this project's modules shown as files have them.
+
+    It may be a safetensors file or a directory of them; a torch file, a directory of them or of
+    `torch.distributed.checkpoint`; a GGUF file; or an Orbax tree.
 
     Raises:
         PortError: there is none, or it is broken.
@@ -42,9 +49,9 @@ def _opened(path: Path) -> Checkpoint:
     if start.startswith(MAGIC):
         return GGUFCheckpoint(path)
     if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and path.suffix != ".safetensors"):
-        return TorchCheckpoint(path)
+        return of_modules(TorchCheckpoint(path))
     if path.suffix == ".safetensors" or start[8:9] == b"{":
-        return SafetensorsCheckpoint(path)
+        return of_modules(SafetensorsCheckpoint(path))
     raise PortError(
         f"{path}: expected a safetensors file, a torch state dict or a GGUF file, got {found.st_size} bytes of neither"
     )
@@ -52,12 +59,19 @@ def _opened(path: Path) -> Checkpoint:
 
 def _directory(path: Path) -> Checkpoint:
     if any(p.name.endswith((".safetensors", ".safetensors.index.json")) for p in path.iterdir()):
-        return SafetensorsCheckpoint(path)
+        return of_modules(SafetensorsCheckpoint(path))
+    if (path / distributed_metadata.NAME).is_file():
+        return of_modules(DistributedCheckpoint(path))
     if any(p.name.endswith(SUFFIX) for p in path.iterdir()):
         return GGUFCheckpoint(path)
     if find_tree(path):
-        return Unstacked(OrbaxCheckpoint(path))
+        return Unstacked(of_modules(OrbaxCheckpoint(path)))
+    if any(path.glob(INDICES)) or torch_files(path)[1]:
+        return of_modules(TorchDirectory(path))
+    within = sorted(p.parent.name for p in path.glob(f"*/{distributed_metadata.NAME}"))
+    if within:
+        raise PortError(f"{path}: has checkpoints of torch.distributed in {', '.join(within[:4])}: name one")
     raise PortError(
-        f"{path}: expected safetensors files, GGUF files or an Orbax checkpoint in it, got none of them; name a torch "
-        f"state dict itself"
+        f"{path}: expected safetensors files, torch files, GGUF files, a torch.distributed.checkpoint or an Orbax "
+        f"checkpoint in it, got none of them"
     )

@@ -1,4 +1,4 @@
-"""Orbax checkpoints, by orbax-checkpoint: names are the tree's keys joined by slashes."""
+"""Orbax checkpoints, by orbax-checkpoint: names are the tree's keys joined by slashes, of a list its numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import functools
 import glob
 import logging
+import math
 import shutil
 import sys
 import time
@@ -16,11 +17,14 @@ from typing import Any
 import numpy as np
 
 from conformance.porter.errors import PACKAGE, PortError
-from conformance.porter.storage.checkpoint import Checkpoint, Tensor, check_dtype, flatten
+from conformance.porter.storage.backends import processor_only
+from conformance.porter.storage.checkpoint import Checkpoint, Tensor, check_dtype, without_optimiser
 
 CHUNK = 4 * 2**20
 """Bytes of a Zarr chunk: buffers of this size are used again, larger ones are fresh pages (0.1 s for 0.5 s)."""
 MARK = "_METADATA"
+Keys = tuple[Any, ...]
+"""The keys that lead to a leaf: of dictionaries text, of lists numbers."""
 ITEMS = ("items", "default", "params", "state")
 """Names under which a checkpoint manager keeps the tree of a step."""
 
@@ -43,7 +47,8 @@ def _quiet(path: Path, doing: str) -> Iterator[None]:
     _ignore_late_callbacks()
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with processor_only():
+            yield
     except PortError:
         raise
     except Exception as error:
@@ -100,19 +105,24 @@ class OrbaxCheckpoint(Checkpoint):
         orbax = _orbax()
         self._tree = find_tree(path) or path
         self._values: dict[str, np.ndarray] = {}
+        self._paths: dict[str, Keys] = {}
         self.tensors = {}
         with _quiet(path, "read"):
             found = orbax.Checkpointer(orbax.PyTreeCheckpointHandler()).metadata(self._tree.resolve())
             item = getattr(found, "item_metadata", found)
-            leaves = flatten(getattr(item, "tree", item), "/")
-            if any(name.startswith("params/") for name in leaves):  # an optimiser's moments have the same names
-                leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith("opt_state/")}
+            self._structure = getattr(item, "tree", item)
+            leaves = {
+                "/".join(map(str, keys)): (keys, leaf)
+                for keys, leaf in _leaves(self._structure)
+                if getattr(leaf, "shape", None) is not None
+            }
+            names, self.aside = without_optimiser(leaves)
             self.metadata = dict(getattr(found, "custom_metadata", None) or {})
-            for name, leaf in leaves.items():
-                if getattr(leaf, "shape", None) is not None:
-                    dtype = np.dtype(leaf.dtype)
-                    size = int(np.prod(leaf.shape)) * dtype.itemsize
-                    self.tensors[name] = Tensor(name, tuple(leaf.shape), dtype.name, size, path)
+            for name in names:
+                self._paths[name], leaf = leaves[name]
+                dtype = np.dtype(leaf.dtype)
+                size = math.prod(leaf.shape) * dtype.itemsize
+                self.tensors[name] = Tensor(name, tuple(leaf.shape), dtype.name, size, path)
         if not self.tensors:
             raise PortError(f"{path}: Orbax finds no arrays in it: it is empty, or cut short")
 
@@ -123,17 +133,18 @@ class OrbaxCheckpoint(Checkpoint):
         for name in wanted:
             check_dtype(self.tensors[name])
         orbax = _orbax()
-        item, arguments = (
-            _nested(dict.fromkeys(wanted, 0)),
-            _nested(dict.fromkeys(wanted, orbax.RestoreArgs(restore_type=np.ndarray))),
-        )
+        paths = [self._paths[name] for name in wanted]
+        listed = any(isinstance(key, int) for keys in paths for key in keys)
+        item = _chosen(self._structure, set(paths), orbax.PLACEHOLDER) if listed else _nested(dict.fromkeys(paths, 0))
+        arguments = _mapped(item, orbax.RestoreArgs(restore_type=np.ndarray))
         with _quiet(self.path, "read"):
             checkpointer = orbax.Checkpointer(orbax.PyTreeCheckpointHandler())
             restored = checkpointer.restore(
                 self._tree.resolve(),
-                orbax.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
+                orbax.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=not listed),
             )
-            self._values.update(flatten(restored, "/"))
+            for name, keys in zip(wanted, paths, strict=True):
+                self._values[name] = functools.reduce(lambda node, key: node[key], keys, restored)
 
     def read(self, name: str) -> np.ndarray:
         self.prepare([name])
@@ -162,8 +173,9 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
         handler = orbax.PyTreeCheckpointHandler(
             use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=registry
         )
-        chunked = {name: orbax.SaveArgs(chunk_byte_size=CHUNK) for name in tensors}
-        arguments = orbax.args.PyTreeSave(_nested(dict(tensors)), save_args=_nested(chunked))
+        values = {tuple(name.split("/")): value for name, value in tensors.items()}
+        chunked = {keys: orbax.SaveArgs(chunk_byte_size=CHUNK) for keys in values}
+        arguments = orbax.args.PyTreeSave(_nested(values), save_args=_nested(chunked))
         try:
             orbax.Checkpointer(handler).save(path.resolve(), arguments, custom_metadata=dict(metadata))
         except BaseException:
@@ -184,10 +196,34 @@ def _remove_unfinished(path: Path) -> None:
         time.sleep(0.03)
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, leaf = name.split("/")
+def _leaves(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """The leaves of nested dictionaries and lists, with the keys and numbers that lead to them."""
+    if isinstance(tree, Mapping | list | tuple):
+        for key, node in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from _leaves(node, (*keys, key))
+    else:
+        yield keys, tree
+
+
+def _chosen(tree: Any, wanted: set[Keys], other: Any, keys: Keys = ()) -> Any:
+    """The whole tree with ``other`` for the leaves that aren't wanted: of a list Orbax takes no part."""
+    if isinstance(tree, Mapping):
+        return {key: _chosen(node, wanted, other, (*keys, key)) for key, node in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_chosen(node, wanted, other, (*keys, k)) for k, node in enumerate(tree)]
+    return 0 if keys in wanted else None if tree is None else other
+
+
+def _mapped(tree: Any, value: Any) -> Any:
+    """The tree with ``value`` for each leaf."""
+    if isinstance(tree, Mapping):
+        return {key: _mapped(node, value) for key, node in tree.items()}
+    return [_mapped(node, value) for node in tree] if isinstance(tree, list) else value
+
+
+def _nested(flat: Mapping[Keys, Any]) -> dict[Any, Any]:
+    tree: dict[Any, Any] = {}
+    for (*parents, leaf), value in flat.items():
         node = tree
         for key in parents:
             node = node.setdefault(key, {})

@@ -20,6 +20,7 @@ import numpy as np
 
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint, Tensor, check_dtype
+from conformance.porter.storage.numbering import check_numbers, check_whole
 
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BYTES = {
@@ -201,6 +202,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise
 
     def _file(self) -> None:
+        check_whole(self.path)
         shard = self._shards[self.path.name] = Shard(self.path)
         self._hold(dict.fromkeys(shard.header, self.path.name))
         self.metadata = shard.metadata
@@ -217,7 +219,8 @@ class SafetensorsCheckpoint(Checkpoint):
             weight_map, self.metadata = content.weight_map, content.metadata
             files = sorted(set(weight_map.values()))
         else:
-            files = sorted(p.name for p in self.path.glob("*.safetensors") if not p.name.startswith("."))
+            files = safetensors_in(self.path)
+        check_numbers(self.path, {*files, *safetensors_in(self.path)})
         for name in files:
             self._shards[name] = Shard(self.path / name)
         holders: dict[str, str] = {}
@@ -255,6 +258,11 @@ class SafetensorsCheckpoint(Checkpoint):
         self._shards = {}
 
 
+def safetensors_in(directory: Path) -> list[str]:
+    """Names of the safetensors files in a directory; hidden ones are left overs of a process that died."""
+    return sorted(p.name for p in directory.glob("*.safetensors") if not p.name.startswith("."))
+
+
 def index_of(directory: Path) -> Path | None:
     """The index of a directory of shards.
 
@@ -278,7 +286,7 @@ def read_index(index: Path) -> Index:
     except OSError as error:
         raise PortError(f"{index}: can't be read ({error.strerror})") from error
     except UNREADABLE as error:
-        raise PortError(f"{index}: expected a safetensors index with a weight_map ({error})") from error
+        raise PortError(f"{index}: expected an index of shards with a weight_map ({error})") from error
     weight_map, names = content.weight_map, set(content.weight_map.values())
     for name in sorted(names):
         outside = len(Path(name).parts) != 1 or name in ("..", ".")

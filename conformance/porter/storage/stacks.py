@@ -16,7 +16,7 @@ import numpy as np
 
 from conformance.porter import names
 from conformance.porter.errors import PortError
-from conformance.porter.storage.checkpoint import Checkpoint, Tensor
+from conformance.porter.storage.checkpoint import Checkpoint, Tensor, View
 
 PLACE = re.compile(
     r"(?P<lead>(?:.*/)?)decoder/(?P<stack>(?:dense_|moe_)?layers(?:_\d+)?|scanned_blocks/layers_\d+)/"
@@ -161,12 +161,11 @@ class Stacker:
         return self.tensors
 
 
-class Unstacked(Checkpoint):
+class Unstacked(View):
     """A checkpoint with its scanned layers taken apart; everything else is handed through."""
 
     def __init__(self, whole: Checkpoint):
-        super().__init__(whole.path, whole.kind, {}, whole.metadata, whole.config, whole.files)
-        self._whole = whole
+        super().__init__(whole)
         self._slices: dict[str, tuple[str, int, int]] = {}
         self._alone: dict[str, str] = {}
         self._cache: dict[str, np.ndarray] = {}
@@ -179,8 +178,7 @@ class Unstacked(Checkpoint):
                 groups.setdefault(match["stack"], []).append((match, tensor))
             else:
                 self._shown[name] = tensor
-        self.axes: set[int] = set()
-        self.stacks = self._place(groups)
+        self.stacks = ",".join(filter(None, [self.stacks, self._place(groups)]))
 
     def _place(self, groups: Mapping[str, list[tuple[re.Match[str], Tensor]]]) -> str:
         """Fills in the unscanned names; says in a word how the layers lay."""
@@ -253,7 +251,7 @@ class Unstacked(Checkpoint):
 
     def close(self) -> None:
         self._cache = {}
-        self._whole.close()
+        super().close()
 
 
 def _number(group: str) -> int:

@@ -1,13 +1,11 @@
-"""Writes a checkpoint whole, or nothing: a file, a directory of shards, an Orbax tree, or a shard into a directory."""
+"""Writes a checkpoint whole, or nothing: a file, a directory of shards, or an Orbax tree."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -18,7 +16,7 @@ from conformance.porter.errors import CONTRADICTED, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.storage import gguf_copy, gguf_file, gguf_header, orbax_tree, torch_file
 from conformance.porter.storage.checkpoint import PORT_KEY
-from conformance.porter.storage.shards import SafetensorsCheckpoint, Shard, config_beside, index_of, read_index
+from conformance.porter.storage.shards import SafetensorsCheckpoint, config_beside
 
 TORCH = (".pt", ".pth", ".bin")
 CONFIG = "config.json"
@@ -109,18 +107,18 @@ def write(
             elif kind == "torch":
                 torch_file.save(temporary, tensors, metadata)
             elif kind == "safetensors":
-                _save(temporary, tensors, metadata)
+                save_shard(temporary, tensors, metadata)
             else:
                 temporary.mkdir()
                 _shards(temporary, tensors, metadata, shard_bytes)
                 if config:
                     (temporary / CONFIG).write_text(json.dumps({**config, PORT_KEY: FRAGMENT}, indent=1) + "\n")
             if read_back:
-                _compare(temporary, kind, tensors)
+                compare(temporary, kind, tensors)
     except PortError:
         raise
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where its writer fails
-        raise PortError(f"{path}: can't be written ({_reason(error)})") from error
+        raise PortError(f"{path}: can't be written ({reason(error)})") from error
 
 
 def _check_other_files(directory: Path) -> None:
@@ -143,7 +141,7 @@ def _check_other_files(directory: Path) -> None:
         )
 
 
-def _compare(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> None:
+def compare(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> None:
     """Raises for a tensor that doesn't lie in the file as it was in memory.
 
     Raises:
@@ -162,12 +160,18 @@ def _compare(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> None:
                 )
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why the system or a library can't write, in a few words."""
     cause = error if isinstance(error, OSError) else error.__context__
     return (cause.strerror if isinstance(cause, OSError) else None) or str(error).split("\n")[0]
 
 
-def _save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def save_shard(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """A safetensors file.
+
+    Raises:
+        OSError: it can't be written.
+    """
     contiguous = {k: np.ascontiguousarray(v).reshape(v.shape) for k, v in tensors.items()}
     path.touch()
     mode = path.stat().st_mode  # the library's files are for their owner alone
@@ -189,66 +193,8 @@ def _shards(directory: Path, tensors: Mapping[str, np.ndarray], metadata: Mappin
         size += value.nbytes
     names = [f"model-{k:05d}-of-{len(groups):05d}.safetensors" for k in range(1, len(groups) + 1)]
     for name, group in zip(names, groups, strict=True):
-        _save(directory / name, group, metadata)
+        save_shard(directory / name, group, metadata)
     total = sum(value.nbytes for value in tensors.values())
     weight_map = {t: name for name, group in zip(names, groups, strict=True) for t in group}
     index = {"metadata": {"total_size": total, **metadata}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def write_into(
-    directory: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], read_back: bool = False
-) -> Path:
-    """One new shard in a directory of shards, and an index that names it; the old files stay as they are.
-
-    The shard's name sorts after all others, since readers that load every listed shard let the last one win. The
-    index is renamed into place when the shard is whole, so that the directory loads at every moment.
-
-    Returns:
-        The shard.
-
-    Raises:
-        PortError: the directory has no index, or it can't be written.
-    """
-    index = index_of(directory)
-    if index is None:
-        raise PortError(f"{directory}: has no *.safetensors.index.json; a directory without one is read file by file")
-    read_index(index)
-    content: dict[str, Any] = json.loads(index.read_text())  # with all that others wrote into it
-    weight_map: dict[str, str] = content["weight_map"]
-    last = max(weight_map.values(), default="")
-    shard = directory / _next_name(directory, last)
-    replaced = 0
-    for file in sorted({weight_map[t] for t in tensors if t in weight_map}):
-        old = Shard(directory / file)
-        replaced += sum(old.tensor(t).nbytes for t in tensors if weight_map.get(t) == file and t in old.header)
-        old.close()
-    noted = dict(content.get("metadata") or {})
-    if isinstance(noted.get("total_size"), int):
-        noted["total_size"] += sum(v.nbytes for v in tensors.values()) - replaced
-    content["metadata"] = {**noted, PORT_KEY: metadata[PORT_KEY]}
-    content["weight_map"] = dict(sorted({**weight_map, **dict.fromkeys(tensors, shard.name)}.items()))
-    try:
-        with atomic.whole(shard) as temporary:
-            _save(temporary, tensors, metadata)
-            if read_back:
-                _compare(temporary, "safetensors", tensors)
-        try:
-            atomic.write(index, json.dumps(content, indent=2) + "\n")
-        except OSError:  # the index is the old one still
-            shard.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise PortError(f"{shard}: can't be written ({_reason(error)})") from error
-    return shard
-
-
-def _next_name(directory: Path, last: str) -> str:
-    """``model-mhc-00001.safetensors``, or the next number, or with letters before it where others sort later."""
-    stem = "model-mhc-" if last < "model-mhc-" or re.match(r"model-mhc-\d", last) else "zz-mhc-"
-    if not last < stem and not last.startswith(stem):
-        stem = last.removesuffix(".safetensors") + "-mhc-"
-    taken = [
-        int(m[1]) for p in os.listdir(directory) if (m := re.fullmatch(re.escape(stem) + r"(\d{5})\.safetensors", p))
-    ]
-    return f"{stem}{max(taken, default=0) + 1:05d}.safetensors"

@@ -6,7 +6,7 @@ import json
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,24 @@ import ml_dtypes
 import numpy as np
 
 from conformance.porter.errors import PACKAGE, PortError
-from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint, Tensor, check_dtype, flatten
+from conformance.porter.storage.checkpoint import (
+    PORT_KEY,
+    Checkpoint,
+    Tensor,
+    check_dtype,
+    flatten,
+    without_optimiser,
+)
+from conformance.porter.storage.numbering import check_whole
+from conformance.porter.storage.shards import config_beside
 
 
-def _torch() -> Any:
+def torch_package() -> Any:
+    """The package torch.
+
+    Raises:
+        PortError: it isn't installed.
+    """
     try:
         import torch
     except ImportError as error:
@@ -27,16 +41,26 @@ def _torch() -> Any:
     return torch
 
 
-class TorchCheckpoint(Checkpoint):
-    """A state dict, mapped where the file is a zip archive; nested dicts are joined by dots."""
+class StateDict:
+    """The tensors of one torch file, mapped where the file is a zip archive; nested dicts are joined by dots.
+
+    Attributes:
+        values: each tensor under its joined name.
+        metadata: what `save` noted in it.
+    """
 
     def __init__(self, path: Path):
-        super().__init__(path, "torch")
-        torch = _torch()
+        self.path = path
+        torch = torch_package()
         try:
+            zipped = zipfile.is_zipfile(path)
+            if zipped:
+                _check_records(path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except PortError:
+            raise
         except OSError as error:
             raise PortError(f"{path}: can't be read ({error.strerror})") from error
         except Exception as error:  # torch raises what its pickle machine does
@@ -46,28 +70,110 @@ class TorchCheckpoint(Checkpoint):
             ) from error
         if not isinstance(content, Mapping):
             raise PortError(f"{path}: expected a state dict, got {type(content).__name__}")
-        self._values = {k: v for k, v in flatten(content, ".").items() if isinstance(v, torch.Tensor)}
-        self.tensors = {}
-        for name, value in self._values.items():
-            dtype = str(value.dtype).removeprefix("torch.")
-            self.tensors[name] = Tensor(name, tuple(value.shape), dtype, value.numel() * value.element_size(), path)
-        noted = getattr(content, "_metadata", {}).get(PORT_KEY)
+        try:
+            flat = flatten(content, ".")
+        except PortError as error:
+            raise PortError(f"{path}: {error}") from error
+        self.values: dict[str, Any] = {k: v for k, v in flat.items() if isinstance(v, torch.Tensor)}
+        noted = getattr(content, "_metadata", {})
+        noted = noted.get(PORT_KEY) if isinstance(noted, Mapping) else None
         self.metadata = dict(noted) if isinstance(noted, dict) else {}
 
+    def tensor(self, name: str) -> Tensor:
+        """What is known of a tensor without reading it.
+
+        Raises:
+            PortError: it has no bytes of its own in the file: it is sparse, quantised, without data, or expanded.
+        """
+        torch, value = torch_package(), self.values[name]
+        dtype, size = str(value.dtype).removeprefix("torch."), value.numel() * value.element_size()
+        if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
+            what = "quantised" if value.is_quantized else f"{value.layout} on {value.device}".replace("torch.", "")
+            raise PortError(f"{self.path}: {name} must be a plain array with its data, got one that is {what}")
+        held = value.untyped_storage().nbytes()
+        if size > held:
+            raise PortError(
+                f"{self.path}: {name} {list(value.shape)} would take {size} bytes, and {held} lie in the file: it is "
+                f"an expanded view; save a contiguous copy of it"
+            )
+        return Tensor(name, tuple(value.shape), dtype, size, self.path)
+
     def read(self, name: str) -> np.ndarray:
-        torch, value = _torch(), self._values[name].detach()
-        dtype = check_dtype(self.tensors[name])
-        if dtype == ml_dtypes.bfloat16:
-            return value.contiguous().view(torch.int16).numpy().view(dtype).copy()
-        return value.numpy().copy()
+        """The tensor.
+
+        Raises:
+            PortError: of a dtype that no mHC tensor has.
+        """
+        check_dtype(self.tensor(name))
+        return as_array(self.values[name])
+
+
+def as_array(value: Any) -> np.ndarray:
+    """A copy of a torch tensor of one of `casecheck.DTYPES`."""
+    torch, value = torch_package(), value.detach()
+    if value.dtype == torch.bfloat16:
+        return value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+    return value.numpy().copy()
+
+
+def _check_records(path: Path) -> None:
+    """Raises for an archive that torch hasn't written: one that would unpack to more than lies in it.
+
+    Raises:
+        PortError: a record of it is compressed.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size > record.compress_size:
+                raise PortError(f"{path}: has {record.filename} compressed, which torch.save never does: save it again")
+
+
+class Looked(Mapping[str, Tensor]):
+    """The tensors of torch files, each looked at when it is first asked for."""
+
+    def __init__(self, names: Mapping[str, None], look: Callable[[str], Tensor]):
+        self._names, self._look = names, look
+        self._seen: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._seen:
+            self._seen[name] = self._look(name)
+        return self._seen[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class TorchCheckpoint(Checkpoint):
+    """One file: a state dict, or a training checkpoint that holds one under ``model``, or under any key."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "torch")
+        check_whole(path)
+        self._content: StateDict | None = StateDict(path)
+        names, self.aside = without_optimiser(self._content.values)
+        self.tensors = Looked(dict.fromkeys(names), self._content.tensor)
+        self.metadata, self.config = self._content.metadata, config_beside(path.parent)
+
+    def read(self, name: str) -> np.ndarray:
+        assert self._content, "the checkpoint is closed"
+        return self._content.read(name)
 
     def close(self) -> None:
-        self._values = {}
+        self._content, self.tensors = None, {}
 
 
 def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """A state dict of ``tensors``; the metadata lies in its ``_metadata``, as a module's version does."""
-    torch = _torch()
+    torch = torch_package()
     state: OrderedDict[str, Any] = OrderedDict()
     for name, array in tensors.items():
         value = np.ascontiguousarray(array).reshape(array.shape)

@@ -1,0 +1,38 @@
+"""Keeps JAX, on which Orbax stands, from starting an accelerator's runtime.
+
+Orbax asks JAX for this process's number, and JAX then starts every backend that it finds: on a machine with a TPU or a
+GPU it takes the device and most of its memory, for arrays that go from one file to another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+_LOCK = threading.RLock()
+
+
+@contextlib.contextmanager
+def processor_only() -> Iterator[None]:
+    """In the block JAX has the processor (CPU) alone, unless it has been started before; afterwards it is as it was.
+
+    A program that has started JAX keeps what it has, which Orbax then uses without starting anything. One that hasn't
+    finds JAX unstarted after the block, with the platforms that it set or that JAX would choose; a thread of it that
+    starts JAX within the block would get the processor, and lose it at the end.
+    """
+    import jax
+    from jax._src import xla_bridge  # no public function says whether JAX has been started
+    from jax.extend.backend import clear_backends
+
+    with _LOCK:
+        if xla_bridge.backends_are_initialized():
+            yield
+            return
+        platforms = jax.config.values["jax_platforms"]
+        jax.config.update("jax_platforms", "cpu")
+        try:
+            yield
+        finally:
+            clear_backends()
+            jax.config.update("jax_platforms", platforms)

@@ -1,0 +1,76 @@
+"""Shards that count themselves: ``model-00003-of-00009.safetensors`` is one of nine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from conformance.porter.errors import Incomplete
+
+NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)-of-(?P<total>\d+)(?P<ending>\.[A-Za-z]+)")
+
+
+def split(name: str) -> tuple[str, int, int] | None:
+    """What stands before a shard's number, the number and the total; None for a file that isn't numbered."""
+    match = NUMBERED.fullmatch(name)
+    return (match["stem"] + match["ending"], int(match["number"]), int(match["total"])) if match else None
+
+
+def check_numbers(directory: Path, names: Iterable[str]) -> None:
+    """Raises for a directory that lacks some of the shards that their names count. They count from 1, or from 0.
+
+    Args:
+        names: of the files that are there.
+
+    Raises:
+        Incomplete: it says which are missing, or that the totals differ.
+    """
+    totals: dict[str, dict[int, set[int]]] = {}
+    for name in names:
+        if found := split(name):
+            stem, number, total = found
+            totals.setdefault(stem, {}).setdefault(total, set()).add(number)
+    for stem, shards in totals.items():
+        if len(shards) > 1:
+            first, second = sorted(shards)[:2]
+            raise Incomplete(
+                f"{directory}: has shards {stem!r} of {first} and of {second}: keep those of one checkpoint"
+            )
+        ((total, present),) = shards.items()
+        first = 0 if 0 in present else 1
+        missing = [n for n in range(first, first + min(total, 10**6)) if n not in present]
+        surplus = sorted(n for n in present if n >= first + total)
+        if missing or surplus:
+            which, what = (missing, "missing") if missing else (surplus, "too many")
+            plural = "s" if len(which) > 1 else ""
+            raise Incomplete(
+                f"{directory}: shard{plural} {listed(which)} of {total} {'are' if plural else 'is'} {what}, as the "
+                f"names of the files count them: fetch the whole checkpoint"
+            )
+
+
+def check_whole(path: Path) -> None:
+    """Raises for a file whose name says that it is one shard of several.
+
+    Raises:
+        Incomplete: it says what to name instead.
+    """
+    found = split(path.name)
+    if found and found[2] > 1:
+        raise Incomplete(
+            f"{path}: is shard {found[1]} of {found[2]} by its name, so only a part of a checkpoint: name the "
+            f"directory; what is a whole has no such number in its name"
+        )
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """1, 2, 3, 6, 7 as ``1-3, 6 and 7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [part for r in runs for part in ([f"{r[0]}-{r[-1]}"] if len(r) > 2 else map(str, r))]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
