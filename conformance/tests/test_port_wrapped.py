@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ from conformance.tests.test_port_packing import restore
 from conformance.tests.test_port_properties import directory, examples, stacks_for
 
 FLAT = tuple(name for name in LAYOUTS if "safetensors" in layout_named(name).containers)
-FORMS = ("file", "directory", "torch", "nested torch")
+FORMS = ("file", "directory", "torch", "nested torch", "torch shards", "distributed torch")
 PLACES = ("before", "after the number", "before the leaf")
 MODELS = st.fixed_dictionaries(
     {
@@ -99,6 +101,22 @@ def write(directory, form, tensors):
         return folder
     torch = pytest.importorskip("torch", reason="torch is not installed")
     state = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
+    if form == "distributed torch":
+        distributed = pytest.importorskip("torch.distributed.checkpoint", reason="torch has no distributed checkpoints")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
+            distributed.save(state, checkpoint_id=directory / "wrapped", no_dist=True)
+        return directory / "wrapped"
+    if form == "torch shards":
+        folder, names_of = directory / "wrapped", {}
+        folder.mkdir()
+        for number in (1, 2):
+            file = f"pytorch_model-0000{number}-of-00002.bin"
+            some = {name: state[name] for name in list(state)[number - 1 :: 2]}
+            torch.save(some, folder / file)
+            names_of |= dict.fromkeys(some, file)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names_of}))
+        return folder
     if form == "nested torch":
         state = {"model_state_dict": state, "optimizer_state_dict": {"state": {}}, "epoch": 3}
     torch.save(state, directory / "wrapped.pt")
