@@ -156,6 +156,27 @@ def test_glm_5_by_way_of_maxtext_has_its_own_names_and_its_own_eps(tmp_path):
     assert differences(read_sites(tmp_path / "back"), sites(3, False)) == []
 
 
+@pytest.mark.parametrize("layout", ["canonical", "deepseek"])
+def test_a_dialect_that_is_asked_for_implies_the_names_of_its_models(tmp_path, layout):
+    """GLM-5 has a vision part, and its text part's names say so."""
+    config = GLM5 if layout == "deepseek" else None
+    if layout == "canonical":
+        source = write_canonical(tmp_path / "source.safetensors", sites(3, False), "glm-5")
+    else:
+        source = write_model(tmp_path / "source", NAMES["deepseek"](sites(3, False)), config)
+    for options in ({}, {"to_dialect": "glm-5"}):
+        target = tmp_path / f"there {len(options)}"
+        report = port(source, target, Options(to="transformers", **options))
+        odd = [name for name in report.tensors if not name.startswith("model.language_model.layers.")]
+        assert not odd and report.target_dialect == "glm-5", (odd[:1], report.target_dialect)
+        config = json.loads((target / "config.json").read_text())
+        assert config["model_type"] == "glm5_next", config
+    report = port(source, tmp_path / "v4", Options(
+        to="transformers", to_dialect="deepseek-v4-transformers", allow_approximate=True
+    ))  # fmt: skip
+    assert all(name.startswith("model.layers.") for name in report.tensors), list(report.tensors)[:2]
+
+
 def yaml_file(path, **settings):
     path.write_text("base_config: base.yml\nmodel_name: deepseek4-284b\nemb_dim: 8\n" + "".join(
         f"{key}: {json.dumps(value).replace('1e-', '1.0e-')}\n" for key, value in settings.items()

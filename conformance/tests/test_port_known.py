@@ -26,7 +26,7 @@ from conformance.tests.misread import (
     write_model,
     write_tree,
 )
-from conformance.tests.porter_data import differences, read_sites
+from conformance.tests.porter_data import differences, read_sites, read_tensors, write_canonical
 from conformance.tests.small_checkpoint import call, refuses
 from conformance.tests.test_port_packing import deepseek, transformers
 
@@ -136,6 +136,41 @@ def test_without_any_one_tensor_it_is_never_exact(tmp_path, name):
             if report.verdict != "partial" or not partial:
                 wrong.append(f"without {lost}: {report.reason}")
     assert len(ours) >= 12 and not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["mlx_head", "deepseek-v4.1", "glm-5-no-config"])
+def test_machines_are_told_the_same(tmp_path, name):
+    case, source = made(tmp_path, name)
+    done = call("port", source, tmp_path / "there.safetensors", "--to", "canonical", "--json")
+    report = json.loads(done.stdout)
+    assert done.exit_code == (6 if case.assumed else 0) and report["assumed"] == case.assumed
+    assert bool(NOTHING_SAYS_SO.fullmatch(report["reason"])) == case.assumed, report["reason"]
+    assert (report["lacking"], report["settings"]) == ([], {})
+    assert report["ported_tensors"] == report["source_tensors"]
+    looked = json.loads(call("inspect", source, "--json").stdout)
+    assert (looked["assumed"], looked["problem"], looked["odd"]) == (case.assumed, "", [])
+
+
+def test_names_of_one_software_beside_the_configuration_of_another_leave_the_function_unknown(tmp_path):
+    """Nobody knows a deepseek_v4 of liger's."""
+    source = write_canonical(tmp_path / "c.safetensors", sites(3, False), "liger")
+    port(source, tmp_path / "l.safetensors", Options(to="liger"))
+    source = write_model(tmp_path / "source", read_tensors(tmp_path / "l.safetensors"), V4)
+    for more in ((), ("--assume",)):
+        saying = ("model_type deepseek_v4 is not known", "liger", "--dialect")
+        arguments = (source, tmp_path / "out.safetensors", "--to", "canonical", *more)
+        refuses(tmp_path, "port", *arguments, saying=saying, status=6)
+
+
+def test_a_port_of_a_part_is_a_part_to_the_next(tmp_path):
+    """Its own note says what was missing."""
+    found = {name: value for name, value in deepseek(sites(3, True), STREAMS, DIM).items() if "layers.2" not in name}
+    source = write_model(tmp_path / "source", found, V4)
+    port(source, tmp_path / "part.safetensors", Options(to="canonical", allow_partial=True))
+    arguments = (tmp_path / "part.safetensors", tmp_path / "out.safetensors", "--to", "canonical")
+    refuses(tmp_path, "port", *arguments, saying=("3 layers",), status=7)
+    report = port(*arguments[:2], Options(to="canonical", allow_partial=True))
+    assert report.verdict == "partial", report.reason
 
 
 def test_v4_1_is_another_function_than_v4(tmp_path):

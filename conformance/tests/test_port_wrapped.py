@@ -51,6 +51,9 @@ MODELS = st.fixed_dictionaries(
 WRAPPINGS = st.lists(st.tuples(st.sampled_from(names.WRAPPERS), st.sampled_from(PLACES)), min_size=1, max_size=3)
 
 
+DRAWN = {"seed": 1, "streams": 4, "dim": 8, "layers": 2, "norm": False}
+
+
 def model_of(layout, drawn):
     """A model that the layout has a place for, and its dialect."""
     row = layout_named(layout).dialect
@@ -230,7 +233,8 @@ def test_a_wrapped_copy_beside_the_model_is_no_company(tmp_path, layout):
 
 
 @pytest.mark.parametrize(
-    "moments", ["optimizer.state.{name}.exp_avg", "exp_avg.{name}", "optimizer.exp_avg_sq.{name}", "momentum.{name}"]
+    "moments",
+    ["optimizer.state.{name}.exp_avg", "exp_avg.{name}", "optimizer.exp_avg_sq.{name}", "momentum_buffer.{name}"],
 )
 @pytest.mark.parametrize("layout", ["transformers", "canonical", "megatron", "liger"])
 def test_moments_of_an_optimiser_are_neither_weights_nor_missing(tmp_path, layout, moments):
@@ -240,6 +244,23 @@ def test_moments_of_an_optimiser_are_neither_weights_nor_missing(tmp_path, layou
     others = {moments.format(name=name): value + 1 for name, value in plain.items()}
     source = write(tmp_path, "file", {**plain, **others})
     assert_whole(source, tmp_path / "there.safetensors", dialect, sites, len(plain), moments)
+
+
+@pytest.mark.parametrize("wrapper", ["base_model.model", "_orig_mod", "module"])
+def test_a_wrapped_model_takes_tensors_under_the_names_that_it_has(tmp_path, wrapper):
+    sites, dialect = model_of("deepseek", {**DRAWN, "head": True})
+    other, _ = model_of("deepseek", {**DRAWN, "head": True, "seed": 2})
+    plain = tensors_in(tmp_path, "deepseek", sites, dialect)
+    into = tmp_path / "into"
+    into.mkdir()
+    kept = {wrap(name, [(wrapper, "before")]): value * 0 for name, value in plain.items()}
+    save_file(contiguous(kept), into / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(kept, "model.safetensors")}
+    (into / "model.safetensors.index.json").write_text(json.dumps(index))
+    source = write_canonical(tmp_path / "other.safetensors", other, dialect)
+    report = port(source, None, Options(to="deepseek", dialect=dialect, to_dialect=dialect, into=into))
+    assert report.verdict == "exact" and report.tensors.keys() == kept.keys(), report.tensors
+    assert differences(read_sites(into), other) == []
 
 
 def test_every_wrapper_and_place_is_drawn_somewhere():
