@@ -266,11 +266,7 @@ def test_some_names_that_no_layout_has_are_counted_beside_those_that_are_known(t
 
 def test_multi_token_prediction_that_a_layout_has_no_name_for_is_named(tmp_path):
     """DeepSeek's files have a layer and a head of it; transformers leaves them out."""
-    mtp = random_sites(5, STREAMS, DIM, layers=1, head=True)
-    found = {
-        **deepseek(sites(3, True), STREAMS, DIM),
-        **wrapped(wrapped(deepseek(mtp, STREAMS, DIM), "layers.0", "mtp.0"), "hc_head_", "mtp.0.hc_head_"),
-    }
+    found = {**deepseek(sites(3, True), STREAMS, DIM), **predicted(1)}
     config = {**V4, "num_nextn_predict_layers": 1}
     source = write_model(tmp_path / "source", found, config)
     kept = port(source, tmp_path / "kept.safetensors", Options(to="canonical"))
@@ -282,6 +278,53 @@ def test_multi_token_prediction_that_a_layout_has_no_name_for_is_named(tmp_path)
         allowed = Options(to=to, to_dialect="deepseek-v4", allow_partial=True, allow_approximate=True)
         report = port(source, tmp_path / f"{to}.safetensors", allowed)
         assert report.verdict == "partial" and "of 30 tensors" in report.reason, report.reason
+
+
+def predicted(layers):
+    """Hyper-connections of so many layers of multi-token prediction, each with a head."""
+    one = deepseek(random_sites(5, STREAMS, DIM, layers=1, head=True), STREAMS, DIM)
+    found = {}
+    for layer in range(layers):
+        found |= wrapped(wrapped(one, "layers.0", f"mtp.{layer}"), "hc_head_", f"mtp.{layer}.hc_head_")
+    return found
+
+
+@pytest.mark.parametrize(
+    "layers, stated, lost, ended",
+    [
+        (1, 1, None, "exact"), (2, 2, None, "exact"), (0, 1, None, "exact"), (1, 1, r"mtp\.0\.hc_head", 7),
+        (1, 1, r"mtp\.0\.hc_attn", 7), (1, 1, r"mtp\.0\.hc_ffn", 7), (2, 2, r"mtp\.1\.hc_head", 7),
+        (2, 2, r"mtp\.0\.", 7), (2, 2, r"mtp\.1\.", 7),
+    ],
+)  # fmt: skip
+def test_parts_of_multi_token_prediction_that_are_missing_are_noticed(tmp_path, layers, stated, lost, ended):
+    """All of it may be missing: transformers leaves it out."""
+    found = {**deepseek(sites(3, True), STREAMS, DIM), **predicted(layers)}
+    kept = {name: value for name, value in found.items() if not (lost and re.search(lost, name))}
+    source = write_model(tmp_path / "source", kept, {**V4, "num_nextn_predict_layers": stated})
+    status, reason = ends(source, tmp_path / "there.safetensors")
+    assert status == ended, f"{status}, {reason}"
+    if ended == 7:
+        assert_not_called_whole(tmp_path, source, lost)
+
+
+@pytest.mark.parametrize("lost", ["every attention site", "every ffn site", "every layer", "the head"])
+@pytest.mark.parametrize("name", ["deepseek", "transformers"])
+def test_a_model_type_alone_says_what_a_model_must_have(tmp_path, name, lost):
+    config, made = STATED[name]
+    kept = {k: v for k, v in made().items() if not re.search(SITES_OF[lost], k)}
+    bare = {"model_type": config["model_type"]}
+    assert_not_called_whole(tmp_path, write_model(tmp_path / "source", kept, bare), lost)
+
+
+@pytest.mark.parametrize("key, value", [("hc_mult", 2.0), ("hc_mult", "2"), ("hc_mult", True), ("hc_mult", 5),
+                                        ("hidden_size", 16)])  # fmt: skip
+def test_a_size_that_is_stated_otherwise_is_no_exact_port(tmp_path, key, value):
+    config, made = STATED["deepseek"]
+    source = write_model(tmp_path / "source", made(), {**config, key: value})
+    status, reason = ends(source, tmp_path / "there.safetensors", assume=True)
+    assert status in (2, 6), f"{key} = {value!r}: {status}, {reason}"
+    assert "config.json" in reason, reason
 
 
 @pytest.mark.parametrize("stated, there, status", [(3, 3, "exact"), (3, 4, "exact"), (3, 2, 7), (3, 5, 7), (2, 4, 7)])
