@@ -309,20 +309,25 @@ def test_two_keys_that_set_one_value_differently_are_named(tmp_path):
     refuses(tmp_path, "port", *arguments, saying=("rms_norm_eps and norm_eps", "1e-06", "1e-05"), status=6)
 
 
-@pytest.mark.parametrize("form", ["there", "there.safetensors", "there.pt", "tree"])
+@pytest.mark.parametrize("form", ["there", "there.safetensors", "there.pt", "tree", "there.gguf"])
 def test_an_assumption_stays_one_in_whatever_it_is_kept(tmp_path, form):
     """Also where a config.json is written beside it, which would say what the model is."""
     if form == "tree":
         needs_orbax()
     elif form == "there.pt":
         pytest.importorskip("torch", reason="torch is not installed")
-    layout = "maxtext" if form == "tree" else "transformers"
+    elif form == "there.gguf":
+        pytest.importorskip("gguf", reason="gguf, of the extra of that name, is not installed")
+    layout = {"tree": "maxtext", "there.gguf": "gguf"}.get(form, "transformers")
     source = write_model(tmp_path / "source", NAMES["transformers"](sites(3, True)))
     report = port(source, tmp_path / form, Options(to=layout, assume=True))
     assert report.assumed and "nothing says so" in report.reason
     with pytest.raises(PortError) as raised:
         again = port(tmp_path / form, tmp_path / "again.safetensors", Options(to="canonical"))
         raise AssertionError(f"what was assumed is a fact now: {again.reason}, {again.source_told_by}")
+    assert raised.value.status == 6, str(raised.value)
+    with pytest.raises(PortError) as raised:  # by one more way
+        port(tmp_path / form, tmp_path / "more", Options(to="deepseek"))
     assert raised.value.status == 6, str(raised.value)
     looked = call("inspect", tmp_path / form)
     assert "an assumption" in looked.stdout and "nothing says so" in looked.stdout, looked.stdout
