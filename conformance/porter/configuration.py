@@ -50,13 +50,12 @@ def other_function(config: Mapping[str, Any] | None) -> str:
     return ""
 
 
-def layers_stated(config: Mapping[str, Any] | None) -> list[int]:
-    """How many layers a checkpoint may have by its configuration: with those of multi-token prediction or without."""
+def layers_stated(config: Mapping[str, Any] | None) -> tuple[int, int]:
+    """How many layers a configuration states, and how many more for multi-token prediction; 0 where it doesn't."""
     part = of_language_model(config)
-    count, more = part.get("num_hidden_layers"), part.get("num_nextn_predict_layers", 0)
-    if type(count) is not int or count < 1:
-        return []
-    return [count, count + more] if type(more) is int and more > 0 else [count]
+    counts = [part.get(key) for key in ("num_hidden_layers", "num_nextn_predict_layers")]
+    layers, more = (count if type(count) is int and count > 0 else 0 for count in counts)
+    return layers, more
 
 
 def unknown_keys(config: Mapping[str, Any] | None, known: Configuration) -> list[str]:
@@ -106,7 +105,7 @@ def _number(value: Any) -> Any:
 def settings(parameters: Mapping[str, Any], base: str) -> dict[str, Any]:
     """For each key whose value isn't the row's own, what must be set for these parameters; the first key of each."""
     row, told = dialects.dialect_rows()[base], set[str]()
-    found: dict[str, Any] = {key: value for key, value in dialects.configuration(base).requires.items() if value}
+    found: dict[str, Any] = _switches(base)
     for key, names in dialects.configuration(base).keys.items():
         bare = [name.removeprefix("-") for name in names if name != "streams"]
         if not bare or told >= {*names} or len({parameters[name] for name in bare}) > 1:
@@ -116,6 +115,14 @@ def settings(parameters: Mapping[str, Any], base: str) -> dict[str, Any]:
             value = parameters[bare[0]]
             found[key] = -value if names[0].startswith("-") else value
     return found
+
+
+def _switches(base: str) -> dict[str, Any]:
+    """The switches that choose a row among those of its software, where they aren't off for it."""
+    own = dialects.configuration(base)
+    others = [dialects.configuration(name) for name in dialects.dialect_names()]
+    rivals = [other.requires for other in others if other.place == own.place]
+    return {k: v for k, v in own.requires.items() if v and any(other.get(k) is False for other in rivals)}
 
 
 def carried(parameters: Mapping[str, Any], base: str) -> Parameters:

@@ -82,6 +82,7 @@ class Told:
         assumed: nothing says it: it is the layout's own.
         problem: why it can't be known, where something speaks against assuming it; a port then needs ``--dialect``.
         status: the exit status of a port that meets the problem.
+        stated: of a target, whether its own configuration says it.
     """
 
     parameters: Parameters
@@ -90,6 +91,7 @@ class Told:
     assumed: bool = False
     problem: str = ""
     status: int = UNKNOWN
+    stated: bool = False
 
 
 def given(text: str, checkpoint: Checkpoint | None = None) -> Told:
@@ -157,15 +159,31 @@ def model_types(checkpoint: Checkpoint) -> set[str]:
     return set(configuration.model_types(checkpoint.config))
 
 
-def streams_stated(checkpoint: Checkpoint, base: str) -> int | None:
-    """n as the configuration beside a checkpoint states it, for the software of a row."""
-    part = configuration.of_language_model(checkpoint.config)
-    keys = [key for key, names in dialects.configuration(base).keys.items() if names == ("streams",)]
-    return next((part[key] for key in keys if type(part.get(key)) is int), None)
+def other_sizes(checkpoint: Checkpoint, base: str, streams: int, dim: int) -> str:
+    """In words, where the configuration beside a checkpoint states another n or C; empty where it doesn't.
+
+    Args:
+        base: the row whose software it configures.
+    """
+    for name, stated in _sizes(checkpoint.config, base).items():
+        size = {"n": streams, "C": dim}[name]
+        if stated != size:
+            return f"{checkpoint.config_place} states {name} = {stated}, and the tensors have {name} = {size}"
+    return ""
 
 
-def layers_stated(checkpoint: Checkpoint) -> list[int]:
-    """How many layers the configuration beside a checkpoint states, empty where it doesn't."""
+def _sizes(config: Mapping[str, Any] | None, base: str) -> dict[str, Any]:
+    part, software = configuration.of_language_model(config), dialects.configuration(base)
+    keys = {key: "n" for key, names in software.keys.items() if names == ("streams",)}
+    if software.place == "config.json":
+        keys["hidden_size"] = "C"
+    return {name: part[key] for key, name in keys.items() if part.get(key) is not None}
+
+
+def layers_stated(checkpoint: Checkpoint) -> tuple[int, int]:
+    """How many layers the configuration beside a checkpoint states, and how many for multi-token prediction; 0 where
+    it doesn't.
+    """
     return configuration.layers_stated(checkpoint.config)
 
 
@@ -198,11 +216,16 @@ def from_config(layout: Layout, checkpoint: Checkpoint) -> Told | None:
         parameters = check({**row, **{k: v for k, v in set_there.items() if k in row}}, place)
     except PortError as error:
         parameters, problem = row, problem or f"{error}: no row has such a value"
+    odd = [f"{name} = {size!r}" for name, size in _sizes(config, base).items() if type(size) is not int or size < 1]
+    if odd and not problem:
+        problem = f"{place} states {odd[0]}, and no layer has such a size"
     if problem:
         return Told(parameters, problem, base, False, problem)
     if not kinds:
-        return Told(parameters, f"{OWN}, with the values {FROM_CONFIG}", base, True) if set_there else None
-    if config.get(PORT_KEY) is not None and note(checkpoint).get("assumed") is True:  # a port wrote it, from a guess
+        by = f"{OWN}, with the values {FROM_CONFIG.replace('config.json', Path(place).name)}"
+        return Told(parameters, by, base, True) if set_there or base != layout.dialect else None
+    ours = config.get(PORT_KEY) is not None or checkpoint.kind == "gguf"  # whose keys and note are in one file
+    if ours and note(checkpoint).get("assumed") is True:
         return Told(parameters, f"an assumption, {FROM_METADATA}", base, True)
     return Told(parameters, FROM_CONFIG.replace("config.json", Path(place).name), base)
 

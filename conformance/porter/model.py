@@ -78,33 +78,46 @@ class Model:
     def lacking(self) -> list[str]:
         """What this model must have and doesn't, a line each: tensors without a site, layers, sites of a layer, a head.
 
-        A module on its own is whole. Models with a configuration have both kinds of sites in each layer.
+        A module on its own is whole. A model whose ``model_type`` is known has both kinds of sites in each layer.
         """
         found = []
         if self.stray:
             some = ", ".join(self.stray[:3]) + (", …" if len(self.stray) > 3 else "")
             found.append(f"{len(self.stray)} hyper-connection tensors belong to no site that is known: {some}")
+        modelled = bool(dialects.model_types(self.checkpoint) & {*self.layout.models})
+        headed = self.parameters["reduce"] == "head" and not self.told.problem
         groups: dict[str, dict[str, set[int]]] = {}
         for site in self.sites:
             if site.layer is not None:
                 groups.setdefault(site.group, {}).setdefault(site.kind, set()).add(site.layer)
-        stated = dialects.layers_stated(self.checkpoint)
         for group, kinds in groups.items():
             every = set().union(*kinds.values())
             between = gaps(every)
             if between:
                 found.append(f"{group} {between} are missing")
-            for kind in ("attention", "ffn"):
+            needed = {"attention": modelled, "ffn": modelled, "head": group == "mtp" and modelled and headed}
+            for kind, must in needed.items():
                 without = sorted(every - kinds.get(kind, set()))
-                if without and (kind in kinds or stated):
-                    found.append(f"{group} {numbers(without)} have no {kind} site")
-        if stated and not self.layers and ALONE not in self.sites:
-            found.append(f"config.json states {' or '.join(map(str, stated))} layers, and none is there")
-        if stated and self.layers and len(self.layers) not in stated and not any("missing" in line for line in found):
-            found.append(f"config.json states {' or '.join(map(str, stated))} layers, and {len(self.layers)} are there")
-        if self.parameters["reduce"] == "head" and self.layers and not self.head and not self.told.problem:
+                if without and (kind in kinds or must):
+                    found.append(f"{group} {numbers(without)} have no {kind}{'' if kind == 'head' else ' site'}")
+        found += self._miscounted(modelled) if not any("missing" in line for line in found) else []
+        if headed and self.layers and not self.head:
             found.append(NO_HEAD)
-        return found
+        noted = dialects.note(self.checkpoint).get("lacking") or []
+        return [*found, *(f"a port noted: {line}" for line in noted)]
+
+    def _miscounted(self, modelled: bool) -> list[str]:
+        """Layers, and those of multi-token prediction, that aren't as many as the configuration states."""
+        layers, more = dialects.layers_stated(self.checkpoint)
+        stated = sorted({layers, layers + more}) if layers else []
+        ahead = {site.layer for site in self.sites if site.group == "mtp"}
+        if (stated or modelled) and not self.layers and ALONE not in self.sites:
+            return [f"config.json is of a model with {layers or 'some'} layers, and none is there"]
+        if stated and self.layers and len(self.layers) not in stated:
+            return [f"config.json states {' or '.join(map(str, stated))} layers, and {len(self.layers)} are there"]
+        if ahead and more and len(ahead) != more:
+            return [f"config.json states {more} layers of multi-token prediction, and {len(ahead)} are there"]
+        return []
 
     def prepare(self) -> None:
         self.checkpoint.prepare([n for rows in self.sites.values() for n in rows.values()])
@@ -219,7 +232,7 @@ def understand(
         told = replace(told, parameters={**told.parameters, "reduce": "head"})
     if not bodies:  # a head alone says nothing of the matrix
         residual, norm = told.parameters["residual"], told.parameters["norm_weight"]
-    elif told.parameters["residual"] != residual and told.assumed:
+    elif told.parameters["residual"] != residual and told.by == dialects.OWN:
         fits = dialects.fitting(chosen, norm, residual)
         told = replace(told, parameters=dialects.parse(fits[0]), base=fits[0]) if fits else told
     if told.parameters["residual"] != residual:
@@ -275,10 +288,9 @@ def _differing(checkpoint: Checkpoint, found: Recognised, base: str) -> str:
                 f"{checkpoint.tensors[name].file}: {name} has n = {n}, C = {width} ({kind}), "
                 f"and {first} has n = {streams}, C = {dim} ({residual}): all sites must be alike"
             )
-    stated = None if found.layout.keeps_dialect else dialects.streams_stated(checkpoint, base)
-    if stated is not None and stated != streams:
-        return f"{checkpoint.config_place} states n = {stated}, and the tensors have n = {streams}"
-    return ""
+    if found.layout.keeps_dialect:
+        return ""
+    return dialects.other_sizes(checkpoint, base, streams, dim)
 
 
 def gaps(found: set[int]) -> str:

@@ -22,7 +22,7 @@ _WRAPPING = ("module", "_orig_mod", "_fp32_params", "base_model", "ema_model", "
 _LANGUAGE = re.compile(rf"(?:(?<=[./])|^){LANGUAGE_MODEL}[./]")
 _LEAF = re.compile(r"[./](?:raw_)?value$")
 _OPTIMIZER = re.compile(
-    r"(?:^|[./])(?:opt_state|optimizers?|optimizer_states?|optim|exp_avg(?:_sq)?|momentum_buffer|mu|nu)(?:[./]|$)"
+    r"(?:^|[./])(?:opt_state|optimizers?|optimizer_states?|optim|exp_avg\w*|momentum\w*|mu|nu)(?:[./]|$)"
 )
 """Keys under which training checkpoints keep an optimiser's state: of optax, of Flax NNX, and of PyTorch's trainers."""
 

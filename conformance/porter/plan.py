@@ -166,7 +166,7 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
     lacking = [*model.lacking(), *_without_a_name(layout, left_out, options)]
     lacking += _left_as_they_are(existing, places, options)
     settings, place_of_settings = {}, ""
-    if not layout.keeps_dialect and layout.containers[0] != "gguf":  # those files state them
+    if not (layout.keeps_dialect or told.stated or layout.containers[0] == "gguf"):  # those state them themselves
         settings = configuration.settings(parameters, told.base)
         place_of_settings = known_dialects.configuration(told.base).place
     x = probe.activations(options.verify, model.streams, model.dim, options.seed)

@@ -170,13 +170,14 @@ def _nothing(checkpoint: Checkpoint, given: Layout | None) -> PortError:
 def unplaced(checkpoint: Checkpoint, layout: Layout | None, stray: list[str], known: int = 0) -> PortError:
     """The error for hyper-connections under names that no layout has, with the option that would name them."""
     considered = [o for o in layouts().values() if checkpoint.kind in o.containers]
-    best: tuple[int, Layout | None, list[str]] = 0, layout, []
+    best: tuple[tuple[int, bool], Layout | None, list[str]] = (0, False), layout, []
     for candidate in [layout] if layout else considered:
         rows = {kind: [row.name for row in candidate.rows_of(kind)] for kind in ("attention", "ffn", "head", "site")}
         found = naming.proposal(stray, rows)
         explained = sum(len(names) for names in found.values())
-        if explained > best[0]:
-            best = explained, candidate, list(found)
+        score = explained, _fits(checkpoint, candidate, found)
+        if explained and score > best[0]:
+            best = score, candidate, list(found)
     _, named, options = best
     which = " ".join(["--from", named.name if named else "LAYOUT", *(f"--from-names '{text}'" for text in options[:4])])
     what = f"say what they are with {which}" if options else f"no row of {layout.name if layout else 'a layout'} fits"
@@ -186,6 +187,20 @@ def unplaced(checkpoint: Checkpoint, layout: Layout | None, stray: list[str], kn
         f"{checkpoint.path}: {len(stray)} of {len(stray) + known} hyper-connection tensors belong to no site that is "
         f"known, {some}: {what}{rest}", INCOMPLETE,
     )  # fmt: skip
+
+
+def _fits(checkpoint: Checkpoint, layout: Layout, options: Iterable[str]) -> bool:
+    """Whether tensors have the shapes of a layout, with these values of ``--from-names``."""
+    prefixes = dict(option.split("=", 1) for option in options)
+    if "head" in prefixes and not layout.head:
+        return False
+    starts = tuple(prefix.partition("{")[0] for prefix in prefixes.values())
+    try:
+        sites = layout.named(prefixes).locate(name for name in checkpoint.tensors if name.startswith(starts))
+        _sizes(checkpoint, layout, sites)
+    except PortError:
+        return False
+    return bool(sites)
 
 
 def candidates(checkpoint: Checkpoint, considered: Iterable[Layout]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from conformance import dialects as known
 from conformance.porter import configuration, dialects
 from conformance.porter.dialects import Told
 from conformance.porter.errors import CANNOT, UNKNOWN, PortError
@@ -28,7 +29,7 @@ def choose(model: Model, layout: Layout, options: Options) -> Told:
         PortError: the layout has no place for such weights, the configuration of the target isn't known, or the
             parameters are none that a layer has.
     """
-    stated = _stated(layout, options, model.streams)
+    stated = _stated(model, layout, options)
     if options.to_dialect:
         told = dialects.given(options.to_dialect)
         if stated and _differ(told.parameters, stated.parameters):
@@ -60,11 +61,11 @@ def _differ(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return any(first[key] != second[key] for key in second if key not in ("reduce", *ROUNDED))
 
 
-def _stated(layout: Layout, options: Options, streams: int) -> Told | None:
+def _stated(model: Model, layout: Layout, options: Options) -> Told | None:
     """What the configuration of the target says, where there is one.
 
     Raises:
-        PortError: it is of a model that isn't known, and the user doesn't say what that computes; or of another n.
+        PortError: it is of a model that isn't known, and the user doesn't say what that computes; or of other sizes.
     """
     if options.to_config is not None:
         checkpoint = Checkpoint(options.to_config, "", config=configuration.read(options.to_config))
@@ -79,14 +80,18 @@ def _stated(layout: Layout, options: Options, streams: int) -> Told | None:
         return None
     if other:
         raise PortError(f"the target: {other}: that is another function, which takes none of these weights", CANNOT)
-    stated = dialects.streams_stated(checkpoint, told.base) if told else None
-    if stated not in (None, streams):
-        raise PortError(f"{checkpoint.config_place} states n = {stated}, and the tensors have n = {streams}")
+    other = dialects.other_sizes(checkpoint, told.base, model.streams, model.dim) if told and not told.problem else ""
+    if other:
+        raise PortError(f"the target: {other}")
     if told and told.problem:
         if options.to_dialect:
             return None
         raise PortError(f"the target: {told.problem}: say what it computes with --to-dialect", UNKNOWN)
-    return replace(told, by=f"from its {Path(checkpoint.config_place).name}") if told else None
+    if told is None:
+        return None
+    switch = configuration.contradicted(checkpoint.config, known.configuration(layout.dialect))
+    by = f"from its {Path(checkpoint.config_place).name}" + (f", where {switch}" if switch else "")
+    return replace(told, by=by, stated=True)
 
 
 def _own(model: Model, layout: Layout) -> Told:

@@ -26,7 +26,7 @@ from jax_impl.modules import HyperHead, ManifoldConstrainedHyperConnections  # n
 
 N, C, LAYERS = 4, 6, 3
 KINDS = {"attention": "attention_hc", "ffn": "mlp_hc"}
-CONFIG = MHCConfig.from_dialect("maxtext", streams=N, dim=C)
+CONFIG = MHCConfig.from_dialect("maxtext", streams=N, dim=C, reduce="head")
 
 
 class Block(nnx.Module):

@@ -96,8 +96,8 @@ class View(Checkpoint):
 
     def __init__(self, whole: Checkpoint):
         super().__init__(
-            whole.path, whole.kind, {}, whole.metadata, whole.config, whole.files, whole.aside, whole.stacks, whole.axes,
-            whole.config_file,
+            whole.path, whole.kind, {}, whole.metadata, whole.config, whole.files, whole.aside, whole.stacks,
+            whole.axes, whole.config_file,
         )  # fmt: skip
         self._whole = whole
 
