@@ -164,9 +164,9 @@ def test_a_dialect_that_is_asked_for_implies_the_names_of_its_models(tmp_path, l
         source = write_canonical(tmp_path / "source.safetensors", sites(3, False), "glm-5")
     else:
         source = write_model(tmp_path / "source", NAMES["deepseek"](sites(3, False)), config)
-    for options in ({}, {"to_dialect": "glm-5"}):
-        target = tmp_path / f"there {len(options)}"
-        report = port(source, target, Options(to="transformers", **options))
+    for to_dialect in (None, "glm-5"):
+        target = tmp_path / f"there {to_dialect}"
+        report = port(source, target, Options(to="transformers", to_dialect=to_dialect))
         odd = [name for name in report.tensors if not name.startswith("model.language_model.layers.")]
         assert not odd and report.target_dialect == "glm-5", (odd[:1], report.target_dialect)
         config = json.loads((target / "config.json").read_text())
