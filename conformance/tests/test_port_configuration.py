@@ -380,6 +380,24 @@ def test_the_released_inference_configuration_says_norm_eps(tmp_path):
     assert report.source_dialect == "deepseek-v4,norm_eps=1e-05"
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v4", "glm5_next", "glm5_next_text", "hy_v4"])
+def test_a_configuration_as_transformers_writes_it_has_nothing_unknown(kind):
+    """All of its keys, of which most are of other parts; its values are those of the row."""
+    transformers_library = pytest.importorskip("transformers", reason="needs the package transformers")
+    made = transformers_library.CONFIG_MAPPING
+    if kind not in made:
+        pytest.skip(f"transformers {transformers_library.__version__} has no {kind}")
+    config = made[kind]().to_dict()
+    row = next(
+        layout.models[kind] for layout in map(layout_named, ("transformers", "hunyuan")) if kind in layout.models
+    )
+    software = rows.configuration(row)
+    assert configuration.unknown_keys(config, software) == []
+    found = configuration.values(config, software)
+    assert {k: v for k, v in found.items() if k != "streams"}.items() <= dialects.parse(row).items(), found
+    assert found["streams"] == 4
+
+
 def test_settings_inside_of_a_text_configuration_count(tmp_path):
     inner = {**V41, "model_type": "glm5_next_text", "rms_norm_eps": 1e-3, "hc_sinkhorn_iters": 5}
     config = {"model_type": "glm5_next", "rms_norm_eps": 1e-9, "text_config": inner}
