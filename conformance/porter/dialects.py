@@ -17,7 +17,11 @@ from conformance.porter.errors import UNKNOWN, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layouts
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
+from conformance.rules import domains
 
+PORT_FORMAT, CANONICAL_FORMAT = "mhc-port/1", "mhc-canonical/1"
+"""What a port's note and a canonical file's metadata say that they are."""
+SIZES = ("streams", "dim")
 GIVEN, OWN = "as given", "its layout's own"
 FROM_METADATA, FROM_CONFIG = "from its metadata", "from its config.json"
 
@@ -137,21 +141,39 @@ def note(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _from_metadata(layout: Layout, checkpoint: Checkpoint) -> Told | None:
-    rows = known()
-    stated_note = note(checkpoint)
-    if stated_note:
-        stated = _json(stated_note.get("parameters", {}), checkpoint)
-        found = {k: v for k, v in dialects.completed(stated).items() if k in rows["paper"]}
-        if set(found) == set(rows["paper"]):
-            assumed = stated_note.get("assumed") is True
-            by = f"an assumption, {FROM_METADATA}" if assumed else FROM_METADATA
-            return Told(check(found, str(checkpoint.path)), by, nearest(found), assumed)
-    if "parameters" in checkpoint.metadata and layout.keeps_dialect:
+    """What a checkpoint's own metadata says: a port's note, or the parameters of a canonical file."""
+    stated, form, assumed = note(checkpoint), PORT_FORMAT, note(checkpoint).get("assumed") is True
+    parameters = _json(stated.get("parameters", {}), checkpoint)
+    if not stated:
+        stated, form = checkpoint.metadata, CANONICAL_FORMAT
+        if not layout.keeps_dialect or "parameters" not in stated:
+            return None
+        parameters = _json(stated["parameters"], checkpoint)
+    row = known()[layout.dialect]
+    found = {key: value for key, value in dialects.completed(parameters).items() if key not in SIZES}
+    strange = [key for key in found if key not in row]
+    if strange or stated.get("format", form) != form:
+        what = f"has the parameter {strange[0]}, which no row has" if strange else f"has the format {stated['format']}"
+        problem = f"its metadata {what}: it was written by another version"
+        return Told(dict(row), problem, layout.dialect, False, problem)
+    if set(found) != set(row):
+        missing = next(key for key in row if key not in found)
+        for key, value in found.items():  # each by itself must be one that a layer can have
+            if not domains()[key].holds(value):
+                raise PortError(f"{checkpoint.path}: {key} must be {domains()[key]}, got {str(value)[:40]}")
+        if parameters and form == CANONICAL_FORMAT:
+            return Told(dict(row), f"its metadata leaves {missing} open", layout.dialect, True)
+        return None
+    by = f"an assumption, {FROM_METADATA}" if assumed else FROM_METADATA
+    return Told(check(found, str(checkpoint.path)), by, nearest(found), assumed)
+
+
+def sizes_noted(layout: Layout, checkpoint: Checkpoint) -> dict[str, Any]:
+    """n and C as a checkpoint's own metadata states them, under ``streams`` and ``dim``."""
+    stated = note(checkpoint)
+    if not stated and layout.keeps_dialect and "parameters" in checkpoint.metadata:
         stated = _json(checkpoint.metadata["parameters"], checkpoint)
-        known_ones = {k: v for k, v in dialects.completed(stated).items() if k in rows["paper"]}
-        found = {**rows[layout.dialect], **known_ones}
-        return Told(check(found, str(checkpoint.path)), FROM_METADATA, nearest(found))
-    return None
+    return {key: stated[key] for key in SIZES if key in stated}
 
 
 def model_types(checkpoint: Checkpoint) -> set[str]:

@@ -31,6 +31,7 @@ class Model:
         norm: whether the sites have a norm weight.
         told: the dialect, and how it is known.
         stray: tensors that are hyper-connections' and belong to no site.
+        lost_norm: its metadata states a norm weight, and no site has one.
         copies: tensors that hold the same sites once more for another layout, whose name stands beside each.
         differing: how sites differ from each other or from the configuration; such a model can't be ported.
     """
@@ -46,6 +47,7 @@ class Model:
     stray: list[str]
     differing: str
     sizes: dict[Site, tuple[int, int, str]]
+    lost_norm: bool = False
     copies: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -103,6 +105,8 @@ class Model:
         found += self._miscounted(modelled) if not any("missing" in line for line in found) else []
         if headed and self.layers and not self.head:
             found.append(NO_HEAD)
+        if self.lost_norm:
+            found.append("the norm weights are missing, and the metadata states them")
         noted = dialects.note(self.checkpoint).get("lacking") or []
         return [*found, *(f"a port noted: {line}" for line in noted)]
 
@@ -240,10 +244,11 @@ def understand(
             f"{checkpoint.path}: the dialect has residual={told.parameters['residual']}, and the columns are those of "
             f"{residual}"
         )
+    lost_norm = told.by == dialects.FROM_METADATA and told.parameters["norm_weight"] and not norm
     told.parameters = dialects.check({**told.parameters, "norm_weight": norm}, str(checkpoint.path))
     model = Model(
         checkpoint, chosen, sites, streams, dim, residual, norm, told, [],
-        _differing(checkpoint, found, told.base), sizes,
+        _differing(checkpoint, found, told.base), sizes, lost_norm,
     )  # fmt: skip
     placed = {name for rows in sites.values() for name in rows.values()}
     endings = tuple(chosen.endings_of_anchors)
@@ -288,6 +293,10 @@ def _differing(checkpoint: Checkpoint, found: Recognised, base: str) -> str:
                 f"{checkpoint.tensors[name].file}: {name} has n = {n}, C = {width} ({kind}), "
                 f"and {first} has n = {streams}, C = {dim} ({residual}): all sites must be alike"
             )
+    noted = dialects.sizes_noted(found.layout, checkpoint)
+    if any(noted[key] != size for key, size in (("streams", streams), ("dim", dim)) if key in noted):
+        stated = ", ".join(f"{key} = {value!r}" for key, value in noted.items())
+        return f"{checkpoint.path}: its metadata states {stated}, and the tensors have n = {streams}, C = {dim}"
     if found.layout.keeps_dialect:
         return ""
     return dialects.other_sizes(checkpoint, base, streams, dim)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conformance.porter import configuration
+from conformance.porter import configuration, dialects
 from conformance.porter import plan as planning
 from conformance.porter.errors import CANNOT, REFUSED, UNKNOWN, Incomplete, PortError
 from conformance.porter.layouts import layout_named, layouts
@@ -24,8 +24,6 @@ from conformance.porter.verdict import APPROXIMATE, EXACT, IMPOSSIBLE, PARTIAL, 
 
 __all__ = ["Options", "Refused", "Report", "port", "settle"]
 
-FORMAT = "mhc-port/1"
-CANONICAL = "mhc-canonical/1"
 WORKERS = 2
 
 
@@ -198,8 +196,8 @@ def _figures(largest: Mapping[str, float]) -> str:
 def _metadata(report: Report, plan: Plan, kind: str) -> dict[str, str]:
     """What the target's own metadata says of this port."""
     noted = {
-        "format": FORMAT, "layout": plan.layout.name, "parameters": plan.parameters, "streams": plan.model.streams,
-        "dim": plan.model.dim, "source_layout": report.source_layout, "source_parameters": plan.model.parameters,
+        "format": dialects.PORT_FORMAT, "layout": plan.layout.name, "parameters": plan.parameters,
+        "streams": plan.model.streams, "dim": plan.model.dim, "source_layout": report.source_layout, "source_parameters": plan.model.parameters,
         "verdict": report.verdict, "reason": report.reason, "rounding": report.rounding,
         "probes": {"tokens": report.probes, "seed": plan.options.seed}, "deviation": report.largest,
         "left_out": report.left_out, "source_row": plan.model.told.base, "row": plan.base, "assumed": report.assumed,
@@ -208,5 +206,9 @@ def _metadata(report: Report, plan: Plan, kind: str) -> dict[str, str]:
     found = {PORT_KEY: json.dumps(noted, sort_keys=True)}
     if plan.layout.keeps_dialect:
         sizes = {"streams": plan.model.streams, "dim": plan.model.dim}
-        return {"format": CANONICAL, "parameters": json.dumps({**plan.parameters, **sizes}, sort_keys=True), **found}
+        return {
+            "format": dialects.CANONICAL_FORMAT,
+            "parameters": json.dumps({**plan.parameters, **sizes}, sort_keys=True),
+            **found,
+        }
     return found if kind in ("orbax", "torch", "gguf") else {"format": "pt", **found}
