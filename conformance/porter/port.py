@@ -197,7 +197,8 @@ def _metadata(report: Report, plan: Plan, kind: str) -> dict[str, str]:
     """What the target's own metadata says of this port."""
     noted = {
         "format": dialects.PORT_FORMAT, "layout": plan.layout.name, "parameters": plan.parameters,
-        "streams": plan.model.streams, "dim": plan.model.dim, "source_layout": report.source_layout, "source_parameters": plan.model.parameters,
+        "streams": plan.model.streams, "dim": plan.model.dim, "source_layout": report.source_layout,
+        "source_parameters": plan.model.parameters,
         "verdict": report.verdict, "reason": report.reason, "rounding": report.rounding,
         "probes": {"tokens": report.probes, "seed": plan.options.seed}, "deviation": report.largest,
         "left_out": report.left_out, "source_row": plan.model.told.base, "row": plan.base, "assumed": report.assumed,

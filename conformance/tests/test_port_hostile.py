@@ -22,7 +22,7 @@ DEEP = "[" * 200_000
     [
         {"mhc_port": "{"}, {"mhc_port": DEEP}, {"mhc_port": "[1, 2]"}, {"mhc_port": '{"parameters": 5}'},
         {"mhc_port": '{"parameters": [1]}'}, {"parameters": "5"}, {"parameters": DEEP},
-        {"parameters": '{"iterations": "20"}'}, {"parameters": '{"iterations": null}'},
+        {"parameters": '{"iterations": "20"}'}, 
         {"parameters": '{"iterations": 2.5}'}, {"parameters": '{"eps": "1"}'}, {"parameters": '{"order": ["rows"]}'},
         {"parameters": '{"norm_eps": NaN}'}, {"parameters": '{"residual": {}}'},
     ],
