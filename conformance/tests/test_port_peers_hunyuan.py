@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+if importlib.util.find_spec("triton") and not os.path.exists("/dev/nvidia0"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # importing the model imports triton, which another test needs so
+
 from safetensors.torch import load_file, save_file
 
 from conformance.porter.errors import PortError
