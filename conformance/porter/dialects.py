@@ -13,7 +13,7 @@ from typing import Any
 from conformance import dialects
 from conformance.dialects import Parameters, dialect_rows
 from conformance.porter import configuration
-from conformance.porter.errors import UNKNOWN, PortError
+from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layouts
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
@@ -85,7 +85,6 @@ class Told:
         base: the published row that they are, or depart from.
         assumed: nothing says it: it is the layout's own.
         problem: why it can't be known, where something speaks against assuming it; a port then needs ``--dialect``.
-        status: the exit status of a port that meets the problem.
         stated: of a target, whether its own configuration says it.
     """
 
@@ -94,7 +93,6 @@ class Told:
     base: str
     assumed: bool = False
     problem: str = ""
-    status: int = UNKNOWN
     stated: bool = False
 
 
@@ -127,7 +125,7 @@ def of_checkpoint(layout: Layout, checkpoint: Checkpoint) -> Told:
     told = from_config(layout, checkpoint)
     if told is not None and not told.assumed:
         return told
-    return _from_metadata(layout, checkpoint) or told or Told(dict(known()[layout.dialect]), OWN, layout.dialect, True)
+    return from_metadata(layout, checkpoint) or told or Told(dict(known()[layout.dialect]), OWN, layout.dialect, True)
 
 
 def note(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -140,7 +138,7 @@ def note(checkpoint: Checkpoint) -> dict[str, Any]:
     return {} if noted is None else _json(noted, checkpoint)
 
 
-def _from_metadata(layout: Layout, checkpoint: Checkpoint) -> Told | None:
+def from_metadata(layout: Layout, checkpoint: Checkpoint) -> Told | None:
     """What a checkpoint's own metadata says: a port's note, or the parameters of a canonical file."""
     stated, form, assumed = note(checkpoint), PORT_FORMAT, note(checkpoint).get("assumed") is True
     parameters = _json(stated.get("parameters", {}), checkpoint)

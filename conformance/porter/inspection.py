@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conformance.porter import configuration, damage, dialects
+from conformance.porter import names as naming
 from conformance.porter.model import Model, understand
 from conformance.porter.storage.opening import open_checkpoint
 
@@ -97,4 +98,7 @@ def inspect(
 
 def _odd(model: Model) -> list[str]:
     found = [*([model.differing] if model.differing else []), *model.lacking()]
+    aside = naming.plainly_ours(model.checkpoint.aside)
+    if aside:
+        found.append(f"{len(aside)} tensors are left aside as an optimiser's, by their names: {min(aside)}, …")
     return [*found, *damage.signs(model)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,16 +16,10 @@ import numpy as np
 
 from conformance.porter import names as naming
 from conformance.porter.errors import PortError
-from conformance.porter.site import ALONE, Site, Weights, canonical_shapes
+from conformance.porter.locating import Locator
+from conformance.porter.site import Site, Weights, canonical_shapes
 from conformance.rules import most_permuted
 
-PREFIXES = {
-    "{any}": r"(?:(?!.*(?<![^./_])mtp).*[./])?",  # layers of multi-token prediction are numbered on their own
-    "{layers}": r"(?:layers?|blocks?|h)",
-    "{layer}": r"(?P<layer>\d+)",
-    "{attention}": r"[\w.]*attn[\w.]*|[\w.]*attention[\w.]*",
-    "{ffn}": r"[\w.]*(?:ffn|mlp|feed_forward|moe)[\w.]*",
-}
 WRITTEN = {"{any}": "", "{layers}": "layers", "{attention}": "attention", "{ffn}": "ffn"}
 MOST_STREAMS = 64
 
@@ -66,6 +60,8 @@ class Layout:
         containers: the kinds of checkpoint (`storage`) that it is kept in; the first is written
             where a path leaves it open.
         dtype: the only one that its weights have; empty where they may have any.
+        company: whether other tensors than its own may lie under a site's prefix.
+        paired: whether each layer of its models has both kinds of sites.
         stacked: whether layers may be scanned: stacked in one array (`storage.stacks`).
         keeps_dialect: whether its files state their dialect, and a port to it keeps the source's.
         models: for each ``model_type`` of a ``config.json`` beside it, the dialect.
@@ -88,27 +84,14 @@ class Layout:
     residuals: frozenset[str] = frozenset({"sinkhorn"})
     containers: tuple[str, ...] = ("safetensors", "torch")
     dtype: str = ""
+    company: bool = False
+    paired: bool = True
     stacked: bool = False
     keeps_dialect: bool = False
     models: Mapping[str, str] = field(default_factory=dict)
     leads: Mapping[str, str] = field(default_factory=dict)
     rank: int = 0
     given: frozenset[str] = frozenset()
-
-    @cached_property
-    def _patterns(self) -> list[tuple[str, str, str, re.Pattern[str]]]:
-        return [
-            (group, kind, template, self._pattern(kind, template))
-            for (group, kind), templates in self.names.items()
-            for template in templates
-        ]
-
-    def _pattern(self, kind: str, template: str) -> re.Pattern[str]:
-        prefix = re.escape(template)
-        for token, pattern in PREFIXES.items():
-            prefix = prefix.replace(re.escape(token), f"(?:{pattern})" if "|" in pattern else pattern)
-        rows = "|".join(re.escape(row.name) for row in self.rows_of(kind))
-        return re.compile(f"(?P<prefix>{prefix})(?P<row>{rows})")
 
     def named(self, names: Mapping[str, str]) -> Layout:
         """The same layout with other prefixes before its own, under ``attention``, ``ffn``, ``head`` and ``site``.
@@ -181,54 +164,28 @@ class Layout:
         """The sites among ``names``: for each, its rows and the tensors that hold them.
 
         Raises:
-            PortError: one site under two names.
+            PortError: one site is under two names, or two models are in one file.
         """
-        found: dict[Site, dict[tuple[bool, str], dict[str, str]]] = {}
-        for name in names:
-            place = self._placed(name)
-            if place is None:
-                continue
-            site, prefix, row = place
-            rows = found.setdefault(site, {}).setdefault(prefix, {})
-            if row in rows:
-                raise _twice(site, rows[row], name)
-            rows[row] = name
-        sites: dict[Site, dict[str, str]] = {}
-        for site in sorted(found, key=lambda s: s.order):
-            anchors = self.anchors if self.anchors and not site.head else [r.name for r in self.rows_of(site.kind)]
-            candidates = {key: rows for key, rows in found[site].items() if any(a in rows for a in anchors)}
-            if any(named for named, _ in candidates):  # what the user names leaves no doubt
-                candidates = {key: rows for key, rows in candidates.items() if key[0]}
-            copies = list(candidates.values())
-            if len(copies) > 1:
-                first, second = (next(iter(rows.values())) for rows in copies[:2])
-                raise _twice(site, first, second)
-            if copies:
-                sites[site] = copies[0]
-        if ALONE in sites and len(sites) > 1:  # a module on its own has no company
-            del sites[ALONE]
-        return sites
+        return self._locator.locate(names)
 
-    def _placed(self, name: str) -> tuple[Site, tuple[bool, str], str] | None:
-        """A name's site, its prefix (and whether the user named that) and its row; None where the layout has none.
+    def beside(
+        self, names: Collection[str], candidates: Iterable[str], sites: Mapping[Site, Mapping[str, str]]
+    ) -> list[str]:
+        """Names that lie where the tensors of these sites do and are none of their rows (`locating.Locator.beside`)."""
+        return self._locator.beside(names, candidates, sites)
 
-        The name is tried as it is, without wrappers, and as the text part's of a larger model.
-        """
-        if naming.of_optimizer(name):
-            return None
-        plain = naming.plain(name)
-        if self.separator == ".":
-            plain = plain.replace("/", ".")
-        for spelling in dict.fromkeys((name, plain, naming.of_text(plain))):
-            for group, kind, template, pattern in self._patterns:
-                if spelling == name != plain and template not in self.given:
-                    continue  # a wrapper's word is no part of a prefix, unless the user names it
-                match = pattern.fullmatch(spelling)
-                if match:
-                    layer = match.groupdict().get("layer")
-                    site = Site(group, None if layer is None else int(layer), kind)
-                    return site, (template in self.given, match["prefix"]), match["row"]
-        return None
+    def count(self, names: Iterable[str]) -> int:
+        """How many sites have a tensor among ``names``, each once however often it is there."""
+        return self._locator.count(names)
+
+    @cached_property
+    def _locator(self) -> Locator:
+        return Locator(self)
+
+    @property
+    def separate_residual(self) -> bool:
+        """Whether the residual projection has tensors of its own, so that an identity is known by what isn't there."""
+        return any(all(part.startswith("res_") for part in row.parts) for row in self.rows)
 
     @property
     def separator(self) -> str:
@@ -321,13 +278,6 @@ class Layout:
                     weights[part] = flat[start : start + width].reshape(shapes[part])
                     start += width
         return {name: weights[name] for name in shapes if name in weights}
-
-
-def _twice(site: Site, first: str, second: str) -> PortError:
-    return PortError(
-        f"{site} is there twice, as {first} and as {second}: keep one, or name the prefix of the one that counts with "
-        f"--from-names"
-    )
 
 
 def _joined(site: Site, row: Packed, parts: list[np.ndarray]) -> np.ndarray:

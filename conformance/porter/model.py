@@ -11,7 +11,7 @@ import numpy as np
 from conformance.porter import configuration, dialects
 from conformance.porter import names as naming
 from conformance.porter.dialects import Told
-from conformance.porter.errors import CANNOT, INCOMPLETE, PortError
+from conformance.porter.errors import CANNOT, INCOMPLETE, UNKNOWN, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layout_named, layouts
 from conformance.porter.recognition import Recognised, recognise, unplaced
@@ -31,7 +31,7 @@ class Model:
         norm: whether the sites have a norm weight.
         told: the dialect, and how it is known.
         stray: tensors that are hyper-connections' and belong to no site.
-        lost_norm: its metadata states a norm weight, and no site has one.
+        lost_norm: its dialect, as it is stated or given, has a norm weight, and no site has one.
         copies: tensors that hold the same sites once more for another layout, whose name stands beside each.
         differing: how sites differ from each other or from the configuration; such a model can't be ported.
     """
@@ -87,6 +87,7 @@ class Model:
             some = ", ".join(self.stray[:3]) + (", …" if len(self.stray) > 3 else "")
             found.append(f"{len(self.stray)} hyper-connection tensors belong to no site that is known: {some}")
         modelled = bool(dialects.model_types(self.checkpoint) & {*self.layout.models})
+        paired = modelled or self.layout.paired
         headed = self.parameters["reduce"] == "head" and not self.told.problem
         groups: dict[str, dict[str, set[int]]] = {}
         for site in self.sites:
@@ -97,7 +98,7 @@ class Model:
             between = gaps(every)
             if between:
                 found.append(f"{group} {between} are missing")
-            needed = {"attention": modelled, "ffn": modelled, "head": group == "mtp" and modelled and headed}
+            needed = {"attention": paired, "ffn": paired, "head": group == "mtp" and modelled and headed}
             for kind, must in needed.items():
                 without = sorted(every - kinds.get(kind, set()))
                 if without and (kind in kinds or must):
@@ -106,7 +107,7 @@ class Model:
         if headed and self.layers and not self.head:
             found.append(NO_HEAD)
         if self.lost_norm:
-            found.append("the norm weights are missing, and the metadata states them")
+            found.append(f"the norm weights are missing, and the dialect has them ({self.told.by})")
         noted = dialects.note(self.checkpoint).get("lacking") or []
         return [*found, *(f"a port noted: {line}" for line in noted)]
 
@@ -137,7 +138,7 @@ class Model:
             raise PortError(
                 f"{self.checkpoint.path}: {self.told.problem}: there is no verdict on a function that isn't known. If "
                 f"you know which one it is, say so with --dialect NAME; the weights would fit {', '.join(fits)}",
-                self.told.status,
+                UNKNOWN,
             )
 
     def check_whole(self, allow_partial: bool) -> None:
@@ -154,6 +155,9 @@ class Model:
         if self.stray:
             raise unplaced(self.checkpoint, self.layout, self.stray, self.tensors)
         dialect = ""
+        if self.lost_norm and "norm weights" in lacking[0]:
+            row = dialects.described(self.parameters, self.told.base).partition(",norm_weight=")[0]
+            dialect = f", say that there are none (--dialect {row},norm_weight=false)"
         if lacking[0] == NO_HEAD:
             row = dialects.described(self.parameters, self.told.base).partition(",reduce=")[0]
             dialect = f", say how the streams are reduced otherwise (--dialect {row},reduce=none)"
@@ -232,10 +236,16 @@ def understand(
     told = dialects.given(dialect, checkpoint) if dialect else dialects.of_checkpoint(chosen, checkpoint)
     if told.assumed and told.by == dialects.OWN and (row := _named_after(chosen, sites)):
         told = replace(told, parameters=dialects.parse(row), base=row, by=f"its names are those of {row}")
-    if told.assumed and HEAD in sites and told.parameters["reduce"] == "mean":  # a head speaks against the mean
+    if HEAD in sites and told.parameters["reduce"] in (("mean", "sum") if told.assumed else ("sum",)):
+        # a head that is there speaks against the sum, which is MaxText's of a model without one, and a guessed mean
         told = replace(told, parameters={**told.parameters, "reduce": "head"})
     if not bodies:  # a head alone says nothing of the matrix
         residual, norm = told.parameters["residual"], told.parameters["norm_weight"]
+    elif residual == "identity" and told.by == dialects.OWN and chosen.separate_residual:
+        raise PortError(
+            f"{checkpoint.path}: no site has res_alpha, res_alpha_scale and res_beta: they are missing, or H is the "
+            f"identity, which --dialect hunyuan-v4 says", INCOMPLETE,
+        )  # fmt: skip
     elif told.parameters["residual"] != residual and told.by == dialects.OWN:
         fits = dialects.fitting(chosen, norm, residual)
         told = replace(told, parameters=dialects.parse(fits[0]), base=fits[0]) if fits else told
@@ -244,7 +254,9 @@ def understand(
             f"{checkpoint.path}: the dialect has residual={told.parameters['residual']}, and the columns are those of "
             f"{residual}"
         )
-    lost_norm = told.by == dialects.FROM_METADATA and told.parameters["norm_weight"] and not norm
+    own = dialects.from_metadata(chosen, checkpoint)
+    agreed = own is not None and not own.problem and not own.parameters["norm_weight"]  # the file says that it has none
+    lost_norm = told.parameters["norm_weight"] and not norm and told.by != dialects.OWN and not agreed
     told.parameters = dialects.check({**told.parameters, "norm_weight": norm}, str(checkpoint.path))
     model = Model(
         checkpoint, chosen, sites, streams, dim, residual, norm, told, [],
@@ -254,7 +266,8 @@ def understand(
     endings = tuple(chosen.endings_of_anchors)
     stray = dict.fromkeys(n for n in naming.plainly_ours(checkpoint.tensors) if n not in placed)
     stray |= dict.fromkeys(n for n in found.candidates if n.endswith(endings) and n not in placed)
-    model.stray = [n for n in stray if not naming.of_optimizer(n)]
+    stray |= dict.fromkeys(chosen.beside(checkpoint.tensors, found.candidates, sites))
+    model.stray = list(stray)
     if layout and model.stray:
         model.copies = _copies(model)
         model.stray = [n for n in model.stray if n not in model.copies]

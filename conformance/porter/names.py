@@ -15,16 +15,21 @@ WRAPPERS = (
 )  # fmt: skip
 """torch.compile, activation checkpointing, FSDP, Lightning, PaddleFleet, data parallelism, PEFT, averaged models, and
 the keys of training checkpoints (mathematics.md, "More names in use")."""
+MODELS = ("ema_model", "model_state_dict", "state_dict")
+"""Those of them that can stand before a second model in the same file."""
 LANGUAGE_MODEL = "language_model"
 """The text part of a model with several: some layouts have it in their names."""
-_WRAPPED = re.compile(rf"(?:(?<=[./])|^)(?:{'|'.join(WRAPPERS).replace('.', '[./]')})[./]")
+_WORDS = "|".join(WRAPPERS).replace(".", "[./]").replace("default", r"\w+")  # an adapter may have any name
+_WRAPPED = re.compile(rf"(?:(?<=[./])|^)(?:{_WORDS})[./]")
 _WRAPPING = ("module", "_orig_mod", "_fp32_params", "base_model", "ema_model", "state_dict")  # a word of each wrapper
 _LANGUAGE = re.compile(rf"(?:(?<=[./])|^){LANGUAGE_MODEL}[./]")
 _LEAF = re.compile(r"[./](?:raw_)?value$")
-_OPTIMIZER = re.compile(
-    r"(?:^|[./])(?:opt_state|optimizers?|optimizer_states?|optim|exp_avg\w*|momentum\w*|mu|nu)(?:[./]|$)"
-)
+OPTIMISERS = (
+    "opt_state", "optimizer", "optimizers", "optimizer_state", "optimizer_states", "optim", "exp_avg", "exp_avg_sq",
+    "momentum", "momentum_buffer",
+)  # fmt: skip
 """Keys under which training checkpoints keep an optimiser's state: of optax, of Flax NNX, and of PyTorch's trainers."""
+_OPTIMISER = re.compile(rf"(?:^|[./])(?:{'|'.join(OPTIMISERS)})(?:[./]|$)")
 
 ENDINGS = re.compile(
     r"(?:^|[._/])(?:"
@@ -75,9 +80,20 @@ def of_text(name: str) -> str:
     return _LANGUAGE.sub("", name)
 
 
-def of_optimizer(name: str) -> bool:
-    """Whether it is an optimiser's: its moments have the names and the shapes of weights."""
-    return _OPTIMIZER.search(name) is not None
+def model_of(name: str) -> str:
+    """The words in a name that tell one model of a file from another: averaged weights, a key of a checkpoint."""
+    return " ".join(word for word in MODELS if word in name)
+
+
+def without_optimiser(names: Collection[str]) -> tuple[Collection[str], frozenset[str]]:
+    """The names that aren't an optimiser's, whose moments are named and shaped as the weights are; and the others.
+
+    A name is an optimiser's where one of its keys says so. Where all are, none is taken away.
+    """
+    aside = frozenset(name for name in having(names, ("opt", "exp_avg", "momentum")) if _OPTIMISER.search(name))
+    if not aside or len(aside) == len(names):
+        return names, frozenset()
+    return [name for name in names if name not in aside], aside
 
 
 def plainly_ours(names: Collection[str]) -> list[str]:
@@ -85,7 +101,7 @@ def plainly_ours(names: Collection[str]) -> list[str]:
     found = []
     for name in having(names, TELLING):
         bare = plain(name)
-        if (ENDINGS.search(bare) or COMMON_ENDINGS.search(bare)) and not of_optimizer(name):
+        if ENDINGS.search(bare) or COMMON_ENDINGS.search(bare):
             found.append(name)
     return found
 
@@ -116,7 +132,7 @@ def proposal(names: Iterable[str], rows: Mapping[str, Iterable[str]]) -> dict[st
 
 def _kind(name: str) -> str:
     """The kind of site that a name speaks of."""
-    if "head" in name and not re.search(r"\d", name):
+    if re.search(r"head[./_]", re.sub(r".*[0-9][./_]", "", name)):
         return "head"
     if re.search(r"attn|attention", name):
         return "attention"

@@ -11,6 +11,7 @@ import numpy as np
 from conformance import dialects as known_dialects
 from conformance.casecheck import DTYPES
 from conformance.porter import configuration, dialects, probe, target_dialect
+from conformance.porter import names as naming
 from conformance.porter.convert import convert
 from conformance.porter.errors import CONTRADICTED, INCOMPLETE, PortError
 from conformance.porter.layout import Layout
@@ -68,7 +69,8 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """What a ``config.json`` beside the target states, empty where its software reads none, or it isn't whole."""
-        if not self.model.layers or self.report.lacking:
+        row = known_dialects.dialect_rows()[self.base]
+        if not self.model.layers or self.report.lacking or self.parameters["reduce"] != row["reduce"]:
             return {}
         sizes = {"streams": self.model.streams, "dim": self.model.dim, "layers": len(self.model.layers)}
         return configuration.written(self.parameters, self.base, self.layout.models, sizes)
@@ -144,8 +146,6 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
         head=HEAD in places, head_lost=head_lost,
         unfolded=bool(norm), zero_norm=zeros,
     )  # fmt: skip
-    if parameters["reduce"] == "head" and not model.head and model.layers:
-        notes.append("the target reduces the streams by a head, and the source has none")
     if {model.parameters["reduce"], parameters["reduce"]} == {"sum", "mean"} and not model.head:
         notes.append(
             f"the source reduces the streams by their {model.parameters['reduce']}, the target by their "
@@ -160,11 +160,22 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise PortError(f"two sites would be written as {twice}: give each kind its own name")
+    if options.into is not None and told.by.startswith(dialects.OWN):
+        notes.append(f"nothing says what {options.into} computes: it is taken for {dialects.described(parameters)}")
+    row = known_dialects.dialect_rows()[told.base]
+    if row["reduce"] == "head" != parameters["reduce"] and not model.head and model.layers:
+        notes.append(
+            f"models of {told.base} reduce the streams by a head, and the source has none: that of the target must be "
+            f"made and trained"
+        )
+    aside = naming.plainly_ours(model.checkpoint.aside)
+    if aside:
+        notes.append(f"{len(aside)} tensors are left aside as an optimiser's, by their names: {min(aside)}, …")
     if model.copies:
         others = ", ".join(sorted(set(model.copies.values())))
         notes.append(f"{len(model.copies)} tensors hold the same sites for the layout {others}: they are not compared")
     lacking = [*model.lacking(), *_without_a_name(layout, left_out, options)]
-    lacking += _left_as_they_are(existing, places, options)
+    lacking += [*_left_as_they_are(existing, places, options), *_needed_there(model, parameters, options)]
     settings, place_of_settings = {}, ""
     if not (layout.keeps_dialect or told.stated or layout.containers[0] == "gguf"):  # those state them themselves
         settings = configuration.settings(parameters, told.base)
@@ -218,6 +229,13 @@ def _existing(model: Model, layout: Layout, options: Options) -> dict[Site, dict
         others = [] if sites else [
             o.name for o in layouts().values() if checkpoint.kind in o.containers and o.locate(checkpoint.tensors)
         ]  # fmt: skip
+        placed = {name for rows in sites.values() for name in rows.values()}
+        strange = [name for name in naming.plainly_ours(checkpoint.tensors) if name not in placed]
+        if strange and not others and not options.allow_partial:
+            raise PortError(
+                f"{options.into}: has hyper-connections under names that {layout.name} doesn't have, {strange[0]}, and "
+                f"it would be open which are loaded: remove them, or say their prefixes with --names", INCOMPLETE,
+            )  # fmt: skip
         if others:
             raise PortError(
                 f"{options.into}: has hyper-connections of the layout {others[0]}, and it would be open whether "
@@ -236,11 +254,11 @@ def _existing(model: Model, layout: Layout, options: Options) -> dict[Site, dict
 
 def _places(
     model: Model, layout: Layout, options: Options, parameters: Mapping[str, Any], notes: list[str]
-) -> tuple[dict[Site, Site], list[str], bool]:
-    """Which site becomes which, what is left out, and whether the head is lost."""
+) -> tuple[dict[Site, Site], list[str], str]:
+    """Which site becomes which, what is left out, and why the head is lost, empty where it isn't."""
     places: dict[Site, Site] = {}
     left_out: list[str] = []
-    head_lost = False
+    head_lost = ""
     for site in model.sites:
         place = site
         if site == ALONE and layout.template(site) is None:
@@ -248,10 +266,11 @@ def _places(
             notes.append("a module on its own: taken as the attention of layer 0")
         if layout.template(place) is None:
             left_out.append(str(site))
-            head_lost |= site == HEAD
+            head_lost = head_lost or ("the target has no place for it" if site == HEAD else "")
         elif site == HEAD and parameters["reduce"] in ("mean", "carried"):
             left_out.append(str(site))
-            head_lost = True
+            how = {"mean": "their mean", "carried": "the carried pre"}[parameters["reduce"]]
+            head_lost = f"the target reduces the streams by {how}"
         else:
             places[site] = place
     if not places:
@@ -292,6 +311,26 @@ def _left_as_they_are(
     if not options.allow_partial:
         raise PortError(f"{text}: --allow-partial leaves them so", INCOMPLETE)
     return [text]
+
+
+def _needed_there(model: Model, parameters: Mapping[str, Any], options: Options) -> list[str]:
+    """What a model in the target's place needs, and the source doesn't have: a head, layers.
+
+    Raises:
+        PortError: something, and that isn't allowed.
+    """
+    lines, otherwise = list[str](), ""
+    if parameters["reduce"] == "head" and not model.head and model.layers and model.parameters["reduce"] != "head":
+        lines.append("the target reduces the streams by a head, and the source has none")
+        otherwise = ", or say that it does otherwise (--to-dialect NAME,reduce=none)"
+    if options.into is not None and model.layers:
+        with open_checkpoint(options.into) as checkpoint:
+            layers, more = dialects.layers_stated(checkpoint)
+            if layers and len(model.layers) not in (layers, layers + more):
+                lines.append(f"{checkpoint.config_place} states {layers} layers, and {len(model.layers)} are ported")
+    if lines and not options.allow_partial:
+        raise PortError(f"{lines[0]}: --allow-partial ports what is there{otherwise}", INCOMPLETE)
+    return lines
 
 
 def _norms(

@@ -181,7 +181,9 @@ def settle(report: Report, verdict: Verdict) -> None:
             report.reason.removeprefix(report.verdict).replace(": ", "; ", 1)
         )
     if report.lacking:
-        counted = f"{PARTIAL}: {report.ported_tensors} of {report.source_tensors} tensors, {'; '.join(report.lacking)}"
+        whole = report.ported_tensors == report.source_tensors
+        count = f"the {report.ported_tensors}" if whole else f"{report.ported_tensors} of {report.source_tensors}"
+        counted = f"{PARTIAL}: {count} tensors{' that are there' if whole else ''}, {'; '.join(report.lacking)}"
         report.verdict, report.reason = PARTIAL, f"{counted}. For those that are ported: {report.reason}"
     if report.underflows:
         report.notes.append(

@@ -67,7 +67,11 @@ def recognise(checkpoint: Checkpoint, given: Layout | None, prefixes: Mapping[st
     fits: list[Recognised] = []
     broken: list[tuple[int, PortError]] = []
     for layout in considered:
-        sites = layout.locate(names)
+        try:
+            sites = layout.locate(names)
+        except PortError as error:  # of two models; it counts where no other layout fits
+            broken.append((layout.count(names), error))
+            continue
         if not sites:
             continue
         try:
@@ -179,8 +183,11 @@ def unplaced(checkpoint: Checkpoint, layout: Layout | None, stray: list[str], kn
         if explained and score > best[0]:
             best = score, candidate, list(found)
     _, named, options = best
-    which = " ".join(["--from", named.name if named else "LAYOUT", *(f"--from-names '{text}'" for text in options[:4])])
+    which = " ".join(["--from", named.name if named else "LAYOUT", *(f"--from-names '{text}'" for text in options)])
     what = f"say what they are with {which}" if options else f"no row of {layout.name if layout else 'a layout'} fits"
+    kinds = [text.partition("=")[0] for text in options]
+    if len({*kinds}) < len(kinds):  # an option names one prefix for each kind
+        what = f"they have several prefixes ({', '.join(options[:4])}), and --from-names takes one a kind: rename them"
     some = ", ".join(stray[:3]) + (", …" if len(stray) > 3 else "")
     rest = ", or port the rest with --allow-partial" if known else ""
     return PortError(

@@ -44,6 +44,9 @@ def choose(model: Model, layout: Layout, options: Options) -> Told:
     found = dict(told.parameters)
     if model.head and layout.head and not options.to_dialect and found["reduce"] not in ("mean", "carried"):
         found["reduce"] = "head"
+    chosen = told.stated or "reduce=" in (options.to_dialect or "")
+    if not model.head and not chosen and found["reduce"] == "head":
+        found["reduce"] = model.parameters["reduce"]  # there is no head to write: a note says that the target needs one
     if model.residual not in layout.residuals or found["residual"] not in layout.residuals:
         broken = found["residual"] if model.residual in layout.residuals else model.residual
         raise PortError(f"{IMPOSSIBLE}: the layout {layout.name} has no place for residual={broken}", CANNOT)

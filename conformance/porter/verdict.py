@@ -69,7 +69,7 @@ def derive(
     *,
     narrowed: str = "",
     head: bool | None = None,
-    head_lost: bool = False,
+    head_lost: str = "",
     unfolded: bool = False,
     zero_norm: bool = False,
 ) -> Verdict:
@@ -80,7 +80,7 @@ def derive(
         streams: n; with a single stream order and mix make no difference.
         narrowed: the narrower dtype that the weights are stored in, if they are.
         head: whether a head is ported; None where that isn't known: then where one of the dialects reduces by a head.
-        head_lost: the source has a head and the target has no place for it, or reduces otherwise.
+        head_lost: why the source's head is lost, in words; empty where it has none, or it is ported.
         unfolded: φ is divided by a given norm weight.
         zero_norm: that norm weight has zeros.
     """
@@ -110,7 +110,7 @@ def derive(
     if narrowed:
         reasons.append(Reason(ROUNDING, f"weights are stored in {narrowed}", "cast"))
     if head_lost:
-        reasons.append(Reason(APPROXIMATE, "the head is left out: the target has no place for it"))
+        reasons.append(Reason(APPROXIMATE, f"the head is left out: {head_lost}"))
     return Verdict(tuple(reasons))
 
 

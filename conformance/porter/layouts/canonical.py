@@ -13,6 +13,7 @@ LAYOUT = Layout(
     norm="optional",
     residuals=frozenset({"sinkhorn", "permutations", "identity"}),
     containers=("safetensors", "torch", "orbax"),
+    paired=False,
     rows=(
         Packed("mhc_norm.scale", ("mhc_norm.scale",), "k", optional=True),
         Packed("pre_alpha", ("pre_alpha",), "k m"),

@@ -8,6 +8,8 @@ LAYOUT = Layout(
     source="liger-kernel 0.8.5, transformers/mhc.py",
     dialect="liger",
     anchors=("phi",),
+    company=True,
+    paired=False,
     rows=(
         Packed("phi", ("pre_alpha", "post_alpha", "res_alpha"), "k m"),
         Packed("b", ("pre_beta", "post_beta", "res_beta"), "m"),

@@ -13,6 +13,8 @@ LAYOUT = Layout(
     flat="dim-first",
     norm="optional",
     anchors=("phi",),
+    company=True,
+    paired=False,
     rows=(
         Packed("phi", ("pre_alpha", "post_alpha", "res_alpha"), "m k"),
         Packed("alpha", ("pre_alpha_scale", "post_alpha_scale", "res_alpha_scale"), "m"),

@@ -11,7 +11,6 @@ import numpy as np
 
 from conformance.casecheck import DTYPES
 from conformance.porter.errors import PortError
-from conformance.porter.names import of_optimizer
 
 PORT_KEY = "mhc_port"
 """Where a checkpoint that was written here says how: JSON, in the metadata of its file, index or tree."""
@@ -148,13 +147,3 @@ def _branches(node: Any) -> Iterable[tuple[Any, Any]] | None:
     if isinstance(node, list | tuple) and any(isinstance(v, Mapping | list) or hasattr(v, "shape") for v in node):
         return enumerate(node)
     return None
-
-
-def without_optimiser(names: Iterable[str]) -> tuple[list[str], frozenset[str]]:
-    """The names that aren't an optimiser's, whose moments are named and shaped as the weights are; and the others.
-
-    A name is an optimiser's where one of its keys says so. Where all are, none is taken away.
-    """
-    every = list(names)
-    kept = [name for name in every if not of_optimizer(name)]
-    return (kept, frozenset(every).difference(kept)) if kept else (every, frozenset())

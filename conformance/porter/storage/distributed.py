@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from conformance.porter.errors import PortError
-from conformance.porter.storage.checkpoint import Checkpoint, Tensor, check_dtype, without_optimiser
+from conformance.porter.names import without_optimiser
+from conformance.porter.storage.checkpoint import Checkpoint, Tensor, check_dtype
 from conformance.porter.storage.distributed_metadata import BYTES, NAME, Chunk, Entry, read_metadata, size_of
 from conformance.porter.storage.shards import config_beside
 from conformance.porter.storage.torch_file import Looked, as_array, torch_package

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from conformance.porter.errors import PACKAGE, PortError
+from conformance.porter.names import without_optimiser
 from conformance.porter.storage.backends import processor_only
-from conformance.porter.storage.checkpoint import Checkpoint, Tensor, check_dtype, without_optimiser
+from conformance.porter.storage.checkpoint import Checkpoint, Tensor, check_dtype
 
 CHUNK = 4 * 2**20
 """Bytes of a Zarr chunk: buffers of this size are used again, larger ones are fresh pages (0.1 s for 0.5 s)."""

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from conformance.porter.errors import PortError
+from conformance.porter.names import without_optimiser
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint, Tensor, check_dtype
 from conformance.porter.storage.numbering import check_numbers, check_whole
 
@@ -209,7 +210,9 @@ class SafetensorsCheckpoint(Checkpoint):
         self.config = config_beside(self.path.parent)
 
     def _hold(self, holders: Mapping[str, str]) -> None:
-        self._holders, self.tensors = holders, Tensors(holders, self._shards)
+        kept, self.aside = without_optimiser(holders)
+        held = {name: holders[name] for name in kept} if self.aside else holders
+        self._holders, self.tensors = held, Tensors(held, self._shards)
 
     def _directory(self) -> None:
         index = index_of(self.path)

@@ -14,13 +14,13 @@ import ml_dtypes
 import numpy as np
 
 from conformance.porter.errors import PACKAGE, PortError
+from conformance.porter.names import without_optimiser
 from conformance.porter.storage.checkpoint import (
     PORT_KEY,
     Checkpoint,
     Tensor,
     check_dtype,
     flatten,
-    without_optimiser,
 )
 from conformance.porter.storage.numbering import check_whole
 from conformance.porter.storage.shards import config_beside

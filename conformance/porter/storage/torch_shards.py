@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from conformance.porter.errors import PortError
-from conformance.porter.storage.checkpoint import Checkpoint, Tensor, without_optimiser
+from conformance.porter.names import without_optimiser
+from conformance.porter.storage.checkpoint import Checkpoint, Tensor
 from conformance.porter.storage.numbering import check_numbers, split
 from conformance.porter.storage.shards import config_beside, read_index
 from conformance.porter.storage.torch_file import Looked, StateDict

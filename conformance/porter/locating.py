@@ -1,0 +1,206 @@
+"""Which tensors of a checkpoint are a layout's: their names, whatever wrappers put into them, and what lies beside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from conformance.porter import names as naming
+from conformance.porter.errors import PortError
+from conformance.porter.site import ALONE, Site
+
+if TYPE_CHECKING:
+    from conformance.porter.layout import Layout
+
+PREFIXES = {
+    "{any}": r"(?:(?!.*(?<![^./_])mtp).*[./])?",  # layers of multi-token prediction are numbered on their own
+    "{layers}": r"(?:layers?|blocks?|h)",
+    "{layer}": r"(?P<layer>[0-9]{1,12})",
+    "{attention}": r"[\w.]*attn[\w.]*|[\w.]*attention[\w.]*",
+    "{ffn}": r"[\w.]*(?:ffn|mlp|feed_forward|moe)[\w.]*",
+}
+
+
+@dataclass
+class Copy:
+    """Where a site is in a checkpoint.
+
+    Attributes:
+        given: whether the user named its prefix.
+        prefix: of its tensors, without wrappers.
+        model: what tells the model that it belongs to: the words for a whole model in its names, and what stands
+            before the number of a layer.
+        rows: the names of its tensors.
+    """
+
+    given: bool
+    prefix: str
+    model: tuple[str, str]
+    rows: dict[str, str] = field(default_factory=dict)
+
+
+class Locator:
+    """Finds the tensors of a layout's sites among names."""
+
+    def __init__(self, layout: Layout):
+        self._layout = layout
+
+    @cached_property
+    def _patterns(self) -> list[tuple[str, str, str, re.Pattern[str]]]:
+        return [
+            (group, kind, template, self._pattern(kind, template))
+            for (group, kind), templates in self._layout.names.items()
+            for template in templates
+        ]
+
+    def _pattern(self, kind: str, template: str) -> re.Pattern[str]:
+        prefix = re.escape(template)
+        for token, pattern in PREFIXES.items():
+            prefix = prefix.replace(re.escape(token), f"(?:{pattern})" if "|" in pattern else pattern)
+        rows = "|".join(re.escape(row.name) for row in self._layout.rows_of(kind))
+        return re.compile(f"(?P<prefix>{prefix})(?P<row>{rows})")
+
+    def locate(self, names: Iterable[str]) -> dict[Site, dict[str, str]]:
+        """The sites among ``names``: for each, its rows and the tensors that hold them.
+
+        Raises:
+            PortError: one site is under two names, or two models are in one file.
+        """
+        sites = {site: copy.rows for site, copy in self._copies(names).items()}
+        if ALONE in sites and len(sites) > 1:  # a module on its own has no company
+            del sites[ALONE]
+        return sites
+
+    def count(self, names: Iterable[str]) -> int:
+        """How many sites have a tensor among ``names``, each once however often it is there."""
+        return len({place[0] for name in names if (place := self._placed(name))})
+
+    def _copies(self, names: Iterable[str]) -> dict[Site, Copy]:
+        """Where each site is among ``names``."""
+        found: dict[Site, dict[tuple[bool, str], Copy]] = {}
+        for name in names:
+            place = self._placed(name)
+            if place is None:
+                continue
+            site, copy, row = place
+            rows = found.setdefault(site, {}).setdefault((copy.given, copy.prefix), copy).rows
+            if row in rows:
+                raise _twice(site, rows[row], name)
+            rows[row] = name
+        sites: dict[Site, Copy] = {}
+        for site in sorted(found, key=lambda s: s.order):
+            candidates = [copy for copy in found[site].values() if self._anchored(site, copy.rows)]
+            if any(copy.given for copy in candidates):  # what the user names leaves no doubt
+                candidates = [copy for copy in candidates if copy.given]
+            if len(candidates) > 1:
+                first, second = (next(iter(copy.rows.values())) for copy in candidates[:2])
+                raise _twice(site, first, second)
+            if candidates:
+                sites[site] = candidates[0]
+        _check_one_model(sites)
+        return sites
+
+    def _anchored(self, site: Site, rows: Mapping[str, str]) -> bool:
+        """Whether these rows by themselves show a site to be there."""
+        every = [row.name for row in self._layout.rows_of(site.kind)]
+        anchors = self._layout.anchors if self._layout.anchors and not site.head else every
+        return any(anchor in rows for anchor in anchors)
+
+    def beside(
+        self, names: Collection[str], candidates: Iterable[str], sites: Mapping[Site, Mapping[str, str]]
+    ) -> list[str]:
+        """Names that lie where a site's tensors do and are none of its rows; with a site whose anchors are lost.
+
+        Such a tensor changes what the site computes, in a way that nobody here knows: a norm's weight, a scale, an
+        unmerged adapter. Where other modules lie there too (`company`) only what continues a row's name counts.
+
+        Args:
+            names: of everything in the checkpoint.
+            candidates: those that end as a layout's do.
+        """
+        placed = {name for rows in sites.values() for name in rows.values()}
+        prefixes: dict[str, Site] = {}
+        for site, rows in sites.items():
+            row, name = next(iter(rows.items()))
+            spelled = next(s for s in self._spellings(name) if s.endswith(row))
+            prefixes[spelled[: len(spelled) - len(row)]] = site
+        prefixes.pop("", None)
+        words = {re.split(r"\d+", prefix)[-1] for prefix in prefixes} - {"", ".", "/", "_"}
+        found = [name for name in naming.having(names, words) if self._lies_at(name, prefixes) and name not in placed]
+        lost: dict[tuple[Site, str], list[str]] = {}
+        for name in candidates if self._layout.anchors and sites else ():
+            place = self._placed(name)
+            if place and place[0] not in sites and place[0] != ALONE:
+                lost.setdefault((place[0], place[1].prefix), []).append(name)
+        for (site, _), held in lost.items():
+            rows = self._layout.rows_of(site.kind)
+            others = [row for row in rows if row.name not in self._layout.anchors and not row.optional]
+            found += held if len(held) >= len(others) else []
+        return list(dict.fromkeys(found))
+
+    def _lies_at(self, name: str, prefixes: Mapping[str, Site]) -> bool:
+        for spelling in self._spellings(name):
+            prefix = next((p for p in prefixes if spelling.startswith(p)), None)
+            if prefix is None:
+                continue
+            rest = spelling[len(prefix) :]
+            if not self._layout.company:
+                return True
+            rows = self._layout.rows_of(prefixes[prefix].kind)
+            return any(rest.startswith((f"{row.name}.", f"{row.name}_", f"{row.name}/")) for row in rows)
+        return False
+
+    def _spellings(self, name: str) -> list[str]:
+        """A name as it is, without wrappers, and as the text part's of a larger model."""
+        plain = naming.plain(name)
+        if self._layout.separator == ".":
+            plain = plain.replace("/", ".")
+        return list(dict.fromkeys((name, plain, naming.of_text(plain))))
+
+    def _placed(self, name: str) -> tuple[Site, Copy, str] | None:
+        """A name's site, where that is, and its row; None where the layout has none."""
+        spellings = self._spellings(name)
+        for spelling in spellings:
+            for group, kind, template, pattern in self._patterns:
+                if spelling == name and len(spellings) > 1 and template not in self._layout.given:
+                    continue  # a wrapper's word is no part of a prefix, unless the user names it
+                match = pattern.fullmatch(spelling)
+                if match:
+                    layer = match.groupdict().get("layer")
+                    site = Site(group, None if layer is None else int(layer), kind)
+                    lead = "" if layer is None else spelling[: match.start("layer")]
+                    copy = Copy(template in self._layout.given, match["prefix"], (naming.model_of(name), lead))
+                    return site, copy, match["row"]
+        return None
+
+
+def _check_one_model(sites: Mapping[Site, Copy]) -> None:
+    """Raises where sites are those of two models: under other leading wrappers, or lists of layers of other names.
+
+    Raises:
+        PortError: it names a tensor of each.
+    """
+    first: dict[str, Copy] = {}
+    for site, copy in sites.items():
+        if copy.given or site == ALONE:
+            continue
+        for key, own in (("words", copy.model[0]), (f"{site.group} lead", copy.model[1])):
+            if key.endswith("lead") and not own:
+                continue
+            other = first.setdefault(key, copy)
+            if own != other.model[key.endswith("lead")]:
+                names = [next(iter(c.rows.values())) for c in (other, copy)]
+                raise PortError(
+                    f"{names[0]} and {names[1]} seem to be of two models: keep the tensors of one, or name the "
+                    f"prefixes of the one that counts with --from-names"
+                )
+
+
+def _twice(site: Site, first: str, second: str) -> PortError:
+    return PortError(
+        f"{site} is there twice, as {first} and as {second}: keep one, or name the prefix of the one that counts with "
+        f"--from-names"
+    )
