@@ -17,6 +17,8 @@ PORT_KEY = "mhc_port"
 """Where a checkpoint that was written here says how: JSON, in the metadata of its file, index or tree."""
 DEEPEST, MOST_LEAVES = 100, 1_000_000
 """Levels and entries of a tree, beyond those of any model."""
+NUMBER = "[0-9]{1,9}"
+"""A layer's number in a name: other scripts' digits aren't written by any software, nor are thousands of digits."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ class Checkpoint:
         """
         raise NotImplementedError
 
+    def held(self, name: str) -> str:
+        """What the files call a tensor that is shown as ``name``, or would call it where it is missing."""
+        return name
+
     def close(self) -> None:
         """Lets go of the files."""
 
@@ -92,6 +98,9 @@ class View(Checkpoint):
 
     Args:
         whole: what holds them; closed with this one.
+
+    Attributes:
+        prefixes: starts of names as they are shown, and as the files have them.
     """
 
     def __init__(self, whole: Checkpoint):
@@ -100,6 +109,15 @@ class View(Checkpoint):
             whole.axes, whole.config_file,
         )  # fmt: skip
         self._whole = whole
+        self.prefixes: dict[str, str] = {}
+
+    def held(self, name: str) -> str:
+        end = len(name)
+        while (end := max(name.rfind(separator, 0, end) for separator in "./")) >= 0:
+            if name[: end + 1] in self.prefixes:
+                name = self.prefixes[name[: end + 1]] + name[end + 1 :]
+                break
+        return self._whole.held(name)
 
     def close(self) -> None:
         self._whole.close()
