@@ -50,6 +50,7 @@ class Checkpoint:
         aside: names of tensors that are no weights and aren't shown: the state of an optimiser.
         stacks: in words, which layers lie stacked in one array; empty where none does.
         axes: along which axes they are stacked.
+        lacking: hyper-connections that its other tensors show to be missing, a line each.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Checkpoint:
     stacks: str = ""
     axes: set[int] = field(default_factory=set)
     config_file: Path | None = None
+    lacking: tuple[str, ...] = ()
 
     @property
     def config_place(self) -> str:
@@ -106,7 +108,7 @@ class View(Checkpoint):
     def __init__(self, whole: Checkpoint):
         super().__init__(
             whole.path, whole.kind, {}, whole.metadata, whole.config, whole.files, whole.aside, whole.stacks,
-            whole.axes, whole.config_file,
+            whole.axes, whole.config_file, whole.lacking,
         )  # fmt: skip
         self._whole = whole
         self.prefixes: dict[str, str] = {}

@@ -9,7 +9,7 @@ hyper-connection, or that isn't there, leaves a site that is missing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -33,10 +33,16 @@ class Paired(View):
     Args:
         shown: for each name that is shown the one that it has in the file.
         prefixes: the same of the names' starts.
+        bare: sub-layers without a hyper-connection, which each has in such a stack.
     """
 
-    def __init__(self, whole: Checkpoint, shown: Mapping[str, str], prefixes: Mapping[str, str]):
+    def __init__(
+        self, whole: Checkpoint, shown: Mapping[str, str], prefixes: Mapping[str, str], bare: Sequence[str] = ()
+    ):
         super().__init__(whole)
+        if bare:
+            some = ", ".join(bare[:4]) + (", …" if len(bare) > 4 else "")
+            self.lacking += (f"{len(bare)} sub-layers have no hyper-connection: {some}",)
         self._held, self.prefixes = shown, dict(prefixes)
         hidden = set(shown.values())
         own = {name: whole.tensors[name] for name in whole.tensors if name not in hidden}
@@ -83,7 +89,8 @@ def paired(checkpoint: Checkpoint) -> Checkpoint:
                     raise PortError(f"{checkpoint.path}: {name} and {twice} are the same tensor of one sub-layer")
                 shown[prefix + words["rest"]] = name
                 prefixes[prefix] = name.removesuffix(words["rest"])
-    return Paired(checkpoint, shown, prefixes)
+    bare = [f"{lead}layers.{k}" for lead, stack in kinds.items() for k in sorted(stack) if k not in sites.get(lead, ())]
+    return Paired(checkpoint, shown, prefixes, bare)
 
 
 def _kinds(checkpoint: Checkpoint) -> dict[str, dict[int, set[str]]]:
