@@ -163,11 +163,15 @@ def prefixes(given: list[str]) -> dict[str, str]:
     """Prefixes of tensors by kind of site, from ``attention=…``, ``ffn=…``, ``head=…`` and ``site=…``.
 
     Raises:
-        PortError: a text is none of these.
+        PortError: a text is none of these, or gives a kind another prefix than a text before it, has a control
+            character in it, or a layer's number that what stands beside it would run into.
     """
+    import re
+    import unicodedata
+
     from conformance.porter.errors import PortError
 
-    found = {}
+    found: dict[str, str] = {}
     for text in given:
         kind, equals, template = text.partition("=")
         numbers = {"attention": 1, "ffn": 1, "head": 0, "site": 0}.get(kind)
@@ -175,6 +179,17 @@ def prefixes(given: list[str]) -> dict[str, str]:
             raise PortError(
                 f"names must be attention=…{{layer}}…, ffn=…{{layer}}…, head=… or site=… (a module on its own), a "
                 f"prefix for each, got {text!r}"
+            )
+        if kind in found:
+            raise PortError(
+                f"names of {kind} are given twice, {found[kind]!r} and {template!r}: one prefix for each kind"
+            )
+        if any(unicodedata.category(character).startswith("C") for character in template):
+            raise PortError(f"a prefix must have no control characters in it, got {text!r}")
+        if numbers and (not re.search(r"\{layer\}[^A-Za-z0-9{]", template) or re.search(r"[0-9]\{layer\}", template)):
+            raise PortError(
+                f"what follows {{layer}} in a prefix must start with . / or _, so that the number ends there, and no "
+                f"digit may stand before it, got {text!r}"
             )
         found[kind] = template
     return found

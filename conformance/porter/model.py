@@ -103,6 +103,7 @@ class Model:
                 without = sorted(every - kinds.get(kind, set()))
                 if without and (kind in kinds or must):
                     found.append(f"{group} {numbers(without)} have no {kind}{'' if kind == 'head' else ' site'}")
+        found += self.checkpoint.lacking
         found += self._miscounted(modelled) if not any("missing" in line for line in found) else []
         if headed and self.layers and not self.head:
             found.append(NO_HEAD)

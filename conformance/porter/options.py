@@ -14,6 +14,10 @@ from conformance.porter.storage.stacks import Stacks
 from conformance.porter.storage.target import SHARD_BYTES
 from conformance.porter.verdict import EXACT
 
+MOST_PROBES = 4096
+"""Probe tokens: at n = 4 and C = 7168 they and what is computed of them fill some gigabytes, and a fault that a few
+tokens don't show isn't found by thousands."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -33,7 +37,7 @@ class Options:
         allow_approximate: write even where the target computes another function.
         into: an existing safetensors directory that takes the tensors in a new shard, or a GGUF file, a copy of which
             has them.
-        verify: probe tokens that source and target are evaluated on.
+        verify: probe tokens that source and target are evaluated on, 1 to `MOST_PROBES`.
         seed: of the probes.
         activations: streams ``[..., n, C]`` to evaluate on too.
         norm_weight: site's norm weights that φ is divided by, where the target has one and the source none.
@@ -44,6 +48,9 @@ class Options:
         dry_run: read names and shapes, write nothing.
         read_back: read what was written, before it takes its place, and compare every bit.
         shard_bytes: largest shard of a directory.
+
+    Raises:
+        PortError: ``verify`` is out of its bounds.
     """
 
     to: str
@@ -69,6 +76,13 @@ class Options:
     dry_run: bool = False
     read_back: bool = False
     shard_bytes: int = SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.verify <= MOST_PROBES:
+            raise PortError(
+                f"--verify must be 1 to {MOST_PROBES} probe tokens, all of which are in memory at once in float64, got "
+                f"{self.verify}"
+            )
 
 
 @dataclass

@@ -115,7 +115,10 @@ def _sizes(checkpoint: Checkpoint, layout: Layout, sites: Rows) -> dict[Site, tu
     if lacks:
         site, missing = next(iter(lacks.items()))
         file = checkpoint.tensors[next(iter(sites[site].values()))].file
-        raise Misfit(f"{file}: {site} of the layout {layout.name} lacks {', '.join(missing)}", len(sites) - len(lacks))
+        raise Misfit(
+            f"{file}: {site} of the layout {layout.name} lacks {', '.join(map(checkpoint.held, missing))}",
+            len(sites) - len(lacks),
+        )
     sizes: dict[Site, tuple[int, int, str]] = {}
     known: dict[Shapes, tuple[int, int, str]] = {}
     for site, rows in sites.items():

@@ -345,3 +345,27 @@ def test_a_norm_weight_is_read_from_any_container(tmp_path):
     found, norms = read_sites(tmp_path / "out.safetensors"), expected(normed)
     for site in (s for s in found if s != "head"):
         assert np.array_equal(found[site]["mhc_norm.scale"], norms[site]["mhc_norm.scale"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_tensors_with_a_negative_bit_are_read(tmp_path, dtype):
+    """torch keeps the imaginary part of a conjugate as a view that is still to be negated."""
+    model = Model(dtype=dtype)
+    state = dict(model.state_dict())
+    state = {name: torch._neg_view(-value) if "_hc." in name else value for name, value in state.items()}
+    assert any(value.is_neg() for value in state.values())
+    torch.save(state, tmp_path / "model.pt")
+    assert differences(read_sites(tmp_path / "model.pt"), expected(model)) == []
+
+
+def test_two_state_dicts_of_one_file_keep_their_keys(tmp_path):
+    """Which model a tensor belongs to stands in the name that is shown."""
+    state = Model().state_dict()
+    both = {
+        "state_dict": {name: value for name, value in state.items() if "attention" in name},
+        "model_state_dict": {name: value for name, value in state.items() if "mlp" in name},
+    }
+    torch.save(both, tmp_path / "model.pt")
+    with open_checkpoint(tmp_path / "model.pt") as checkpoint:
+        shown = {name.partition(".")[0]: "mlp" in name for name in checkpoint.tensors}
+    assert shown == {"state_dict": False, "model_state_dict": True}

@@ -115,7 +115,7 @@ def stacks_for(layers):
     """Every kind of stack that so many layers fill."""
     found = ["layers", "unscanned", "scanned_blocks"]
     if layers >= 2:
-        found += [f"unscanned:{layers - 1},layers", "unscanned:1,moe_layers", "dense_layers:1,moe_layers"]
+        found += ["unscanned:1,moe_layers", "dense_layers:1,unscanned", "dense_layers:1,moe_layers"]
     if layers % 2 == 0:
         found += ["scanned_blocks/2"]
     if layers >= 3 and layers % 2:

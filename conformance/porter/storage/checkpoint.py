@@ -16,6 +16,8 @@ PORT_KEY = "mhc_port"
 """Where a checkpoint that was written here says how: JSON, in the metadata of its file, index or tree."""
 DEEPEST, MOST_LEAVES = 100, 1_000_000
 """Levels and entries of a tree, beyond those of any model."""
+NUMBER = "[0-9]{1,9}"
+"""A layer's number in a name: other scripts' digits aren't written by any software, nor are thousands of digits."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Checkpoint:
         aside: names of tensors that are no weights and aren't shown: the state of an optimiser.
         stacks: in words, which layers lie stacked in one array; empty where none does.
         axes: along which axes they are stacked.
+        lacking: hyper-connections that its other tensors show to be missing, a line each.
     """
 
     path: Path
@@ -59,6 +62,7 @@ class Checkpoint:
     stacks: str = ""
     axes: set[int] = field(default_factory=set)
     config_file: Path | None = None
+    lacking: tuple[str, ...] = ()
 
     @property
     def config_place(self) -> str:
@@ -76,6 +80,10 @@ class Checkpoint:
         """
         raise NotImplementedError
 
+    def held(self, name: str) -> str:
+        """What the files call a tensor that is shown as ``name``, or would call it where it is missing."""
+        return name
+
     def close(self) -> None:
         """Lets go of the files."""
 
@@ -91,14 +99,26 @@ class View(Checkpoint):
 
     Args:
         whole: what holds them; closed with this one.
+
+    Attributes:
+        prefixes: starts of names as they are shown, and as the files have them.
     """
 
     def __init__(self, whole: Checkpoint):
         super().__init__(
             whole.path, whole.kind, {}, whole.metadata, whole.config, whole.files, whole.aside, whole.stacks,
-            whole.axes, whole.config_file,
+            whole.axes, whole.config_file, whole.lacking,
         )  # fmt: skip
         self._whole = whole
+        self.prefixes: dict[str, str] = {}
+
+    def held(self, name: str) -> str:
+        end = len(name)
+        while (end := max(name.rfind(separator, 0, end) for separator in "./")) >= 0:
+            if name[: end + 1] in self.prefixes:
+                name = self.prefixes[name[: end + 1]] + name[end + 1 :]
+                break
+        return self._whole.held(name)
 
     def close(self) -> None:
         self._whole.close()

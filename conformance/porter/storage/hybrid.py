@@ -1,32 +1,49 @@
 """Megatron's hybrid stack: every sub-layer is a layer of its own, and its hyper-connection doesn't say of which kind.
 
 ``decoder.layers.K.hyper_connection.bias`` belongs to the sub-layer ``decoder.layers.K.inner_layer``, whose own names
-say whether it is attention (or a mixer in its place) or an MLP. Layer i of the model is the i-th of each.
+say whether it is attention (or a mixer in its place) or an MLP (or the experts in its place, which are ``mlp`` too).
+The stack wraps every sub-layer, so that layer i of the model is the sub-layers 2i and 2i + 1: a sub-layer that lost its
+hyper-connection, or that isn't there, leaves a site that is missing.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from conformance.porter import names
 from conformance.porter.errors import PortError
-from conformance.porter.storage.checkpoint import Checkpoint, View
+from conformance.porter.storage.checkpoint import NUMBER, Checkpoint, View
 
-SITE = re.compile(r"(?P<lead>(?:.*\.)?)layers\.(?P<number>\d+)\.hyper_connection\.(?P<rest>.+)")
-INNER = re.compile(r"(?:.*\.)?layers\.(?P<number>\d+)\.inner_layer\.(?P<module>\w+)\.")
+SITE = re.compile(rf"(?P<lead>(?:.*\.)?)layers\.(?P<number>{NUMBER})\.hyper_connection\.(?P<rest>.+)")
+WRAPPED = re.compile(rf"(?P<lead>(?:.*\.)?)layers\.{NUMBER}\.(?P<between>(?:\w+\.)*?)hyper_connection\.(?P<rest>.+)")
+"""The same with words of wrappers, which stay in the names that are shown: they tell one model from another."""
+INNER = re.compile(rf"(?P<lead>(?:.*\.)?)layers\.(?P<number>{NUMBER})\.inner_layer\.(?P<module>\w+)\.")
 KINDS = {"self_attention": "self_attention", "mixer": "self_attention", "mlp": "mlp"}
 """Modules of a sub-layer, and the kind of site that each makes it."""
+AHEAD = re.compile(rf"(?:.*\.)?mtp\.layers\.{NUMBER}\.mtp_model_layer\.")
+"""A layer of multi-token prediction, whose own stack has the two sub-layers of one layer."""
 
 
 class Paired(View):
-    """A checkpoint whose hybrid layers are shown under the names that a model of paired sub-layers has."""
+    """A checkpoint whose hybrid layers are shown under the names that a model of paired sub-layers has.
 
-    def __init__(self, whole: Checkpoint, shown: Mapping[str, str]):
+    Args:
+        shown: for each name that is shown the one that it has in the file.
+        prefixes: the same of the names' starts.
+        bare: sub-layers without a hyper-connection, which each has in such a stack.
+    """
+
+    def __init__(
+        self, whole: Checkpoint, shown: Mapping[str, str], prefixes: Mapping[str, str], bare: Sequence[str] = ()
+    ):
         super().__init__(whole)
-        self._held = shown
+        if bare:
+            some = ", ".join(bare[:4]) + (", …" if len(bare) > 4 else "")
+            self.lacking += (f"{len(bare)} sub-layers have no hyper-connection: {some}",)
+        self._held, self.prefixes = shown, dict(prefixes)
         hidden = set(shown.values())
         own = {name: whole.tensors[name] for name in whole.tensors if name not in hidden}
         self.tensors = {**own, **{name: whole.tensors[held] for name, held in shown.items()}}
@@ -42,31 +59,63 @@ def paired(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its hybrid layers paired; itself where it has none, or nothing says what they are.
 
     Raises:
-        PortError: the sub-layers aren't attention and MLP in turn.
+        PortError: the sub-layers aren't attention and MLP in turn, or one is there twice.
     """
-    sites: dict[int, list[tuple[str, str, str]]] = {}
+    sites: dict[str, dict[int, list[str]]] = {}
     for name in names.having(checkpoint.tensors, [".hyper_connection."]):
         match = SITE.fullmatch(names.plain(name))
         if match:
-            sites.setdefault(int(match["number"]), []).append((match["lead"], match["rest"], name))
+            sites.setdefault(match["lead"], {}).setdefault(int(match["number"]), []).append(name)
     if not sites:
         return checkpoint
-    kinds: dict[int, str] = {}
+    kinds = _kinds(checkpoint)
+    if any(len(kinds.get(lead, {}).get(number, ())) != 1 for lead, stack in sites.items() for number in stack):
+        return checkpoint  # no layout names them: they are reported as having no place
+    shown: dict[str, str] = {}
+    prefixes: dict[str, str] = {}
+    for lead, stack in sites.items():
+        _check_turns(checkpoint, lead, kinds[lead])
+        for number in sorted(stack):
+            (kind,) = kinds[lead][number]
+            # A layer of multi-token prediction that has one layer in its stack is named without that one's number.
+            layer = "" if AHEAD.fullmatch(lead) and number < 2 else f"layers.{number // 2}."
+            for name in stack[number]:
+                words = WRAPPED.fullmatch(name)
+                if not words:
+                    continue
+                prefix = f"{words['lead']}{layer}{words['between']}{kind}_hyper_connection."
+                if prefix + words["rest"] in shown:
+                    twice = shown[prefix + words["rest"]]
+                    raise PortError(f"{checkpoint.path}: {name} and {twice} are the same tensor of one sub-layer")
+                shown[prefix + words["rest"]] = name
+                prefixes[prefix] = name.removesuffix(words["rest"])
+    bare = [f"{lead}layers.{k}" for lead, stack in kinds.items() for k in sorted(stack) if k not in sites.get(lead, ())]
+    return Paired(checkpoint, shown, prefixes, bare)
+
+
+def _kinds(checkpoint: Checkpoint) -> dict[str, dict[int, set[str]]]:
+    """What each sub-layer is: one kind, unless it is a whole layer; whether it has a hyper-connection or not."""
+    found: dict[str, dict[int, set[str]]] = {}
     for name in names.having(checkpoint.tensors, ["inner_layer"]):
         match = INNER.match(names.plain(name))
         if match and match["module"] in KINDS:
-            kinds[int(match["number"])] = KINDS[match["module"]]
-    if not all(number in kinds for number in sites):
-        return checkpoint  # no layout names them: they are reported as having no place
-    order = [kinds[number] for number in sorted(sites)]
-    if order != ["self_attention", "mlp"] * (len(order) // 2):
-        pattern = "".join({"self_attention": "*", "mlp": "-"}[kind] for kind in order)
-        raise PortError(
-            f"{checkpoint.path}: the hybrid layers with hyper-connections must be attention (or a mixer) and MLP in "
-            f"turn, to be the two sites of a layer, got the pattern {pattern}"
-        )
-    shown = {}
-    for index, number in enumerate(sorted(sites)):
-        for lead, rest, name in sites[number]:
-            shown[f"{lead}layers.{index // 2}.{order[index]}_hyper_connection.{rest}"] = name
-    return Paired(checkpoint, shown)
+            found.setdefault(match["lead"], {}).setdefault(int(match["number"]), set()).add(KINDS[match["module"]])
+    return found
+
+
+def _check_turns(checkpoint: Checkpoint, lead: str, kinds: Mapping[int, set[str]]) -> None:
+    """Raises unless even sub-layers are attention and odd ones are MLPs.
+
+    Raises:
+        PortError: it shows the pattern.
+    """
+    turns = ({"self_attention"}, {"mlp"})
+    wrong = [number for number in sorted(kinds) if kinds[number] != turns[number % 2]]
+    if not wrong:
+        return
+    words = {frozenset({"self_attention"}): "*", frozenset({"mlp"}): "-"}
+    pattern = "".join(words.get(frozenset(kinds.get(k, ())), "?") for k in range(min(max(kinds), 99) + 1))
+    raise PortError(
+        f"{checkpoint.path}: the sub-layers of {lead}layers must be attention (or a mixer) and MLP in turn, from 0 on, "
+        f"to be the two sites of a layer, got the pattern {pattern} (? is neither, or missing), wrong at {wrong[0]}"
+    )

@@ -31,7 +31,7 @@ NARROW = (
 )  # fmt: skip
 """Parameters with one axis in every site, the gating scalars first: [1], whose stacked shape is [layers, 1]."""
 MERGED = frozenset({*WIDE, "mhc_norm.scale"})
-LAYERS = re.compile(r"(?P<lead>(?:.*\.)?(?:layers?|blocks?|h)\.)(?!\d)(?P<rest>.*)")
+LAYERS = re.compile(r"(?P<lead>(?:.*\.)?(?:layers?|blocks?|h)\.)(?![0-9])(?P<rest>.*)")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conformance.porter.errors import Incomplete
 
-NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)-of-(?P<total>\d+)(?P<ending>\.[A-Za-z]+)")
+NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>[0-9]+)-of-(?P<total>[0-9]+)(?P<ending>\.[A-Za-z]+)")
 
 
 def split(name: str) -> tuple[str, int, int] | None:

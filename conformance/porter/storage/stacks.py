@@ -16,16 +16,23 @@ import numpy as np
 
 from conformance.porter import names
 from conformance.porter.errors import PortError
-from conformance.porter.storage.checkpoint import Checkpoint, Tensor, View
+from conformance.porter.storage.checkpoint import NUMBER, Checkpoint, Tensor, View
 
 PLACE = re.compile(
-    r"(?P<lead>(?:.*/)?)decoder/(?P<stack>(?:dense_|moe_)?layers(?:_\d+)?|scanned_blocks/layers_\d+)/"
-    r"(?P<rest>mhc_(?:attention|mlp)/.+)"
+    rf"(?P<lead>(?:.*/)?)decoder/(?P<stack>(?:dense_|moe_)?layers(?:_{NUMBER})?|scanned_blocks/layers_{NUMBER})/"
+    rf"(?P<rest>mhc_(?:attention|mlp)/.+)"
 )
-LISTED = re.compile(r"(?<=/)((?:dense_|moe_)?)layers?[_/](\d+)(?=/)")
+LISTED = re.compile(rf"(?<=/)((?:dense_|moe_)?)layers?[_/]({NUMBER})(?=/)")
 """A layer of a list: ``layers_0``, by NNX also ``layers/0``, ``dense_layer_0``, ``moe_layer_0``."""
 SCALE = "pre_alpha_scale"
 """[1] in every site, so that its stacked shape tells the axis: [1, L] or [L, 1]."""
+ORDER = ("dense_layers", "unscanned", "moe_layers", "scanned_blocks")
+"""In which order a reader takes the stacks of one model: their names don't say it."""
+DEEPEST = 100_000
+"""Layers of a stack, beyond those of any model."""
+
+Leaves = dict[str, list[tuple[re.Match[str], Tensor]]]
+"""For each stack of a model the tensors in it."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,23 @@ class Stacks:
     Attributes:
         segments: ``(name, count)``; ``unscanned`` layers stand alone, ``scanned_blocks`` with a period go in turn into
             ``layers_0``, ``layers_1``, …; the last count may be None, for the rest.
+
+    Raises:
+        PortError: a reader would take them for others.
     """
 
     segments: tuple[tuple[str, int | None], ...] = (("layers", None),)
     period: int = 1
+
+    def __post_init__(self) -> None:
+        stacks = [name for name, _ in self.segments]
+        if stacks == ["layers"]:
+            return
+        if "layers" in stacks or stacks != sorted(stacks, key=ORDER.index):
+            raise PortError(
+                f"stacks must be layers alone, which holds every layer, or some of {', '.join(ORDER)} in this order, "
+                f"in which they are read, got {','.join(stacks)}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Stacks:
@@ -171,55 +191,89 @@ class Unstacked(View):
         self._cache: dict[str, np.ndarray] = {}
         self._shown: dict[str, Tensor] = {}
         self.tensors = self._shown
-        groups: dict[str, list[tuple[re.Match[str], Tensor]]] = {}
+        models: dict[str, Leaves] = {}
         for name, tensor in whole.tensors.items():
-            match = PLACE.fullmatch(LISTED.sub(r"\1layers_\2", names.plain(name)))
+            plain = names.plain(name)
+            match = PLACE.fullmatch(LISTED.sub(r"\1layers_\2", plain))
             if match:
-                groups.setdefault(match["stack"], []).append((match, tensor))
+                lead = _wrappers(name, plain) + match["lead"]
+                models.setdefault(lead, {}).setdefault(match["stack"], []).append((match, tensor))
             else:
                 self._shown[name] = tensor
-        self.stacks = ",".join(filter(None, [self.stacks, self._place(groups)]))
+        said = dict.fromkeys(self._place(lead, groups) for lead, groups in models.items())
+        self.stacks = ",".join(filter(None, [self.stacks, *said]))
 
-    def _place(self, groups: Mapping[str, list[tuple[re.Match[str], Tensor]]]) -> str:
-        """Fills in the unscanned names; says in a word how the layers lay."""
-        blocks = sorted((g for g in groups if "/" in g), key=_number)
-        alone = {kind: sorted((g for g in groups if re.fullmatch(kind + r"_\d+", g)), key=_number)
+    def _place(self, lead: str, groups: Leaves) -> str:
+        """Fills in the unscanned names of one model; says in a word how its layers lay.
+
+        A layer, or a phase of the blocks, that isn't there leaves a number out.
+
+        Raises:
+            PortError: nothing says in which order the stacks are, or the blocks' phases aren't equally deep.
+        """
+        alone = {kind: sorted((g for g in groups if re.fullmatch(kind + r"_[0-9]+", g)), key=_number)
                  for kind in ("dense_layers", "layers", "moe_layers")}  # fmt: skip
+        for kind, beside in (("layers", [*groups]), *((kind, alone[kind]) for kind in ("dense_layers", "moe_layers"))):
+            others = sorted(set(beside) - {kind})
+            if kind in groups and others:
+                raise PortError(
+                    f"{self.path}: layers are stacked in {lead}decoder/{kind} and beside it are {lead}decoder/"
+                    f"{others[0]}: no model of MaxText has both, and nothing says which come first"
+                )
         said, start = [], 0
         for kind in ("dense_layers", "layers", "moe_layers"):
+            first = 0 if kind == "layers" else start  # layers_N counts all layers, the others those of their kind
             for group in alone[kind]:
-                number = start + _number(group)
                 for match, tensor in groups[group]:
-                    self._show(f"{match['lead']}decoder/layers_{number}/{match['rest']}", tensor, tensor.shape)
+                    name = f"{lead}decoder/layers_{first + _number(group)}/{match['rest']}"
+                    self._show(name, tensor, tensor.shape)
             if alone[kind]:
-                start += 1 + _number(alone[kind][-1])
+                start = first + 1 + _number(alone[kind][-1])
                 said.append(f"unscanned:{len(alone[kind])}")
             if kind in groups:
-                depth = self._take_apart(groups[kind], [start + k for k in range(self._depth(groups[kind])[1])])
+                depth = self._depth(groups[kind])[1]
+                self._take_apart(lead, groups[kind], range(start, start + depth))
                 start += depth
                 said.append(f"{kind}:{depth}")
-        for j, group in enumerate(blocks):
-            depth = self._depth(groups[group])[1]
-            self._take_apart(groups[group], [start + j + k * len(blocks) for k in range(depth)])
-            if group == blocks[-1]:
-                said.append(f"scanned_blocks/{len(blocks)}:{depth * len(blocks)}")
+        blocks = sorted((g for g in groups if "/" in g), key=_number)
+        if blocks:
+            said.append(self._place_blocks(lead, {group: groups[group] for group in blocks}, start))
         return ",".join(said)
 
+    def _place_blocks(self, lead: str, blocks: Leaves, start: int) -> str:
+        """The same of ``scanned_blocks``: block k has its layers, one of each phase, from ``start + k * period`` on."""
+        period = 1 + max(map(_number, blocks))
+        depths = {group: self._depth(leaves)[1] for group, leaves in blocks.items()}
+        if len(set(depths.values())) > 1:
+            counted = ", ".join(f"{group} has {depth}" for group, depth in depths.items())
+            raise PortError(f"{self.path}: {lead}decoder/scanned_blocks must have as many layers of each, {counted}")
+        for group, leaves in blocks.items():
+            depth = depths[group]
+            self._take_apart(lead, leaves, [start + _number(group) + k * period for k in range(depth)])
+        return f"scanned_blocks/{period}:{sum(depths.values())}"
+
     def _depth(self, group: Iterable[tuple[re.Match[str], Tensor]]) -> tuple[int, int]:
-        """(axis, number of layers) of a stack."""
+        """(axis, number of layers) of a stack.
+
+        Raises:
+            PortError: no shape says them, or there are more than any model has.
+        """
         for match, tensor in group:
             if match["rest"].endswith(f"/{SCALE}") and len(tensor.shape) == 2:
                 axis = 0 if tensor.shape[1] == 1 and tensor.shape[0] != 1 else 1
                 if tensor.shape == (1, 1):
                     wide = next((t for m, t in group if m["rest"].endswith("/pre_alpha")), tensor)
                     axis = 0 if wide.shape[0] == 1 != wide.shape[1] else 1
+                if not 1 <= tensor.shape[axis] <= DEEPEST:
+                    break
                 return axis, tensor.shape[axis]
         some = next(iter(group))[1]
         raise PortError(
-            f"{some.file}: {some.name} is in a scanned stack whose {SCALE} isn't [1, layers] or [layers, 1]"
+            f"{some.file}: {some.name} is in a scanned stack whose {SCALE} isn't [1, layers] or [layers, 1], with "
+            f"1 to {DEEPEST} layers"
         )
 
-    def _take_apart(self, group: Sequence[tuple[re.Match[str], Tensor]], numbers: Sequence[int]) -> int:
+    def _take_apart(self, lead: str, group: Sequence[tuple[re.Match[str], Tensor]], numbers: Sequence[int]) -> None:
         axis, depth = self._depth(group)
         self.axes.add(axis)
         for match, tensor in group:
@@ -229,16 +283,18 @@ class Unstacked(View):
                 )
             shape = tensor.shape[:axis] + tensor.shape[axis + 1 :]
             for k, number in enumerate(numbers):
-                name = f"{match['lead']}decoder/layers_{number}/{match['rest']}"
+                name = f"{lead}decoder/layers_{number}/{match['rest']}"
                 self._show(name, tensor, shape, depth)
                 self._slices[name] = (tensor.name, axis, k)
-        return depth
 
     def _show(self, name: str, tensor: Tensor, shape: tuple[int, ...], depth: int = 1) -> None:
         if name in self._shown:
             raise PortError(f"{tensor.file}: {name} is there twice, scanned and not")
         self._shown[name] = replace(tensor, name=tensor.name, shape=shape, nbytes=tensor.nbytes // depth)
         self._alone[name] = tensor.name
+        rest = name[name.rindex("/mhc_") :]
+        if rest in tensor.name:
+            self.prefixes[name.removesuffix(rest) + "/"] = tensor.name.partition(rest)[0] + "/"
 
     def prepare(self, wanted: Iterable[str]) -> None:
         self._whole.prepare(dict.fromkeys(self._alone.get(n, n) for n in wanted))
@@ -256,3 +312,16 @@ class Unstacked(View):
 
 def _number(group: str) -> int:
     return int(group.rpartition("_")[2])
+
+
+def _wrappers(name: str, plain: str) -> str:
+    """The words that a wrapper has put into a name: they tell one model from another, wherever they stand in it."""
+    kept, taken = plain.split("/"), list[str]()
+    for word in name.split("/"):
+        if kept and word == kept[0]:
+            kept.pop(0)
+        else:
+            taken.append(word)
+    if taken and name.rpartition("/")[2] == taken[-1]:  # the leaf of an NNX variable
+        taken.pop()
+    return "".join(f"{word}/" for word in taken)

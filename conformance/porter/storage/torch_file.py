@@ -110,7 +110,7 @@ class StateDict:
 
 def as_array(value: Any) -> np.ndarray:
     """A copy of a torch tensor of one of `casecheck.DTYPES`."""
-    torch, value = torch_package(), value.detach()
+    torch, value = torch_package(), value.detach().resolve_conj().resolve_neg()  # NumPy knows no such bits
     if value.dtype == torch.bfloat16:
         return value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
     return value.numpy().copy()

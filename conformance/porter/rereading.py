@@ -1,0 +1,155 @@
+"""Whether a reader of the target's layout would find again what is about to be written, each weight in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from conformance.porter import names as naming
+from conformance.porter.errors import PortError
+from conformance.porter.layout import Layout
+from conformance.porter.layouts import layouts
+from conformance.porter.site import Site
+from conformance.porter.storage.checkpoint import Checkpoint, Tensor, without_optimiser
+from conformance.porter.storage.stacks import LISTED, PLACE, Unstacked
+
+Shapes = Mapping[str, tuple[Sequence[int], str]]
+KINDS = {("layers", "attention"): "attention", ("layers", "ffn"): "ffn", ("", "head"): "head", ("", ""): "site"}
+
+
+def check(layout: Layout, prefixes: Mapping[Site, Mapping[str, str]], tensors: Shapes, scanned: bool = False) -> None:
+    """Raises where what would be written is lost to its reader, or read as something else.
+
+    The reader is told the user's own prefixes (``--names``) as ``--from-names``. One that isn't told them may find
+    fewer sites, and none that is another.
+
+    Args:
+        layout: the target's, with the user's prefixes.
+        prefixes: for each site its rows and the names that they are written under, before layers are stacked.
+        tensors: name, shape and dtype of what is written, after that.
+        scanned: whether layers are to be stacked.
+
+    Raises:
+        PortError: it says what the reader would find.
+    """
+    _check_used(layout, prefixes)
+    if "orbax" in layout.containers:
+        _check_tree(tensors)
+    if scanned:
+        _check_scanned(prefixes)
+    shown = _shown(layout, tensors)
+    meant: dict[str, tuple[Site, str]] = {}
+    for site, rows in prefixes.items():
+        for row, name in rows.items():
+            meant[_bare(layout, name)] = site, row
+    told, found = _located(layout, shown)
+    if not told:
+        raise PortError(f"what would be written couldn't be read again: {found}: {_advice(layout)}")
+    for name in shown:
+        place, read = meant.get(_bare(layout, name)), told.get(name)
+        if place is None or read != place:
+            raise _misread(layout, name, place, read)
+    lost = [site for site in prefixes if site not in {site for site, _ in told.values()}]
+    if lost:
+        raise PortError(f"nothing would be written of {lost[0]}: {_advice(layout)}")
+    untold, _ = _located(layouts()[layout.name], shown)
+    for name, read in untold.items():
+        if read != meant[_bare(layout, name)]:
+            raise _misread(layout, name, meant[_bare(layout, name)], read)
+
+
+def _check_used(layout: Layout, prefixes: Mapping[Site, Mapping[str, str]]) -> None:
+    """Raises for a prefix of the user's that nothing is written under.
+
+    Raises:
+        PortError: it names the prefix.
+    """
+    for key, templates in layout.names.items():
+        template = templates[0]
+        if template not in layout.given or key not in KINDS:
+            continue
+        option = f"--names {KINDS[key]}={template}"
+        sites = [site for site in prefixes if (site.group, site.kind) == key]
+        if not sites:
+            there = ", ".join(map(str, list(prefixes)[:4])) + (", …" if len(prefixes) > 4 else "")
+            raise PortError(f"{option} names nothing: what is written is {there}")
+        for site in sites:
+            other = [name for name in prefixes[site].values() if not name.startswith(layout.prefix(site))]
+            if other:
+                raise PortError(f"{option}: the checkpoint that takes the tensors has {other[0]}: leave --names out")
+
+
+def _check_tree(names: Iterable[str]) -> None:
+    """Raises where names can't be the leaves of one tree, which are its paths.
+
+    Raises:
+        PortError: a leaf would hold others, or a key is empty.
+    """
+    every = set(names)
+    for name in sorted(every):
+        keys = name.split("/")
+        above = next((up for k in range(1, len(keys)) if (up := "/".join(keys[:k])) in every), None)
+        if above or not all(keys):
+            what = f"{above} would be an array and hold {name}" if above else f"{name} would have an empty key"
+            raise PortError(f"{what}: give --names that are paths of their own in the tree")
+
+
+def _check_scanned(prefixes: Mapping[Site, Mapping[str, str]]) -> None:
+    """Raises where layers have names that aren't known to be stacked.
+
+    Raises:
+        PortError: it says which names are.
+    """
+    for site, rows in prefixes.items():
+        name = next(iter(rows.values()))
+        if site.group == "layers" and not PLACE.fullmatch(name):
+            raise PortError(
+                f"{name} can't be stacked with other layers: --names must end as decoder/layers_{{layer}}/"
+                f"mhc_attention/ or decoder/layers_{{layer}}/mhc_mlp/ do, or the layers be written --stacks unscanned"
+            )
+
+
+def _shown(layout: Layout, tensors: Shapes) -> list[str]:
+    """The names of weights that a reader of such a checkpoint shows.
+
+    Raises:
+        PortError: it takes some for an optimiser's, or can't take the stacks apart.
+    """
+    kept, aside = without_optimiser(tensors)
+    if aside:
+        raise PortError(
+            f"{min(aside)} would be taken for the state of an optimiser, and not be read: {_advice(layout)}"
+        )
+    if not layout.stacked:
+        return kept
+    held = {name: Tensor(name, tuple(tensors[name][0]), tensors[name][1], 0, Path(layout.name)) for name in kept}
+    try:
+        return list(Unstacked(Checkpoint(Path(layout.name), layout.containers[0], held)).tensors)
+    except PortError as error:
+        raise PortError(f"what would be written couldn't be read again: {error}") from error
+
+
+def _located(layout: Layout, shown: list[str]) -> tuple[dict[str, tuple[Site, str]], str]:
+    """The site and the row of each name, as the layout reads them; and why it finds none."""
+    try:
+        sites = layout.locate(shown)
+    except PortError as error:
+        return {}, str(error)
+    found = {name: (site, row) for site, rows in sites.items() for row, name in rows.items()}
+    return found, "" if found else f"its reader finds no site among {', '.join(shown[:3])}"
+
+
+def _bare(layout: Layout, name: str) -> str:
+    """A name as it is before and after its layers were stacked: a tree's reader takes wrappers out of those."""
+    return LISTED.sub(r"\1layers_\2", naming.plain(name)) if layout.stacked else name
+
+
+def _misread(layout: Layout, name: str, meant: tuple[Site, str] | None, read: tuple[Site, str] | None) -> PortError:
+    """The error for a tensor that isn't found again, or at another place."""
+    found = f"as {read[1]} of {read[0]}" if read else "as no site's"
+    is_ = f"it is {meant[1]} of {meant[0]}" if meant else "no such tensor is written"
+    return PortError(f"{name} would be read {found}, and {is_}: {_advice(layout)}")
+
+
+def _advice(layout: Layout) -> str:
+    return "choose other --names" if layout.given else f"that is a mistake of the porter's layout {layout.name}"
