@@ -29,13 +29,13 @@ Pairs = Sequence[tuple[weights.Prefix, Site]]
 def save_model(path: str | Path, sites: Sites, *, replace: bool = False) -> None:
     """Writes layers and heads as one canonical file; it appears whole or not at all.
 
+    A module under two prefixes is written twice. What can't be loaded again isn't written.
+
     Args:
         sites: under their prefixes, for instance ``{"layers.0.attention.": layer, "head.": head}``, and a stack as
             ``{("layers.0.ffn.", "layers.1.ffn."): layers}``; parameters may be sharded, also over several processes,
             all of which call this.
         replace: replace a file whatever it holds, also other sites.
-
-    A module under two prefixes is written twice. What can't be loaded again isn't written.
 
     Raises:
         ValueError: no site, something else than one, one without values (of `flax.nnx.eval_shape`), not a prefix for

@@ -25,12 +25,12 @@ Sites = Mapping[str, Site]
 def save_model(path: str | Path, sites: Sites, *, replace: bool = False) -> None:
     """Writes layers and heads as one canonical file; it appears whole or not at all.
 
+    A module under two prefixes is written twice. What can't be loaded again isn't written.
+
     Args:
         sites: under their prefixes, for instance ``{"layers.0.attention.": layer, "head.": head}``; parameters may be
             sharded over one mesh, all of whose processes call this.
         replace: replace a file whatever it holds, also other sites.
-
-    A module under two prefixes is written twice. What can't be loaded again isn't written.
 
     Raises:
         ValueError: no site, something else than one, one without values (on the device meta), NaN or infinity in one,
@@ -162,8 +162,8 @@ def _checked(sites: Sites) -> dict[str, Site]:
             )
         if any(value.is_meta for value in site.parameters()):
             raise ValueError(
-                f"{prefix!r} must have parameters with values, got some on the device meta: call to_empty(device=…) "
-                f"first"
+                f"{prefix!r} must have parameters with values, got some on the device meta: call to_empty(device=…), "
+                f"then load or fill them"
             )
         found[prefix] = site
     _check_named_apart(found)
