@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from jax_impl import metadata, sharding, weights
@@ -28,6 +29,8 @@ Pairs = Sequence[tuple[weights.Prefix, Site]]
 def save_model(path: str | Path, sites: Sites, *, replace: bool = False) -> None:
     """Writes layers and heads as one canonical file; it appears whole or not at all.
 
+    A module under two prefixes is written twice. What can't be loaded again isn't written.
+
     Args:
         sites: under their prefixes, for instance ``{"layers.0.attention.": layer, "head.": head}``, and a stack as
             ``{("layers.0.ffn.", "layers.1.ffn."): layers}``; parameters may be sharded, also over several processes,
@@ -35,32 +38,38 @@ def save_model(path: str | Path, sites: Sites, *, replace: bool = False) -> None
         replace: replace a file whatever it holds, also other sites.
 
     Raises:
-        ValueError: no site, something else than one, not a prefix for each layer, or configurations that differ; it
-            names the parameters.
+        ValueError: no site, something else than one, one without values (of `flax.nnx.eval_shape`), not a prefix for
+            each layer, NaN or infinity in one, or configurations that differ; it names the parameters.
         FileExistsError: the file holds other tensors than these sites', or can't be read.
         OSError: the target can't be written; a former file is left as it was. On every process.
     """
-    _check(sites)
-    save_sites(path, list(sites.items()), replace)
+    save_sites(path, _pairs(sites), replace)
 
 
-def load_model(path: str | Path, sites: Sites, *, insist: bool = False) -> None:
+def load_model(path: str | Path, sites: Sites, *, insist: bool = False, round: bool = False) -> None:
     """Fills layers and heads from one canonical file, which holds these and no others; all are filled or none.
 
+    Of the dialect what the file states is compared, and nothing where it has no metadata (`metadata.check_metadata`);
+    what a port notes against itself is a warning.
+
     Args:
-        sites: as `save_model` takes them; of sharded parameters each process reads its own parts alone.
-        insist: take weights whose file states another dialect than a site's; streams and dim must agree always.
+        sites: as `save_model` takes them, but each module once; of sharded parameters each process reads its own parts
+            alone.
+        insist: take weights whose file states another dialect than a site's, or another format; streams and dim must
+            agree always.
+        round: take weights that the parameters' dtype rounds, for instance float32 ones for a layer in bfloat16.
 
     Raises:
-        ValueError: no site, or something else than one; a prefix is missing in the file, or in ``sites``; else as
-            `weights.load_weights`. On every process.
+        ValueError: no site, something else than one, one without values (of `flax.nnx.eval_shape`), or two that share a
+            parameter; a prefix is missing in the file, or in ``sites``; else as `weights.load_weights`. On every
+            process.
     """
-    _check(sites)
-    load_sites(path, list(sites.items()), insist, whole=True)
+    load_sites(path, _pairs(sites), insist, round, whole=True)
 
 
 def save_sites(path: str | Path, sites: Pairs, replace: bool) -> None:
-    """`save_model` of sites that are checked; each is gathered and handed to the writing process in turn."""
+    """`save_model`, where each site is gathered and handed to the writing process in turn."""
+    _check(sites)
     for prefix, site in sites:
         site.check_prefix(prefix)
     metadata.check_alike({weights.listed(prefix)[0]: site.config for prefix, site in sites})
@@ -80,27 +89,35 @@ def save_sites(path: str | Path, sites: Pairs, replace: bool) -> None:
             weights.write(path, flat, sites[0][1].config)
 
 
-def load_sites(path: str | Path, sites: Pairs, insist: bool, whole: bool) -> None:
-    """`load_model` of sites that are checked.
+def load_sites(path: str | Path, sites: Pairs, insist: bool, round: bool, whole: bool) -> None:
+    """`load_model`.
 
     Args:
         whole: the file must hold no others.
     """
+    _check(sites)
     for prefix, site in sites:
         site.check_prefix(prefix)
+    _check_apart(sites)
     shardings = [{name: value.sharding for name, value in site.weights().items()} for _, site in sites]
+    dtypes = [{name: value.dtype for name, value in site.weights().items()} for _, site in sites]
     loaded: list[dict[str, Array]] = []
     with sharding.agreed():
         if not whole:
-            for (prefix, site), where in zip(sites, shardings, strict=True):
-                loaded.append(weights.load_weights(path, site.config, prefix, site.shapes(), where, insist=insist))
+            for (prefix, site), where, held in zip(sites, shardings, dtypes, strict=True):
+                loaded.append(
+                    weights.load_weights(
+                        path, site.config, prefix, site.shapes(), where, dtypes=held, insist=insist, round=round
+                    )
+                )
         else:
             with weights.opened(path) as file:
                 for _, site in sites:
                     metadata.check_metadata(path, file.metadata() or {}, site.config, insist)
+                metadata.warn_of_doubts(path, file.metadata() or {}, sites[0][1].config)
                 _check_names(path, set(file.keys()), _names(sites))
-                for (prefix, site), where in zip(sites, shardings, strict=True):
-                    loaded.append(weights.read_site(path, file, prefix, site.shapes(), where))
+                for (prefix, site), where, held in zip(sites, shardings, dtypes, strict=True):
+                    loaded.append(weights.read_site(path, file, prefix, site.shapes(), where, held, round))
     for (_, site), values in zip(sites, loaded, strict=True):
         site.assign(values)
 
@@ -109,17 +126,66 @@ def _names(sites: Pairs) -> list[str]:
     return [one + name for prefix, site in sites for one in weights.listed(prefix) for name in site.shapes()]
 
 
-def _check(sites: Sites) -> None:
+def _pairs(sites: Sites) -> list[tuple[weights.Prefix, Site]]:
+    if not isinstance(sites, Mapping):
+        raise ValueError(
+            f"sites must be a mapping of prefixes to layers and heads, {{'layers.0.attention.': layer}}, got "
+            f"{type(sites).__name__}"
+        )
+    return list(sites.items())
+
+
+def _check(sites: Pairs) -> None:
+    """Checks that these are prefixes, and layers and heads that have values.
+
+    Raises:
+        ValueError: it names what isn't.
+    """
     if not sites:
         raise ValueError("sites must have a layer or a head under its prefix, got none")
-    for prefix, site in sites.items():
-        if not all(isinstance(one, str) for one in (prefix if isinstance(prefix, tuple) else (prefix,))):
+    for prefix, site in sites:
+        if not all(isinstance(one, str) for one in (prefix if isinstance(prefix, tuple | list) else (prefix,))):
             raise ValueError(f"a prefix must be a string, or a tuple of them for stacked layers, got {prefix!r}")
         if not isinstance(site, Site):
             raise ValueError(
                 f"{prefix!r} must be a ManifoldConstrainedHyperConnections or a HyperHead, got {type(site).__name__}"
+                f"{_inside(site)}"
             )
-    names = _names(list(sites.items()))
+        if any(isinstance(value.get_value(), jax.ShapeDtypeStruct) for value in site.parameters().values()):
+            raise ValueError(
+                f"{prefix!r} must have parameters with values, got shapes alone, as eval_shape makes them: make the "
+                f"module itself first, on a mesh by sharding.create"
+            )
+    _check_named_apart(sites)
+
+
+def _inside(module: Any) -> str:
+    """In words, the sites that another module holds."""
+    children = nnx.iter_modules(module) if isinstance(module, nnx.Module) else ()
+    held = [".".join(map(str, path)) for path, child in children if isinstance(child, Site)]
+    more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+    return f": it holds {', '.join(held[:3])}{more}, each of which takes a prefix of its own" if held else ""
+
+
+def _check_apart(sites: Pairs) -> None:
+    """Checks that no parameter is filled twice: the last would win, and the others' weights be lost.
+
+    Raises:
+        ValueError: two sites are one module, or share a parameter.
+    """
+    filled: dict[int, weights.Prefix] = {}
+    for prefix, site in sites:
+        for name, parameter in site.parameters().items():
+            first = filled.setdefault(id(parameter), prefix)
+            if first != prefix:
+                raise ValueError(
+                    f"each prefix must have a module of its own to load into, {first!r} and {prefix!r} share {name}: "
+                    f"load one of them with load_weights"
+                )
+
+
+def _check_named_apart(sites: Pairs) -> None:
+    names = _names(sites)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(

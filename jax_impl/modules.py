@@ -60,23 +60,31 @@ class Site(nnx.Module):
             value = sharding.constrain(value, axes)
             setattr(self, _attribute(name), nnx.Param(value, out_sharding=axes, eager_sharding=False))
 
+    def parameters(self) -> dict[str, nnx.Param]:
+        """The parameters under their canonical names."""
+        return {name: getattr(self, _attribute(name)) for name in self._shapes}
+
     def weights(self) -> dict[str, Array]:
         """The parameters' values under their canonical names."""
-        return {name: getattr(self, _attribute(name))[...] for name in self._shapes}
+        return {name: parameter[...] for name, parameter in self.parameters().items()}
 
-    def load_weights(self, path: str | Path, prefix: weights.Prefix = "", *, insist: bool = False) -> None:
+    def load_weights(
+        self, path: str | Path, prefix: weights.Prefix = "", *, insist: bool = False, round: bool = False
+    ) -> None:
         """Fills the parameters from a canonical safetensors file (`weights.load_weights`), each shard by its own part.
 
         Args:
             prefix: of this site; for layers that are stacked (`flax.nnx.scan`) one for each.
-            insist: take weights whose file states another dialect than this site's.
+            insist: take weights whose file states another dialect than this site's, or another format.
+            round: take weights that the parameters' dtype rounds, for instance float32 ones for a layer in bfloat16.
 
         Raises:
-            ValueError: as `weights.load_weights`, or not a prefix for each layer; on every process if on one.
+            ValueError: as `weights.load_weights`, or the parameters are those of `flax.nnx.eval_shape`, or not a prefix
+                for each layer; on every process if on one.
         """
         from jax_impl import models  # here, since it needs this module
 
-        models.load_sites(path, [(prefix, self)], insist, whole=False)
+        models.load_sites(path, [(prefix, self)], insist, round, whole=False)
 
     def save_weights(self, path: str | Path, prefix: weights.Prefix = "", *, replace: bool = False) -> None:
         """Writes the parameters as a canonical safetensors file (`weights.save_weights`); of several processes the
@@ -87,8 +95,8 @@ class Site(nnx.Module):
             replace: replace a file whatever it holds, also other sites.
 
         Raises:
+            ValueError: as `weights.save_weights`, or not a prefix for each layer; on every process.
             OSError: as `weights.save_weights`; on every process.
-            ValueError: not a prefix for each layer.
         """
         from jax_impl import models
 
@@ -114,9 +122,9 @@ class Site(nnx.Module):
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Takes new values of the parameters, cast to the dtypes that they have."""
+        parameters = self.parameters()
         for name, value in values.items():
-            parameter = getattr(self, _attribute(name))
-            parameter[...] = value.astype(parameter[...].dtype)
+            parameters[name][...] = value.astype(parameters[name][...].dtype)
 
 
 class ManifoldConstrainedHyperConnections(Site):

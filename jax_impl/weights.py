@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from jax_impl.config import MHCConfig
 from jax_impl.functional import head_shapes, weight_shapes
-from jax_impl.metadata import check_metadata, metadata_of
+from jax_impl.metadata import check_metadata, metadata_of, warn_of_doubts
 
 _WITH_ALL = MHCConfig(streams=1, dim=1, norm_weight=True)
 KINDS = (tuple(weight_shapes(_WITH_ALL)), tuple(head_shapes(_WITH_ALL)))
@@ -26,6 +26,13 @@ KINDS = (tuple(weight_shapes(_WITH_ALL)), tuple(head_shapes(_WITH_ALL)))
 Prefix = str | Sequence[str]
 """What stands before the canonical names of a site; of layers that are stacked along a first axis one for each."""
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+HELD = {
+    "float64": tuple(DTYPES.values()),
+    "float32": ("float32", "bfloat16", "float16"),
+    "bfloat16": ("bfloat16",),
+    "float16": ("float16",),
+}
+"""The dtypes whose every value a dtype has."""
 
 
 def _flat(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -64,30 +71,41 @@ def load_weights(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     shardings: Mapping[str, Sharding] | None = None,
     *,
+    dtypes: Mapping[str, Any] | None = None,
     insist: bool = False,
+    round: bool = False,
 ) -> dict[str, Array]:
     """The weights under ``prefix`` in the file, in their own dtype and in-memory shapes.
+
+    Of the dialect what the file states is compared, and nothing where it has no metadata (`metadata.check_metadata`).
+    What it says against itself is a warning: a port's note that it is approximate, partial or assumes a dialect, and
+    parameters that are left open.
 
     Args:
         prefix: what stands before each canonical name, for instance ``"layers.0.attention."``; several are stacked
             along a new first axis, as `flax.nnx.scan` has its layers.
         shapes: names and in-memory shapes of one site; the layer's unless given (`functional.head_shapes` for a head).
         shardings: where each array lies. Only the parts that this process' devices hold are read, into their shards.
-        insist: take weights whose file states another dialect than ``config``; streams and dim must agree always.
+        dtypes: those that the weights are wanted in, their own unless given (for float64 JAX's default, float32
+            without ``jax_enable_x64``); they must hold the file's values exactly.
+        insist: take weights whose file states another dialect than ``config``, or another format; streams and dim must
+            agree always.
+        round: take weights that ``dtypes`` round.
 
     Raises:
         ValueError: the file can't be read, states a parameter that ``config`` contradicts (`metadata.check_metadata`),
-            or a tensor is missing, surplus, of another dtype or shape, or not finite.
+            or a tensor is missing, surplus, of another dtype or shape, not finite, or would be rounded.
     """
     shapes = weight_shapes(config) if shapes is None else shapes
     with opened(path) as file:
         check_metadata(path, file.metadata() or {}, config, insist)
+        warn_of_doubts(path, file.metadata() or {}, config)
         for one in listed(prefix):
             present = {name[len(one) :] for name in file.keys() if name.startswith(one)}  # noqa: SIM118
             missing, surplus = sorted(set(shapes) - present), sorted(present - set(shapes))
             if missing or surplus:
                 raise ValueError(f"{path}: under {one!r} missing {missing or 'none'}, surplus {surplus or 'none'}")
-        return read_site(path, file, prefix, shapes, shardings)
+        return read_site(path, file, prefix, shapes, shardings, dtypes, round)
 
 
 @contextmanager
@@ -115,14 +133,21 @@ def read_site(
     prefix: Prefix,
     shapes: Mapping[str, tuple[int, ...]],
     shardings: Mapping[str, Sharding] | None = None,
+    dtypes: Mapping[str, Any] | None = None,
+    round: bool = False,
 ) -> dict[str, Array]:
     """The weights under ``prefix`` in an open file (`load_weights`), whose names are checked already."""
     prefixes = listed(prefix)
     for one in prefixes:
         _check_headers(path, file, one, shapes)
 
+    def held(one: str, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        value = _part(path, file, one + name, shapes[name], index)
+        dtype = np.dtype(jax.dtypes.canonicalize_dtype(value.dtype) if dtypes is None else dtypes[name])
+        return _held(f"{path}: {one + name}", value, dtype, round)
+
     def whole(name: str) -> Array:
-        parts = [_part(path, file, one + name, shapes[name], ()) for one in prefixes]
+        parts = [held(one, name, ()) for one in prefixes]
         return jnp.asarray(parts[0] if isinstance(prefix, str) else np.stack(parts))
 
     def sharded(name: str, where: Sharding) -> Array:
@@ -130,12 +155,27 @@ def read_site(
 
         def part(index: Any) -> np.ndarray:
             if isinstance(prefix, str):
-                return _part(path, file, prefix + name, shapes[name], index)
-            return np.stack([_part(path, file, p + name, shapes[name], index[1:]) for p in prefixes[index[0]]])
+                return held(prefix, name, index)
+            return np.stack([held(one, name, index[1:]) for one in prefixes[index[0]]])
 
         return jax.make_array_from_callback(shape, where, part)
 
     return {name: sharded(name, shardings[name]) if shardings else whole(name) for name in shapes}
+
+
+def _held(said: str, value: np.ndarray, dtype: np.dtype, round: bool) -> np.ndarray:
+    """The values in a dtype that has each of them, or by who says so in one that rounds them."""
+    if value.dtype.name not in HELD.get(dtype.name, ()) and not round:
+        wide = " (with jax_enable_x64)" if value.dtype == np.float64 else ""
+        raise ValueError(
+            f"{said} must fit the parameter's {dtype.name}, got {value.dtype.name}, which it rounds: make the layer in "
+            f"{value.dtype.name}{wide}, or pass round=True"
+        )
+    with np.errstate(over="ignore"):  # it is checked
+        held = value.astype(dtype, copy=False)
+    if not np.isfinite(held).all():
+        raise ValueError(f"{said} must fit the parameter's {dtype.name}, got values beyond its largest")
+    return held
 
 
 def _check_headers(path: str | Path, file: Any, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -178,9 +218,14 @@ def save_weights(
         replace: replace a file whatever it holds, also other sites.
 
     Raises:
+        ValueError: a weight has no values (of `jax.eval_shape`), or `load_weights` would refuse it: it is not finite,
+            or of another dtype.
         FileExistsError: the file holds other tensors than this site's, or can't be read (`check_replaceable`).
         OSError: the target can't be written; a former file is left as it was.
     """
+    for name, value in weights.items():
+        if isinstance(value, jax.ShapeDtypeStruct):
+            raise ValueError(f"{path}: {listed(prefix)[0] + name} must have values, got a ShapeDtypeStruct")
     flat = flattened(weights, prefix)
     check_replaceable(path, flat, replace)
     write(path, flat, config)
@@ -238,8 +283,16 @@ def write(path: str | Path, flat: Mapping[str, np.ndarray], config: MHCConfig) -
     """Writes arrays that are flat already; the file appears whole or not at all.
 
     Raises:
+        ValueError: a tensor that `read_site` would refuse: a file that is written can be loaded.
         OSError: the target can't be written; a former file is left as it was.
     """
+    for name, value in flat.items():
+        if value.dtype.name not in DTYPES.values():
+            raise ValueError(
+                f"{path}: {name} must be float64, float32, bfloat16 or float16 to be saved, got {value.dtype.name}"
+            )
+        if not np.isfinite(value).all():
+            raise ValueError(f"{path}: {name} must be finite to be saved, got NaN or infinity")
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -25,38 +25,47 @@ Sites = Mapping[str, Site]
 def save_model(path: str | Path, sites: Sites, *, replace: bool = False) -> None:
     """Writes layers and heads as one canonical file; it appears whole or not at all.
 
+    A module under two prefixes is written twice. What can't be loaded again isn't written.
+
     Args:
         sites: under their prefixes, for instance ``{"layers.0.attention.": layer, "head.": head}``; parameters may be
             sharded over one mesh, all of whose processes call this.
         replace: replace a file whatever it holds, also other sites.
 
     Raises:
-        ValueError: no site, something else than one, or configurations that differ; it names the parameters.
+        ValueError: no site, something else than one, one without values (on the device meta), NaN or infinity in one,
+            or configurations that differ; it names the parameters.
         FileExistsError: the file holds other tensors than these sites', or can't be read.
         OSError: the target can't be written; a former file is left as it was. On every process.
     """
-    _check(sites)
     save_sites(path, sites, replace)
 
 
-def load_model(path: str | Path, sites: Sites, *, insist: bool = False) -> None:
+def load_model(path: str | Path, sites: Sites, *, insist: bool = False, round: bool = False) -> None:
     """Fills layers and heads from one canonical file, which holds these and no others; all are filled or none.
 
+    Of the dialect what the file states is compared, and nothing where it has no metadata (`metadata.check_metadata`);
+    what a port notes against itself is a warning.
+
     Args:
-        sites: as `save_model` takes them; of sharded parameters each process reads its own parts alone.
-        insist: take weights whose file states another dialect than a site's; streams and dim must agree always.
+        sites: as `save_model` takes them, but each module once; of sharded parameters each process reads its own parts
+            alone.
+        insist: take weights whose file states another dialect than a site's, or another format; streams and dim must
+            agree always.
+        round: take weights that the parameters' dtype rounds, for instance float32 ones for a layer in bfloat16.
 
     Raises:
-        ValueError: no site, or something else than one; a prefix is missing in the file, or in ``sites``; else as
-            `weights.load_weights`. On every process.
+        ValueError: no site, something else than one, one without values (on the device meta), or two that share a
+            parameter; a prefix is missing in the file, or in ``sites``; else as `weights.load_weights`. On every
+            process.
     """
-    _check(sites)
-    load_sites(path, sites, insist, whole=True)
+    load_sites(path, sites, insist, round, whole=True)
 
 
 @torch.no_grad()
 def save_sites(path: str | Path, sites: Sites, replace: bool) -> None:
-    """`save_model` of sites that are checked; each is gathered and handed to the writing process in turn."""
+    """`save_model`, where each site is gathered and handed to the writing process in turn."""
+    sites = _checked(sites)
     metadata.check_alike({prefix: site.config for prefix, site in sites.items()})
     agreed, writes, gathered = _distributed(sites)
     with agreed():
@@ -74,29 +83,42 @@ def save_sites(path: str | Path, sites: Sites, replace: bool) -> None:
 
 
 @torch.no_grad()
-def load_sites(path: str | Path, sites: Sites, insist: bool, whole: bool) -> None:
-    """`load_model` of sites that are checked.
+def load_sites(path: str | Path, sites: Sites, insist: bool, round: bool, whole: bool) -> None:
+    """`load_model`.
 
     Args:
         whole: the file must hold no others.
     """
+    sites = _checked(sites)
     agreed, _, _ = _distributed(sites)
     held = {prefix: _parts(site) for prefix, site in sites.items()}
+    dtypes = {prefix: {name: local.dtype for name, (local, _) in own.items()} for prefix, own in held.items()}
     parts = {prefix: {name: part for name, (_, part) in own.items()} for prefix, own in held.items()}
     loaded: dict[str, dict[str, torch.Tensor]] = {}
     with agreed():
+        _check_apart(held)
         if not whole:
             for prefix, site in sites.items():
                 loaded[prefix] = weights.load_weights(
-                    path, site.config, prefix, _shapes(site), parts=parts[prefix], insist=insist
+                    path,
+                    site.config,
+                    prefix,
+                    _shapes(site),
+                    parts=parts[prefix],
+                    dtypes=dtypes[prefix],
+                    insist=insist,
+                    round=round,
                 )
         else:
             with weights.opened(path) as file:
                 for site in sites.values():
                     metadata.check_metadata(path, file.metadata() or {}, site.config, insist)
+                metadata.warn_of_doubts(path, file.metadata() or {}, next(iter(sites.values())).config)
                 _check_names(path, set(file.keys()), _names(sites))
                 for prefix, site in sites.items():
-                    loaded[prefix] = weights.read_site(path, file, prefix, _shapes(site), parts[prefix])
+                    loaded[prefix] = weights.read_site(
+                        path, file, prefix, _shapes(site), parts[prefix], dtypes[prefix], round
+                    )
     for prefix, values in loaded.items():
         for name, (local, _) in held[prefix].items():
             local.copy_(values[name])
@@ -115,16 +137,67 @@ def _names(sites: Sites) -> set[str]:
     return {prefix + name for prefix, site in sites.items() for name in _shapes(site)}
 
 
-def _check(sites: Sites) -> None:
+def _checked(sites: Sites) -> dict[str, Site]:
+    """The layers and heads themselves, without what torch.compile wraps them in.
+
+    Raises:
+        ValueError: what they are given as is no mapping of prefixes to layers and heads that have values.
+    """
+    if not isinstance(sites, Mapping):
+        raise ValueError(
+            f"sites must be a mapping of prefixes to layers and heads, {{'layers.0.attention.': layer}}, got "
+            f"{type(sites).__name__}"
+        )
     if not sites:
         raise ValueError("sites must have a layer or a head under its prefix, got none")
-    for prefix, site in sites.items():
+    found: dict[str, Site] = {}
+    for prefix, given in sites.items():
         if not isinstance(prefix, str):
             raise ValueError(f"a prefix must be a string, got {prefix!r}")
+        site = getattr(given, "_orig_mod", given)
         if not isinstance(site, Site):
             raise ValueError(
                 f"{prefix!r} must be a ManifoldConstrainedHyperConnections or a HyperHead, got {type(site).__name__}"
+                f"{_inside(site)}"
             )
+        if any(value.is_meta for value in site.parameters()):
+            raise ValueError(
+                f"{prefix!r} must have parameters with values, got some on the device meta: call to_empty(device=…), "
+                f"then load or fill them"
+            )
+        found[prefix] = site
+    _check_named_apart(found)
+    return found
+
+
+def _inside(module: Any) -> str:
+    """In words, the sites that another module holds."""
+    children = module.named_modules() if isinstance(module, torch.nn.Module) else ()
+    held = [name for name, child in children if isinstance(child, Site)]
+    more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+    return f": it holds {', '.join(held[:3])}{more}, each of which takes a prefix of its own" if held else ""
+
+
+def _check_apart(held: Mapping[str, Mapping[str, tuple[torch.Tensor, weights.Index]]]) -> None:
+    """Checks that no parameter is filled twice: the last would win, and the others' weights be lost.
+
+    Raises:
+        ValueError: two sites are one module, or share a parameter.
+    """
+    filled: dict[tuple[torch.device, int], str] = {}
+    for prefix, own in held.items():
+        for name, (local, _) in own.items():
+            if not local.numel():
+                continue
+            first = filled.setdefault((local.device, local.data_ptr()), prefix)
+            if first != prefix:
+                raise ValueError(
+                    f"each prefix must have a module of its own to load into, {first!r} and {prefix!r} share {name}: "
+                    f"load one of them with load_weights"
+                )
+
+
+def _check_named_apart(sites: Sites) -> None:
     names = [prefix + name for prefix, site in sites.items() for name in _shapes(site)]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -91,18 +91,19 @@ class Site(nn.Module):
             reshard()
         return any(hasattr(value, "device_mesh") for value in self.parameters())
 
-    def load_weights(self, path: str | Path, prefix: str = "", *, insist: bool = False) -> None:
+    def load_weights(self, path: str | Path, prefix: str = "", *, insist: bool = False, round: bool = False) -> None:
         """Fills the parameters from a canonical safetensors file (`weights.load_weights`), each shard by its own part.
 
         Args:
-            insist: take weights whose file states another dialect than this site's.
+            insist: take weights whose file states another dialect than this site's, or another format.
+            round: take weights that the parameters' dtype rounds, for instance float32 ones for a layer in bfloat16.
 
         Raises:
-            ValueError: as `weights.load_weights`; on every process if on one.
+            ValueError: as `weights.load_weights`, or the parameters are on the device meta; on every process if on one.
         """
         from torch_impl import models  # here, since it needs this module
 
-        models.load_sites(path, {prefix: self}, insist, whole=False)
+        models.load_sites(path, {prefix: self}, insist, round, whole=False)
 
     def save_weights(self, path: str | Path, prefix: str = "", *, replace: bool = False) -> None:
         """Writes the parameters as a canonical safetensors file (`weights.save_weights`); of several processes the
@@ -112,6 +113,7 @@ class Site(nn.Module):
             replace: replace a file whatever it holds, also other sites.
 
         Raises:
+            ValueError: as `weights.save_weights`; on every process.
             OSError: as `weights.save_weights`; on every process.
         """
         from torch_impl import models

@@ -377,19 +377,20 @@ def agreed(mesh: DeviceMesh) -> Iterator[None]:
         raise error
 
 
-def load_weights(site: Site, path: str | Path, prefix: str = "", *, insist: bool = False) -> None:
+def load_weights(site: Site, path: str | Path, prefix: str = "", *, insist: bool = False, round: bool = False) -> None:
     """Fills a sharded layer or head from a canonical file; each process reads only its own parts of it.
 
     Raises:
         ValueError: as `weights.load_weights`, on every process if on one.
     """
-    models.load_sites(path, {prefix: site}, insist, whole=False)
+    models.load_sites(path, {prefix: site}, insist, round, whole=False)
 
 
 def save_weights(site: Site, path: str | Path, prefix: str = "", *, replace: bool = False) -> None:
     """Writes a sharded layer or head as the canonical file of the whole one; the mesh's first process writes.
 
     Raises:
+        ValueError: as `weights.save_weights`, on every process.
         OSError: as `weights.save_weights`, on every process.
     """
     models.save_sites(path, {prefix: site}, replace)

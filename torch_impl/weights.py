@@ -15,12 +15,19 @@ from torch import Tensor
 
 from torch_impl.config import MHCConfig
 from torch_impl.functional import SHARDED, head_shapes, weight_shapes
-from torch_impl.metadata import check_metadata, metadata_of
+from torch_impl.metadata import check_metadata, metadata_of, warn_of_doubts
 
 _WITH_ALL = MHCConfig(streams=1, dim=1, norm_weight=True)
 KINDS = (tuple(weight_shapes(_WITH_ALL)), tuple(head_shapes(_WITH_ALL)))
 """The canonical names that a layer may have, and a head."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+HELD = {
+    torch.float64: tuple(DTYPES.values()),
+    torch.float32: (torch.float32, torch.bfloat16, torch.float16),
+    torch.bfloat16: (torch.bfloat16,),
+    torch.float16: (torch.float16,),
+}
+"""The dtypes whose every value a dtype has."""
 Index = tuple[slice, ...]  # where a part stands in the whole, one slice for each axis in memory
 
 
@@ -69,28 +76,38 @@ def load_weights(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     *,
     parts: Mapping[str, Index] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     insist: bool = False,
+    round: bool = False,
 ) -> dict[str, Tensor]:
     """The weights under ``prefix`` in the file, in their own dtype and in-memory shapes.
+
+    Of the dialect what the file states is compared, and nothing where it has no metadata (`metadata.check_metadata`).
+    What it says against itself is a warning: a port's note that it is approximate, partial or assumes a dialect, and
+    parameters that are left open.
 
     Args:
         prefix: what stands before each canonical name, for instance ``"layers.0.attention."``.
         shapes: names and in-memory shapes; the layer's unless given (`functional.head_shapes` for a head).
         parts: the slices of each weight that are wanted; only these are read. The whole unless given.
-        insist: take weights whose file states another dialect than ``config``; streams and dim must agree always.
+        dtypes: those that the weights are wanted in, their own unless given; they must hold the file's values exactly.
+        insist: take weights whose file states another dialect than ``config``, or another format; streams and dim must
+            agree always.
+        round: take weights that ``dtypes`` round.
 
     Raises:
         ValueError: the file can't be read, states a parameter that ``config`` contradicts (`metadata.check_metadata`),
-            or a tensor is missing, surplus, of another dtype or shape, or not finite.
+            or a tensor is missing, surplus, of another dtype or shape, not finite, or would be rounded.
     """
     shapes = weight_shapes(config) if shapes is None else shapes
     with opened(path) as file:
         check_metadata(path, file.metadata() or {}, config, insist)
+        warn_of_doubts(path, file.metadata() or {}, config)
         present = {name[len(prefix) :] for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
         missing, surplus = sorted(set(shapes) - present), sorted(present - set(shapes))
         if missing or surplus:
             raise ValueError(f"{path}: under {prefix!r} missing {missing or 'none'}, surplus {surplus or 'none'}")
-        return read_site(path, file, prefix, shapes, parts)
+        return read_site(path, file, prefix, shapes, parts, dtypes, round)
 
 
 @contextmanager
@@ -113,13 +130,34 @@ def read_site(
     prefix: str,
     shapes: Mapping[str, tuple[int, ...]],
     parts: Mapping[str, Index] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    round: bool = False,
 ) -> dict[str, Tensor]:
     """The weights under ``prefix`` in an open file (`load_weights`), whose names are checked already."""
     found: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         part = tuple(slice(0, size) for size in shape) if parts is None else parts[name]
-        found[name] = _read(f"{path}: {prefix + name}", file.get_slice(prefix + name), name, shape, part)
+        said, entry = f"{path}: {prefix + name}", file.get_slice(prefix + name)
+        value = _read(said, entry, name, shape, part)
+        found[name] = value if dtypes is None else _held(said, value, dtypes[name], round)
     return found
+
+
+def _held(said: str, value: Tensor, dtype: torch.dtype, round: bool) -> Tensor:
+    """The values in a dtype that has each of them, or by who says so in one that rounds them."""
+    if value.dtype not in HELD.get(dtype, ()) and not round:
+        raise ValueError(
+            f"{said} must fit the parameter's {_named(dtype)}, got {_named(value.dtype)}, which it rounds: make the "
+            f"layer in {_named(value.dtype)}, or pass round=True"
+        )
+    held = value.to(dtype)
+    if not torch.isfinite(held).all():
+        raise ValueError(f"{said} must fit the parameter's {_named(dtype)}, got values beyond its largest")
+    return held
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _read(said: str, entry: Any, name: str, shape: tuple[int, ...], part: Index) -> Tensor:
@@ -156,9 +194,14 @@ def save_weights(
         replace: replace a file whatever it holds, also other sites.
 
     Raises:
+        ValueError: a weight has no values (on the device meta), or `load_weights` would refuse it: it is not finite,
+            or of another dtype.
         FileExistsError: the file holds other tensors than this site's, or can't be read (`check_replaceable`).
         OSError: the target can't be written; a former file is left as it was.
     """
+    for name, value in weights.items():
+        if value.is_meta:
+            raise ValueError(f"{path}: {prefix + name} must have values, got a tensor on the device meta")
     flat = flattened(weights, prefix)
     check_replaceable(path, flat, replace)
     write(path, flat, config)
@@ -214,8 +257,16 @@ def write(path: str | Path, flat: Mapping[str, Tensor], config: MHCConfig) -> No
     """Writes tensors that are flat already; the file appears whole or not at all.
 
     Raises:
+        ValueError: a tensor that `read_site` would refuse: a file that is written can be loaded.
         OSError: the target can't be written; a former file is left as it was.
     """
+    for name, value in flat.items():
+        if value.dtype not in DTYPES.values():
+            raise ValueError(
+                f"{path}: {name} must be float64, float32, bfloat16 or float16 to be saved, got {_named(value.dtype)}"
+            )
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{path}: {name} must be finite to be saved, got NaN or infinity")
     path, held = Path(path), set[int]()
     single = dict(flat)
     for name, value in flat.items():  # safetensors refuses two tensors in one storage: a module under two prefixes

@@ -224,16 +224,21 @@ def test_what_is_no_model_is_said(tmp_path):
             call(path, {"a": nnx.Linear(2, 2, rngs=nnx.Rngs(0))})
         with pytest.raises(ValueError, match="a prefix must be a string, or a tuple of them for stacked layers, got 0"):
             call(path, {0: layer()})
+        for wrong, said in (
+            (layer(), "ManifoldConstrainedHyperConnections"),
+            ([layer()], "list"),
+            (None, "NoneType"),
+            ("x", "str"),
+        ):
+            with pytest.raises(
+                ValueError, match=f"sites must be a mapping of prefixes to layers and heads, .* got {said}"
+            ):
+                call(path, wrong)
+        with pytest.raises(ValueError, match=r"'' must be a .*, got Dict: it holds a, b, each of which takes a prefix"):
+            call(path, {"": nnx.Dict(a=layer(), b=head())})
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="expected a whole safetensors file"):
         load_model(path, model())
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_dtypes_are_kept(tmp_path, dtype):
-    save_model(path := tmp_path / "model.safetensors", source := {"a.": layer(dtype=dtype), "b.": layer(seed=1)})
-    twin = {"a.": layer(seed=2, dtype=dtype), "b.": layer(seed=3)}
-    load_model(path, twin)
-    assert same(twin, source) and load_file(path)["a.pre_beta"].dtype == dtype
 
 
 class Stack(nnx.Module):
@@ -286,3 +291,28 @@ def test_no_copy_is_made_of_what_is_on_the_host_already():
         held = {name: np.asarray(value) for name, value in site.weights().items()}
         for name, value in weights.flattened(held, prefix).items():
             assert np.shares_memory(value, held[name.rpartition(".")[2]]), name
+
+
+def test_two_prefixes_cannot_fill_one_module(tmp_path):
+    save_model(path := tmp_path / "model.safetensors", {"a.": layer(), "b.": layer(seed=1)})
+    one: Any = layer(seed=2)
+    other: Any = layer(seed=3)
+    with pytest.raises(ValueError, match=r"'a\.' and 'b\.' share pre_alpha: load one of them with load_weights"):
+        load_model(path, {"a.": one, "b.": one})
+    other.post_beta = one.post_beta  # two modules that are tied in one parameter
+    with pytest.raises(ValueError, match=r"'a\.' and 'b\.' share post_beta: "):
+        load_model(path, {"a.": one, "b.": other})
+    assert same({"a.": one}, {"a.": layer(seed=2)})
+    one.load_weights(path, "b.")
+    assert same({"a.": one}, {"a.": layer(seed=1)})
+
+
+def test_stacked_layers_are_rounded_only_when_told_too(tmp_path):
+    flat = weights.flattened(Stack(0).blocks.weights(), STACKED)
+    save_file({name: value.astype(np.float64) for name, value in flat.items()}, path := tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers.0.ffn.pre_alpha must fit the parameter's float32, got float64"):
+        load_model(path, {STACKED: Stack(1).blocks})
+    load_model(path, {STACKED: (twin := Stack(1).blocks)}, round=True)
+    assert same({STACKED: twin}, {STACKED: Stack(0).blocks})
+    with pytest.raises(ValueError, match=r"\('layers.0.ffn.', .*\) and \('a', 'b', 'c'\) share pre_alpha"):
+        load_model(path, {STACKED: twin, ("a", "b", "c"): twin})

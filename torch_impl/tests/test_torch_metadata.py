@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -25,6 +27,23 @@ def file_of(tmp_path, config=CONFIG, **metadata):
         found = {**file.metadata(), **metadata}
     save_file(load_file(path), path, metadata={key: value for key, value in found.items() if value is not None})
     return path
+
+
+def warned(path, config=CONFIG):
+    """What each way to load it warns of."""
+    said = []
+    module = ManifoldConstrainedHyperConnections(config)
+    for load in (
+        lambda: load_weights(path, config),
+        lambda: module.load_weights(path),
+        lambda: load_model(path, {"": module}),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load()
+        said.append([str(warning.message).removeprefix(f"{path}: ") for warning in caught])
+    assert said[0] == said[1] == said[2]
+    return said[0]
 
 
 def stating(tmp_path, config=CONFIG, without=(), **changes):
@@ -97,8 +116,13 @@ def test_a_file_that_is_older_than_a_parameter_means_what_every_layer_was_then(t
 
 
 def test_a_file_that_states_a_part_or_nothing_is_held_to_that(tmp_path):
-    load_weights(file_of(tmp_path, parameters=None), CONFIG)
-    load_weights(file_of(tmp_path, parameters=json.dumps({"streams": 3, "eps": 1e-6})), CONFIG)
+    nothings: list[dict[str, Any]] = [{"parameters": None}, {"parameters": "{}"}, {"parameters": None, "format": None}]
+    for nothing in nothings:
+        for config in (CONFIG, MHCConfig.from_dialect("liger", streams=3, dim=4)):
+            assert warned(file_of(tmp_path, **nothing), config) == []
+    (said,) = warned(file_of(tmp_path, parameters=json.dumps({"streams": 3, "eps": 1e-6})), CONFIG)
+    assert "its metadata leaves parameters open, which are taken for config's: dim, norm_weight, " in said
+    assert " eps" not in said
     with pytest.raises(ValueError, match=r"dialect than config's: eps \(0.1 in the file, 1e-06 in config\)\. "):
         load_weights(file_of(tmp_path, parameters=json.dumps({"streams": 3, "eps": 0.1})), CONFIG)
 
@@ -123,10 +147,74 @@ def test_metadata_that_is_no_object_is_said(tmp_path, text):
 def test_an_assumption_is_compared_too_and_called_one(tmp_path):
     note = json.dumps({"format": "mhc-port/1", "assumed": True})
     path = file_of(tmp_path, mhc_port=note)
-    load_weights(path, CONFIG)
+    assert warned(path) == ["the port that wrote it notes: the dialect of its source is an assumption"]
     other = MHCConfig.from_dialect("deepseek-v4", streams=3, dim=4, norm_eps=1e-20)
     with pytest.raises(ValueError, match="file's own are an assumption of the port that wrote it"):
         load_weights(path, other)
     with pytest.raises(ValueError) as raised:
         load_weights(file_of(tmp_path, mhc_port=note.replace("true", "false")), other)
     assert "an assumption of" not in str(raised.value)
+
+
+LACKING = "the head is missing"
+
+
+@pytest.mark.parametrize(
+    "note, said",
+    [
+        ({}, None),
+        ({"verdict": "exact", "reason": "exact", "assumed": False, "lacking": []}, None),
+        ({"verdict": "exact to rounding", "reason": "exact to rounding: weights are stored in bfloat16"}, None),
+        ({"verdict": "approximate", "reason": "approximate: the norm's eps"}, "approximate: the norm's eps"),
+        ({"verdict": "approximate"}, "approximate"),
+        ({"verdict": "approximate", "lacking": ["x"]}, "approximate; lacking: x"),
+        ({"verdict": "partial", "reason": f"partial: {LACKING}", "lacking": [LACKING]}, f"partial: {LACKING}"),
+        ({"verdict": "exact", "lacking": LACKING}, f"lacking: {LACKING}"),
+        ({"verdict": "exact", "lacking": 3}, "lacking: 3"),
+        ({"verdict": "another", "reason": None}, "another"),
+        ({"verdict": ["exact"]}, "['exact']"),
+        ({"verdict": "exact", "assumed": True}, "the dialect of its source is an assumption"),
+    ],
+)
+def test_what_a_port_notes_against_itself_is_said(tmp_path, note, said):
+    path = file_of(tmp_path, mhc_port=json.dumps(note))
+    assert warned(path) == ([] if said is None else [f"the port that wrote it notes: {said}"])
+
+
+@pytest.mark.parametrize("note", ["x", "[]", "3"])
+def test_a_note_that_is_no_object_is_refused(tmp_path, note):
+    with pytest.raises(ValueError, match="mhc_port in its metadata must be a JSON object, got"):
+        load_weights(file_of(tmp_path, mhc_port=note), CONFIG)
+
+
+@pytest.mark.parametrize("form", ["mhc-canonical/2", "mhc-canonical/1.1", "another", "", "pt"])
+def test_a_file_of_another_format_is_taken_only_by_who_insists(tmp_path, form):
+    path = file_of(tmp_path, format=form)
+    module = ManifoldConstrainedHyperConnections(CONFIG)
+    for load in (
+        lambda insist: load_weights(path, CONFIG, insist=insist),
+        lambda insist: module.load_weights(path, insist=insist),
+        lambda insist: load_model(path, {"": module}, insist=insist),
+    ):
+        with pytest.raises(ValueError, match=rf"must have the format mhc-canonical/1, got '{form}': .* insist=True"):
+            load(False)
+        load(True)
+
+
+def test_the_name_of_a_framework_says_nothing_of_the_tensors(tmp_path):
+    """As Hugging Face's libraries write it, where the file states no parameters."""
+    for form in ("pt", "tf", "flax", "np", "mlx"):
+        assert warned(file_of(tmp_path, format=form, parameters=None)) == []
+
+
+def test_a_golden_file_is_held_to_the_parameters_of_its_case(tmp_path):
+    def case(content):
+        return file_of(tmp_path, format="mhc-conformance-case/1", parameters=None, case=content)
+
+    path = case(json.dumps({"id": "a", "parameters": CONFIG.parameters()}))
+    assert warned(path) == []
+    with pytest.raises(ValueError, match=r"dialect than config's: mix \('in-out' in the file, 'out-in'"):
+        load_weights(path, MHCConfig.from_dialect("liger", streams=3, dim=4))
+    for content in ("{", "[]", "{}", '{"parameters": 3}'):
+        with pytest.raises(ValueError, match="in its metadata must be a JSON object, got"):
+            load_weights(case(content), CONFIG)

@@ -225,16 +225,23 @@ def test_what_is_no_model_is_said(tmp_path):
             call(path, {"a": torch.nn.Linear(2, 2)})
         with pytest.raises(ValueError, match="a prefix must be a string, got 0"):
             call(path, {0: layer()})
+        for wrong, said in (
+            (layer(), "ManifoldConstrainedHyperConnections"),
+            ([layer()], "list"),
+            (None, "NoneType"),
+            ("x", "str"),
+        ):
+            with pytest.raises(
+                ValueError, match=f"sites must be a mapping of prefixes to layers and heads, .* got {said}"
+            ):
+                call(path, wrong)
+        with pytest.raises(
+            ValueError, match=r"'' must be a .*, got Sequential: it holds 0, 1, each of which takes a prefix"
+        ):
+            call(path, {"": torch.nn.Sequential(layer(), head())})
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="expected a whole safetensors file"):
         load_model(path, model())
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_dtypes_are_kept(tmp_path, dtype):
-    save_model(path := tmp_path / "model.safetensors", source := {"a.": layer(dtype=dtype), "b.": layer(seed=1)})
-    twin = {"a.": layer(seed=2, dtype=dtype), "b.": layer(seed=3)}
-    load_model(path, twin)
-    assert same(twin, source) and load_file(path)["a.pre_beta"].dtype == dtype
 
 
 def test_no_copy_is_made_of_what_is_on_the_cpu_already():
@@ -242,3 +249,28 @@ def test_no_copy_is_made_of_what_is_on_the_cpu_already():
     site = layer()
     for name, value in weights.flattened(site.weights(), "a.").items():
         assert value.data_ptr() == site.weights()[name.removeprefix("a.")].data_ptr(), name
+
+
+def test_two_prefixes_cannot_fill_one_module(tmp_path):
+    save_model(path := tmp_path / "model.safetensors", {"a.": layer(), "b.": layer(seed=1)})
+    one, other = layer(seed=2), layer(seed=3)
+    with pytest.raises(ValueError, match=r"'a\.' and 'b\.' share pre_alpha: load one of them with load_weights"):
+        load_model(path, {"a.": one, "b.": one})
+    other.post_beta = one.post_beta  # two modules that are tied in one parameter
+    with pytest.raises(ValueError, match=r"'a\.' and 'b\.' share post_beta: "):
+        load_model(path, {"a.": one, "b.": other})
+    assert same({"a.": one}, {"a.": layer(seed=2)})
+    one.load_weights(path, "b.")
+    assert same({"a.": one}, {"a.": layer(seed=1)})
+
+
+def test_a_compiled_module_is_the_one_inside_it(tmp_path):
+    source, twin, path = layer(), layer(seed=1), tmp_path / "model.safetensors"
+    saved: Any = torch.compile(source)
+    compiled: Any = torch.compile(twin)
+    save_model(path, {"a.": saved})
+    load_model(path, {"a.": compiled})
+    assert same({"a.": twin}, {"a.": source})
+    save_model(path, {"a.": twin, "b.": compiled}, replace=True)
+    with pytest.raises(ValueError, match=r"'a\.' and 'b\.' share pre_alpha"):
+        load_model(path, {"a.": twin, "b.": compiled})

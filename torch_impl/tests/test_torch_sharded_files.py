@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sharded_processes import PLANS, example, forward, launch, make, mesh_of, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -31,6 +32,13 @@ def assert_same(found: Path, expected: Path, said) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             contents.append((file.metadata(), {k: (v.dtype, v.numpy().tobytes()) for k, v in tensors.items()}))
     assert contents[0] == contents[1], said
+
+
+def spoil(path: Path, name: str) -> None:
+    """Makes one value of a file NaN, in the first process's part."""
+    tensors = load_file(path)
+    tensors[name].view(-1)[0] = torch.nan
+    save_file(tensors, path)
 
 
 def files_are_the_whole_modules(path: Path) -> None:
@@ -60,10 +68,9 @@ def a_bad_file_or_target_fails_on_all_processes(path: Path) -> None:
     mesh = mesh_of(PLANS[dist.get_world_size()][-1])
     bad = path / "bad.safetensors"
     if dist.get_rank() == 0:
-        module = make()
-        with torch.no_grad():
-            module.get_parameter("res_alpha")[0, 0, 0] = torch.nan  # in the first process's part alone
-        module.save_weights(bad)
+        make().save_weights(bad)
+        spoil(bad, "res_alpha")
+        make(seed=5).save_weights(path / "good.safetensors")
     dist.barrier()
     module = sharded.parallelize(make(), mesh)
     with pytest.raises(ValueError, match="res_alpha must be finite"):
@@ -73,6 +80,21 @@ def a_bad_file_or_target_fails_on_all_processes(path: Path) -> None:
     with pytest.raises(OSError):
         sharded.save_weights(module, path / "absent" / "x.safetensors")
     assert torch.equal(whole(module.weights()["res_alpha"]), make().weights()["res_alpha"])
+    with torch.no_grad():
+        module.get_parameter("post_beta").fill_(torch.nan)
+    with pytest.raises(ValueError, match="post_beta must be finite to be saved"):
+        sharded.save_weights(module, path / "nan.safetensors")
+    narrow = sharded.parallelize(make().to(torch.bfloat16), mesh)
+    with pytest.raises(ValueError, match="must fit the parameter's bfloat16, got float64, which it rounds"):
+        sharded.load_weights(narrow, path / "good.safetensors")
+    sharded.load_weights(narrow, path / "good.safetensors", round=True)
+    assert torch.equal(whole(narrow.weights()["res_alpha"]), make(seed=5).weights()["res_alpha"].to(torch.bfloat16))
+    empty = sharded.parallelize(make().to("meta"), mesh)
+    for call in (sharded.load_weights, sharded.save_weights):
+        with pytest.raises(ValueError, match=r"got some on the device meta: call to_empty\(device"):
+            call(empty, path / "good.safetensors")
+    with pytest.raises(ValueError, match=r"'a.' and 'b.' share"):
+        load_model(path / "good.safetensors", {"a.": module, "b.": module})
 
 
 def model_of(seed: int, mesh: DeviceMesh | None = None) -> dict[str, Any]:
@@ -109,10 +131,8 @@ def a_refusal_is_one_on_every_process_and_changes_nothing(path: Path) -> None:
     target, bad, text = (path / f"{name}-{dist.get_world_size()}" for name in ("refused", "nan", "text"))
     if dist.get_rank() == 0:
         make().save_weights(target, "another.")
-        sites = model_of(seed=5)
-        with torch.no_grad():
-            sites["head."].get_parameter("head_fn")[0, 0, 0] = torch.nan  # the last site, the first process's part
-        save_model(bad, sites)
+        save_model(bad, model_of(seed=5))
+        spoil(bad, "head.head_fn")  # the last site
         text.write_text("not safetensors")
     dist.barrier()
     before = target.read_bytes()
