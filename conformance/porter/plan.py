@@ -10,7 +10,7 @@ import numpy as np
 
 from conformance import dialects as known_dialects
 from conformance.casecheck import DTYPES
-from conformance.porter import configuration, dialects, probe, target_dialect
+from conformance.porter import configuration, dialects, probe, rereading, target_dialect
 from conformance.porter import names as naming
 from conformance.porter.convert import convert
 from conformance.porter.errors import CONTRADICTED, INCOMPLETE, PortError
@@ -204,8 +204,10 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
     if stacked:
         options.stacks.places(len(model.layers) or 1)
         notes.append(f"layers are stacked along axis {options.scan_axis}: {options.stacks}")
-    return Plan(model, layout, options, parameters, told.base, verdict, places, prefixes, norm,
+    plan = Plan(model, layout, options, parameters, told.base, verdict, places, prefixes, norm,
                 probe.Probes(x, model.parameters, parameters), report)  # fmt: skip
+    rereading.check(layout, prefixes, plan.tensors(), stacked)
+    return plan
 
 
 def _existing(model: Model, layout: Layout, options: Options) -> dict[Site, dict[str, str]]:

@@ -9,8 +9,9 @@ from conformance.porter import names as naming
 from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layouts
+from conformance.porter.names import without_optimiser
 from conformance.porter.site import Site
-from conformance.porter.storage.checkpoint import Checkpoint, Tensor, without_optimiser
+from conformance.porter.storage.checkpoint import Checkpoint, Tensor
 from conformance.porter.storage.stacks import LISTED, PLACE, Unstacked
 
 Shapes = Mapping[str, tuple[Sequence[int], str]]
