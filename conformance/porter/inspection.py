@@ -96,5 +96,5 @@ def inspect(
 
 
 def _odd(model: Model) -> list[str]:
-    found = [*([model.differing] if model.differing else []), *model.lacking()]
+    found = [*([model.differing] if model.differing else []), *model.lacking(), *model.remarks()]
     return [*found, *damage.signs(model)]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from conformance import dialects as known_dialects
 from conformance.casecheck import DTYPES
 from conformance.porter import configuration, dialects, probe, target_dialect
 from conformance.porter.convert import convert
@@ -165,10 +164,8 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
         notes.append(f"{len(model.copies)} tensors hold the same sites for the layout {others}: they are not compared")
     lacking = [*model.lacking(), *_without_a_name(layout, left_out, options)]
     lacking += _left_as_they_are(existing, places, options)
-    settings, place_of_settings = {}, ""
-    if not (layout.keeps_dialect or told.stated or layout.containers[0] == "gguf"):  # those state them themselves
-        settings = configuration.settings(parameters, told.base)
-        place_of_settings = known_dialects.configuration(told.base).place
+    settings, place_of_settings, more = target_dialect.to_be_set(told, layout, model.streams)
+    notes += [*model.remarks(), *told.remarks, *more]
     x = probe.activations(options.verify, model.streams, model.dim, options.seed)
     if options.activations is not None:
         given = options.activations

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from conformance import dialects as known
@@ -12,9 +11,11 @@ from conformance.porter import configuration, dialects
 from conformance.porter.dialects import Told
 from conformance.porter.errors import CANNOT, UNKNOWN, PortError
 from conformance.porter.layout import Layout
+from conformance.porter.layouts import layouts
 from conformance.porter.model import Model
 from conformance.porter.options import Options
 from conformance.porter.storage.checkpoint import Checkpoint
+from conformance.porter.storage.gguf_keys import ARCHITECTURES, WORDS, architecture_of
 from conformance.porter.storage.opening import open_checkpoint
 from conformance.porter.verdict import IMPOSSIBLE, ROUNDED
 
@@ -46,7 +47,10 @@ def choose(model: Model, layout: Layout, options: Options) -> Told:
         found["reduce"] = "head"
     if model.residual not in layout.residuals or found["residual"] not in layout.residuals:
         broken = found["residual"] if model.residual in layout.residuals else model.residual
-        raise PortError(f"{IMPOSSIBLE}: the layout {layout.name} has no place for residual={broken}", CANNOT)
+        fits = [o.name for o in layouts().values() if model.residual in o.residuals] if broken == model.residual else []
+        fits.sort(key=lambda name: name == "canonical")  # last, since no model reads it
+        better = f"; {', '.join(fits)} have one: port --to {fits[0]}" if fits else ""
+        raise PortError(f"{IMPOSSIBLE}: the layout {layout.name} has no place for residual={broken}{better}", CANNOT)
     if layout.norm == "always":
         found["norm_weight"] = True
     if found["norm_weight"] and layout.norm == "never":
@@ -90,8 +94,13 @@ def _stated(model: Model, layout: Layout, options: Options) -> Told | None:
     if told is None:
         return None
     switch = configuration.contradicted(checkpoint.config, known.configuration(layout.dialect))
-    by = f"from its {Path(checkpoint.config_place).name}" + (f", where {switch}" if switch else "")
-    return replace(told, by=by, stated=True)
+    by = f"from its {checkpoint.config_name}" + (f", where {switch}" if switch else "")
+    left = configuration.inherited(checkpoint.config, told.parameters, told.base, model.streams)
+    remarks = told.remarks
+    if left:
+        named = ", ".join(f"{k}: {v}" for k in configuration.INHERITS if (v := (checkpoint.config or {}).get(k)))
+        remarks += (f"{checkpoint.config_name} names other files ({named}), which aren't read: in the end must be set",)
+    return replace(told, by=by, stated=True, open=left, remarks=remarks)
 
 
 def _own(model: Model, layout: Layout) -> Told:
@@ -107,7 +116,7 @@ def _own(model: Model, layout: Layout) -> Told:
     origin = _origin(model)
 
     def distance(name: str) -> tuple[int, bool]:
-        found = configuration.carried(model.parameters, name)
+        found = configuration.carried(model.parameters, name, _keys(layout))
         apart = sum(
             found[key] != model.parameters[key]
             for key in found
@@ -117,11 +126,53 @@ def _own(model: Model, layout: Layout) -> Told:
         return apart + HEAD_LOST * lost, name != origin
 
     base = min(names, key=distance)
-    parameters = configuration.carried(model.parameters, base)
+    parameters = configuration.carried(model.parameters, base, _keys(layout))
     by = dialects.OWN if parameters == rows[base] else f"{dialects.OWN}, set as the source is"
     return Told(parameters, by, base)
 
 
 def _origin(model: Model) -> str:
     """The row that the source was ported from, where its metadata says so."""
-    return str(dialects.note(model.checkpoint).get("source_row", ""))
+    noted = dialects.note(model.checkpoint)
+    return noted.source_row if noted else ""
+
+
+def to_be_set(told: Told, layout: Layout, streams: int) -> tuple[dict[str, Any], str, list[str]]:
+    """What must be set for the target to compute this, where, and in words what can't be.
+
+    Args:
+        told: the target's dialect.
+
+    Returns:
+        For each key its value; the place of these keys; a line for each parameter that no key sets.
+    """
+    if layout.keeps_dialect:
+        return {}, "", []
+    base = _software(told, layout)
+    place, row = known.configuration(base).place, dialects.known()[base]
+    if told.stated:
+        return dict(told.open), place if told.open else "", []
+    names = configuration.beyond(told.parameters, base, _keys(layout))
+    what = "keys" if layout.containers[0] == "gguf" else place or "software"
+    cannot = [f"nothing in {what} sets {name}: the software of {base} computes {row[name]}" for name in names]
+    if layout.containers[0] == "gguf":  # the file states them itself
+        return {}, "", cannot
+    return configuration.settings(told.parameters, base), place, cannot
+
+
+def _keys(layout: Layout) -> Collection[str] | None:
+    """The keys of a row's software that the layout's has too; None for all of them."""
+    return {*WORDS.values()} if layout.containers[0] == "gguf" else None
+
+
+def _software(told: Told, layout: Layout) -> str:
+    """The row whose software reads the layout: the target's own, or else the nearest to its parameters."""
+    own = list(dict.fromkeys((layout.dialect, *layout.models.values())))
+    if layout.containers[0] == "gguf":
+        return ARCHITECTURES[architecture_of(told.base, told.parameters)]
+    place = known.configuration(told.base).place
+    together = place and place != "config.json" and place == known.configuration(layout.dialect).place
+    if told.base in own or together:
+        return told.base
+    rows = dialects.known()
+    return min(own, key=lambda name: sum(rows[name][key] != value for key, value in told.parameters.items()))
