@@ -137,18 +137,21 @@ def values(config: Mapping[str, Any] | None, known: Configuration) -> Parameters
     return found
 
 
-def inherited(config: Mapping[str, Any] | None, parameters: Mapping[str, Any], base: str, streams: int) -> Parameters:
-    """What must be set for these parameters among the keys that a configuration leaves to files that it names.
-
-    Such a file may be read before it, and then what it states itself counts, or after it, as MaxText reads that of a
-    model (maxtext 0.2.5, configs/pyconfig.py); then everything is open.
-    """
+def inherited(config: Mapping[str, Any] | None) -> dict[str, str]:
+    """The files of settings that a configuration of MaxText names, under the keys that name them."""
     held = parts.stated(config)
-    if not any(held.get(key) for key in INHERITS):
-        return {}
-    after = held.get("model_name", "default") != "default" and held.get("override_model_config") is not True
-    wanted = {**described(parameters, base, streams), **dialects.configuration(base).requires}
-    return {key: value for key, value in wanted.items() if after or key not in held}
+    return {key: str(held[key]) for key in INHERITS if held.get(key) not in (None, "", "default")}
+
+
+def left_open(config: Mapping[str, Any] | None, known: Configuration) -> list[str]:
+    """Keys of a row's software, and its switches, whose values a configuration leaves to files that it names.
+
+    A file may be read before it, and then what it states itself counts, or after it, as MaxText reads that of a model
+    (maxtext 0.2.5, configs/pyconfig.py); then everything is open.
+    """
+    held, named = parts.stated(config), inherited(config)
+    after = "model_name" in named and held.get("override_model_config") is not True
+    return [key for key in (*known.keys, *known.requires) if named and (after or key not in held)]
 
 
 def settings(parameters: Mapping[str, Any], base: str, only: Collection[str] | None = None) -> dict[str, Any]:

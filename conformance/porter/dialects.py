@@ -134,13 +134,20 @@ def given(text: str, checkpoint: Checkpoint | None = None, layout: Layout | None
             found = check({**parameters, **more}, checkpoint.config_place)
             by = f"{GIVEN}, with {', '.join(more)} from its {name}"
     if said and not (said.problem or said.assumed):
-        apart = [k for k, v in found.items() if k not in SEEN and v != said.parameters[k]]
+        apart = _apart(found, said.parameters)
         if apart:
             remarks.append(
-                f"the source is {described(said.parameters, said.base)} {said.by}, and --dialect says otherwise "
-                f"({', '.join(apart)}): the verdict is on what you say"
+                f"{said.by.replace('from', 'by', 1)} it is {described(said.parameters, said.base)}, and --dialect says "
+                f"otherwise ({', '.join(apart)}): the verdict is on what you say"
             )
     return Told(found, by, base, remarks=tuple(remarks))
+
+
+def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Parameters in which two rows are different functions; a head without an eps of its own has the norm's."""
+    heads = [p["norm_eps"] if p["head_norm_eps"] is None else p["head_norm_eps"] for p in (first, second)]
+    alike = {*SEEN, *(["head_norm_eps"] if heads[0] == heads[1] or first["reduce"] != "head" else [])}
+    return [name for name, value in first.items() if name not in alike and value != second[name]]
 
 
 def _software(config: Mapping[str, Any], base: str) -> str:
@@ -171,8 +178,7 @@ def _reconciled(told: Told, noted: Told, checkpoint: Checkpoint) -> Told:
     """What a configuration and a note of a port say together."""
     p, name = noted.parameters, checkpoint.config_name
     other = [k for k, v in told.told.items() if k in p and not _same(v, p[k], checkpoint)]
-    silent = [k for k, v in told.parameters.items() if k not in (*told.told, *SEEN, "reduce") and v != p[k]]
-    silent = [k for k in silent if k != "head_norm_eps" or told.parameters["reduce"] == "head"]
+    silent = [k for k in _apart(told.parameters, p) if k not in told.told and k != "reduce"]
     said = ", ".join(f"{k} = {p[k]}" for k in (silent if silent and not told.assumed else other))
     computed = ", ".join(f"{told.parameters[k]}" for k in (silent if silent and not told.assumed else other))
     disagreement = f"a port noted {said} for these tensors, and the software of its {name} computes {computed}"
@@ -259,6 +265,11 @@ def layers_stated(checkpoint: Checkpoint) -> tuple[int, int]:
     it doesn't.
     """
     return configuration.layers_stated(checkpoint.config)
+
+
+def inherited(checkpoint: Checkpoint) -> str:
+    """Files of settings that the configuration beside a checkpoint names, in words; empty where it doesn't."""
+    return ", ".join(f"{key} {value}" for key, value in configuration.inherited(checkpoint.config).items())
 
 
 def from_config(layout: Layout, checkpoint: Checkpoint) -> Told | None:

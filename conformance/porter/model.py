@@ -118,22 +118,30 @@ class Model:
         found = list(self.told.remarks)
         if more and named and self.layers and not there:
             found.append(
-                f"{self.checkpoint.config_name} states multi-token prediction ({more} layer{'s' if more > 1 else ''}), "
+                f"{self.checkpoint.config_states} multi-token prediction ({more} layer{'s' if more > 1 else ''}), "
                 f"and no hyper-connection of its is there"
             )
+        if named := dialects.inherited(self.checkpoint):
+            found.append(
+                f"{self.checkpoint.config_name} names files that aren't read ({named}): what it leaves open is taken from "
+                f"the dialect's row"
+            )
+        if self.checkpoint.kind == "gguf" and self.checkpoint.config_file is not None:
+            found.append(f"{self.checkpoint.config_name} is read in the place of the file's own keys")
         return found
 
     def _miscounted(self, modelled: bool) -> list[str]:
         """Layers, and those of multi-token prediction, that aren't as many as the configuration states."""
-        name, (layers, more) = self.checkpoint.config_name, dialects.layers_stated(self.checkpoint)
+        states, (layers, more) = self.checkpoint.config_states, dialects.layers_stated(self.checkpoint)
         stated = sorted({layers, layers + more}) if layers else []
         ahead = {site.layer for site in self.sites if site.group == "mtp"}
         if (stated or modelled) and not self.layers and ALONE not in self.sites:
-            return [f"{name} is of a model with {layers or 'some'} layers, and none is there"]
+            what = f"{layers} layers" if layers else "a whole model"
+            return [f"{states} {what}, and no layer is there"]
         if stated and self.layers and len(self.layers) not in stated:
-            return [f"{name} states {' or '.join(map(str, stated))} layers, and {len(self.layers)} are there"]
+            return [f"{states} {' or '.join(map(str, stated))} layers, and {len(self.layers)} are there"]
         if ahead and more and len(ahead) != more:
-            return [f"{name} states {more} layers of multi-token prediction, and {len(ahead)} are there"]
+            return [f"{states} {more} layers of multi-token prediction, and {len(ahead)} are there"]
         return []
 
     def prepare(self) -> None:

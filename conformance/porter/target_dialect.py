@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from conformance import dialects as known
-from conformance.porter import configuration, dialects
+from conformance.porter import configuration, dialects, parts
 from conformance.porter.dialects import Told
 from conformance.porter.errors import CANNOT, UNKNOWN, PortError
 from conformance.porter.layout import Layout
@@ -39,17 +39,19 @@ def choose(model: Model, layout: Layout, options: Options) -> Told:
     elif stated:
         told = stated
     elif layout.keeps_dialect:
-        told = replace(model.told, by="the source's", assumed=False)
+        told = replace(model.told, by="the source's", assumed=False, remarks=())
     else:
         told = _own(model, layout)
+    if options.to_config is not None and not layout.keeps_dialect:
+        told = _leaving_open(told, model, configuration.read(options.to_config), bool(options.to_dialect))
     found = dict(told.parameters)
     if model.head and layout.head and not options.to_dialect and found["reduce"] not in ("mean", "carried"):
         found["reduce"] = "head"
     if model.residual not in layout.residuals or found["residual"] not in layout.residuals:
         broken = found["residual"] if model.residual in layout.residuals else model.residual
-        fits = [o.name for o in layouts().values() if model.residual in o.residuals] if broken == model.residual else []
-        fits.sort(key=lambda name: name == "canonical")  # last, since no model reads it
-        better = f"; {', '.join(fits)} have one: port --to {fits[0]}" if fits else ""
+        fits = [o for o in layouts().values() if model.residual in o.residuals and broken == model.residual]
+        fits.sort(key=lambda o: (o.keeps_dialect, o.containers[0] != layout.containers[0]))
+        better = f"; {', '.join(o.name for o in fits)} have one: port --to {fits[0].name}" if fits else ""
         raise PortError(f"{IMPOSSIBLE}: the layout {layout.name} has no place for residual={broken}{better}", CANNOT)
     if layout.norm == "always":
         found["norm_weight"] = True
@@ -95,12 +97,32 @@ def _stated(model: Model, layout: Layout, options: Options) -> Told | None:
         return None
     switch = configuration.contradicted(checkpoint.config, known.configuration(layout.dialect))
     by = f"from its {checkpoint.config_name}" + (f", where {switch}" if switch else "")
-    left = configuration.inherited(checkpoint.config, told.parameters, told.base, model.streams)
-    remarks = told.remarks
-    if left:
-        named = ", ".join(f"{k}: {v}" for k in configuration.INHERITS if (v := (checkpoint.config or {}).get(k)))
-        remarks += (f"{checkpoint.config_name} names other files ({named}), which aren't read: in the end must be set",)
-    return replace(told, by=by, stated=True, open=left, remarks=remarks)
+    return replace(told, by=by, stated=True)
+
+
+def _leaving_open(told: Told, model: Model, config: Mapping[str, Any], asked: bool) -> Told:
+    """The same, where the configuration names other files: what it leaves to them must be as the source is.
+
+    Args:
+        asked: the user says what the target computes.
+    """
+    software, held = known.configuration(told.base), parts.stated(config)
+    keys = configuration.left_open(config, software)
+    if not keys:
+        return told
+    parameters = dict(told.parameters)
+    if not asked:
+        unstated = [key for key in keys if key not in held]
+        nearer = configuration.carried(model.parameters, told.base, unstated)
+        names = {name.removeprefix("-") for key in unstated for name in software.keys.get(key, ())} - {"streams"}
+        parameters |= {name: nearer[name] for name in names}
+    values = {**configuration.described(parameters, told.base, model.streams), **software.requires}
+    named = ", ".join(f"{key} {value}" for key, value in configuration.inherited(config).items())
+    remark = f"the target's configuration names files that aren't read ({named}): what must be set is open there"
+    return replace(
+        told, parameters=parameters, open={key: values[key] for key in keys if key in values},
+        remarks=(*told.remarks, remark),
+    )  # fmt: skip
 
 
 def _own(model: Model, layout: Layout) -> Told:
@@ -153,11 +175,12 @@ def to_be_set(told: Told, layout: Layout, streams: int) -> tuple[dict[str, Any],
     if told.stated:
         return dict(told.open), place if told.open else "", []
     names = configuration.beyond(told.parameters, base, _keys(layout))
-    what = "keys" if layout.containers[0] == "gguf" else place or "software"
-    cannot = [f"nothing in {what} sets {name}: the software of {base} computes {row[name]}" for name in names]
+    where = "the keys of a GGUF file" if layout.containers[0] == "gguf" else place or f"{base}'s configuration"
+    values = ", ".join(f"{name} = {row[name]}" for name in names)
+    cannot = [f"nothing in {where} sets {', '.join(names)}: the software of {base} computes {values}"] if names else []
     if layout.containers[0] == "gguf":  # the file states them itself
         return {}, "", cannot
-    return configuration.settings(told.parameters, base), place, cannot
+    return {**configuration.settings(told.parameters, base), **told.open}, place, cannot
 
 
 def _keys(layout: Layout) -> Collection[str] | None:

@@ -64,6 +64,10 @@ class GGUFCheckpoint(Checkpoint):
     def config_name(self) -> str:
         return super().config_name if self.config_file else "keys"
 
+    @property
+    def config_states(self) -> str:
+        return super().config_states if self.config_file else "the file's keys state"
+
     def left_open(self, row: str) -> str:
         return "" if self.config_file else " and ".join(left_open(self.keys, row)[:4])
 

@@ -42,10 +42,12 @@ def configuration(keys: Mapping[str, Any]) -> dict[str, Any]:
     whichever architecture they are of.
     """
     architecture = str(keys.get(ARCHITECTURE, ""))
+    row = ARCHITECTURES.get(architecture)
+    own = {key for key, word in WORDS.items() if row is None or word in configured(row).keys}
     found: dict[str, Any] = {"model_type": architecture}
     for key, value in keys.items():
         word = key.removeprefix(f"{architecture}.")
-        if word in WORDS:
+        if word in WORDS and (word in own or not word.startswith(PREFIX)):
             found[WORDS[word]] = value
         elif OURS.search(key) and key != PORT_KEY and not key.startswith(OF_A_FILE):
             found[key] = value
