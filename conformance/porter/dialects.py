@@ -127,12 +127,10 @@ def given(text: str, checkpoint: Checkpoint | None = None, layout: Layout | None
         software = dialects.configuration(_software(checkpoint.config, base))
         doubt = configuration.unclear(checkpoint.config, software)
         set_there = Parameters() if doubt else configuration.values(checkpoint.config, software)
-        absent = {k for k, v in parameters.items() if v is None and parameters["residual"] != "sinkhorn"}
-        more = {k: v for k, v in set_there.items() if k in parameters and k not in changed and parameters[k] != v}
-        more = {k: v for k, v in more.items() if k not in absent}
-        if more:
-            found = check({**parameters, **more}, checkpoint.config_place)
-            by = f"{GIVEN}, with {', '.join(more)} from its {name}"
+        set_there = {k: v for k, v in set_there.items() if k in parameters and k not in changed}
+        found = _with_values(parameters, set_there, software, checkpoint.config_place)
+        more = [k for k in parameters if found[k] != parameters[k]]
+        by = f"{GIVEN}, with {', '.join(more)} from its {name}" if more else GIVEN
     if said and not (said.problem or said.assumed):
         apart = _apart(found, said.parameters)
         if apart:
@@ -148,6 +146,25 @@ def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     heads = [p["norm_eps"] if p["head_norm_eps"] is None else p["head_norm_eps"] for p in (first, second)]
     alike = {*SEEN, *(["head_norm_eps"] if heads[0] == heads[1] or first["reduce"] != "head" else [])}
     return [name for name, value in first.items() if name not in alike and value != second[name]]
+
+
+def _with_values(
+    parameters: Parameters, values: Parameters, software: dialects.Configuration, place: str
+) -> Parameters:
+    """The parameters with the values of a configuration, but for those that only another function has.
+
+    Raises:
+        PortError: a value is none that any layer has.
+    """
+    found = parameters
+    for key, names in software.keys.items():
+        more = {name: values[name] for sign in names if (name := sign.removeprefix("-")) in values}
+        for name, value in more.items():
+            if not domains()[name].holds(value):
+                raise PortError(f"{place}: {key}: {name} must be {domains()[name]}, got {str(value)[:40]}")
+        with contextlib.suppress(PortError):
+            found = check({**found, **more}, place)
+    return found
 
 
 def _software(config: Mapping[str, Any], base: str) -> str:

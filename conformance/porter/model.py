@@ -123,8 +123,8 @@ class Model:
             )
         if named := dialects.inherited(self.checkpoint):
             found.append(
-                f"{self.checkpoint.config_name} names files that aren't read ({named}): what it leaves open is taken from "
-                f"the dialect's row"
+                f"{self.checkpoint.config_name} names files that aren't read ({named}): what it leaves open is taken "
+                f"from the dialect's row"
             )
         if self.checkpoint.kind == "gguf" and self.checkpoint.config_file is not None:
             found.append(f"{self.checkpoint.config_name} is read in the place of the file's own keys")

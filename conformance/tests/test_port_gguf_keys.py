@@ -22,10 +22,10 @@ KEYS = {"hyper_connection.count": STREAMS, "hyper_connection.sinkhorn_iterations
         "attention.layer_norm_rms_epsilon": 1e-6, "block_count": 2, "embedding_length": DIM}  # fmt: skip
 
 
-def model(path, without=(), architecture="deepseek4", **changes):
-    """A model of two blocks; keys without a dot in front are the architecture's own."""
-    writer = gguf.GGUFWriter(path, architecture)
-    held = {f"{architecture}.{key}": value for key, value in KEYS.items() if key not in without}
+def model(path, without=(), **changes):
+    """A model of two blocks, without some of its keys and with others."""
+    writer = gguf.GGUFWriter(path, "deepseek4")
+    held = {f"deepseek4.{key}": value for key, value in KEYS.items() if key not in without}
     for key, value in {**held, **changes}.items():
         add = {str: writer.add_string, list: writer.add_array, int: writer.add_uint32, float: writer.add_float32}
         add[type(value)](key, value)

@@ -56,7 +56,10 @@ def test_a_part_that_is_not_understood_or_contradicts_leaves_the_function_unknow
     for option in ((), ("--assume",), ("--allow-approximate",)):
         refuses(tmp_path, "port", *arguments, *option, saying=(word, "--dialect"), status=6)
     assert "not known" in call("inspect", made).stdout
-    assert call("port", *arguments, "--dialect", "deepseek-v4").exit_code == 0
+    status = (
+        7 if "num_hidden_layers" in word else 2 if "hidden_size" in word else 0
+    )  # the tensors are as stated outside
+    assert call("port", *arguments, "--dialect", "deepseek-v4").exit_code == status
 
 
 @pytest.mark.parametrize(
@@ -151,8 +154,8 @@ def test_a_switch_as_text_is_that_switch():
 
 @pytest.mark.parametrize("value, number", [
     ("1e-6", 1e-6), ("1.e-05", 1e-5), (".5", 0.5), ("-3", -3), ("20", 20), ("true", True), ("False", False),
-    ("1_0", "1_0"), ("nan", "nan"), ("inf", "inf"), ("١", "١"), ("", ""), ("e5", "e5"), ("9" * 5000, "9" * 5000),
-    (None, None), ([1], [1]), (1.5, 1.5),
+    ("1_0", "1_0"), ("nan", "nan"), ("inf", "inf"), ("\u0661", "\u0661"), ("", ""), ("e5", "e5"),
+    ("9" * 5000, "9" * 5000), (None, None), ([1], [1]), (1.5, 1.5),
 ], ids=lambda value: str(value)[:8])  # fmt: skip
 def test_a_text_is_a_number_only_where_it_is_written_as_one(value, number):
     found = parts.plain(value)
@@ -220,7 +223,7 @@ def test_maxtext_s_own_configurations_have_nothing_unknown(version):
 
 
 def test_hyper_connections_are_spoken_of_by_no_other_model_of_transformers():
-    """But for Qwen4's gated residual, which is another function, and SuperGlue's matching, which is no language model's."""
+    """But for Qwen4's gated residual, which is another function, and SuperGlue's matching of images."""
     library = pytest.importorskip("transformers", reason="needs the package transformers")
     speaking = set()
     for kind in ("llama", "qwen3", "deepseek_v3", "gpt_oss", "mamba2", "glm4_moe", "gemma3", "mixtral", "t5"):

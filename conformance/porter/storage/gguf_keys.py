@@ -47,7 +47,7 @@ def configuration(keys: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"model_type": architecture}
     for key, value in keys.items():
         word = key.removeprefix(f"{architecture}.")
-        if word in WORDS and (word in own or not word.startswith(PREFIX)):
+        if word != key and word in WORDS and (word in own or not word.startswith(PREFIX)):
             found[WORDS[word]] = value
         elif OURS.search(key) and key != PORT_KEY and not key.startswith(OF_A_FILE):
             found[key] = value
