@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from conformance import dialects
 from conformance.dialects import Configuration, Parameters
+from conformance.porter import parts
 from conformance.porter.errors import PACKAGE, PortError
+from conformance.porter.parts import OURS
 from conformance.porter.storage.checkpoint import PORT_KEY
+from conformance.porter.verdict import ROUNDED
 
-OURS = re.compile(r"^m?hc_|(?:^|_)mhc_|hyper_?connection", re.IGNORECASE)
-"""Keys that speak of hyper-connections, in whatever software."""
 OTHERS = {
     "qwen4_exp": "Qwen4's gated residual: elementwise gates of low rank, and no matrix that mixes the streams",
     "kimi_k3": "attention residuals, which weigh the outputs of all earlier layers",
@@ -25,20 +25,26 @@ OTHERS = {
 """Starts of a ``model_type``, and what such a model computes in the place of this layer."""
 
 
+COUNTS = {
+    "layers": ("num_hidden_layers", "n_layers", "num_layers", "base_num_decoder_layers"),
+    "layers of multi-token prediction": ("num_nextn_predict_layers", "mtp_num_layers"),
+}
+"""Keys that count layers: those of ``config.json``, of DeepSeek's own code, of Megatron and of MaxText."""
+OTHERWISE = {
+    "num_layers": ("hybrid_layer_pattern", "hybrid_override_pattern"),
+    "base_num_decoder_layers": ("global_parameter_scale",),
+}
+"""Settings beside which such a key counts something else: half-layers, or layers before they are scaled."""
+WIDTHS = {"config.json": "hidden_size", "Megatron's arguments": "hidden_size", "MaxText's": "base_emb_dim"}
+"""Starts of a configuration's place, and the key of C there."""
+INHERITS = ("base_config", "model_name")
+"""Keys of MaxText that name files which are read too: that of a model after all others, and it wins."""
+
+
 def model_types(config: Mapping[str, Any] | None) -> list[str]:
-    """The ``model_type`` of a configuration and of its text part, as far as they are stated."""
-    found = [part.get("model_type") for part in _parts(config)]
+    """The ``model_type`` of a configuration and of its language model's part, as far as they are stated."""
+    found = [part.get("model_type") for part in parts.of_language(config)]
     return [str(kind) for kind in found if kind is not None]
-
-
-def of_language_model(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The configuration of the text part, of the whole where there is no such part."""
-    return _parts(config)[-1]
-
-
-def _parts(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    inner = (config or {}).get("text_config")
-    return [config or {}, inner] if isinstance(inner, Mapping) else [config or {}]
 
 
 def other_function(config: Mapping[str, Any] | None) -> str:
@@ -52,24 +58,63 @@ def other_function(config: Mapping[str, Any] | None) -> str:
 
 def layers_stated(config: Mapping[str, Any] | None) -> tuple[int, int]:
     """How many layers a configuration states, and how many more for multi-token prediction; 0 where it doesn't."""
-    part = of_language_model(config)
-    counts = [part.get(key) for key in ("num_hidden_layers", "num_nextn_predict_layers")]
-    layers, more = (count if type(count) is int and count > 0 else 0 for count in counts)
+    layers, more = (
+        next((count for count in _counts(config, keys).values() if type(count) is int and count > 0), 0)
+        for keys in COUNTS.values()
+    )
     return layers, more
+
+
+def _counts(config: Mapping[str, Any] | None, keys: tuple[str, ...]) -> dict[str, Any]:
+    held = parts.stated(config)
+    return {
+        key: held[key]
+        for key in keys
+        if key in held and all(held.get(other) in (None, 1) for other in OTHERWISE.get(key, ()))
+    }
+
+
+def miscounting(config: Mapping[str, Any] | None) -> str:
+    """In words, numbers of layers that are none, or that contradict each other; empty where nothing is wrong."""
+    for what, keys in COUNTS.items():
+        found = _counts(config, keys)
+        odd = next((key for key, count in found.items() if type(count) is not int or count < 0), None)
+        if odd is not None:
+            return f"{odd} is {found[odd]!r}, and no model has so many {what}"
+        if len(set(found.values())) > 1:
+            return " and ".join(f"{key} is {count}" for key, count in found.items())
+    return ""
+
+
+def sizes_stated(config: Mapping[str, Any] | None, known: Configuration) -> dict[str, Any]:
+    """n and C as a configuration states them, under their names."""
+    held = parts.stated(config)
+    keys = {key: "n" for key, names in known.keys.items() if names == ("streams",)}
+    keys |= {key: "C" for start, key in WIDTHS.items() if known.place.startswith(start)}
+    if held.get("global_parameter_scale", 1) != 1:
+        keys.pop("base_emb_dim", None)
+    return {name: held[key] for key, name in keys.items() if key in held}
+
+
+def unclear(config: Mapping[str, Any] | None, known: Configuration) -> str:
+    """In words, why a configuration's values can't be taken; empty where they can."""
+    counted = tuple(key for keys in COUNTS.values() for key in keys)
+    keys = (*known.keys, *known.requires, *WIDTHS.values(), *counted)
+    return parts.not_understood(config) or parts.contradiction(config, keys) or miscounting(config)
 
 
 def unknown_keys(config: Mapping[str, Any] | None, known: Configuration) -> list[str]:
     """Keys that speak of hyper-connections and that the software of the row isn't known to have."""
-    names = [key for part in _parts(config) for key in part if isinstance(key, str) and OURS.search(key)]
+    names = [key for part in parts.of_language(config) for key in part if isinstance(key, str) and OURS.search(key)]
     fixed = (*known.keys, *known.fixed, *known.requires, PORT_KEY)
     return [key for key in dict.fromkeys(names) if not any(fnmatch.fnmatchcase(key, pattern) for pattern in fixed)]
 
 
 def contradicted(config: Mapping[str, Any] | None, known: Configuration) -> str:
     """The switch that makes the software compute another row, with its value; empty where none does."""
-    part = of_language_model(config)
-    wrong = (key for key, value in known.requires.items() if part.get(key) is not None and part[key] != value)
-    return next((f"{key} is {part[key]}" for key in wrong), "")
+    held = parts.stated(config)
+    wrong = (key for key, value in known.requires.items() if key in held and held[key] != value)
+    return next((f"{key} is {held[key]}" for key in wrong), "")
 
 
 def values(config: Mapping[str, Any] | None, known: Configuration) -> Parameters:
@@ -78,13 +123,13 @@ def values(config: Mapping[str, Any] | None, known: Configuration) -> Parameters
     Raises:
         PortError: two keys set one parameter differently.
     """
-    part, found, told_by = of_language_model(config), Parameters(), dict[str, str]()
+    held, found, told_by = parts.stated(config), Parameters(), dict[str, str]()
     for key, parameters in known.keys.items():
-        if part.get(key) is None:
+        if key not in held:
             continue
-        stated = _number(part[key])
+        number = held[key]
         for name in parameters:
-            value = -stated if name.startswith("-") and isinstance(stated, int | float) else stated
+            value = -number if name.startswith("-") and isinstance(number, int | float) else number
             name = name.removeprefix("-")
             if name in found and found[name] != value:
                 raise PortError(f"{told_by[name]} and {key} set {name} to {found[name]} and to {value}")
@@ -92,29 +137,57 @@ def values(config: Mapping[str, Any] | None, known: Configuration) -> Parameters
     return found
 
 
-def _number(value: Any) -> Any:
-    """The number that a text is: YAML takes ``1e-6``, which has no point, for a text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
-    except ValueError:
-        return value
+def inherited(config: Mapping[str, Any] | None) -> dict[str, str]:
+    """The files of settings that a configuration of MaxText names, under the keys that name them."""
+    held = parts.stated(config)
+    return {key: str(held[key]) for key in INHERITS if held.get(key) not in (None, "", "default")}
 
 
-def settings(parameters: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """For each key whose value isn't the row's own, what must be set for these parameters; the first key of each."""
+def left_open(config: Mapping[str, Any] | None, known: Configuration) -> list[str]:
+    """Keys of a row's software, and its switches, whose values a configuration leaves to files that it names.
+
+    A file may be read before it, and then what it states itself counts, or after it, as MaxText reads that of a model
+    (maxtext 0.2.5, configs/pyconfig.py); then everything is open.
+    """
+    held, named = parts.stated(config), inherited(config)
+    after = "model_name" in named and held.get("override_model_config") is not True
+    return [key for key in (*known.keys, *known.requires) if named and (after or key not in held)]
+
+
+def settings(parameters: Mapping[str, Any], base: str, only: Collection[str] | None = None) -> dict[str, Any]:
+    """For each key whose value isn't the row's own, what must be set for these parameters; the first key of each.
+
+    Args:
+        only: keys that there are, where they aren't all of the row's.
+    """
     row, told = dialects.dialect_rows()[base], set[str]()
     found: dict[str, Any] = _switches(base)
-    for key, names in dialects.configuration(base).keys.items():
+    for key, names in _keys(base, only).items():
         bare = [name.removeprefix("-") for name in names if name != "streams"]
         if not bare or told >= {*names} or len({parameters[name] for name in bare}) > 1:
             continue
-        told |= {*names}
-        if any(parameters[name] != row[name] for name in bare):
-            value = parameters[bare[0]]
+        value = parameters[bare[0]]
+        if any(value != row[name] for name in bare) and value is not None:
             found[key] = -value if names[0].startswith("-") else value
+        told |= {*names}
     return found
+
+
+def _keys(base: str, only: Collection[str] | None) -> dict[str, tuple[str, ...]]:
+    keys = dialects.configuration(base).keys
+    return {key: names for key, names in keys.items() if only is None or key in only}
+
+
+def beyond(parameters: Mapping[str, Any], base: str, only: Collection[str] | None = None) -> list[str]:
+    """Parameters that the row's software can't be set to: it computes the row's own value, or another's.
+
+    Left out are those that only say where it is rounded, and what the tensors themselves tell.
+    """
+    wanted = {
+        **dialects.dialect_rows()[base], **values(settings(parameters, base, only), dialects.configuration(base))
+    }  # fmt: skip
+    telling = {"norm_weight", "reduce", *ROUNDED, *(() if parameters["reduce"] == "head" else ("head_norm_eps",))}
+    return [name for name, value in parameters.items() if name not in telling and wanted[name] != value]
 
 
 def _switches(base: str) -> dict[str, Any]:
@@ -125,14 +198,14 @@ def _switches(base: str) -> dict[str, Any]:
     return {k: v for k, v in own.requires.items() if v and any(other.get(k) is False for other in rivals)}
 
 
-def carried(parameters: Mapping[str, Any], base: str) -> Parameters:
+def carried(parameters: Mapping[str, Any], base: str, only: Collection[str] | None = None) -> Parameters:
     """The row ``base`` with the values of ``parameters`` wherever its software takes them from its configuration.
 
     A key that sets several parameters can carry one value: where the source's differ, the row's own stay; and so they
     do where the software can't have the source's, such as an eps of 0 under a guard that adds it.
     """
     found = dialects.dialect_rows()[base]
-    for names in dialects.configuration(base).keys.values():
+    for names in _keys(base, only).values():
         bare = [name.removeprefix("-") for name in names if name != "streams"]
         wanted = {parameters[name] for name in bare}
         if len(wanted) == 1 and all((found[name] is None) == (parameters[name] is None) for name in bare):
@@ -160,14 +233,14 @@ def written(
     parameters: Mapping[str, Any], base: str, models: Mapping[str, str], sizes: Mapping[str, int]
 ) -> dict[str, Any]:
     """A ``config.json`` that states a model's hyper-connections, and nothing else of it; empty where no software of the
-    row reads one.
+    row reads one, or where it couldn't state these parameters: it would be of another function.
 
     Args:
         models: the layout's, for each ``model_type`` its row.
         sizes: ``streams``, ``dim`` and ``layers``.
     """
     kind = next((kind for kind, row in models.items() if row == base), None)
-    if kind is None or dialects.configuration(base).place != "config.json":
+    if kind is None or dialects.configuration(base).place != "config.json" or beyond(parameters, base):
         return {}
     part = {
         **described(parameters, base, sizes["streams"]), "hidden_size": sizes["dim"],
@@ -189,7 +262,7 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise PortError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})") from error
     try:
-        content = json.loads(text) if path.suffix == ".json" else _yaml(text)
+        content = json.loads(text, object_pairs_hook=_unrepeated) if path.suffix == ".json" else _yaml(text)
     except (ValueError, RecursionError) as error:
         raise PortError(f"{path}: expected JSON, or YAML where it ends in .yml, got {str(error)[:200]}") from error
     if not isinstance(content, dict):
@@ -197,12 +270,32 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen = set[str]()
+    for key, _ in pairs:
+        if key in seen:
+            raise ValueError(f"the key {key} twice")
+        seen.add(key)
+    return dict(pairs)
+
+
 def _yaml(text: str) -> Any:
     try:
         import yaml
     except ImportError as error:
         raise PortError("a configuration in YAML needs PyYAML: pip install pyyaml", PACKAGE) from error
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that stands twice in one mapping, of which PyYAML takes the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            written = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            twice = next((key for key in written if isinstance(key, str) and written.count(key) > 1), None)
+            if twice is not None:
+                raise ValueError(f"the key {twice} twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error

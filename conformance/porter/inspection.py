@@ -97,7 +97,7 @@ def inspect(
 
 
 def _odd(model: Model) -> list[str]:
-    found = [*([model.differing] if model.differing else []), *model.lacking()]
+    found = [*([model.differing] if model.differing else []), *model.lacking(), *model.remarks()]
     aside = naming.plainly_ours(model.checkpoint.aside)
     if aside:
         found.append(f"{len(aside)} tensors are left aside as an optimiser's, by their names: {min(aside)}, …")

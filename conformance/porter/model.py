@@ -109,20 +109,41 @@ class Model:
             found.append(NO_HEAD)
         if self.lost_norm:
             found.append(f"the norm weights are missing, and the dialect has them ({self.told.by})")
-        noted = dialects.note(self.checkpoint).get("lacking") or []
-        return [*found, *(f"a port noted: {line}" for line in noted)]
+        noted = dialects.note(self.checkpoint)
+        return [*found, *(f"a port noted: {line}" for line in (noted.lacking if noted else []))]
+
+    def remarks(self) -> list[str]:
+        """What should be said of this model and stops nothing, a line each."""
+        layers, more = dialects.layers_stated(self.checkpoint)
+        named = self.layout.template(Site("mtp", 0, "attention")) is not None
+        there = any(site.group == "mtp" for site in self.sites) or len(self.layers) == layers + more
+        found = list(self.told.remarks)
+        if more and named and self.layers and not there:
+            found.append(
+                f"{self.checkpoint.config_states} multi-token prediction ({more} layer{'s' if more > 1 else ''}), "
+                f"and no hyper-connection of its is there"
+            )
+        if named := dialects.inherited(self.checkpoint):
+            found.append(
+                f"{self.checkpoint.config_name} names files that aren't read ({named}): what it leaves open is taken "
+                f"from the dialect's row"
+            )
+        if self.checkpoint.kind == "gguf" and self.checkpoint.config_file is not None:
+            found.append(f"{self.checkpoint.config_name} is read in the place of the file's own keys")
+        return found
 
     def _miscounted(self, modelled: bool) -> list[str]:
         """Layers, and those of multi-token prediction, that aren't as many as the configuration states."""
-        layers, more = dialects.layers_stated(self.checkpoint)
+        states, (layers, more) = self.checkpoint.config_states, dialects.layers_stated(self.checkpoint)
         stated = sorted({layers, layers + more}) if layers else []
         ahead = {site.layer for site in self.sites if site.group == "mtp"}
         if (stated or modelled) and not self.layers and ALONE not in self.sites:
-            return [f"config.json is of a model with {layers or 'some'} layers, and none is there"]
+            what = f"{layers} layers" if layers else "a whole model"
+            return [f"{states} {what}, and no layer is there"]
         if stated and self.layers and len(self.layers) not in stated:
-            return [f"config.json states {' or '.join(map(str, stated))} layers, and {len(self.layers)} are there"]
+            return [f"{states} {' or '.join(map(str, stated))} layers, and {len(self.layers)} are there"]
         if ahead and more and len(ahead) != more:
-            return [f"config.json states {more} layers of multi-token prediction, and {len(ahead)} are there"]
+            return [f"{states} {more} layers of multi-token prediction, and {len(ahead)} are there"]
         return []
 
     def prepare(self) -> None:
@@ -221,9 +242,10 @@ def understand(
         PortError: none does, or the tensors contradict each other.
     """
     other = configuration.other_function(checkpoint.config)
-    if other and not dialect:
+    if other:  # also where the user names a dialect: that can't be what such a model computes
+        beside = f"; if {checkpoint.config_name} isn't this model's, remove it" if dialect else ""
         raise PortError(
-            f"{checkpoint.path}: {other}: that is another function, and none of its tensors are ported", CANNOT
+            f"{checkpoint.path}: {other}: that is another function, and none of its tensors are ported{beside}", CANNOT
         )
     found = recognise(checkpoint, layout_named(layout) if layout else None, names or {})
     chosen, sites, sizes = found.layout, found.sites, found.sizes
@@ -234,7 +256,7 @@ def understand(
     if norm and not all(norms.values()):
         without = next(s for s, has in norms.items() if not has)
         raise PortError(f"{checkpoint.path}: {without} has no norm weight, and other sites have one")
-    told = dialects.given(dialect, checkpoint) if dialect else dialects.of_checkpoint(chosen, checkpoint)
+    told = dialects.given(dialect, checkpoint, chosen) if dialect else dialects.of_checkpoint(chosen, checkpoint)
     if told.assumed and told.by == dialects.OWN and (row := _named_after(chosen, sites)):
         told = replace(told, parameters=dialects.parse(row), base=row, by=f"its names are those of {row}")
     if HEAD in sites and told.parameters["reduce"] in (("mean", "sum") if told.assumed else ("sum",)):

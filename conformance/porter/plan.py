@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from conformance import dialects as known_dialects
 from conformance.casecheck import DTYPES
 from conformance.porter import configuration, dialects, probe, rereading, target_dialect
 from conformance.porter import names as naming
@@ -69,7 +68,7 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """What a ``config.json`` beside the target states, empty where its software reads none, or it isn't whole."""
-        row = known_dialects.dialect_rows()[self.base]
+        row = dialects.known()[self.base]
         if not self.model.layers or self.report.lacking or self.parameters["reduce"] != row["reduce"]:
             return {}
         sizes = {"streams": self.model.streams, "dim": self.model.dim, "layers": len(self.model.layers)}
@@ -162,7 +161,7 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
         raise PortError(f"two sites would be written as {twice}: give each kind its own name")
     if options.into is not None and told.by.startswith(dialects.OWN):
         notes.append(f"nothing says what {options.into} computes: it is taken for {dialects.described(parameters)}")
-    row = known_dialects.dialect_rows()[told.base]
+    row = dialects.known()[told.base]
     if row["reduce"] == "head" != parameters["reduce"] and not model.head and model.layers:
         notes.append(
             f"models of {told.base} reduce the streams by a head, and the source has none: that of the target must be "
@@ -176,10 +175,8 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
         notes.append(f"{len(model.copies)} tensors hold the same sites for the layout {others}: they are not compared")
     lacking = [*model.lacking(), *_without_a_name(layout, left_out, options)]
     lacking += [*_left_as_they_are(existing, places, options), *_needed_there(model, parameters, options)]
-    settings, place_of_settings = {}, ""
-    if not (layout.keeps_dialect or told.stated or layout.containers[0] == "gguf"):  # those state them themselves
-        settings = configuration.settings(parameters, told.base)
-        place_of_settings = known_dialects.configuration(told.base).place
+    settings, place_of_settings, more = target_dialect.to_be_set(told, layout, model.streams)
+    notes += [*model.remarks(), *told.remarks, *more]
     x = probe.activations(options.verify, model.streams, model.dim, options.seed)
     if options.activations is not None:
         given = options.activations

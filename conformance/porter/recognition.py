@@ -137,9 +137,9 @@ def _likeliest(checkpoint: Checkpoint, fits: list[Recognised]) -> list[Recognise
         fits = [fit for fit in fits if set(fit.sites) != {HEAD}]
     if len(fits) < 2:
         return fits
-    noted = dialects.note(checkpoint).get("layout")
-    if any(fit.layout.name == noted for fit in fits):
-        return [fit for fit in fits if fit.layout.name == noted]
+    noted = dialects.note(checkpoint)
+    if noted and any(fit.layout.name == noted.layout for fit in fits):
+        return [fit for fit in fits if fit.layout.name == noted.layout]
     stated = dialects.model_types(checkpoint)
     if any(stated & set(fit.layout.models) for fit in fits):
         fits = [fit for fit in fits if stated & set(fit.layout.models)]

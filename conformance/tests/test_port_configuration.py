@@ -400,7 +400,7 @@ def test_a_configuration_as_transformers_writes_it_has_nothing_unknown(kind):
 
 def test_settings_inside_of_a_text_configuration_count(tmp_path):
     inner = {**V41, "model_type": "glm5_next_text", "rms_norm_eps": 1e-3, "hc_sinkhorn_iters": 5}
-    config = {"model_type": "glm5_next", "rms_norm_eps": 1e-9, "text_config": inner}
+    config = {"model_type": "glm5_next", "text_config": inner}
     source = write_model(tmp_path / "source", glm5(sites(3, False)), config)
     report = port(source, tmp_path / "out.safetensors", Options(to="canonical"))
     assert report.source_dialect == "glm-5,norm_eps=0.001,iterations=5", report.source_dialect

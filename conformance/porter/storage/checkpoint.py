@@ -69,6 +69,20 @@ class Checkpoint:
         """Where the configuration is, for messages."""
         return str(self.config_file or self.path / "config.json")
 
+    @property
+    def config_name(self) -> str:
+        """What the configuration is called, for messages that say "its …"."""
+        return self.config_file.name if self.config_file else "config.json"
+
+    @property
+    def config_states(self) -> str:
+        """The start of a sentence on what it states."""
+        return f"{self.config_name} states"
+
+    def left_open(self, row: str) -> str:
+        """What a configuration must state of a row for its software to read it, and doesn't; in words."""
+        return ""
+
     def prepare(self, names: Iterable[str]) -> None:
         """Told before `read` which tensors will be asked for."""
 

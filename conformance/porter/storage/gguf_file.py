@@ -17,17 +17,20 @@ import numpy as np
 
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint, Tensor, check_dtype
-from conformance.porter.storage.gguf_header import Header, package, read
+from conformance.porter.storage.gguf_header import ARRAY, Header, package, read
 from conformance.porter.storage.gguf_keys import (
     BLOCKS,
     NEXTN,
     architecture_of,
     configuration,
     keys_of,
+    left_open,
     trunk,
 )
 
 SUFFIX = ".gguf"
+AN_ARRAY = "an array"
+"""Stands for the value of a key that has several, which none of these can have."""
 SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 BLOCK = re.compile(r"blk\.(\d+)\.(?:nextn\.(?=hc_head_))?(hc_.*)")
 AHEAD = re.compile(r"nextn\.(\d+)\.(hc_.*)")
@@ -54,8 +57,19 @@ class GGUFCheckpoint(Checkpoint):
 
     @property
     def config_place(self) -> str:
-        """Where the configuration is, for messages: in the file itself."""
-        return f"{self.path}/keys"
+        """Where the configuration is, for messages: in the file itself, if the user names no other."""
+        return super().config_place if self.config_file else str(self.path)
+
+    @property
+    def config_name(self) -> str:
+        return super().config_name if self.config_file else "keys"
+
+    @property
+    def config_states(self) -> str:
+        return super().config_states if self.config_file else "the file's keys state"
+
+    def left_open(self, row: str) -> str:
+        return "" if self.config_file else " and ".join(left_open(self.keys, row)[:4])
 
     def _open(self, path: Path) -> None:
         try:
@@ -66,12 +80,12 @@ class GGUFCheckpoint(Checkpoint):
         header = Header(path, descriptor)
         self.headers.append(header)
         if self.config is None:  # the first part has the keys of all
-            self.keys = header.values
+            self.keys = {name: AN_ARRAY for name, key in header.keys.items() if key.type == ARRAY} | header.values
             try:
                 self.config = configuration(self.keys)
             except PortError as error:
                 raise PortError(f"{path}: {error}") from error
-            if isinstance(self.keys.get(PORT_KEY), str):
+            if PORT_KEY in self.keys:
                 self.metadata = {PORT_KEY: self.keys[PORT_KEY]}
         blocks, held = trunk(self.keys), dict(self.tensors)
         for name, info in header.tensors.items():

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from conformance.dialects import configuration as configured
 from conformance.dialects import dialect_rows
 from conformance.porter.configuration import described
 from conformance.porter.errors import PortError
+from conformance.porter.parts import OURS
+from conformance.porter.storage.checkpoint import PORT_KEY
 
 ARCHITECTURES = {
     "deepseek4": "deepseek-v4",
@@ -30,18 +33,24 @@ WORDS = {
 """What follows the architecture in a key, and the same thing's name in a ``config.json``."""
 COUNTS = ("hyper_connection.count", "hyper_connection.sinkhorn_iterations")
 PREFIX, BLOCKS, NEXTN = "hyper_connection.", "block_count", "nextn_predict_layers"
+OF_A_FILE = ("general.", "tokenizer.", "split.")
+"""Starts of keys that are no model's settings."""
 
 
 def configuration(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """What a ``config.json`` would say; of hyper-connections also the keys that aren't known here, as ``hc_…``."""
+    """What a ``config.json`` would say, and under their own names the keys of hyper-connections that aren't known here,
+    whichever architecture they are of.
+    """
     architecture = str(keys.get(ARCHITECTURE, ""))
+    row = ARCHITECTURES.get(architecture)
+    own = {key for key, word in WORDS.items() if row is None or word in configured(row).keys}
     found: dict[str, Any] = {"model_type": architecture}
     for key, value in keys.items():
         word = key.removeprefix(f"{architecture}.")
-        if word in WORDS:
+        if word != key and word in WORDS and (word in own or not word.startswith(PREFIX)):
             found[WORDS[word]] = value
-        elif word.startswith(PREFIX):
-            found[f"hc_{word.removeprefix(PREFIX)}"] = value
+        elif OURS.search(key) and key != PORT_KEY and not key.startswith(OF_A_FILE):
+            found[key] = value
     blocks = trunk(keys)
     return found if blocks is None else {**found, "num_hidden_layers": blocks}
 
@@ -50,11 +59,14 @@ def trunk(keys: Mapping[str, Any]) -> int | None:
     """How many blocks are the model's own: those for multi-token prediction follow them, and are counted with them.
 
     Raises:
-        PortError: it would have none.
+        PortError: it would have none, or a number of them isn't one.
     """
     architecture = keys.get(ARCHITECTURE)
     blocks, ahead = keys.get(f"{architecture}.{BLOCKS}"), keys.get(f"{architecture}.{NEXTN}", 0)
-    if type(blocks) is not int or type(ahead) is not int:
+    for key, count in ((BLOCKS, blocks), (NEXTN, ahead)):
+        if count is not None and type(count) is not int:
+            raise PortError(f"{architecture}.{key} must be a whole number, got {count}")
+    if blocks is None:
         return None
     if not 0 <= ahead < blocks:
         raise PortError(f"of {BLOCKS} = {blocks} blocks {NEXTN} = {ahead} would be for multi-token prediction")
@@ -77,3 +89,10 @@ def keys_of(architecture: str, parameters: Mapping[str, Any], streams: int) -> d
     stated = described(parameters, ARCHITECTURES[architecture], streams)
     found = {key: stated[word] for key, word in WORDS.items() if word in stated}
     return {key: value if key in COUNTS else float(value) for key, value in found.items()}
+
+
+def left_open(keys: Mapping[str, Any], row: str) -> list[str]:
+    """Keys that a file of a row's architecture needs to say what it computes, and lacks."""
+    architecture, needed = keys.get(ARCHITECTURE), configured(row).keys
+    every = [key for key, word in WORDS.items() if word in needed]
+    return [f"{architecture}.{key}" for key in every if f"{architecture}.{key}" not in keys]

@@ -1,0 +1,106 @@
+"""What this project writes into the metadata of a checkpoint: the note of a port, and a canonical file's statement."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from conformance.porter.errors import PortError
+from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
+
+PORT_FORMAT, CANONICAL_FORMAT = "mhc-port/1", "mhc-canonical/1"
+"""What a port's note and a canonical file's metadata say that they are."""
+SIZES = ("streams", "dim")
+
+
+class Note(msgspec.Struct):
+    """What a port has noted; only what is read again.
+
+    Attributes:
+        layout: of the tensors.
+        parameters: what they are for.
+        source_row: the published row that the source's dialect was, or departed from.
+        assumed: nothing said that it was.
+        lacking: what the source should have had, a line each.
+    """
+
+    format: str = PORT_FORMAT
+    layout: str = ""
+    parameters: dict[str, Any] = msgspec.field(default_factory=dict)
+    streams: int | None = None
+    dim: int | None = None
+    source_row: str = ""
+    assumed: bool = False
+    lacking: list[str] = msgspec.field(default_factory=list)
+
+    @property
+    def understood(self) -> bool:
+        """Whether this version writes such notes."""
+        return self.format == PORT_FORMAT
+
+
+class Statement(msgspec.Struct):
+    """What a canonical file states: its dialect and sizes."""
+
+    parameters: dict[str, Any]
+    format: str = CANONICAL_FORMAT
+
+    @property
+    def understood(self) -> bool:
+        """Whether this version writes such files."""
+        return self.format == CANONICAL_FORMAT
+
+
+def note(checkpoint: Checkpoint) -> Note | None:
+    """What a port has noted in the checkpoint's metadata; None where none has.
+
+    Of another version's note only its format is read.
+
+    Raises:
+        PortError: it is none that this project writes.
+    """
+    noted = checkpoint.metadata.get(PORT_KEY)
+    if noted is None:
+        return None
+    content = _mapping(noted, checkpoint, f"{PORT_KEY} in its metadata")
+    form = content.get("format", PORT_FORMAT)
+    if isinstance(form, str) and form != PORT_FORMAT:
+        return Note(form)
+    return _converted(content, Note, checkpoint, f"{PORT_KEY} in its metadata")
+
+
+def statement(checkpoint: Checkpoint) -> Statement | None:
+    """What the metadata of a canonical file states; None where it doesn't.
+
+    Raises:
+        PortError: it is none that this project writes.
+    """
+    if "parameters" not in checkpoint.metadata:
+        return None
+    parameters = _mapping(checkpoint.metadata["parameters"], checkpoint, "parameters in its metadata")
+    form = checkpoint.metadata.get("format", CANONICAL_FORMAT)
+    return _converted({"parameters": parameters, "format": form}, Statement, checkpoint, "its metadata")
+
+
+def _mapping(value: Any, checkpoint: Checkpoint, what: str) -> dict[str, Any]:
+    """A mapping, which files that hold texts alone keep as JSON."""
+    try:
+        content = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise PortError(f"{checkpoint.path}: {what} isn't what this project writes ({error})") from error
+    if not isinstance(content, Mapping):
+        raise PortError(
+            f"{checkpoint.path}: {what} isn't what this project writes (expected an object, got "
+            f"{type(content).__name__})"
+        )
+    return dict(content)
+
+
+def _converted(content: Mapping[str, Any], kind: type[Any], checkpoint: Checkpoint, what: str) -> Any:
+    try:
+        return msgspec.convert(content, kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise PortError(f"{checkpoint.path}: {what} isn't what this project writes ({error})") from error

@@ -1,0 +1,93 @@
+"""The parts of a model's configuration: the whole, that of its language model, and those that aren't understood.
+
+A ``config.json`` of a model that also sees or hears keeps the settings of its language model in a mapping of their
+own, and software differs in what it calls that mapping. What only the whole states holds for the part too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+OURS = re.compile(
+    r"(?:^|[_.-])m?hc(?:[_.-]|$)|sinkhorn|hyper[_.-]?connection|residual_streams|single_pass", re.IGNORECASE
+)
+"""Keys that speak of hyper-connections, in whatever software."""
+TEXT = ("text_config", "llm_config", "language_config", "language_model_config")
+"""What the part of the language model is called."""
+ASIDE = re.compile(
+    r"vision|visual|(?:^|_)vit(?:_|$)|image|video|audio|speech|voice|codec|projector|tokenizer|quantization",
+    re.IGNORECASE,
+)
+"""Parts that are no language model's, and those that name tensors and set nothing of theirs."""
+NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+WORDS = {"true": True, "false": False}
+
+
+def plain(value: Any) -> Any:
+    """The number or the switch that a text is: YAML takes ``1e-6``, which has no point, for a text."""
+    if not isinstance(value, str) or not (value.lower() in WORDS or NUMBER.fullmatch(value)):
+        return value
+    if value.lower() in WORDS:
+        return WORDS[value.lower()]
+    try:
+        return int(value) if value.lstrip("+-").isdecimal() else float(value)
+    except ValueError:  # thousands of digits
+        return value
+
+
+def of_language(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The whole and then the parts of the language model in it, each with what it states itself."""
+    found: list[Mapping[str, Any]] = [config or {}]
+    for part in found:
+        found += [value for key, value in part.items() if key in TEXT and isinstance(value, Mapping)]
+    return found
+
+
+def stated(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What holds for the language model: each key where it is stated last, numbers and switches as such.
+
+    A key that is null isn't stated.
+    """
+    found: dict[str, Any] = {}
+    for part in of_language(config):
+        found |= {key: plain(value) for key, value in part.items() if value is not None}
+    return found
+
+
+def contradiction(config: Mapping[str, Any] | None, keys: Mapping[str, Any] | tuple[str, ...]) -> str:
+    """In words, the first of the keys that two parts state differently; empty where none is."""
+    for key in keys:
+        values = [plain(part[key]) for part in of_language(config) if part.get(key) is not None]
+        other = next((value for value in values[1:] if value != values[0]), None)
+        if other is not None:
+            return f"{key} is {values[0]} outside and {other} inside of the language model's part"
+    return ""
+
+
+def not_understood(config: Mapping[str, Any] | None) -> str:
+    """In words, the first part that may speak of this layer and isn't known to be the language model's."""
+    for part in of_language(config):
+        for key, value in part.items():
+            if key in TEXT:
+                if value is not None and not isinstance(value, Mapping):
+                    return f"{key} must be a mapping of settings, got {type(value).__name__}"
+            elif isinstance(key, str) and not ASIDE.search(key):
+                for place, inner in _mappings(key, value):
+                    said = [k for k in inner if isinstance(k, str) and (k == "model_type" or OURS.search(k))]
+                    if said and inner[said[0]] is not None:
+                        return f"the part {place} has the key {said[0]}, and it isn't known what that part is for"
+    return ""
+
+
+def _mappings(place: str, value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping in a value, however deep, with its place."""
+    waiting = [(place, value)]
+    while waiting:
+        where, held = waiting.pop()
+        if isinstance(held, Mapping):
+            yield where, held
+            waiting += [(f"{where}.{k}", v) for k, v in held.items() if not ASIDE.search(str(k))]
+        elif isinstance(held, list):
+            waiting += [(f"{where}.{k}", v) for k, v in enumerate(held)]
