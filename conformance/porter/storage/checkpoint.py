@@ -48,6 +48,7 @@ class Checkpoint:
         aside: names of tensors that are no weights and aren't shown: the state of an optimiser.
         stacks: in words, which layers lie stacked in one array; empty where none does.
         axes: along which axes they are stacked.
+        state_dicts: what stands before the names of each flat state dict in it, where its keys are nested.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class Checkpoint:
     stacks: str = ""
     axes: set[int] = field(default_factory=set)
     config_file: Path | None = None
+    state_dicts: frozenset[str] = frozenset()
 
     @property
     def config_place(self) -> str:
