@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from conformance.porter import configuration
 from conformance.porter.errors import UNKNOWN, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layouts
+from conformance.porter.site import Site
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
 from conformance.rules import domains
 
@@ -174,6 +175,25 @@ def sizes_noted(layout: Layout, checkpoint: Checkpoint) -> dict[str, Any]:
     if not stated and layout.keeps_dialect and "parameters" in checkpoint.metadata:
         stated = _json(checkpoint.metadata["parameters"], checkpoint)
     return {key: stated[key] for key in SIZES if key in stated}
+
+
+def counts(sites: Iterable[Site]) -> dict[str, int]:
+    """What a port notes of how much it wrote: its sites, and its layers without those of multi-token prediction."""
+    every = [*sites]
+    return {"layers": len({site.layer for site in every if site.group == "layers"}), "sites": len(every)}
+
+
+def fewer_than_noted(checkpoint: Checkpoint, sites: Iterable[Site]) -> list[str]:
+    """Where a checkpoint has less than a port has noted that it wrote, in words.
+
+    Tensors that others added, or that were there before, are no loss.
+    """
+    noted, there = note(checkpoint), counts(sites)
+    for what in ("layers", "sites"):  # without a layer its sites are gone too
+        stated = noted.get(what)
+        if type(stated) is int and stated > there[what]:
+            return [f"a port noted that it wrote {stated} {what}, and {there[what]} are there"]
+    return []
 
 
 def model_types(checkpoint: Checkpoint) -> set[str]:

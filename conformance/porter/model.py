@@ -107,6 +107,7 @@ class Model:
             found.append(NO_HEAD)
         if self.lost_norm:
             found.append("the norm weights are missing, and the metadata states them")
+        found += dialects.fewer_than_noted(self.checkpoint, self.sites)
         noted = dialects.note(self.checkpoint).get("lacking") or []
         return [*found, *(f"a port noted: {line}" for line in noted)]
 

@@ -8,6 +8,7 @@ from conformance.porter import names as naming
 from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layouts
+from conformance.porter.site import ALONE
 
 
 def hyper_connections(names: Collection[str]) -> list[str]:
@@ -21,6 +22,8 @@ def hyper_connections(names: Collection[str]) -> list[str]:
 def placed(names: Collection[str], kind: str) -> tuple[int, frozenset[str]]:
     """How many of the names have a place in the layouts that have one for the most of them, and which those are.
 
+    A module on its own doesn't count: whatever stands before its tensors may be its name.
+
     Args:
         kind: of checkpoint; layouts that aren't kept in such files don't count.
     """
@@ -33,7 +36,7 @@ def placed(names: Collection[str], kind: str) -> tuple[int, frozenset[str]]:
 
 def _count(layout: Layout, names: Iterable[str]) -> int:
     try:
-        return sum(map(len, layout.locate(names).values()))
+        return sum(len(rows) for site, rows in layout.locate(names).items() if site != ALONE)
     except PortError:  # a site under two names
         return 0
 
