@@ -321,7 +321,7 @@ def read_index(index: Path) -> Index:
 
 def unlisted_in(file: Path, index: Path, names: Sequence[str]) -> PortError:
     """The error for hyper-connections in a file of a directory that its index doesn't list."""
-    some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    some = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
     return PortError(
         f"{file}: has {len(names)} hyper-connection tensors that {index.name} doesn't list, {some}: list them, or move "
         f"what isn't the model's out of the directory"

@@ -38,7 +38,8 @@ def torch_files(directory: Path) -> tuple[Path | None, list[str]]:
     every = sorted(p.name for p in directory.iterdir() if p.name.endswith(ENDINGS) and not p.name.startswith("."))
     if indices:
         return indices[0], every
-    found = [name for name in every if MODEL.fullmatch(name)] or every
+    weights = [name for name in every if not NO_MODEL.fullmatch(name)] or every
+    found = [name for name in weights if MODEL.fullmatch(name)] or weights
     stems = {numbered[0] if (numbered := split(name)) else name for name in found}
     if len(stems) > 1:
         raise PortError(f"{directory}: has several torch files, {', '.join(found[:3])}: name the one with the weights")
