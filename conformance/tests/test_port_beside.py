@@ -47,7 +47,7 @@ def save_torch(path: Path, content: object) -> None:
 
 
 def save_distributed(path: Path, content: dict) -> Path:
-    import torch.distributed.checkpoint as distributed
+    distributed = pytest.importorskip("torch.distributed.checkpoint")
 
     distributed.save(content, checkpoint_id=path, no_dist=True)
     (path / "config.json").write_text(CONFIG)

@@ -90,8 +90,9 @@ def check_blocks(model: Path, tensors: Iterable[str]) -> None:
     Raises:
         PortError: there are some, or the model can't be read.
     """
-    with GGUFCheckpoint(model) as checkpoint:
-        own, keys = trunk(checkpoint.keys), checkpoint.keys
+    with contextlib.closing(GGUFCheckpoint(model)) as checkpoint:
+        keys = checkpoint.keys
+    own = trunk(keys)
     if own is None:
         return
     ahead = keys.get(f"{keys.get(ARCHITECTURE)}.{NEXTN}", 0)
