@@ -196,6 +196,15 @@ def test_a_broken_second_format_is_named(tmp_path):
     refuses(tmp_path, "inspect", path, saying=("pytorch_model.bin",))
 
 
+@needs_torch
+def test_a_directory_in_two_formats_takes_no_shard(tmp_path):
+    """The torch files would keep the old ones, and nothing would say which count."""
+    into = build(tmp_path / "into")
+    save_torch(into / "pytorch_model.bin", torch_state())
+    saying = ("into", "torch files too", "move them out")
+    refuses(tmp_path, "port", build(tmp_path / "source", seed=1), "--into", into, "--to", "deepseek", saying=saying)
+
+
 # ----- keys that everything lies under
 
 

@@ -268,7 +268,7 @@ def test_blocks_that_the_model_does_not_count_are_refused(tmp_path):
         port(source, tmp_path / "t.gguf", Options(to="gguf", into=path))
     assert caught.value.status == 2 and not (tmp_path / "t.gguf").exists()
     with pytest.raises(PortError, match="block_count"):
-        port(source, None, Options(to="gguf", into=path, dry_run=True))
+        port(source, tmp_path / "t.gguf", Options(to="gguf", into=path, dry_run=True))
 
 
 def test_a_source_with_multi_token_prediction_needs_a_model_with_it(tmp_path):

@@ -13,6 +13,7 @@ from conformance.porter.storage.checkpoint import Checkpoint
 from conformance.porter.storage.distributed import DistributedCheckpoint
 from conformance.porter.storage.gguf_file import SUFFIX, GGUFCheckpoint
 from conformance.porter.storage.gguf_header import MAGIC
+from conformance.porter.storage.holding import hyper_connections
 from conformance.porter.storage.hybrid import paired
 from conformance.porter.storage.keys import without_keys
 from conformance.porter.storage.modules import of_modules
@@ -21,6 +22,8 @@ from conformance.porter.storage.shards import SafetensorsCheckpoint
 from conformance.porter.storage.stacks import Unstacked
 from conformance.porter.storage.torch_file import TorchCheckpoint
 from conformance.porter.storage.torch_shards import INDICES, TorchDirectory, others_holding, torch_files
+
+SAFETENSORS = "safetensors files"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -78,7 +81,7 @@ def _kinds(path: Path) -> dict[str, Callable[[], Checkpoint]]:
     """What a directory has in it, and what opens each: the first one is what other software would read."""
     files, found = [p.name for p in path.iterdir()], dict[str, Callable[[], Checkpoint]]()
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in files):
-        found["safetensors files"] = lambda: of_modules(SafetensorsCheckpoint(path))
+        found[SAFETENSORS] = lambda: of_modules(SafetensorsCheckpoint(path))
     if (path / distributed_metadata.NAME).is_file():
         found["a torch.distributed.checkpoint"] = lambda: of_modules(without_keys(DistributedCheckpoint(path)))
     if any(name.endswith(SUFFIX) for name in files):
@@ -87,4 +90,18 @@ def _kinds(path: Path) -> dict[str, Callable[[], Checkpoint]]:
         found["an Orbax checkpoint"] = lambda: Unstacked(of_modules(OrbaxCheckpoint(path)))
     if any(path.glob(INDICES)) or (others_holding(path) if found else torch_files(path)[1]):
         found["torch files"] = lambda: of_modules(without_keys(TorchDirectory(path)))
+    return found
+
+
+def other_formats(directory: Path) -> list[str]:
+    """What holds hyper-connections in a directory beside its safetensors files.
+
+    Raises:
+        PortError: it can't be read.
+    """
+    found = []
+    for what, opens in _kinds(directory).items():
+        if what != SAFETENSORS:
+            with opens() as checkpoint:
+                found += [what] if hyper_connections(checkpoint.tensors) else []
     return found
