@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,8 @@ from conformance.porter import configuration
 from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layouts
-from conformance.porter.notes import CANONICAL_FORMAT, PORT_FORMAT, SIZES, Statement, note, statement
+from conformance.porter.notes import CANONICAL_FORMAT, PORT_FORMAT, SIZES, note, statement
+from conformance.porter.site import Site
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
 from conformance.porter.verdict import ROUNDED
 from conformance.rules import domains
@@ -254,6 +255,25 @@ def sizes_noted(layout: Layout, checkpoint: Checkpoint) -> dict[str, Any]:
         return {key: size for key in SIZES if (size := getattr(noted, key)) is not None}
     stated = statement(checkpoint) if layout.keeps_dialect else None
     return {key: stated.parameters[key] for key in SIZES if stated and key in stated.parameters}
+
+
+def counts(sites: Iterable[Site]) -> dict[str, int]:
+    """What a port notes of how much it wrote: its sites, and its layers without those of multi-token prediction."""
+    every = [*sites]
+    return {"layers": len({site.layer for site in every if site.group == "layers"}), "sites": len(every)}
+
+
+def fewer_than_noted(checkpoint: Checkpoint, sites: Iterable[Site]) -> list[str]:
+    """Where a checkpoint has less than a port has noted that it wrote, in words.
+
+    Tensors that others added, or that were there before, are no loss.
+    """
+    noted, there = note(checkpoint), counts(sites)
+    for what in ("layers", "sites"):  # without a layer its sites are gone too
+        stated = getattr(noted, what, None)
+        if stated is not None and stated > there[what]:
+            return [f"a port noted that it wrote {stated} {what}, and {there[what]} are there"]
+    return []
 
 
 def model_types(checkpoint: Checkpoint) -> set[str]:

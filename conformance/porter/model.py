@@ -109,6 +109,7 @@ class Model:
             found.append(NO_HEAD)
         if self.lost_norm:
             found.append(f"the norm weights are missing, and the dialect has them ({self.told.by})")
+        found += dialects.fewer_than_noted(self.checkpoint, self.sites)
         noted = dialects.note(self.checkpoint)
         return [*found, *(f"a port noted: {line}" for line in (noted.lacking if noted else []))]
 

@@ -25,6 +25,7 @@ class Note(msgspec.Struct):
         source_row: the published row that the source's dialect was, or departed from.
         assumed: nothing said that it was.
         lacking: what the source should have had, a line each.
+        layers, sites: how many were written.
     """
 
     format: str = PORT_FORMAT
@@ -35,6 +36,8 @@ class Note(msgspec.Struct):
     source_row: str = ""
     assumed: bool = False
     lacking: list[str] = msgspec.field(default_factory=list)
+    layers: int | None = None
+    sites: int | None = None
 
     @property
     def understood(self) -> bool:

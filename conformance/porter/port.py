@@ -16,6 +16,7 @@ from conformance.porter.layouts import layout_named, layouts
 from conformance.porter.model import understand
 from conformance.porter.options import Options, Refused, Report
 from conformance.porter.plan import Plan
+from conformance.porter.storage import gguf_copy
 from conformance.porter.storage import target as storage
 from conformance.porter.storage.checkpoint import PORT_KEY
 from conformance.porter.storage.into import write_into
@@ -59,6 +60,8 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
         raise PortError(
             f"{options.into}: a GGUF file isn't changed in place: name a target that its copy is written to"
         )
+    if copied and options.into and target and os.path.realpath(options.into) == os.path.realpath(target):
+        raise PortError(f"{target}: is the model that is copied (--into): name another file for the copy")
     if not copied and (target is None) == (options.into is None):
         raise PortError("name a target, or a checkpoint that takes the tensors (--into), and not both")
     if options.into is not None and os.path.realpath(options.into) == os.path.realpath(source):
@@ -70,7 +73,7 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
         if not options.dry_run:
             read = [path for path in (source, options.norm_weight, options.into) if path is not None]
             storage.check_target(target, read, options.overwrite)
-            _check_replaceable(target, options.into)
+            _check_replaceable(target, kind, options.into)
     else:
         kind = "into"
     with open_checkpoint(source) as checkpoint:
@@ -82,6 +85,8 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
         model.check_whole(options.allow_partial)
         plan = planning.make(model, layout, options)
         report = plan.report
+        if copied and options.into:
+            gguf_copy.check_blocks(options.into, plan.tensors())
         if plan.verdict.kind == IMPOSSIBLE:
             raise Refused(plan.report.reason, CANNOT, report)
         if options.dry_run:
@@ -128,15 +133,18 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
     return report
 
 
-def _check_replaceable(target: Path, model: Path | None) -> None:
-    """Refuses to replace a checkpoint with more in it than hyper-connections, and the model that is copied.
+def _check_replaceable(target: Path, kind: str, model: Path | None) -> None:
+    """Refuses to replace anything but a checkpoint with nothing in it but hyper-connections, and the model's copy.
 
     Raises:
-        PortError: it names a tensor that would be lost.
+        PortError: it names what would be lost, or says why that isn't known.
     """
     if not os.path.exists(target):
         return
+    storage.check_form(target, kind)
     try:
+        if target.is_dir() and not any(target.iterdir()):
+            return
         with open_checkpoint(target) as former:
             held = set(former.tensors) | former.aside
             for layout in layouts().values():
@@ -146,10 +154,14 @@ def _check_replaceable(target: Path, model: Path | None) -> None:
                     held -= set(copied.tensors)
     except Incomplete as error:
         raise PortError(f"{target}: holds a part of a checkpoint, which would be lost: remove it first") from error
-    except PortError:  # no checkpoint, or a broken one: nothing that could be used is lost
-        return
+    except (PortError, OSError) as error:
+        raise PortError(
+            f"{target}: isn't known to hold nothing but hyper-connections, and would be lost: remove it first ({error})"
+        ) from error
     if held:
         raise PortError(f"{target}: has {min(held)} in it, which would be lost: port --into it, or remove it first")
+    if target.is_dir():
+        storage.check_other_files(target)
 
 
 def _check_assumed(plan: Plan) -> None:
@@ -204,7 +216,7 @@ def _metadata(report: Report, plan: Plan, kind: str) -> dict[str, str]:
         "verdict": report.verdict, "reason": report.reason, "rounding": report.rounding,
         "probes": {"tokens": report.probes, "seed": plan.options.seed}, "deviation": report.largest,
         "left_out": report.left_out, "source_row": plan.model.told.base, "row": plan.base, "assumed": report.assumed,
-        "lacking": report.lacking, "settings": report.settings,
+        "lacking": report.lacking, "settings": report.settings, **dialects.counts(plan.places.values()),
     }  # fmt: skip
     found = {PORT_KEY: json.dumps(noted, sort_keys=True)}
     if plan.layout.keeps_dialect:

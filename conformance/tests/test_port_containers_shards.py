@@ -65,11 +65,8 @@ def test_shards_that_are_not_all_there_are_refused(tmp_path, names, saying):
     [
         dict(zip(SHARDS, SHARDS, strict=True)),
         {name: shard(k, 3) for k, name in enumerate(SHARDS)},
-        {S1: shard(1, 2), S2: shard(2, 2), S3: "head.safetensors"},
-        {S1: shard(1, 2, "layers"), S2: shard(2, 2, "layers"), S3: shard(1, 1, "head")},
-        {S1: "a.safetensors", S2: "b.safetensors", S3: "c-of-d.safetensors"},
     ],
-    ids=["from-1", "from-0", "one-without", "two-kinds", "none"],
+    ids=["from-1", "from-0"],
 )
 def test_shards_that_are_all_there_are_read_without_an_index(tmp_path, names):
     whole = build(tmp_path / "whole")
@@ -77,11 +74,26 @@ def test_shards_that_are_all_there_are_read_without_an_index(tmp_path, names):
     assert equal(values(path), values(whole))
 
 
+@pytest.mark.parametrize(
+    "names, saying",
+    [
+        ({S1: shard(1, 2), S2: shard(2, 2), S3: "head.safetensors"}, "head.safetensors and model-00001-of-00002"),
+        ({S1: shard(1, 2, "layers"), S2: shard(2, 2, "layers"), S3: shard(1, 1, "head")}, "head-00001-of-00001"),
+        ({S1: "a.safetensors", S2: "b.safetensors", S3: "c-of-d.safetensors"}, "a.safetensors and b.safetensors and 1"),
+    ],
+    ids=["one-without", "two-kinds", "none"],
+)
+def test_files_that_do_not_count_each_other_need_an_index(tmp_path, names, saying):
+    """They may be a model and a draft model, or its average."""
+    path = renumbered(build(tmp_path / "source"), names)
+    refuses(tmp_path, "inspect", path, saying=(saying, "add an index"))
+
+
 def test_an_index_that_leaves_a_shard_out_is_refused(tmp_path):
     path = build(tmp_path / "source")
     change_json(path / INDEX, lambda index: index.update(
         weight_map={t: f for t, f in index["weight_map"].items() if f != S2}))  # fmt: skip
-    assert call("inspect", path).exit_code == 0, "the shard is there, and holds what others replace"
+    refuses(tmp_path, "inspect", path, saying=(S2, "layers.1.hc_attn_fn", "doesn't list"))
     (path / S2).unlink()
     refuses(tmp_path, "inspect", path, saying=("shard 2 of 3 is missing",))
 

@@ -245,7 +245,7 @@ def test_the_command_needs_a_target_for_the_copy(tmp_path):
     done = call("port", source, "--to", "gguf", "--into", path)
     assert done.exit_code == 2 and "isn't changed in place" in done.stderr
     done = call("port", source, path, "--to", "gguf", "--into", path, "--overwrite")
-    assert done.exit_code == 2 and "never written to" in done.stderr
+    assert done.exit_code == 2 and "is the model that is copied" in done.stderr and "another file" in done.stderr
     done = call("port", source, tmp_path / "t.gguf", "--to", "gguf", "--into", path)
     assert done.exit_code == 0, done.stderr
     done = call("port", source, tmp_path / "t.gguf", "--to", "gguf", "--into", path, "--overwrite")
@@ -253,6 +253,29 @@ def test_the_command_needs_a_target_for_the_copy(tmp_path):
     done = call("port", source, tmp_path / "t.gguf", "--to", "gguf", "--overwrite")
     assert done.exit_code == 2 and "which would be lost" in done.stderr
     assert path.read_bytes() == before
+
+
+def test_blocks_that_the_model_does_not_count_are_refused(tmp_path):
+    """Its software would take the third one for multi-token prediction, or for none."""
+    path = model(tmp_path / "m.gguf", ahead=0)
+    sites = {f"layers.{k}.{kind}": random_sites(7, STREAMS, DIM)["layers.0.attention"]
+             for k in range(3) for kind in ("attention", "ffn")}  # fmt: skip
+    sites["head"] = random_sites(7, STREAMS, DIM, head=True)["head"]
+    source = write_canonical(tmp_path / "s.safetensors", sites, "deepseek-v4")
+    with pytest.raises(
+        PortError, match="has 2 blocks of its own by its key block_count, and the source has 3"
+    ) as caught:
+        port(source, tmp_path / "t.gguf", Options(to="gguf", into=path))
+    assert caught.value.status == 2 and not (tmp_path / "t.gguf").exists()
+    with pytest.raises(PortError, match="block_count"):
+        port(source, tmp_path / "t.gguf", Options(to="gguf", into=path, dry_run=True))
+
+
+def test_a_source_with_multi_token_prediction_needs_a_model_with_it(tmp_path):
+    ahead, bare = model(tmp_path / "m.gguf"), model(tmp_path / "bare.gguf", ahead=0)
+    with pytest.raises(PortError, match="has 0 for multi-token prediction by its key nextn_predict_layers"):
+        port(ahead, tmp_path / "t.gguf", Options(to="gguf", into=bare))
+    assert port(ahead, tmp_path / "t.gguf", Options(to="gguf", into=model(tmp_path / "n.gguf"))).verdict == "exact"
 
 
 @pytest.mark.parametrize("target, to, said", [

@@ -11,6 +11,8 @@ import pytest
 
 from conformance.porter.inspection import inspect
 from conformance.porter.port import Options, port
+from conformance.porter.storage.checkpoint import PORT_KEY
+from conformance.porter.storage.opening import open_checkpoint
 from conformance.porter.storage.stacks import Stacks
 from conformance.registry import unavailable
 from conformance.tests import bounds
@@ -85,12 +87,18 @@ def test_maxtext_loads_the_port_and_computes_what_the_model_runs(peer, tree):
     bounds.within(bounds.head(last["x"], weights, parameters).ratios({"out": found}), "maxtext, head")
 
 
-def test_a_ported_tree_is_merged_into_a_whole_checkpoint(tree, tmp_path):
-    """The recipe of the examples: the ported leaves replace the model's, and every other leaf keeps its bits."""
+@pytest.fixture
+def whole(tree):
+    """A model's leaves under their names: zeros in the place of the ported tensors, and others."""
     random = np.random.default_rng(5)
-    whole = {name: np.zeros(value.shape, value.dtype) for name, value in read_tensors(tree[0]).items()}
-    whole["params/params/decoder/layers_0/mlp/wi/kernel"] = random.standard_normal((8, 4)).astype(np.float32)
-    whole["params/params/token_embedder/embedding"] = random.standard_normal((16, 8)).astype(np.float32)
+    found = {name: np.zeros(value.shape, value.dtype) for name, value in read_tensors(tree[0]).items()}
+    found["params/params/decoder/layers_0/mlp/wi/kernel"] = random.standard_normal((8, 4)).astype(np.float32)
+    found["params/params/token_embedder/embedding"] = random.standard_normal((16, 8)).astype(np.float32)
+    return found
+
+
+def merged(whole, ported, folder):
+    """Runs the recipe of the examples."""
     nested: dict = {}
     for name, value in whole.items():
         *parents, leaf = name.split("/")
@@ -98,13 +106,51 @@ def test_a_ported_tree_is_merged_into_a_whole_checkpoint(tree, tmp_path):
         for key in parents:
             node = node.setdefault(key, {})
         node[leaf] = value
-    orbax.PyTreeCheckpointer().save(tmp_path / "model", nested)
-    command = [sys.executable, str(MERGE), str(tmp_path / "model"), str(tree[0]), str(tmp_path / "merged")]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    checkpointer = orbax.Checkpointer(orbax.PyTreeCheckpointHandler())
+    checkpointer.save(folder / "model", orbax.args.PyTreeSave(nested), custom_metadata={"run": "seven"})
+    command = [sys.executable, str(MERGE), str(folder / "model"), str(ported), str(folder / "merged")]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_ported_tree_is_merged_into_a_whole_checkpoint(tree, whole, tmp_path):
+    """The ported leaves replace the model's, and every other leaf keeps its bits; both metadata are kept."""
+    ran = merged(whole, tree[0], tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert differences(read_tensors(tmp_path / "merged"), {**whole, **read_tensors(tree[0])}) == []
-    del nested["params"]["params"]["decoder"]["hc_head"]
-    orbax.PyTreeCheckpointer().save(tmp_path / "headless", nested)
-    command = [sys.executable, str(MERGE), str(tmp_path / "headless"), str(tree[0]), str(tmp_path / "not")]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode and "hc_head: is not in the model" in ran.stderr and not (tmp_path / "not").exists()
+    with open_checkpoint(tmp_path / "merged") as there, open_checkpoint(tree[0]) as ported:
+        assert there.metadata == {"run": "seven", PORT_KEY: ported.metadata[PORT_KEY]}
+
+
+def without(whole, name):
+    return {key: value for key, value in whole.items() if name not in key}
+
+
+CHANGES = {
+    "headless": (lambda whole: without(whole, "hc_head"), "hc_head: is not in the model"),
+    "narrow": (
+        lambda whole: {**whole, **{k: v.astype(jax.numpy.bfloat16) for k, v in whole.items() if "hc_head" in k}},
+        "port with --dtype bfloat16",
+    ),
+    "one-more-layer": (
+        lambda whole: {**whole, "params/params/decoder/layers_99/mhc_mlp/pre_beta": np.zeros(4, np.float32)},
+        "layers_99/mhc_mlp/pre_beta: the model has 1 tensors of hyper-connections that the port lacks",
+    ),
+    "a-leaf": (
+        lambda whole: {**without(whole, "hc_head"), "params/params/decoder/hc_head": np.zeros(4, np.float32)},
+        "hc_head: the port has a subtree, the model an array",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_cannot_take_the_port_is_not_merged(tree, whole, tmp_path, change):
+    edit, saying = CHANGES[change]
+    ran = merged(edit(whole), tree[0], tmp_path)
+    assert ran.returncode and saying in ran.stderr, ran.stderr
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_optimizers_moments_are_no_hyper_connections_that_the_port_lacks(tree, whole, tmp_path):
+    moments = {name.replace("params/", "opt_state/mu/", 1): value for name, value in whole.items()}
+    ran = merged({**whole, **moments}, tree[0], tmp_path)
+    assert ran.returncode == 0, ran.stderr

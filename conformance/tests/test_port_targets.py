@@ -21,6 +21,7 @@ from conformance.tests.small_checkpoint import (
     S1,
     build,
     call,
+    change_json,
     check_refusal,
     refuses,
     state,
@@ -307,6 +308,54 @@ def test_a_model_s_directory_is_not_replaced_by_its_hyper_connections(tmp_path, 
     assert call("port", source, ported, "--to", "deepseek").exit_code == 0
     (ported / "tokenizer.json").write_text("{}")
     refuses(tmp_path, "port", source, ported, *replacing, saying=("tokenizer.json in it, which would be lost",))
+
+
+@pytest.mark.parametrize("there", ["text.pt", "text.safetensors", "a-broken-file", "notes"])
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path, source, there):
+    """Somebody's text is no hyper-connection, and a broken checkpoint may be all that somebody has."""
+    target = tmp_path / there
+    if there == "a-broken-file":
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"1234567890")
+    elif there == "notes":
+        target.mkdir()
+        (target / "notes.txt").write_text("kept")
+    else:
+        target.write_text("my thesis")
+    refuses(tmp_path, "port", source, target, "--to", "deepseek", "--overwrite", saying=(there, "remove it first"))
+
+
+def test_an_empty_directory_is_replaced(tmp_path, source):
+    (tmp_path / "empty").mkdir()
+    assert call("port", source, tmp_path / "empty", "--to", "deepseek", "--overwrite").exit_code == 0
+
+
+def test_a_configuration_that_was_changed_since_is_not_replaced(tmp_path, source):
+    ported = tmp_path / "ported"
+    again = ("port", source, ported, "--to", "deepseek", "--overwrite")
+    assert call(*again).exit_code == 0
+    content = (ported / "config.json").read_text()
+    change_json(ported / "config.json", lambda config: config.update(hc_sinkhorn_iters=7))
+    refuses(tmp_path, *again, saying=("config.json", "was changed", "remove it first"))
+    (ported / "config.json").write_text(content)
+    assert call(*again).exit_code == 0
+
+
+def test_a_file_that_the_index_does_not_list_is_not_replaced(tmp_path, source):
+    ported = tmp_path / "ported"
+    again = ("port", source, ported, "--to", "deepseek", "--overwrite")
+    assert call(*again).exit_code == 0
+    save_file({"lora.weight": np.ones(2, np.float32)}, ported / "adapter_model.safetensors")
+    refuses(tmp_path, *again, saying=("adapter_model.safetensors in it, which would be lost",))
+
+
+def test_a_file_beside_the_parts_of_a_tree_is_not_replaced(tmp_path, source):
+    pytest.importorskip("orbax.checkpoint")
+    again = ("port", source, tmp_path / "tree", "--to", "maxtext", "--overwrite", APPROXIMATE)
+    assert call(*again).exit_code == 0
+    assert call(*again).exit_code == 0
+    (tmp_path / "tree" / "notes.txt").write_text("kept")
+    refuses(tmp_path, *again, saying=("notes.txt in it, which would be lost",))
 
 
 def test_a_maxtext_tree_with_other_parameters_is_not_replaced(tmp_path, source):

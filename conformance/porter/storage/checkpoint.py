@@ -50,6 +50,7 @@ class Checkpoint:
         stacks: in words, which layers lie stacked in one array; empty where none does.
         axes: along which axes they are stacked.
         lacking: hyper-connections that its other tensors show to be missing, a line each.
+        state_dicts: what stands before the names of each flat state dict in it, where its keys are nested.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Checkpoint:
     axes: set[int] = field(default_factory=set)
     config_file: Path | None = None
     lacking: tuple[str, ...] = ()
+    state_dicts: frozenset[str] = frozenset()
 
     @property
     def config_place(self) -> str:
@@ -121,7 +123,7 @@ class View(Checkpoint):
     def __init__(self, whole: Checkpoint):
         super().__init__(
             whole.path, whole.kind, {}, whole.metadata, whole.config, whole.files, whole.aside, whole.stacks,
-            whole.axes, whole.config_file, whole.lacking,
+            whole.axes, whole.config_file, whole.lacking, whole.state_dicts,
         )  # fmt: skip
         self._whole = whole
         self.prefixes: dict[str, str] = {}

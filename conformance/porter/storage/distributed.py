@@ -21,6 +21,7 @@ from conformance.porter.errors import PortError
 from conformance.porter.names import without_optimiser
 from conformance.porter.storage.checkpoint import Checkpoint, Tensor, check_dtype
 from conformance.porter.storage.distributed_metadata import BYTES, NAME, Chunk, Entry, read_metadata, size_of
+from conformance.porter.storage.keys import flat_dictionaries
 from conformance.porter.storage.shards import config_beside
 from conformance.porter.storage.torch_file import Looked, as_array, torch_package
 
@@ -41,6 +42,7 @@ class DistributedCheckpoint(Checkpoint):
         self._values: dict[str, np.ndarray] = {}
         self.tensors = Looked(dict.fromkeys(names), self._look)
         self.files, self.config = self._described.files, config_beside(path)
+        self.state_dicts = flat_dictionaries(self._described.paths)
 
     def _look(self, name: str) -> Tensor:
         """What the metadata says of a tensor.

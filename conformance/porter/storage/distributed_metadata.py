@@ -127,6 +127,7 @@ class Described:
 
     Attributes:
         names: of every tensor in the state dict that was saved, nested keys joined by dots.
+        paths: the nested keys of each, where the metadata has them.
         files: how many files hold chunks.
 
     Raises:
@@ -144,6 +145,12 @@ class Described:
             raise PortError(f"{path}: doesn't say which file holds which tensor")
         self._described = {k: v for k, v in described.items() if isinstance(k, str) and isinstance(v, _OfTensor)}
         self.names = list(self._described)
+        nested = found.get("planner_data")
+        self.paths = [
+            tuple(map(str, nested[name]))
+            for name in (self.names if isinstance(nested, Mapping) else ())
+            if isinstance(nested.get(name), tuple)
+        ]
         self._places: dict[str, list[tuple[Any, _Record]]] = {}
         files = set()
         for place, info in stored.items():

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -20,9 +20,17 @@ import numpy as np
 
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import PORT_KEY
-from conformance.porter.storage.gguf_file import SPLIT, counted, stored_as
+from conformance.porter.storage.gguf_file import SPLIT, GGUFCheckpoint, counted, stored_as
 from conformance.porter.storage.gguf_header import FLOAT32, MAGIC, STRING, UINT32, Header, blocks, package, read
-from conformance.porter.storage.gguf_keys import ARCHITECTURE, ARCHITECTURES, PREFIX, keys_of, trunk
+from conformance.porter.storage.gguf_keys import (
+    ARCHITECTURE,
+    ARCHITECTURES,
+    BLOCKS,
+    NEXTN,
+    PREFIX,
+    keys_of,
+    trunk,
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,29 @@ def save_copy(
                 _write_data(file, header, descriptor, piece, target)
     finally:
         os.close(descriptor)
+
+
+def check_blocks(model: Path, tensors: Iterable[str]) -> None:
+    """Refuses tensors of blocks that the model's keys don't count: its software would take them for others, or none.
+
+    Args:
+        tensors: names as `GGUFCheckpoint` shows them.
+
+    Raises:
+        PortError: there are some, or the model can't be read.
+    """
+    with contextlib.closing(GGUFCheckpoint(model)) as checkpoint:
+        keys = checkpoint.keys
+    own = trunk(keys)
+    if own is None:
+        return
+    ahead = keys.get(f"{keys.get(ARCHITECTURE)}.{NEXTN}", 0)
+    needed = counted(tensors)
+    for count, need, key, what in (
+        (own, needed[0], BLOCKS, "blocks of its own"), (ahead, needed[1], NEXTN, "for multi-token prediction"),
+    ):  # fmt: skip
+        if need > count:
+            raise PortError(f"{model}: has {count} {what} by its key {key}, and the source has {need}")
 
 
 def _keys(header: Header, descriptor: int, metadata: Mapping[str, str]) -> list[bytes]:

@@ -16,6 +16,7 @@ import numpy as np
 from conformance import atomic
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import PORT_KEY
+from conformance.porter.storage.opening import other_formats
 from conformance.porter.storage.shards import Shard, config_beside, index_of, read_index, safetensors_in
 from conformance.porter.storage.target import INDEX, compare, reason, save_shard
 
@@ -27,9 +28,15 @@ def check_into(directory: Path) -> None:
     """Refuses a directory that can't take a shard.
 
     Raises:
-        PortError: it has several files and no index that says which of them count, or a file that is read before its
-            index.
+        PortError: it has several files and no index that says which of them count, a file that is read before its
+            index, or the hyper-connections in another format too.
     """
+    also = other_formats(directory)
+    if also:
+        raise PortError(
+            f"{directory}: has hyper-connections in {' and '.join(also)} too, and those would stay as they are: move "
+            f"them out of the directory"
+        )
     index, files = index_of(directory), safetensors_in(directory)
     if index is None and len(files) != 1:
         raise PortError(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from conformance.porter.errors import Incomplete
+from conformance.porter.errors import Incomplete, PortError
 
 NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>[0-9]+)-of-(?P<total>[0-9]+)(?P<ending>\.[A-Za-z]+)")
 
@@ -48,6 +48,27 @@ def check_numbers(directory: Path, names: Iterable[str]) -> None:
                 f"{directory}: shard{plural} {listed(which)} of {total} {'are' if plural else 'is'} {what}, as the "
                 f"names of the files count them: fetch the whole checkpoint"
             )
+
+
+def of_one_model(directory: Path, holding: Iterable[str], way_out: str) -> None:
+    """Raises where hyper-connections lie in files that nothing says to be of one model: they don't count each other.
+
+    Args:
+        holding: names of the files that have some.
+        way_out: what would say it.
+
+    Raises:
+        PortError: it names them.
+    """
+    models: dict[str, str] = {}
+    for name in holding:
+        models.setdefault(numbered[0] if (numbered := split(name)) else name, name)
+    if len(models) > 1:
+        some = " and ".join(sorted(models.values())[:2]) + (f" and {len(models) - 2} more" if len(models) > 2 else "")
+        raise PortError(
+            f"{directory}: has hyper-connections in {some}, and nothing says that they are of one model: name the file "
+            f"that counts{f', or add {way_out}' if way_out else ''}"
+        )
 
 
 def check_whole(path: Path) -> None:

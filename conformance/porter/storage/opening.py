@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from conformance.porter.errors import PortError
 from conformance.porter.storage import distributed_metadata
+from conformance.porter.storage.beside import alone
 from conformance.porter.storage.checkpoint import Checkpoint
 from conformance.porter.storage.distributed import DistributedCheckpoint
 from conformance.porter.storage.gguf_file import SUFFIX, GGUFCheckpoint
 from conformance.porter.storage.gguf_header import MAGIC
+from conformance.porter.storage.holding import hyper_connections
 from conformance.porter.storage.hybrid import paired
+from conformance.porter.storage.keys import without_keys
 from conformance.porter.storage.modules import of_modules
 from conformance.porter.storage.orbax_tree import OrbaxCheckpoint, find_tree
 from conformance.porter.storage.shards import SafetensorsCheckpoint
 from conformance.porter.storage.stacks import Unstacked
 from conformance.porter.storage.torch_file import TorchCheckpoint
-from conformance.porter.storage.torch_shards import INDICES, TorchDirectory, torch_files
+from conformance.porter.storage.torch_shards import INDICES, TorchDirectory, others_holding, torch_files
+
+SAFETENSORS = "safetensors files"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -49,7 +55,7 @@ def _opened(path: Path) -> Checkpoint:
     if start.startswith(MAGIC):
         return GGUFCheckpoint(path)
     if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and path.suffix != ".safetensors"):
-        return of_modules(TorchCheckpoint(path))
+        return of_modules(without_keys(TorchCheckpoint(path)))
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return of_modules(SafetensorsCheckpoint(path))
     raise PortError(
@@ -58,20 +64,44 @@ def _opened(path: Path) -> Checkpoint:
 
 
 def _directory(path: Path) -> Checkpoint:
-    if any(p.name.endswith((".safetensors", ".safetensors.index.json")) for p in path.iterdir()):
-        return of_modules(SafetensorsCheckpoint(path))
+    """The checkpoint in a directory: of several, the one with hyper-connections."""
+    kinds = _kinds(path)
+    if not kinds:
+        within = sorted(p.parent.name for p in path.glob(f"*/{distributed_metadata.NAME}"))
+        if within:
+            raise PortError(f"{path}: has checkpoints of torch.distributed in {', '.join(within[:4])}: name one")
+        raise PortError(
+            f"{path}: expected safetensors files, torch files, GGUF files, a torch.distributed.checkpoint or an Orbax "
+            f"checkpoint in it, got none of them"
+        )
+    return alone(path, kinds)
+
+
+def _kinds(path: Path) -> dict[str, Callable[[], Checkpoint]]:
+    """What a directory has in it, and what opens each: the first one is what other software would read."""
+    files, found = [p.name for p in path.iterdir()], dict[str, Callable[[], Checkpoint]]()
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in files):
+        found[SAFETENSORS] = lambda: of_modules(SafetensorsCheckpoint(path))
     if (path / distributed_metadata.NAME).is_file():
-        return of_modules(DistributedCheckpoint(path))
-    if any(p.name.endswith(SUFFIX) for p in path.iterdir()):
-        return GGUFCheckpoint(path)
+        found["a torch.distributed.checkpoint"] = lambda: of_modules(without_keys(DistributedCheckpoint(path)))
+    if any(name.endswith(SUFFIX) for name in files):
+        found["GGUF files"] = lambda: GGUFCheckpoint(path)
     if find_tree(path):
-        return Unstacked(of_modules(OrbaxCheckpoint(path)))
-    if any(path.glob(INDICES)) or torch_files(path)[1]:
-        return of_modules(TorchDirectory(path))
-    within = sorted(p.parent.name for p in path.glob(f"*/{distributed_metadata.NAME}"))
-    if within:
-        raise PortError(f"{path}: has checkpoints of torch.distributed in {', '.join(within[:4])}: name one")
-    raise PortError(
-        f"{path}: expected safetensors files, torch files, GGUF files, a torch.distributed.checkpoint or an Orbax "
-        f"checkpoint in it, got none of them"
-    )
+        found["an Orbax checkpoint"] = lambda: Unstacked(of_modules(OrbaxCheckpoint(path)))
+    if any(path.glob(INDICES)) or (others_holding(path) if found else torch_files(path)[1]):
+        found["torch files"] = lambda: of_modules(without_keys(TorchDirectory(path)))
+    return found
+
+
+def other_formats(directory: Path) -> list[str]:
+    """What holds hyper-connections in a directory beside its safetensors files.
+
+    Raises:
+        PortError: it can't be read.
+    """
+    found = []
+    for what, opens in _kinds(directory).items():
+        if what != SAFETENSORS:
+            with opens() as checkpoint:
+                found += [what] if hyper_connections(checkpoint.tensors) else []
+    return found

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import numpy as np
 from conformance.porter.errors import PortError
 from conformance.porter.names import without_optimiser
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint, Tensor, check_dtype
-from conformance.porter.storage.numbering import check_numbers, check_whole
+from conformance.porter.storage.holding import hyper_connections
+from conformance.porter.storage.numbering import check_numbers, check_whole, of_one_model
 
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BYTES = {
@@ -237,10 +238,31 @@ class SafetensorsCheckpoint(Checkpoint):
             for tensor, name in weight_map.items():
                 if tensor not in self._shards[name].header:
                     raise PortError(f"{index}: says that {tensor} is in {name}, which lacks it")
+        if index and weight_map is not None:
+            self._check_unlisted(index, weight_map)
         self._hold(holders if weight_map is None else weight_map)
+        if not index:
+            held = {name: hyper_connections(shard.header) for name, shard in self._shards.items()}
+            held = {name: found for name, found in held.items() if found}
+            of_one_model(self.path, held, "an index, *.safetensors.index.json")
+            files = list(held) if len(held) == 1 else files  # what lies beside it says nothing of the model
         if len(files) == 1 and not self.metadata:
             self.metadata = self._shards[files[0]].metadata
-        self.config, self.files = config_beside(self.path), len(files)
+        self.config, self.files = config_beside(self.path), len(self._shards)
+
+    def _check_unlisted(self, index: Path, weight_map: Mapping[str, str]) -> None:
+        """Raises for hyper-connections in the directory that the index doesn't list: it isn't of all that is there.
+
+        A shard that a port wrote and didn't live to list is the exception.
+        """
+        for name in sorted({*self._shards, *safetensors_in(self.path)}):
+            listed = name in self._shards
+            shard = self._shards[name] if listed else Shard(self.path / name)
+            unlisted = hyper_connections([tensor for tensor in shard.header if tensor not in weight_map])
+            if not listed:
+                shard.close()
+            if unlisted and (listed or PORT_KEY not in shard.metadata):
+                raise unlisted_in(self.path / name, index, unlisted)
 
     def _check_repeated(self, tensor: str, weight_map: dict[str, str] | None) -> None:
         """A tensor in several shards: right only where each but the first replaces, and the index names the last.
@@ -298,6 +320,15 @@ def read_index(index: Path) -> Index:
             what = "outside of the directory" if outside else "and there is no such file"
             raise PortError(f"{index}: puts {tensor} into {name!r}, {what}")
     return content
+
+
+def unlisted_in(file: Path, index: Path, names: Sequence[str]) -> PortError:
+    """The error for hyper-connections in a file of a directory that its index doesn't list."""
+    some = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+    return PortError(
+        f"{file}: has {len(names)} hyper-connection tensors that {index.name} doesn't list, {some}: list them, or move "
+        f"what isn't the model's out of the directory"
+    )
 
 
 def config_beside(directory: Path) -> dict[str, Any] | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,20 @@ from conformance.porter.errors import CONTRADICTED, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.storage import gguf_copy, gguf_file, gguf_header, orbax_tree, torch_file
 from conformance.porter.storage.checkpoint import PORT_KEY
-from conformance.porter.storage.shards import SafetensorsCheckpoint, config_beside
+from conformance.porter.storage.shards import (
+    SafetensorsCheckpoint,
+    config_beside,
+    index_of,
+    read_index,
+    safetensors_in,
+)
 
 TORCH = (".pt", ".pth", ".bin")
 CONFIG = "config.json"
 FRAGMENT = "hyper-connections alone"
-"""What a ``config.json`` that was written here says of itself."""
+"""What a ``config.json`` that was written here says of itself, with a digest after it."""
+OF_ORBAX = re.compile(r"_.*|d|manifest\.ocdbt|ocdbt\..*|array_metadatas|commit_success\.txt")
+"""Names in the directory of an Orbax tree as `orbax_tree.save` writes it."""
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 
@@ -94,10 +104,9 @@ def write(
         PortError: it can't be written; what was there before still is.
     """
     try:
-        if path.exists() and path.is_dir() != (kind in ("directory", "orbax")):
-            raise PortError(f"{path}: a {'directory' if path.is_dir() else 'file'} is in the way: remove it first")
+        check_form(path, kind)
         if path.is_dir():
-            _check_other_files(path)
+            check_other_files(path)
         with atomic.whole(path) as temporary:
             if kind == "orbax":
                 orbax_tree.save(temporary, tensors, metadata, path)
@@ -113,7 +122,7 @@ def write(
                 temporary.mkdir()
                 _shards(temporary, tensors, metadata, shard_bytes)
                 if config:
-                    (temporary / CONFIG).write_text(json.dumps({**config, PORT_KEY: FRAGMENT}, indent=1) + "\n")
+                    (temporary / CONFIG).write_text(json.dumps({**config, PORT_KEY: _marked(config)}, indent=1) + "\n")
             if read_back:
                 compare(temporary, kind, tensors)
     except PortError:
@@ -122,24 +131,44 @@ def write(
         raise PortError(f"{path}: can't be written ({reason(error)})") from error
 
 
-def _check_other_files(directory: Path) -> None:
+def check_form(path: Path, kind: str) -> None:
+    """Refuses a file in the place of a directory, and a directory in that of a file.
+
+    Raises:
+        PortError: it is one.
+    """
+    if path.exists() and path.is_dir() != (kind in ("directory", "orbax")):
+        raise PortError(f"{path}: a {'directory' if path.is_dir() else 'file'} is in the way: remove it first")
+
+
+def check_other_files(directory: Path) -> None:
     """Refuses to replace a directory with more in it than a checkpoint of this command: a whole model, say.
 
     Raises:
         PortError: it names a file that would be lost.
     """
+    names = sorted(p.name for p in directory.iterdir())
     if (directory / orbax_tree.MARK).exists():
-        return
-    ours = (config_beside(directory) or {}).get(PORT_KEY) == FRAGMENT
-    others = [
-        p.name
-        for p in directory.iterdir()
-        if not p.name.endswith((".safetensors", ".safetensors.index.json")) and not (ours and p.name == CONFIG)
-    ]
+        others = [name for name in names if not OF_ORBAX.fullmatch(name)]
+    else:
+        index = index_of(directory)
+        listed = {index.name, *read_index(index).weight_map.values()} if index else {*safetensors_in(directory)}
+        others = [name for name in names if name not in listed]
+        config = config_beside(directory) or {}
+        if CONFIG in others and config.get(PORT_KEY) == _marked(config):
+            others.remove(CONFIG)
+        elif others == [CONFIG] and str(config.get(PORT_KEY)).startswith(FRAGMENT):
+            raise PortError(
+                f"{directory / CONFIG}: was changed after it was written, and would be lost: remove it first"
+            )
     if others:
-        raise PortError(
-            f"{directory}: has {sorted(others)[0]} in it, which would be lost: port --into it, or remove it"
-        )
+        raise PortError(f"{directory}: has {others[0]} in it, which would be lost: port --into it, or remove it")
+
+
+def _marked(config: Mapping[str, Any]) -> str:
+    """What a ``config.json`` that was written here says of itself: that it is, and a digest of all else in it."""
+    rest = {key: value for key, value in config.items() if key != PORT_KEY}
+    return f"{FRAGMENT}, {hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def compare(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> None:

@@ -22,6 +22,7 @@ from conformance.porter.storage.checkpoint import (
     check_dtype,
     flatten,
 )
+from conformance.porter.storage.keys import flat_dictionaries, paths_of
 from conformance.porter.storage.numbering import check_whole
 from conformance.porter.storage.shards import config_beside
 
@@ -47,6 +48,7 @@ class StateDict:
     Attributes:
         values: each tensor under its joined name.
         metadata: what `save` noted in it.
+        state_dicts: what stands before the names of each flat state dict in it (`Checkpoint`).
     """
 
     def __init__(self, path: Path):
@@ -75,6 +77,7 @@ class StateDict:
         except PortError as error:
             raise PortError(f"{path}: {error}") from error
         self.values: dict[str, Any] = {k: v for k, v in flat.items() if isinstance(v, torch.Tensor)}
+        self.state_dicts = flat_dictionaries(paths_of(content, torch.Tensor))
         noted = getattr(content, "_metadata", {})
         noted = noted.get(PORT_KEY) if isinstance(noted, Mapping) else None
         self.metadata = dict(noted) if isinstance(noted, dict) else {}
@@ -162,6 +165,7 @@ class TorchCheckpoint(Checkpoint):
         names, self.aside = without_optimiser(self._content.values)
         self.tensors = Looked(dict.fromkeys(names), self._content.tensor)
         self.metadata, self.config = self._content.metadata, config_beside(path.parent)
+        self.state_dicts = self._content.state_dicts
 
     def read(self, name: str) -> np.ndarray:
         assert self._content, "the checkpoint is closed"

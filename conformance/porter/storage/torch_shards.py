@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from conformance.porter.errors import PortError
+from conformance.porter.errors import PACKAGE, PortError
 from conformance.porter.names import without_optimiser
 from conformance.porter.storage.checkpoint import Checkpoint, Tensor
-from conformance.porter.storage.numbering import check_numbers, split
-from conformance.porter.storage.shards import config_beside, read_index
+from conformance.porter.storage.holding import hyper_connections
+from conformance.porter.storage.numbering import check_numbers, of_one_model, split
+from conformance.porter.storage.shards import config_beside, read_index, unlisted_in
 from conformance.porter.storage.torch_file import Looked, StateDict
 
 INDICES = "*.bin.index.json"
 MODEL = re.compile(r"(?:pytorch_model|model|consolidated|weights|checkpoint)\b.*")
 """Names that a model's weights have; beside them lie an optimiser's state, a scheduler's, a trainer's arguments."""
+NO_MODEL = re.compile(
+    r"(?:.*[._-])?(?:optim(?:izer)?|scheduler|rng_state|training_args|scaler|dataloader)\b.*|.*_states\b.*"
+)
+"""Names of the files that trainers write beside a model."""
 ENDINGS = (".bin", ".pt", ".pth")
 
 
@@ -33,11 +39,36 @@ def torch_files(directory: Path) -> tuple[Path | None, list[str]]:
     every = sorted(p.name for p in directory.iterdir() if p.name.endswith(ENDINGS) and not p.name.startswith("."))
     if indices:
         return indices[0], every
-    found = [name for name in every if MODEL.fullmatch(name)] or every
+    weights = [name for name in every if not NO_MODEL.fullmatch(name)] or every
+    found = [name for name in weights if MODEL.fullmatch(name)] or weights
     stems = {numbered[0] if (numbered := split(name)) else name for name in found}
     if len(stems) > 1:
         raise PortError(f"{directory}: has several torch files, {', '.join(found[:3])}: name the one with the weights")
     return None, found
+
+
+def others_holding(directory: Path, besides: Iterable[str] = ()) -> dict[str, list[str]]:
+    """The hyper-connections in the torch files of a directory that aren't named, for each file that has some.
+
+    A file that holds no state dict has none; one with a model's name must be readable.
+
+    Raises:
+        PortError: it isn't.
+    """
+    found: dict[str, list[str]] = {}
+    for path in sorted(directory.iterdir()):
+        name = path.name
+        if name in besides or name.startswith(".") or not name.endswith(ENDINGS) or NO_MODEL.fullmatch(name):
+            continue
+        try:
+            held = hyper_connections(without_optimiser(StateDict(path).values)[0])
+        except PortError as error:
+            if MODEL.fullmatch(name) or error.status == PACKAGE:
+                raise
+            continue
+        if held:
+            found[name] = held
+    return found
 
 
 class TorchDirectory(Checkpoint):
@@ -46,6 +77,7 @@ class TorchDirectory(Checkpoint):
     def __init__(self, path: Path):
         super().__init__(path, "torch")
         index, files = torch_files(path)
+        self._index = index
         self._opened: dict[str, StateDict] = {}
         if index:
             content = read_index(index)
@@ -58,16 +90,33 @@ class TorchDirectory(Checkpoint):
                         raise PortError(f"{path}: {name} is in both {self._holders[name]} and {file}: keep one of them")
                     self._holders[name] = file
             if len(files) == 1:
-                self.metadata = self._shard(files[0]).metadata
+                self.metadata, self.state_dicts = self._shard(files[0]).metadata, self._shard(files[0]).state_dicts
         named = set(self._holders.values()) if index else set(files)
         check_numbers(path, {*named, *files})
+        self._check_others(index, named)
         names, self.aside = without_optimiser(self._holders)
         self.tensors = Looked(dict.fromkeys(names), self._look)
         self.config, self.files = config_beside(path), len(named)
 
+    def _check_others(self, index: Path | None, named: set[str]) -> None:
+        """Raises for hyper-connections in torch files that are none of the model's.
+
+        Raises:
+            PortError: it names the file.
+        """
+        for name, held in others_holding(self.path, named).items():
+            unlisted = [tensor for tensor in held if tensor not in self._holders]
+            if index and unlisted:
+                raise unlisted_in(self.path / name, index, unlisted)
+            if not index and any(hyper_connections(self._shard(file).values) for file in named):
+                of_one_model(self.path, [*named, name], "an index, pytorch_model.bin.index.json")
+
     def _shard(self, file: str) -> StateDict:
         if file not in self._opened:
-            self._opened[file] = StateDict(self.path / file)
+            self._opened[file] = shard = StateDict(self.path / file)
+            unlisted = hyper_connections([t for t in shard.values if t not in self._holders]) if self._index else []
+            if self._index and unlisted:
+                raise unlisted_in(self.path / file, self._index, unlisted)
         return self._opened[file]
 
     def _look(self, name: str) -> Tensor:

@@ -1,0 +1,49 @@
+"""Which names of a checkpoint are hyper-connections', before anything is known of its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from conformance.porter import names as naming
+from conformance.porter.errors import PortError
+from conformance.porter.layout import Layout
+from conformance.porter.layouts import layouts
+from conformance.porter.site import ALONE
+
+
+def hyper_connections(names: Collection[str]) -> list[str]:
+    """The names that only a hyper-connection's tensor has, and those that show a layout's site to be there."""
+    found = dict.fromkeys(naming.plainly_ours(names))
+    few = _ending_as(frozenset[str]().union(*(layout.endings_of_anchors for layout in layouts().values())), names)
+    found |= {name: None for name in few if any(layout.locate([name]) for layout in layouts().values())}
+    return list(found)
+
+
+def placed(names: Collection[str], kind: str) -> tuple[int, frozenset[str]]:
+    """How many of the names have a place in the layouts that have one for the most of them, and which those are.
+
+    A module on its own doesn't count: whatever stands before its tensors may be its name.
+
+    Args:
+        kind: of checkpoint; layouts that aren't kept in such files don't count.
+    """
+    considered = [layout for layout in layouts().values() if kind in layout.containers]
+    few = _ending_as(frozenset[str]().union(*(layout.endings for layout in considered)), names)
+    counts = {layout.name: _count(layout, few) for layout in considered}
+    most = max(counts.values(), default=0)
+    return most, frozenset(name for name, count in counts.items() if count == most)
+
+
+def _count(layout: Layout, names: Iterable[str]) -> int:
+    try:
+        return sum(len(rows) for site, rows in layout.locate(names).items() if site != ALONE)
+    except PortError:  # a site under two names
+        return 0
+
+
+def _ending_as(endings: Collection[str], names: Collection[str]) -> list[str]:
+    """The few names of a large checkpoint that end so, with and without wrappers."""
+    ends = tuple({*endings, *(end.replace("/", ".") for end in endings)})
+    found = dict.fromkeys(name for name in names if name.endswith(ends))
+    found |= {name: None for name in naming.wrapped(names) if naming.plain(name).endswith(ends)}
+    return list(found)

@@ -1,0 +1,106 @@
+"""Keys of a training checkpoint that its whole model lies under: ``{"model": state dict, "optim": …}``.
+
+Joined to the names they look like a module's: ``model.layers.0.hc_attn_fn`` is transformers' name of a tensor that the
+released model has as ``layers.0.hc_attn_fn``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from conformance.porter.storage.checkpoint import Checkpoint, Tensor, View
+from conformance.porter.storage.holding import hyper_connections, placed
+
+MOST_KEYS = 8
+
+
+def flat_dictionaries(paths: Iterable[tuple[str, ...]]) -> frozenset[str]:
+    """What stands before the names of each flat state dict in a tree: its last keys have dots, as modules' names do.
+
+    Args:
+        paths: the keys that lead to each tensor.
+    """
+    return frozenset(".".join(path[:-1]) + "." for path in paths if len(path) > 1 and "." in path[-1])
+
+
+def paths_of(tree: Mapping[Any, Any], leaf: type, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys that lead to each leaf of nested mappings, which are no deeper than `checkpoint.flatten` allows."""
+    for key, node in tree.items():
+        if isinstance(node, Mapping):
+            yield from paths_of(node, leaf, (*before, str(key)))
+        elif isinstance(node, leaf):
+            yield (*before, str(key))
+
+
+class WithoutKeys(View):
+    """A checkpoint whose names are shown without a key that they start with."""
+
+    def __init__(self, whole: Checkpoint, key: str):
+        super().__init__(whole)
+        self._held = {name.removeprefix(key): name for name in whole.tensors}
+        self.tensors = _Renamed(whole.tensors, self._held)
+
+    def prepare(self, names: Iterable[str]) -> None:
+        self._whole.prepare([self._held[name] for name in names])
+
+    def read(self, name: str) -> np.ndarray:
+        return self._whole.read(self._held[name])
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Tensors under other names, looked at when they are asked for."""
+
+    def __init__(self, whole: Mapping[str, Tensor], held: Mapping[str, str]):
+        self._whole, self._held = whole, held
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._whole[self._held[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+def without_keys(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without the keys that all of its hyper-connections lie under, where that gives more of them a
+    place; itself otherwise.
+
+    Where both readings give all a place, in different layouts, a key that leads to a flat state dict is no part of the
+    names in it.
+    """
+    ours = hyper_connections(checkpoint.tensors)
+    readings = [key for key in _shared(ours) if _tells_apart(checkpoint, key)]
+    if not readings:
+        return checkpoint
+    best, (most, by) = "", placed(checkpoint.tensors, checkpoint.kind)
+    for key in readings:
+        count, layouts = placed([name.removeprefix(key) for name in checkpoint.tensors], checkpoint.kind)
+        flat = key in checkpoint.state_dicts and count == most and not layouts & by
+        if count > most or flat:
+            best, most, by = key, count, layouts
+    return WithoutKeys(checkpoint, best) if best else checkpoint
+
+
+def _shared(names: list[str]) -> Iterator[str]:
+    """The keys that all names start with: the first one, the first two, and so on."""
+    if not names:
+        return
+    words = names[0].split(".")[:-1][:MOST_KEYS]
+    for depth in range(1, len(words) + 1):
+        key = ".".join(words[:depth]) + "."
+        if not all(name.startswith(key) for name in names):
+            return
+        yield key
+
+
+def _tells_apart(checkpoint: Checkpoint, key: str) -> bool:
+    """Whether the names without the key are still as many."""
+    return len({name.removeprefix(key) for name in checkpoint.tensors}) == len(checkpoint.tensors)
