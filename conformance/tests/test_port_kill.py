@@ -296,7 +296,8 @@ def test_an_orbax_tree_is_the_old_one_or_the_new_one(tmp_path, sources, drivers)
     first.kill()
     left = hidden(folder, {"tree"})
     for _ in counts.enough(ORBAX_KILLS):
-        pair = [drivers(warm_up), drivers(warm_up)]  # imports take nearly all of the time: two at once
+        # imports take nearly all of the time: two at once, each with a place of its own to warm up
+        pair = [drivers({**warm_up, "target": str(tmp_path / f"warm-{k}")}) for k in range(2)]
         for driver in [d.ready() for d in pair]:
             former, wanted = bits(tree), 1 - there
             driver.tell(tasks[wanted], fork=False)
