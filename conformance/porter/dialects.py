@@ -16,7 +16,7 @@ from conformance.porter import configuration
 from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layouts
-from conformance.porter.notes import CANONICAL_FORMAT, PORT_FORMAT, SIZES, note, statement
+from conformance.porter.notes import CANONICAL_FORMAT, PORT_FORMAT, SIZES, Statement, note, statement
 from conformance.porter.site import Site
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
 from conformance.porter.verdict import ROUNDED
