@@ -126,12 +126,16 @@ def given(text: str, checkpoint: Checkpoint | None = None, layout: Layout | None
         software = dialects.configuration(_software(checkpoint.config, base))
         doubt = configuration.unclear(checkpoint.config, software)
         set_there = Parameters() if doubt else configuration.values(checkpoint.config, software)
-        set_there = {k: v for k, v in set_there.items() if k in parameters and k not in changed}
+        set_there = {
+            k: v
+            for k, v in set_there.items()
+            if k in parameters and k not in changed and not _same(v, parameters[k], checkpoint)
+        }
         found = _with_values(parameters, set_there, software, checkpoint.config_place)
         more = [k for k in parameters if found[k] != parameters[k]]
         by = f"{GIVEN}, with {', '.join(more)} from its {name}" if more else GIVEN
     if said and not (said.problem or said.assumed):
-        apart = _apart(found, said.parameters)
+        apart = [k for k in _apart(found, said.parameters) if not _same(said.parameters[k], found[k], checkpoint)]
         if apart:
             remarks.append(
                 f"{said.by.replace('from', 'by', 1)} it is {described(said.parameters, said.base)}, and --dialect says "
