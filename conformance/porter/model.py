@@ -178,14 +178,14 @@ class Model:
         if self.stray:
             raise unplaced(self.checkpoint, self.layout, self.stray, self.tensors)
         dialect = ""
-        if self.lost_norm and "norm weights" in lacking[0]:
+        if self.lost_norm:
             row = dialects.described(self.parameters, self.told.base).partition(",norm_weight=")[0]
             dialect = f", say that there are none (--dialect {row},norm_weight=false)"
-        if lacking[0] == NO_HEAD:
+        if NO_HEAD in lacking:
             row = dialects.described(self.parameters, self.told.base).partition(",reduce=")[0]
             dialect = f", say how the streams are reduced otherwise (--dialect {row},reduce=none)"
         raise PortError(
-            f"{self.checkpoint.path}: {lacking[0]}: add what is missing{dialect}, or port the rest with "
+            f"{self.checkpoint.path}: {'; '.join(lacking[:4])}: add what is missing{dialect}, or port the rest with "
             f"--allow-partial", INCOMPLETE,
         )  # fmt: skip
 

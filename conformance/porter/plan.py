@@ -322,7 +322,7 @@ def _needed_there(model: Model, parameters: Mapping[str, Any], options: Options)
     if parameters["reduce"] == "head" and not model.head and model.layers and model.parameters["reduce"] != "head":
         lines.append("the target reduces the streams by a head, and the source has none")
         otherwise = ", or say that it does otherwise (--to-dialect NAME,reduce=none)"
-    if options.into is not None and model.layers:
+    if options.into is not None and options.into.is_dir() and model.layers:  # a GGUF file counts its blocks itself
         with open_checkpoint(options.into) as checkpoint:
             layers, more = dialects.layers_stated(checkpoint)
             if layers and len(model.layers) not in (layers, layers + more):

@@ -65,24 +65,24 @@ def recognise(checkpoint: Checkpoint, given: Layout | None, prefixes: Mapping[st
     ]
     names = candidates(checkpoint, considered)
     fits: list[Recognised] = []
-    broken: list[tuple[int, PortError]] = []
+    broken: list[tuple[tuple[int, bool], PortError]] = []
     for layout in considered:
         try:
             sites = layout.locate(names)
-        except PortError as error:  # of two models; it counts where no other layout fits
-            broken.append((layout.count(names), error))
+        except PortError as error:  # twice, or of two models: it counts where no other layout has more
+            broken.append(((layout.count(names), True), error))
             continue
         if not sites:
             continue
         try:
             fits.append(Recognised(layout, sites, _sizes(checkpoint, layout, sites), names))
         except Misfit as error:
-            broken.append((error.whole, error))
+            broken.append(((error.whole, False), error))
     fits = _likeliest(checkpoint, fits)
     if len(fits) > 1:
         found = [fit.layout.name for fit in fits]
         raise Ambiguous(f"{checkpoint.path}: fits the layouts {' and '.join(found)}: say which with --from", found)
-    if broken and (not fits or max(broken, key=_whole)[0] > len(fits[0].sites)):
+    if broken and (not fits or max(broken, key=_whole)[0] > (len(fits[0].sites), False)):
         raise max(broken, key=_whole)[1]
     if not fits:
         raise _nothing(checkpoint, given)
@@ -101,7 +101,7 @@ class Misfit(PortError):
         self.whole = whole
 
 
-def _whole(entry: tuple[int, PortError]) -> int:
+def _whole(entry: tuple[tuple[int, bool], PortError]) -> tuple[int, bool]:
     return entry[0]
 
 

@@ -116,7 +116,8 @@ def _shown(layout: Layout, tensors: Shapes) -> list[str]:
     Raises:
         PortError: it takes some for an optimiser's, or can't take the stacks apart.
     """
-    kept, aside = without_optimiser(tensors)
+    weights, aside = without_optimiser(tensors)
+    kept = list(weights)
     if aside:
         raise PortError(
             f"{min(aside)} would be taken for the state of an optimiser, and not be read: {_advice(layout)}"

@@ -49,7 +49,10 @@ def choose(model: Model, layout: Layout, options: Options) -> Told:
         found["reduce"] = "head"
     chosen = told.stated or "reduce=" in (options.to_dialect or "")
     if not model.head and not chosen and found["reduce"] == "head":
-        found["reduce"] = model.parameters["reduce"]  # there is no head to write: a note says that the target needs one
+        own = model.parameters["reduce"]
+        found["reduce"] = (
+            own if own in ("sum", "mean", "none") else "none"
+        )  # there is no head to write: a note says that the target needs one
     if model.residual not in layout.residuals or found["residual"] not in layout.residuals:
         broken = found["residual"] if model.residual in layout.residuals else model.residual
         fits = [o for o in layouts().values() if model.residual in o.residuals and broken == model.residual]

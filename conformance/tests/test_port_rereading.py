@@ -53,7 +53,13 @@ def test_every_layout_reads_its_own_names(name):
         ("canonical", ("attention=blocks_{layer}.first.",)),
         ("maxtext", ("attention=my/decoder/layers_{layer}/mhc_attention/",)),
         ("maxtext", ("attention=my/decoder/block_{layer}/mhc_attention/",)),
-        ("maxtext", ("attention=base/module/decoder/layers_{layer}/mhc_attention/",)),
+        (
+            "maxtext",
+            (
+                "attention=base/module/decoder/layers_{layer}/mhc_attention/",
+                "ffn=base/module/decoder/layers_{layer}/mhc_mlp/",
+            ),
+        ),
     ],
 )
 def test_prefixes_that_are_found_again_are_taken(name, options):
@@ -85,7 +91,7 @@ def test_prefixes_that_are_read_as_something_else_are_refused(name, options, say
 @pytest.mark.parametrize("name", ["canonical", "liger", "deepseek"])
 def test_prefixes_that_hide_the_weights_as_an_optimiser_s_are_refused(name):
     prefix = "exp_avg.{layer}.attn_"
-    assert naming.of_optimizer(prefix)
+    assert naming.without_optimiser([prefix, "layers.0.x"])[1]
     with pytest.raises(PortError, match="optimiser"):
         checked(name, f"attention={prefix}")
 

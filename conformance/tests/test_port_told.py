@@ -62,11 +62,26 @@ def test_a_model_of_another_function_is_none_whatever_dialect_is_named(tmp_path,
 
 def test_a_configuration_is_read_by_the_keys_of_its_own_software(tmp_path):
     made = source(tmp_path / "s", hc_eps=1e-3)
-    done = call("port", made, tmp_path / "o.safetensors", "--to", "canonical", "--dialect", "maxtext,reduce=head")
+    done = call(
+        "port",
+        made,
+        tmp_path / "o.safetensors",
+        "--to",
+        "canonical",
+        "--dialect",
+        "maxtext,norm_weight=false,reduce=head",
+    )
     assert "maxtext,norm_weight=False,norm_eps=1e-06,eps=0.001,pre_eps=0.001" in done.stdout, done.output
     assert "with norm_eps, eps, pre_eps from its config.json" in done.stdout
     wrong = source(tmp_path / "wrong", hc_mult=2)
-    arguments = (wrong, tmp_path / "p.safetensors", "--to", "canonical", "--dialect", "maxtext,reduce=head")
+    arguments = (
+        wrong,
+        tmp_path / "p.safetensors",
+        "--to",
+        "canonical",
+        "--dialect",
+        "maxtext,norm_weight=false,reduce=head",
+    )
     refuses(tmp_path, "port", *arguments, saying=("n = 2", "n = 4"))  # fmt: skip
 
 
