@@ -178,11 +178,11 @@ def _warm_up(work: Path, target: Path) -> None:
 
     from conformance.porter.port import Options, port
 
-    save_file(
-        {"layers.0.hc_attn_fn": np.ones((3, 1), np.float32), "layers.0.hc_attn_base": np.ones(3, np.float32),
-         "layers.0.hc_attn_scale": np.ones(3, np.float32)}, work / "tiny.safetensors",
-    )  # fmt: skip
-    port(work / "tiny.safetensors", target, Options(to="maxtext", assume=True))
+    shapes = {"fn": (3, 1), "base": (3,), "scale": (3,)}
+    tensors = {f"layers.0.hc_{kind}_{row}": np.ones(shape, np.float32) for kind in ("attn", "ffn")
+               for row, shape in shapes.items()}  # fmt: skip
+    save_file(tensors, work / "tiny.safetensors")
+    port(work / "tiny.safetensors", target, Options(to="maxtext", dialect="deepseek-v4,reduce=none"))
     shutil.rmtree(target)
 
 

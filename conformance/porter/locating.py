@@ -56,6 +56,11 @@ class Locator:
             for template in templates
         ]
 
+    @cached_property
+    def _tails(self) -> tuple[str, ...]:
+        """How the names of all rows end."""
+        return tuple({row.name for kind in ("", "head") for row in self._layout.rows_of(kind)})
+
     def _pattern(self, kind: str, template: str) -> re.Pattern[str]:
         prefix = re.escape(template)
         for token, pattern in PREFIXES.items():
@@ -164,6 +169,8 @@ class Locator:
         """A name's site, where that is, and its row; None where the layout has none."""
         spellings = self._spellings(name)
         for spelling in spellings:
+            if not spelling.endswith(self._tails):
+                continue
             for group, kind, template, pattern in self._patterns:
                 if spelling == name and len(spellings) > 1 and template not in self._layout.given:
                     continue  # a wrapper's word is no part of a prefix, unless the user names it

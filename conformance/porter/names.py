@@ -6,7 +6,9 @@ Wrappers put a word of theirs somewhere into every name (``layers.0._orig_mod.at
 
 from __future__ import annotations
 
+import functools
 import re
+import weakref
 from collections.abc import Collection, Iterable, Mapping
 
 WRAPPERS = (
@@ -47,6 +49,7 @@ TELLING = ("hc", "yper", "_alpha", "_beta", "alpha_", "head_", "mapping_proj")
 """One of these is in every such name."""
 
 
+@functools.lru_cache(maxsize=8192)
 def plain(name: str) -> str:
     """The name without wrappers and without the leaf of an NNX variable."""
     return _LEAF.sub("", _WRAPPED.sub("", name))
@@ -57,8 +60,8 @@ def having(names: Collection[str], words: Iterable[str]) -> list[str]:
 
     They are searched as one text: a large model has tens of thousands, and few of them have any.
     """
-    text = "\n".join(["", *names, ""])
-    if text.count("\n") != len(names) + 1:  # a name of several lines
+    text = _joined(names)
+    if not text:  # a name of several lines
         return [name for name in names if any(word in name for word in words)]
     found = set()
     for word in words:
@@ -70,11 +73,30 @@ def having(names: Collection[str], words: Iterable[str]) -> list[str]:
     return [name for name in names if name in found] if found else []
 
 
+_TEXTS: weakref.WeakKeyDictionary[Collection[str], str] = weakref.WeakKeyDictionary()
+
+
+def _joined(names: Collection[str]) -> str:
+    """All names as one text, a line each; empty where a name has several lines.
+
+    That of a checkpoint's tensors is kept as long as they are: it is searched several times.
+    """
+    kept = type(names).__hash__ is not None and type(names).__eq__ is object.__eq__  # by identity
+    if kept and names in _TEXTS:
+        return _TEXTS[names]
+    text = "\n".join(["", *names, ""])
+    text = text if text.count("\n") == len(names) + 1 else ""
+    if kept:
+        _TEXTS[names] = text
+    return text
+
+
 def wrapped(names: Collection[str]) -> list[str]:
     """The names in which a wrapper or an NNX leaf may hide how they end."""
     return having(names, (*_WRAPPING, "/value", ".value", "/raw_value", ".raw_value"))
 
 
+@functools.lru_cache(maxsize=8192)
 def of_text(name: str) -> str:
     """A plain name without the word for the text part of a model."""
     return _LANGUAGE.sub("", name)

@@ -220,7 +220,9 @@ def candidates(checkpoint: Checkpoint, considered: Iterable[Layout]) -> list[str
     width = 8
     long, short = {e[-width:] for e in endings if len(e) >= width}, tuple(e for e in endings if len(e) < width)
 
-    found = [name for name in checkpoint.tensors if name[-width:] in long or name.endswith(short)]
+    tails = {name[-width:] for name in checkpoint.tensors}  # of tens of thousands of names there are few
+    right = {tail for tail in tails if tail in long or tail.endswith(short)}
+    found = [name for name in checkpoint.tensors if name[-width:] in right]
     hidden = [(name, naming.plain(name)) for name in naming.wrapped(checkpoint.tensors)]
     more = [name for name, bare in hidden if bare[-width:] in long or bare.endswith(short)]
     return list(dict.fromkeys([*found, *more]))

@@ -50,7 +50,8 @@ def check(layout: Layout, prefixes: Mapping[Site, Mapping[str, str]], tensors: S
         place, read = meant.get(_bare(layout, name)), told.get(name)
         if place is None or read != place:
             raise _misread(layout, name, place, read)
-    lost = [site for site in prefixes if site not in {site for site, _ in told.values()}]
+    read_again = {site for site, _ in told.values()}
+    lost = [site for site in prefixes if site not in read_again]
     if lost:
         raise PortError(f"nothing would be written of {lost[0]}: {_advice(layout)}")
     untold, _ = _located(layouts()[layout.name], shown)

@@ -181,6 +181,8 @@ class Tensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._shards[self.holders[name]].tensor(name)
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # of its own identity: it is the key of what is known of it
+
     def __contains__(self, name: object) -> bool:
         return name in self.holders
 
@@ -211,9 +213,11 @@ class SafetensorsCheckpoint(Checkpoint):
         self.config = config_beside(self.path.parent)
 
     def _hold(self, holders: Mapping[str, str]) -> None:
-        kept, self.aside = without_optimiser(holders)
-        held = {name: holders[name] for name in kept} if self.aside else holders
-        self._holders, self.tensors = held, Tensors(held, self._shards)
+        self._holders, self.tensors = holders, Tensors(holders, self._shards)
+        kept, self.aside = without_optimiser(self.tensors)
+        if self.aside:
+            self._holders = {name: holders[name] for name in kept}
+            self.tensors = Tensors(self._holders, self._shards)
 
     def _directory(self) -> None:
         index = index_of(self.path)
@@ -255,7 +259,9 @@ class SafetensorsCheckpoint(Checkpoint):
 
         A shard that a port wrote and didn't live to list is the exception.
         """
-        for name in sorted({*self._shards, *safetensors_in(self.path)}):
+        others = [name for name in safetensors_in(self.path) if name not in self._shards]
+        whole = sum(len(shard.header) for shard in self._shards.values()) == len(weight_map)  # every tensor is listed
+        for name in sorted(others if whole else {*self._shards, *others}):
             listed = name in self._shards
             shard = self._shards[name] if listed else Shard(self.path / name)
             unlisted = hyper_connections([tensor for tensor in shard.header if tensor not in weight_map])
