@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import weakref
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 WRAPPERS = (
     "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_fp32_params", "module",
@@ -81,7 +81,7 @@ def _joined(names: Collection[str]) -> str:
 
     That of a checkpoint's tensors is kept as long as they are: it is searched several times.
     """
-    kept = isinstance(names, Mapping) and isinstance(names, Hashable)
+    kept = isinstance(names, Mapping) and getattr(names, "__hash__", None) is not None
     if kept and names in _TEXTS:
         return _TEXTS[names]
     text = "\n".join(["", *names, ""])
