@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A safetensors file or directory, torch state dict or Orbax tree.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint: safetensors, torch files, GGUF or an Orbax tree.")],
     layout: Annotated[str | None, typer.Option("--from", help="Its layout; recognised where it isn't given.")] = None,
     from_names: Annotated[
         list[str] | None,
@@ -31,7 +31,8 @@ def inspect(
 ) -> None:
     """What a checkpoint holds of hyper-connections: layout, sites, sizes, dtypes, fitting dialects, what is odd.
 
-    Only headers and mHC tensors are read. Exit status: 0, or 2 where it can't be read, no layout fits or several do.
+    Only headers and mHC tensors are read. Exit status: 0; 2 where it can't be read, no layout fits or several do; 3 where
+    a package is missing; 5 for a model that computes something else; 7 where no name that is there has a place.
     """
     from conformance.porter.errors import PortError
     from conformance.porter.inspection import inspect as look
