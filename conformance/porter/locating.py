@@ -179,6 +179,7 @@ class Locator:
                     layer = match.groupdict().get("layer")
                     site = Site(group, None if layer is None else int(layer), kind)
                     lead = "" if layer is None else spelling[: match.start("layer")]
+                    lead += naming.LANGUAGE_MODEL if lead and naming.LANGUAGE_MODEL in name else ""
                     copy = Copy(template in self._layout.given, match["prefix"], (naming.model_of(name), lead))
                     return site, copy, match["row"]
         return None

@@ -65,6 +65,10 @@ def test_two_models_in_one_file_are_not_mixed(tmp_path):
     lists = {f"{'model.' if '.0.' in k else ''}{k}": v for k, v in as_layout_of_transformers(plain).items()}
     done = ported(saved(tmp_path / "lists.safetensors", lists), tmp_path, "--dialect", f"{V4},reduce=none")
     assert done.exit_code in (2, 7) and "two models" in done.stderr
+    parts = {f"{'model.' if '.0.' in k else 'language_model.model.'}{k}": v for k, v in lists.items()}
+    parts = {k.replace("model.model.", "model."): v for k, v in parts.items()}
+    done = ported(saved(tmp_path / "parts.safetensors", parts), tmp_path, "--dialect", f"{V4},reduce=none")
+    assert done.exit_code in (2, 7) and "two models" in done.stderr
     both = {**plain, **{f"ema_model.{k}": v for k, v in averaged.items()}}
     source = saved(tmp_path / "both.safetensors", both)
     assert ported(source, tmp_path, "--dialect", V4).exit_code == 2
