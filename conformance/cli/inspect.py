@@ -31,8 +31,8 @@ def inspect(
 ) -> None:
     """What a checkpoint holds of hyper-connections: layout, sites, sizes, dtypes, fitting dialects, what is odd.
 
-    Only headers and mHC tensors are read. Exit status: 0; 2 where it can't be read, no layout fits or several do; 3 where
-    a package is missing; 5 for a model that computes something else; 7 where no name that is there has a place.
+    Only headers and mHC tensors are read. Exit status: 0; 2 where it can't be read, no layout fits or several do; 3
+    where a package is missing; 5 for a model that computes something else; 7 where no name that is there has a place.
     """
     from conformance.porter.errors import PortError
     from conformance.porter.inspection import inspect as look
