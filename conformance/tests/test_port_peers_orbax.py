@@ -120,7 +120,8 @@ def read_by_porter(path, tmp_path, found, with_head=True):
     every = sorted({layer for layer, _ in found})
     assert (told.layout, told.streams, told.dim) == ("maxtext", N, C)
     assert told.layers == {"layers.attention": every, "layers.ffn": every} and told.head == with_head
-    assert told.assumed and all("mhc_norm.scale is centred at" in line for line in told.odd), told.odd
+    known = ("mhc_norm.scale is centred at", "left aside as an optimiser's")  # random norm weights; a train state
+    assert told.assumed and all(any(word in line for word in known) for line in told.odd), told.odd
     assert port(path, tmp_path / "read.safetensors", Options(to="canonical", assume=True)).verdict == "exact"
     same(load_file(tmp_path / "read.safetensors"), canonical(found, with_head))
 
