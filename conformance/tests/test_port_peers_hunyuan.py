@@ -14,14 +14,14 @@ import pytest
 if importlib.util.find_spec("triton") and not os.path.exists("/dev/nvidia0"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # importing the model imports triton, which another test needs so
 
-from safetensors.torch import load_file, save_file
-
 from conformance.porter.errors import PortError
 from conformance.porter.inspection import inspect
 from conformance.porter.port import Options, port
 from conformance.tests.porter_data import differences, read_sites
 
 torch = pytest.importorskip("torch", reason="needs the package torch")
+files = pytest.importorskip("safetensors.torch", reason="needs the package torch")
+load_file, save_file = files.load_file, files.save_file
 modelling = pytest.importorskip("transformers.models.hy_v4.modeling_hy_v4", reason="needs transformers with hy_v4")
 transformers = pytest.importorskip("transformers")
 
