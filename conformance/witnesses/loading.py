@@ -78,7 +78,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 def load(package: str, module: str, real: Sequence[str] = (), absent: Sequence[str] = ()) -> ModuleType:
     """A module of a fetched package.
 
-    A process holds one version of a package: the suite runs each implementation in a process of its own.
+    A process holds one version of a package: the suite runs each implementation in a process of its own. Where a module
+    that is wanted was stood in for before, the package is imported anew; those who hold the old modules keep them.
 
     Args:
         package: name and version, one of `fetch.PACKAGES`.
@@ -94,6 +95,11 @@ def load(package: str, module: str, real: Sequence[str] = (), absent: Sequence[s
         before = getattr(sys.modules.get(name), "__file__", None)
         if before is not None and not Path(before).is_relative_to(root):
             raise WitnessError(f"{name} was loaded from {before} before: {package} needs a process of its own")
+    if any(isinstance(sys.modules.get(name), _StandIn) for name in (module, *real)):
+        # Another use of the package stood in for one of these, and what imported it then holds the stand-in's names.
+        top = module.split(".")[0]
+        for name in [name for name in sys.modules if name.split(".")[0] == top]:
+            del sys.modules[name]
     finder = _Finder(root, (module, *real), absent)
     sys.meta_path.insert(0, finder)
     try:
