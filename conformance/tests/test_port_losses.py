@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -154,3 +156,32 @@ def test_why_a_head_is_left_out_is_the_reason(tmp_path):
     assert "the head is left out: the target has no place for it" in to_liger.stdout
     to_glm = call("port", source, tmp_path / "b", "--to", "transformers", "--dialect", V4, "--to-dialect", "glm-5")
     assert "the head is left out: the target reduces the streams by their mean" in to_glm.stdout
+
+
+def test_a_head_that_the_target_needs_and_nobody_has_is_said(tmp_path):
+    """By default a note, and no config.json that would promise it; where it is asked for, nothing is written."""
+    source = write_canonical(tmp_path / "s.safetensors", random_sites(3, 4, 8), f"{V4},reduce=sum")
+    report = port(source, tmp_path / "default", Options(to="deepseek"))
+    assert any("models of deepseek-v4 reduce the streams by a head" in line for line in report.notes), report.notes
+    assert report.verdict == "exact" and not (tmp_path / "default" / "config.json").exists()
+    arguments = ("port", source, tmp_path / "asked", "--to", "deepseek", "--to-dialect", f"{V4},reduce=head")
+    done = call(*arguments)
+    assert done.exit_code == 7 and "by a head, and the source has none" in done.stderr
+    assert not (tmp_path / "asked").exists()
+    partial = call(*arguments, "--allow-partial")
+    assert partial.exit_code == 0 and "verdict  partial" in partial.stdout
+
+
+@pytest.mark.parametrize("more, status", [(0, 7), (1, 0)])
+def test_a_model_that_takes_tensors_must_have_as_many_layers(tmp_path, more, status):
+    """Three layers into a model that states two and has no hyper-connections yet; one ahead makes three."""
+    into = tmp_path / "into"
+    into.mkdir()
+    saved(into / "model.safetensors", {"layers.0.ffn_norm.weight": np.ones(8, np.float32)})
+    config = {"model_type": "deepseek_v4", "num_hidden_layers": 2, "hc_mult": 4, "num_nextn_predict_layers": more}
+    (into / "config.json").write_text(json.dumps(config))
+    source = saved(tmp_path / "s.safetensors", weights(layers=3, seed=1))
+    done = call("port", source, "--into", into, "--to", "deepseek", "--dialect", V4)
+    assert done.exit_code == status, done.output
+    if status:
+        assert "states 2 layers, and 3 are ported" in done.stderr
