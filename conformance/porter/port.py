@@ -21,6 +21,7 @@ from conformance.porter.storage import target as storage
 from conformance.porter.storage.checkpoint import PORT_KEY
 from conformance.porter.storage.into import write_into
 from conformance.porter.storage.opening import open_checkpoint
+from conformance.porter.storage.stacks import Stacks
 from conformance.porter.verdict import APPROXIMATE, EXACT, IMPOSSIBLE, PARTIAL, ROUNDING, Verdict
 
 __all__ = ["Options", "Refused", "Report", "port", "settle"]
@@ -64,6 +65,8 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
         raise PortError(f"{target}: is the model that is copied (--into): name another file for the copy")
     if not copied and (target is None) == (options.into is None):
         raise PortError("name a target, or a checkpoint that takes the tensors (--into), and not both")
+    if not layout.stacked and (options.stacks, options.scan_axis) != (Stacks(), 1):
+        raise PortError(f"--stacks and --scan-axis are MaxText's: the layout {layout.name} has no scanned layers")
     if options.into is not None and os.path.realpath(options.into) == os.path.realpath(source):
         raise PortError(f"{options.into}: is the source, which is never written to: copy it first")
     if target is not None:
@@ -80,6 +83,11 @@ def _port(source: Path, target: Path | None, options: Options, progress: Callabl
         if options.config is not None:
             checkpoint.config, checkpoint.config_file = configuration.read(options.config), options.config
         model = understand(checkpoint, options.source_layout, options.dialect, options.source_names)
+        if options.config is not None and model.layout.keeps_dialect:
+            raise PortError(
+                f"{options.config}: isn't read for the layout {model.layout.name}, whose files state their dialect: "
+                f"leave --config out, or say with --dialect what they compute"
+            )
         model.check_known()
         model.check_dtypes()
         model.check_whole(options.allow_partial)

@@ -185,3 +185,13 @@ def test_a_model_that_takes_tensors_must_have_as_many_layers(tmp_path, more, sta
     assert done.exit_code == status, done.output
     if status:
         assert "states 2 layers, and 3 are ported" in done.stderr
+
+
+def test_an_option_that_would_be_passed_over_is_refused(tmp_path):
+    source = write_canonical(tmp_path / "s.safetensors", random_sites(3, 4, 8), f"{V4},reduce=none")
+    (tmp_path / "other.json").write_text('{"model_type": "deepseek_v41", "hc_eps": 1e-3}')
+    done = ported(source, tmp_path, "--config", str(tmp_path / "other.json"))
+    assert done.exit_code == 2 and "--config" in done.stderr and not (tmp_path / "out.safetensors").exists()
+    for option in (("--stacks", "unscanned"), ("--scan-axis", "0")):
+        done = ported(source, tmp_path, *option)
+        assert done.exit_code == 2 and "MaxText" in done.stderr and not (tmp_path / "out.safetensors").exists()
