@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sharded_processes import PLANS, example, forward, launch, make, mesh_of, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -20,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
+from tests.torch_impl.sharded_processes import PLANS, example, forward, launch, make, mesh_of, whole
 from torch_impl import HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, load_model, save_model
 from torch_impl import sharding as sharded
 

@@ -10,7 +10,6 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_processes import DIALECTS, DIM, PLANS, N, distance, example, forward, halves, launch, make, whole
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -19,6 +18,19 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from tests.torch_impl.sharded_processes import (
+    DIALECTS,
+    DIM,
+    PLANS,
+    N,
+    distance,
+    example,
+    forward,
+    halves,
+    launch,
+    make,
+    whole,
+)
 from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, functional
 from torch_impl import sharding as sharded
 from torch_impl.shards import TensorShards
