@@ -36,4 +36,4 @@ __all__ = [
 
 
 def main() -> None:
-    app()
+    app(prog_name="mhc-conformance")
