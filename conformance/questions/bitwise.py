@@ -154,7 +154,7 @@ def measure_all(references: Sequence[str], limit: float, most: int, jobs: int) -
         SetupError: one can't be set up.
     """
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
-        for found in pool.imap(_measure, [(reference, limit, most) for reference in references]):
-            if isinstance(found, str):
-                raise SetupError(found)
-            yield found
+        for report in pool.imap(_measure, [(reference, limit, most) for reference in references]):
+            if isinstance(report, str):
+                raise SetupError(report)
+            yield report
