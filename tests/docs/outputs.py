@@ -9,9 +9,9 @@ LEFT_OUT = "…"
 """A line of its own that stands for any number of lines."""
 NUMBER = re.compile(r"(\d+\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+)")
 DURATION = re.compile(r"\d+(?:\.\d+)?(?= ?(?:s|seconds|min|minutes)\b)")
-RELATIVE, ABSOLUTE = 0.05, 0.02
-"""How far a figure with a decimal point may be off. A different machine, or another version of a framework, rounds
-differently; an error of rounding that is printed may differ by a factor of 10 (`_near`)."""
+RELATIVE, UNITS = 0.05, 2
+"""How far a figure with a decimal point may be off, and in units of the last place that is shown: another machine, or
+another version of a framework, rounds differently. A figure below 1e-4 is an error of rounding (`_near`)."""
 
 
 def differences(shown: str, printed: str) -> str:
@@ -43,11 +43,13 @@ def same(shown: str, printed: str) -> bool:
         return False
     pairs = list(zip(*parts, strict=True))
     words = [first.split() == second.split() for first, second in pairs[::2]]
-    return all(words) and all(_near(float(first), float(second)) for first, second in pairs[1::2])
+    return all(words) and all(_near(first, second) for first, second in pairs[1::2])
 
 
-def _near(first: float, second: float) -> bool:
+def _near(shown: str, printed: str) -> bool:
+    first, second = float(shown), float(printed)
     small, large = sorted((abs(first), abs(second)))
-    if large < 1e-4:  # an error of rounding
+    if large < 1e-4:
         return small == large or (small > 0 and large / small <= 10)
-    return math.isclose(first, second, rel_tol=RELATIVE, abs_tol=ABSOLUTE if large >= 0.1 else 0.0)
+    last_place = 0.0 if "e" in shown else 10.0 ** -len(shown.partition(".")[2])
+    return math.isclose(first, second, rel_tol=RELATIVE, abs_tol=UNITS * last_place)
