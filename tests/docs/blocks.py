@@ -109,18 +109,20 @@ class Reader:
 
     def read(self, text: str) -> list[str]:
         """What went otherwise than the page says, a text for each."""
-        page, printed = blocks(text), ""
+        page, printed = blocks(text), None  # None: of the block before nothing was run
         for index, block in enumerate(page):
             if block.language not in LANGUAGES:
                 self._say(block, f"expected a language ({', '.join(LANGUAGES)}) after ```, got {block.language!r}")
             elif block.language == "text":
-                if block.adjacent and page[index - 1].language != "text":
+                if block.adjacent and printed is not None:
                     self._compare(block, block.body, printed)
+                printed = None
             elif block.file:
                 (self.folder / block.file).write_text(block.body + "\n")
                 stem = block.file.rpartition("/")[2].partition(".")[0]
                 if not any(stem in later.body for later in page[index + 1 :] if later.language in ("sh", "console")):
                     self._say(block, f"no later command uses the file {block.file}")
+                printed = None
             else:
                 printed = getattr(self, f"_{block.language}")(block)
         return self.problems
@@ -138,10 +140,12 @@ class Reader:
         script.write_text(block.body + "\n")
         return self._expect(block, [sys.executable, script.name], 0, "this block")
 
-    def _sh(self, block: Block) -> str:
-        return "".join(self._command(block, command) for command in commands(block.body))
+    def _sh(self, block: Block) -> str | None:
+        printed = [self._command(block, command) for line in commands(block.body) for command in line.split(" && ")]
+        ran = [text for text in printed if text is not None]
+        return "".join(ran) if ran else None
 
-    def _console(self, block: Block) -> str:
+    def _console(self, block: Block) -> None:
         for part in re.split(r"^\$ ", block.body, flags=re.MULTILINE)[1:]:
             command, _, shown = part.partition("\n")
             if elsewhere.rule(command) is None:
@@ -149,15 +153,15 @@ class Reader:
                 self._compare(block, shown, self._run(["bash", "-c", command])[1])
             else:
                 self._command(block, command)
-        return ""
 
-    def _command(self, block: Block, command: str) -> str:
+    def _command(self, block: Block, command: str) -> str | None:
+        """What a command printed; None where it isn't run here (`elsewhere`)."""
         kept_away = elsewhere.rule(command)
         if kept_away is not None:
             problem = kept_away.check(command, ROOT)
             if problem:
                 self._say(block, f"{command}: {problem}")
-            return ""
+            return None
         stated = STATUS.search(command)
         return self._expect(block, ["bash", "-c", command], int(stated[1]) if stated else 0, command)
 
@@ -178,16 +182,14 @@ class Reader:
             return -1, f"no end within {LIMIT} s"
         return done.returncode, done.stdout
 
-    def _json(self, block: Block) -> str:
+    def _json(self, block: Block) -> None:
         try:
             json.loads(block.body)
         except json.JSONDecodeError as error:
             self._say(block, f"expected JSON, got {error}")
-        return ""
 
-    def _toml(self, block: Block) -> str:
+    def _toml(self, block: Block) -> None:
         try:
             tomllib.loads(block.body)
         except tomllib.TOMLDecodeError as error:
             self._say(block, f"expected TOML, got {error}")
-        return ""

@@ -111,18 +111,14 @@ def _paths(command: str, root: Path) -> str:
 
 RULES = (
     Rule("pip install *", "it installs into an environment of the reader's own", _installs),
-    Rule("python -m pip install *", "it installs into an environment of the reader's own", _installs),
     Rule("python3 -m venv *", "it makes an environment of the reader's own", lambda command, root: ""),
     Rule("tox run -e *", "it installs an environment of its own, and most take minutes", _tox),
     Rule("mhc-conformance * --write *", "it rewrites a page of this checkout", _options),
-    Rule("mhc-conformance status --rows *", "it rewrites a page of this checkout", _options),
     Rule("mhc-conformance run", "it takes ten minutes", _options),
     Rule("mhc-conformance run --mesh *", "it starts every implementation on the mesh, for minutes", _options),
     Rule("mhc-conformance run --impl jax *", "it takes minutes", _options),
-    Rule("mhc-conformance power*", "it takes a minute or more", _options),
     Rule("mhc-conformance selftest*", "it takes a minute or more", _options),
     Rule("mhc-conformance fixtures regenerate*", "it rewrites the corpus", _options),
-    Rule("mhc-conformance fixtures verify", "it takes a minute", _options),
     Rule("python benchmarks/*", "it takes minutes, or needs libtpu", _script),
     Rule("pytest", "it is all tests, this one among them", lambda command, root: ""),
     Rule("pytest *", "it runs tests, which run on their own", _paths),

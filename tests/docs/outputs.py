@@ -26,10 +26,8 @@ def differences(shown: str, printed: str) -> str:
         candidates = range(position, len(actual)) if anywhere else range(position, min(position + 1, len(actual)))
         matching = next((index for index in candidates if same(line, actual[index])), None)
         if matching is None:
-            got = (
-                "nothing like it" if anywhere else repr(actual[position]) if position < len(actual) else "no more lines"
-            )
-            return f"expected {line!r}, got {got}"
+            following = repr(actual[position]) if position < len(actual) else "no more lines"
+            return f"expected {line!r}, got {'nothing like it' if anywhere else following}"
         position, anywhere = matching + 1, False
     if position < len(actual) and not anywhere:
         return f"expected no more lines, got {actual[position]!r}"

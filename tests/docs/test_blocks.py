@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs import elsewhere, outputs
-from tests.docs.blocks import ROOT, Reader, blocks, commands
+from tests.docs import outputs
+from tests.docs.blocks import ROOT, Reader
 
 NAMES = (
     "README.md",
@@ -36,20 +36,6 @@ def test_a_page_says_what_happens(page: str, tmp_path: Path) -> None:
         pytest.skip("a page compiles a program in C, and there is no cc here")
     problems = Reader(tmp_path).read(text)
     assert not problems, "\n".join(f"{page}, {problem}" for problem in problems)
-
-
-def test_each_reason_for_not_running_a_command_is_needed() -> None:
-    """A rule that no page meets any more would keep a later command from being run."""
-    lines = [
-        line.removeprefix("$ ")
-        for page in PAGES
-        for block in blocks((ROOT / page).read_text(encoding="utf-8"))
-        if block.language in ("sh", "console")
-        for line in commands(block.body)
-    ]
-    met = {kept_away.pattern for line in lines if (kept_away := elsewhere.rule(line)) is not None}
-    surplus = [known.pattern for known in elsewhere.RULES if known.pattern not in met]
-    assert not surplus, f"no page has a command like {surplus}: remove the rules"
 
 
 def test_the_readme_is_short() -> None:
