@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from conformance.cases.dialects import dialect_names
+from conformance.porter.layouts import layouts
 from tests.docs import outputs
 from tests.docs.blocks import ROOT, Reader
 
@@ -43,6 +45,13 @@ def test_the_readme_is_short() -> None:
     lines, words = len(text.splitlines()), len(text.split())
     assert lines <= 130 and words <= 900, f"README.md has {lines} lines and {words} words, at most 130 and 900"
     assert not re.search(r"<!-- \w+: begin -->", text), "README.md has a generated part: that belongs into docs/"
+
+
+def test_the_readme_counts_dialects_and_layouts() -> None:
+    words = {12: "twelve", 13: "thirteen", 14: "fourteen", 15: "fifteen", 16: "sixteen"}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{words[len(dialect_names())]} published dialects" in text
+    assert f"{words[len(layouts())]} layouts" in text
 
 
 PAGE = """Put this in `one.py`:
