@@ -99,9 +99,7 @@ def run(
     ] = False,
     search: Annotated[float, typer.Option(min=0, help="Draw fresh cases for so many seconds instead.")] = 0.0,
     seed: Annotated[int, typer.Option(help="The seed of --search.")] = 0,
-    found: Annotated[Path, typer.Option(help="The file to write the smallest failing case to (--search).")] = Path(
-        "found.safetensors"
-    ),
+    found: Annotated[Path, typer.Option(help="File for the smallest case that fails.")] = Path("found.safetensors"),
     listing: Annotated[bool, typer.Option("--list", help="Only print what would run, an item a line.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every reason to skip an item.")] = False,
     progress: Annotated[bool, typer.Option(help="A live line, on a terminal.")] = True,

@@ -75,7 +75,7 @@ class TerminalReport:
         self.console.print(f"{ran} items ran, {len(failures)} failed{known}; checks: {counts}", highlight=False)
 
     def _skipped(self) -> None:
-        """A line for each reason to skip an item; without `verbose`, one for all that an implementation doesn't claim."""
+        """A line for each reason to skip an item; without `verbose`, one line for all that isn't claimed."""
         reasons = Counter((o.implementation, o.skipped) for o in self.outcomes if o.skipped)
         unclaimed: Counter[str] = Counter()
         for (name, reason), count in sorted(reasons.items()):

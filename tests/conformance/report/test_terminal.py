@@ -27,7 +27,8 @@ def printed(verbose: bool) -> list[str]:
     [
         (False, ["skipped: mine: 1 x refused: NotImplementedError: dim 7",
                  "skipped: mine: 2 items that it doesn't claim (--verbose names each reason)"]),
-        (True, ["skipped: mine: 1 x dialect paper not claimed", "skipped: mine: 1 x refused: NotImplementedError: dim 7",
+        (True, ["skipped: mine: 1 x dialect paper not claimed",
+                "skipped: mine: 1 x refused: NotImplementedError: dim 7",
                 "skipped: mine: 1 x stage pre not claimed"]),
     ],
 )  # fmt: skip
