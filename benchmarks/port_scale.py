@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance import atomic, document
+from conformance.files import atomic, document
 
 SHARDS, LAYERS, STREAMS, DIM, EXPERTS = 46, 43, 4, 4096, 256
 APPARENT = 160 * 10**9

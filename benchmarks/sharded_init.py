@@ -31,7 +31,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from conformance import atomic
+from conformance.files import atomic
 from jax_impl import HyperConnectionType, ManifoldConstrainedHyperConnections, MHCConfig, sharding
 
 LAYERS, STREAMS, DIM = 43, 4, 7168

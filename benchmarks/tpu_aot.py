@@ -10,7 +10,7 @@ Programs, each with x in bfloat16 and weights in float32:
 
 The sub-layer between pre and post is `jax.lax.optimization_barrier`: as with a real one, u is written and y is read,
 and nothing is fused across it. Of every program are recorded the collectives by kind, count and bytes; the temporary
-memory; and the bytes moved to and from main memory (`conformance.hlo.traffic`), in units of tokens x dim x 2 bytes,
+memory; and the bytes moved to and from main memory (`hlo.traffic`), in units of tokens x dim x 2 bytes,
 both of one device, next to the floor of the mathematics: 3n + 2 forward, 5n + 3 backward. The floor of the stack is
 four times both; what checkpointing computes again isn't part of it. Where a device's part of x is small, arrays stay in
 on-chip memory and less than the floor is moved.
@@ -46,14 +46,14 @@ for _name, _value in SETTINGS.items():  # libtpu then asks no metadata server, a
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
+from hlo.collectives import collectives, tally  # noqa: E402
+from hlo.text import Module, parse  # noqa: E402
+from hlo.traffic import total  # noqa: E402
 from jax import lax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from sharded_init import DIM, LAYERS, STREAMS, Stack, parameter_bytes, stack  # noqa: E402
 
-from conformance import atomic, document  # noqa: E402
-from conformance.hlo.collectives import collectives, tally  # noqa: E402
-from conformance.hlo.text import Module, parse  # noqa: E402
-from conformance.hlo.traffic import total  # noqa: E402
+from conformance.files import atomic, document  # noqa: E402
 from jax_impl import MHCConfig, functional, post, pre, sharding  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "tpu-aot.json"

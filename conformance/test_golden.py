@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from conformance.corpus import load_corpus
-from conformance.registry import load, missing_modules
-from conformance.runner import order, refusal, run_item
+from conformance.cases.corpus import load_corpus
+from conformance.implementations.registry import load, missing_modules
+from conformance.judge.run import order, refusal, run_item
 
 
 def _names() -> list[str]:

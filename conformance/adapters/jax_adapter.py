@@ -12,7 +12,7 @@ import jax_impl
 import jax_impl.config
 from conformance.adapters import branch
 from conformance.adapters.jax_gradients import StageCalls
-from conformance.cases import DTYPES
+from conformance.cases.case import DTYPES
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import STAGES
 

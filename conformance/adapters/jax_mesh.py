@@ -12,7 +12,7 @@ import jax_impl.config
 from conformance.adapters import branch
 from conformance.adapters.jax_adapter import SHARDABLE, configuration
 from conformance.adapters.jax_gradients import vector_jacobian
-from conformance.cases import DTYPES
+from conformance.cases.case import DTYPES
 from conformance.interface import Arrays, Capabilities, Result, SetupError
 from conformance.mesh import Member
 from conformance.stages import STAGES, relevant

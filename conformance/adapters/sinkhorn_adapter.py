@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from conformance.implementations.registry import version_of
 from conformance.interface import Arrays, Capabilities, Result
-from conformance.registry import version_of
 
 
 def _capabilities(packages: tuple[str, ...], dialect: str) -> Capabilities:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from conformance.adapters import branch
-from conformance.dialects import dialect_rows
+from conformance.cases.dialects import dialect_rows
 from conformance.interface import Arrays, Capabilities, Result
 
 Values = Mapping[str, Any]

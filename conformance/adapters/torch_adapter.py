@@ -19,7 +19,7 @@ import torch_impl
 import torch_impl.config
 from conformance.adapters import branch
 from conformance.adapters.torch_gradients import settings, vector_jacobian
-from conformance.cases import DTYPES
+from conformance.cases.case import DTYPES
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import STAGES, relevant
 

@@ -18,7 +18,7 @@ import torch_impl.config
 from conformance.adapters import branch
 from conformance.adapters.torch_adapter import configuration
 from conformance.adapters.torch_gradients import settings, to_numpy, to_torch
-from conformance.cases import DTYPES
+from conformance.cases.case import DTYPES
 from conformance.interface import Arrays, Capabilities, Result, SetupError
 from conformance.mesh import Member
 from conformance.stages import STAGES, relevant

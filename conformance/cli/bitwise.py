@@ -26,9 +26,9 @@ def bitwise(
     from rich.console import Console
     from rich.table import Table
 
-    from conformance import bitwise as tier
-    from conformance import registry
+    from conformance.implementations import registry
     from conformance.interface import SetupError
+    from conformance.questions import bitwise as tier
 
     table = Table(title="tensors that differ in a bit, of those compared")
     table.add_column("implementation", no_wrap=True)

@@ -34,9 +34,10 @@ def compare(
 
     Exit status: 0 no stage differs, 1 one does, 2 usage, 3 one could not be set up.
     """
-    from conformance import comparison, registry
-    from conformance.cases import DTYPES
+    from conformance.cases.case import DTYPES
+    from conformance.implementations import registry
     from conformance.interface import SetupError
+    from conformance.questions import compare as comparison
     from conformance.stages import STAGES
 
     (row,) = dialects_given([dialect])

@@ -18,8 +18,8 @@ app.add_typer(fixtures_app, name="fixtures")
 @fixtures_app.command()
 def verify() -> None:
     """Check every golden file against the manifest, to the bit."""
-    from conformance import corpus
-    from conformance.cases import CaseError
+    from conformance.cases import corpus
+    from conformance.cases.case import CaseError
 
     try:
         problems = corpus.verify()
@@ -46,7 +46,7 @@ def regenerate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from conformance.corpus import fixtures
+    from conformance.cases.corpus import fixtures
 
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("cases", total=None)

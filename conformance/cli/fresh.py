@@ -16,15 +16,15 @@ import typer
 from conformance.cli.app import SETUP, USAGE, stop
 
 if TYPE_CHECKING:
-    from conformance.cases import Case
-    from conformance.dialects import Dialect
+    from conformance.cases.case import Case
+    from conformance.cases.dialects import Dialect
 
 HELP = "A dialect, a dialect with changes (deepseek-v4,norm_eps=1e-20), or a JSON file of a whole row"
 
 
 def dialects_given(texts: Sequence[str]) -> list[Dialect]:
     """The rows that the texts stand for; the command ends where one stands for none."""
-    from conformance.dialects import DialectError, parse
+    from conformance.cases.dialects import DialectError, parse
 
     try:
         rows = [parse(text) for text in texts]
@@ -40,7 +40,7 @@ def dialects_given(texts: Sequence[str]) -> list[Dialect]:
 def making(rows: Sequence[Dialect]) -> Any:
     """The module that makes cases; the command ends where python-flint is missing."""
     try:
-        from conformance import making as module
+        from conformance.oracle import making as module
     except ImportError as error:
         stop(
             f"the corpus has no cases of {rows[0].name}, and making them needs the extra 'regenerate': "

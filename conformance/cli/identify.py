@@ -26,15 +26,15 @@ def identify(
 
     Exit status: 0 it computes what it was told, 1 it computes something else, 2 usage, 3 it could not be set up.
     """
-    from conformance import registry
-    from conformance.cases import DTYPES, CaseError
-    from conformance.corpus import load_corpus
-    from conformance.dialects import dialect_names, dialect_rows, unclaimed
-    from conformance.identify import FAMILIES, STAGES
-    from conformance.identify import identify as run
-    from conformance.identifying import words
-    from conformance.identifying.configured import FAMILY as BIG_EPS
+    from conformance.cases.case import DTYPES, CaseError
+    from conformance.cases.corpus import load_corpus
+    from conformance.cases.dialects import dialect_names, dialect_rows, unclaimed
+    from conformance.implementations import registry
     from conformance.interface import SetupError
+    from conformance.questions.identify import FAMILIES, STAGES
+    from conformance.questions.identify import identify as run
+    from conformance.questions.identifying import words
+    from conformance.questions.identifying.configured import FAMILY as BIG_EPS
 
     try:
         given = dialects_given(dialect or dialect_names())

@@ -22,9 +22,9 @@ def peers(
 
     Exit status: 0, 2 for files that can't be read, are cut off or don't go together.
     """
-    from conformance import document
-    from conformance.cases import CaseError
-    from conformance.known import load_known
+    from conformance.cases.case import CaseError
+    from conformance.files import document
+    from conformance.judge.known import load_known
     from conformance.report import read
     from conformance.report.peers import table
 

@@ -203,7 +203,7 @@ def _activations(path: Path) -> Any:
     """
     import numpy as np
 
-    from conformance.casecheck import DTYPES
+    from conformance.cases.format import DTYPES
     from conformance.porter.errors import PortError
     from conformance.porter.storage.opening import open_checkpoint
 

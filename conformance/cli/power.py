@@ -27,13 +27,13 @@ def power(
     Exit status: 0 every mutant is killed and no honest variant fails, 1 otherwise, 2 usage, 3 PyTorch is missing.
     """
     try:
-        from conformance.power import measure, table
+        from conformance.selftest import measure, table
     except ImportError as error:
         stop(f"power needs PyTorch: pip install 'mhc-conformance[torch]' ({error})", SETUP)
     from rich.console import Console
     from rich.progress import Progress
 
-    from conformance import atomic, document
+    from conformance.files import atomic, document
 
     titles = [m.title() for m in measure.MUTANTS]
     chosen = [k for k, title in enumerate(titles) if not mutant or any(m.lower() in title.lower() for m in mutant)]

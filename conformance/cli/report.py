@@ -21,8 +21,8 @@ def report(
 
     Exit status: 0, 2 for files that can't be read, are cut off or don't go together, 3 where plotly is missing.
     """
-    from conformance import atomic
-    from conformance.cases import CaseError
+    from conformance.cases.case import CaseError
+    from conformance.files import atomic
     from conformance.report import markdown as text
     from conformance.report import read
     from conformance.report.summary import summary

@@ -15,7 +15,7 @@ from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
 from conformance.cli.fresh import HELP, Workshop, dialects_given, making
 
 if TYPE_CHECKING:
-    from conformance.dialects import Dialect
+    from conformance.cases.dialects import Dialect
 
 
 def _search(
@@ -29,12 +29,12 @@ def _search(
 ) -> NoReturn:
     """Draws fresh cases for one implementation; what fails is written as a case file."""
     try:
-        from conformance import atomic
-        from conformance.search import search
+        from conformance.files import atomic
+        from conformance.questions.search import search
     except ImportError as error:
         stop(f"--search needs the extra 'regenerate': pip install 'mhc-conformance[regenerate]' ({error})", SETUP)
+    from conformance.implementations.registry import load
     from conformance.interface import SetupError
-    from conformance.registry import load
 
     if not impl or len(impl) != 1:
         stop(f"--search takes one --impl, got {len(impl or [])}", USAGE)
@@ -103,16 +103,16 @@ def run(
 
     Exit status: 0 all passed, 1 something failed, 2 usage, 3 an implementation could not be set up.
     """
-    from conformance import registry
-    from conformance.cases import DTYPES, CaseError, load_case
-    from conformance.corpus import load_corpus
-    from conformance.crossframework import CrossFramework
-    from conformance.dialects import dialect_names
+    from conformance.cases.case import DTYPES, CaseError, load_case
+    from conformance.cases.corpus import load_corpus
+    from conformance.cases.dialects import dialect_names
+    from conformance.implementations import registry
     from conformance.interface import SetupError
-    from conformance.known import judge, load_known
+    from conformance.judge.agreement import CrossFramework
+    from conformance.judge.known import judge, load_known
+    from conformance.judge.run import run as run_items
     from conformance.mesh import MARK, parse_mesh
     from conformance.report import files, terminal
-    from conformance.runner import run as run_items
     from conformance.stages import STAGES
 
     try:

@@ -19,11 +19,11 @@ def status(
     ] = None,
 ) -> None:
     """What the corpus covers: families by stage and dtype, and clauses of the specification without a case."""
-    from conformance import atomic, document
-    from conformance.cases import CaseError
-    from conformance.corpus import load_corpus
-    from conformance.status import grounds
-    from conformance.status import status as page
+    from conformance.cases.case import CaseError
+    from conformance.cases.corpus import load_corpus
+    from conformance.files import atomic, document
+    from conformance.report.status import grounds
+    from conformance.report.status import status as page
 
     try:
         if rows:

@@ -24,7 +24,7 @@ def verdicts(
 
     Without dialects the table of all pairs; an approximate one has the deviation of out that a made-up site shows.
     """
-    from conformance import document
+    from conformance.files import document
     from conformance.porter import table
 
     if (source is None) != (target is None):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance.dialects import Dialect, edition, published
+from conformance.cases.dialects import Dialect, edition, published
 from conformance.oracle import data
 from conformance.stages import HEAD_WEIGHTS, STAGES
 

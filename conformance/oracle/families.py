@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from conformance.dialects import Dialect, dialect_names, published
+from conformance.cases.dialects import Dialect, dialect_names, published
+from conformance.cases.rules import most_permuted
 from conformance.oracle import data
 from conformance.oracle.build import CORE, PURE, Wish
-from conformance.rules import most_permuted
 
 SLOWEST = json.loads(Path(__file__).with_name("slowest.json").read_text())
 NARROW = ("bfloat16-float32", "float16-float32")

@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save
 
-from conformance import atomic
-from conformance.cases import CaseError, read_tensors
+from conformance.cases.case import CaseError, read_tensors
+from conformance.files import atomic
 from conformance.oracle.balls import BallArithmetic, certified
 from conformance.oracle.build import Case, build
 from conformance.oracle.evaluate import evaluate

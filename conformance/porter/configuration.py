@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from conformance import dialects
-from conformance.dialects import Configuration, Parameters
+from conformance.cases import dialects
+from conformance.cases.dialects import Configuration, Parameters
 from conformance.porter import parts
 from conformance.porter.errors import PACKAGE, PortError
 from conformance.porter.parts import OURS

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from conformance import dialects
-from conformance.dialects import Parameters, dialect_rows
+from conformance.cases import dialects
+from conformance.cases.dialects import Parameters, dialect_rows
+from conformance.cases.rules import domains
 from conformance.porter import configuration
 from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
@@ -20,7 +21,6 @@ from conformance.porter.notes import CANONICAL_FORMAT, PORT_FORMAT, SIZES, State
 from conformance.porter.site import Site
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
 from conformance.porter.verdict import ROUNDED
-from conformance.rules import domains
 
 __all__ = ["CANONICAL_FORMAT", "PORT_FORMAT", "note"]
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from conformance.cases.rules import most_permuted
 from conformance.porter import names as naming
 from conformance.porter.errors import PortError
 from conformance.porter.locating import Locator
 from conformance.porter.site import Site, Weights, canonical_shapes
-from conformance.rules import most_permuted
 
 WRITTEN = {"{any}": "", "{layers}": "layers", "{attention}": "attention", "{ffn}": "ffn"}
 MOST_STREAMS = 64

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance.casecheck import DTYPES
+from conformance.cases.format import DTYPES
 from conformance.porter import configuration, dialects, probe, rereading, target_dialect
 from conformance.porter import names as naming
 from conformance.porter.convert import convert

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from conformance.dialects import Parameters, dialect_rows
+from conformance.cases.dialects import Parameters, dialect_rows
 from conformance.oracle.data import normal
 from conformance.porter.convert import convert
 from conformance.porter.layouts import layouts

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from conformance import dialects as known
+from conformance.cases import dialects as known
 from conformance.porter import configuration, dialects, parts
 from conformance.porter.dialects import Told
 from conformance.porter.errors import CANNOT, UNKNOWN, PortError

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from conformance import atomic
-from conformance.compare import GOOD
-from conformance.corpus import corpus_hash
-from conformance.runner import Outcome
+from conformance.cases.corpus import corpus_hash
+from conformance.files import atomic
+from conformance.judge.rule import GOOD
+from conformance.judge.run import Outcome
 
 FORMAT = "mhc-conformance-report/1"
 PACKAGES = ("mhc-conformance", "numpy", "jax", "jaxlib", "flax", "torch", "transformers", "safetensors", "ml_dtypes")

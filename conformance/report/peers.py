@@ -10,12 +10,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from conformance.cases import DTYPES
-from conformance.compare import GOOD, Check
-from conformance.dialects import dialect_names, evidence
-from conformance.known import Known, judge
+from conformance.cases.case import DTYPES
+from conformance.cases.dialects import dialect_names, evidence
+from conformance.judge.known import Known, judge
+from conformance.judge.rule import GOOD, Check
+from conformance.judge.run import Outcome
 from conformance.report.read import ReportError, Run
-from conformance.runner import Outcome
 from conformance.stages import STAGES
 
 COLUMNS = (

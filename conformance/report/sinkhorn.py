@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance.cases import Case
+from conformance.cases.case import Case
 from conformance.oracle import formulas, residual
 from conformance.oracle.floats import Quick
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from conformance.compare import EDGES, GOOD
-from conformance.corpus import corpus_hash, load_corpus
+from conformance.cases.corpus import corpus_hash, load_corpus
+from conformance.judge.rule import EDGES, GOOD
 from conformance.report.read import Run
 from conformance.report.sinkhorn import convergence
 from conformance.stages import STAGES

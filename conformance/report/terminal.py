@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from conformance.known import Known
-from conformance.runner import Outcome
+from conformance.judge.known import Known
+from conformance.judge.run import Outcome
 from conformance.stages import STAGES
 
 MOST_FAILURES = 40

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance.casecheck import DTYPES
+from conformance.cases.format import DTYPES
 from conformance.porter.errors import PortError
 
 PORT_KEY = "mhc_port"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from conformance.dialects import configuration as configured
-from conformance.dialects import dialect_rows
+from conformance.cases.dialects import configuration as configured
+from conformance.cases.dialects import dialect_rows
 from conformance.porter.configuration import described
 from conformance.porter.errors import PortError
 from conformance.porter.parts import OURS

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance import atomic
+from conformance.files import atomic
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import PORT_KEY
 from conformance.porter.storage.opening import other_formats

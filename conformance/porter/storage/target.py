@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from conformance import atomic
+from conformance.files import atomic
 from conformance.porter.errors import CONTRADICTED, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.storage import gguf_copy, gguf_file, gguf_header, orbax_tree, torch_file

@@ -1,0 +1,229 @@
+"""Reads one case file and hands out its arrays in the dtypes of a variant."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from conformance.cases.dialects import dialect_names
+from conformance.cases.format import DTYPES, CaseError, check_description, check_tensors
+from conformance.stages import COEFFICIENT, STAGES, WEIGHT
+
+FORMAT = "mhc-conformance-case/1"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The dtypes that a case is run in."""
+
+    name: str
+    x: str
+    weights: str
+    contract: str
+    stages: tuple[str, ...]
+
+    @property
+    def pure(self) -> bool:
+        """Whether the weights have another dtype than the usual one: x's own, or float32 under float64."""
+        return self.weights != ("float64" if self.x == "float64" else "float32")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One stage of one case in one variant: what is run and compared at a time."""
+
+    case: Case
+    stage: str
+    variant: Variant
+
+    @property
+    def id(self) -> str:
+        return f"{self.case.id}::{self.stage}::{self.variant.name}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What an implementation is told: parameters, dialect and the stage's options."""
+        return {**self.case.parameters, "dialect": self.case.dialect, **self.case.stages[self.stage]["options"]}
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of an input, a weight or an output in this variant."""
+        stage = STAGES[self.stage]
+        role = WEIGHT if name in stage.weights else {**stage.inputs, **stage.outputs}[name]
+        return DTYPES[self._resolved(role)]
+
+    def output_dtype(self, name: str) -> np.dtype:
+        return DTYPES[self._resolved(STAGES[self.stage].outputs[name])]
+
+    def _resolved(self, role: str) -> str:
+        if role == COEFFICIENT:
+            if self.variant.x == "float64":
+                return "float64"
+            return "float32" if self.case.parameters["coefficients"] == "float32" else self.variant.x
+        return {"x": self.variant.x, WEIGHT: self.variant.weights}.get(role, role)
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """Inputs and weights under their names; fresh arrays, non-contiguous where the case says so."""
+        entry = self.case.stages[self.stage]
+        found = {k: self._cast(f"input/{k}", self._input_dtype(k)) for k in entry["inputs"]}
+        found.update({k: self._cast(f"weight/{k}", DTYPES[self.variant.weights]) for k in entry["weights"]})
+        if self.case.layout == "strided":
+            found = {k: _strided(v) for k, v in found.items()}
+        return found
+
+    def _input_dtype(self, name: str) -> np.dtype:
+        return DTYPES[self._resolved(STAGES[self.stage].inputs[name])]
+
+    def cotangents(self) -> dict[str, np.ndarray]:
+        outputs = self.case.stages[self.stage]["outputs"]
+        return {k: self._cast(f"cotangent/{self.stage}/{k}", self.output_dtype(k)) for k in outputs}
+
+    def _cast(self, tensor: str, dtype: np.dtype) -> np.ndarray:
+        value = self.case.tensors[tensor]
+        cast = value.astype(dtype)
+        if not np.array_equal(cast.astype(np.float64), value.astype(np.float64)):
+            raise CaseError(
+                f"{self.case.path}: {tensor} must be exact in {dtype}, as variant {self.variant.name} needs"
+            )
+        return cast
+
+    @property
+    def expected(self) -> dict[str, np.ndarray]:
+        """float64 true values: ``<output>`` and ``d/<input>``."""
+        return {
+            ("d/" if kind == "gradient" else "") + name[len(f"{kind}/{self.stage}/") :]: value
+            for kind in ("expected", "gradient")
+            for name, value in self.case.tensors.items()
+            if name.startswith(f"{kind}/{self.stage}/")
+        }
+
+    def magnitude(self, tensor: str) -> np.ndarray | None:
+        return self.case.tensors.get(f"magnitude/{self.stage}/{tensor.removeprefix('d/')}")
+
+    @property
+    def bounds(self) -> dict[str, dict[str, float]]:
+        return self.case.bounds[self.stage][self.variant.name]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case file, checked."""
+
+    path: Path
+    metadata: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return self.metadata["id"]
+
+    @property
+    def family(self) -> str:
+        return self.metadata["family"]
+
+    @property
+    def why(self) -> str:
+        return self.metadata["why"]
+
+    @property
+    def dialect(self) -> str:
+        return self.metadata["dialect"]
+
+    @property
+    def unpublished(self) -> bool:
+        """Whether its dialect is a row of its own, from a file, that ``fixtures/dialects.json`` doesn't have."""
+        return self.dialect not in dialect_names()
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        return self.metadata["overrides"]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return self.metadata["parameters"]
+
+    @property
+    def layout(self) -> str:
+        return self.metadata["layout"]
+
+    @property
+    def quick(self) -> bool:
+        return self.metadata["quick"]
+
+    @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        return self.metadata["stages"]
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        return self.metadata["bounds"]
+
+    @cached_property
+    def variants(self) -> tuple[Variant, ...]:
+        return tuple(Variant(**{**v, "stages": tuple(v["stages"])}) for v in self.metadata["variants"])
+
+    @cached_property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Every tensor of the file, read once."""
+        tensors = read_tensors(self.path)
+        check_tensors(self.path, self.metadata, tensors)
+        return tensors
+
+    def items(self) -> list[Item]:
+        return [
+            Item(self, stage, variant) for stage in self.stages for variant in self.variants if stage in variant.stages
+        ]
+
+
+def _strided(value: np.ndarray) -> np.ndarray:
+    """The same values, every second element of a larger array along the last axis."""
+    if value.ndim == 0:
+        return value
+    wide = np.zeros((*value.shape[:-1], 2 * value.shape[-1]), value.dtype)
+    wide[..., ::2] = value
+    return wide[..., ::2]
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file; bfloat16 by ml_dtypes."""
+    with open_file(path) as file:
+        try:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CaseError(f"{path}: a tensor can't be read ({error})") from error
+
+
+def open_file(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except FileNotFoundError as error:
+        raise CaseError(f"{path}: no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise CaseError(f"{path}: expected a whole safetensors file, got one that can't be read ({error})") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata in the header of a safetensors file."""
+    with open_file(path) as file:
+        return file.metadata() or {}
+
+
+def load_case(path: Path) -> Case:
+    """Opens a case; its tensors are read and checked at their first use.
+
+    Raises:
+        CaseError: one line with the file, what was expected and what came.
+    """
+    metadata = read_metadata(path)
+    if metadata.get("format") != FORMAT:
+        raise CaseError(f"{path}: expected format {FORMAT!r} in the metadata, got {metadata.get('format')!r}")
+    try:
+        described = json.loads(metadata.get("case", ""))
+    except json.JSONDecodeError as error:
+        raise CaseError(f"{path}: the metadata entry 'case' isn't JSON ({error})") from error
+    check_description(path, described)
+    return Case(path, described)

@@ -1,0 +1,1 @@
+"""Who answers, and where: the registry, programs, and groups of processes."""

@@ -1,0 +1,195 @@
+"""An implementation that runs on a mesh: as many processes as it needs, which all get every call.
+
+None of them may leave the others waiting: if one ends, fails alone or takes too long, all are ended, the call is an
+error that says which, and the next call starts new ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from typing import IO, Any
+
+from conformance.interface import Arrays, Result, SetupError
+from conformance.mesh import MARK, Member, Mesh, cropped, filled, refuse_indivisible
+from conformance.stages import STAGES
+
+START = 120.0  # seconds for the processes to meet, each of which imports a framework first
+LINGER = 2.0  # seconds in which the others may report the same, or a process end that has hung up
+
+
+class GroupError(RuntimeError):
+    """A process of the group died, failed or took too long."""
+
+
+class CallError(RuntimeError):
+    """All processes failed alike, so that none waits for another: they go on with the next call."""
+
+
+@dataclass
+class _Process:
+    rank: int
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    alive: int
+    errors: IO[bytes]
+
+    def died(self) -> str:
+        """How it ended, and the last line it wrote."""
+        try:
+            status = self.process.wait(LINGER)
+        except subprocess.TimeoutExpired:
+            return "closed its connection without ending"
+        how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        self.errors.seek(0)
+        said = self.errors.read().decode(errors="replace").strip().splitlines()
+        return f"{how}{': ' + said[-1][:200] if said else ''}"
+
+
+class GroupImplementation:
+    """Starts the processes and hands every call to all of them.
+
+    Args:
+        reference: a registered name or ``module:attribute``, which is called with a `Member` in each process.
+        mesh: its sizes, and the number of processes.
+        processes: how many that is.
+        limit: seconds for one call, and at least for the start.
+
+    Raises:
+        SetupError: they can't be set up or don't meet.
+    """
+
+    def __init__(self, reference: str, mesh: Mesh, processes: int, limit: float):
+        self.name = f"{reference}{MARK}{mesh}"
+        self._reference, self._mesh, self._count, self._limit = reference, mesh, processes, limit
+        self._processes: list[_Process] = []
+        try:
+            self.capabilities = self._start()
+        except (GroupError, CallError, NotImplementedError, OSError) as error:
+            self._stop()
+            raise SetupError(f"{self.name}: {error}") from error
+
+    def __getattr__(self, stage: str) -> Any:
+        """The method of a stage; not kept, so that nothing here refers to itself and the processes end with it."""
+        if stage not in STAGES:
+            raise AttributeError(stage)
+        return partial(self._call, stage)
+
+    def _call(self, stage: str, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
+        refuse_indivisible(config, self._mesh)
+        if not self._processes:
+            self._restart()
+        try:
+            given, wanted = filled(stage, inputs, cotangents, self._mesh)
+            result = self._exchange((stage, given, config, wanted), f"in {stage}", self._limit)
+        except GroupError:
+            self._stop()
+            raise
+        return cropped(result, stage, inputs)
+
+    def _restart(self) -> None:
+        """After a call that has ended all of them."""
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+
+    def _start(self) -> Any:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        for rank in range(self._count):
+            self._processes.append(_spawn(rank))
+        for one in self._processes:
+            member = Member(self._mesh, one.rank, self._count, address, self._limit)
+            with contextlib.suppress(BrokenPipeError):  # it died: the exchange says how
+                one.connection.send((self._reference, member))
+        return self._exchange(None, "while the processes met", max(START, self._limit))
+
+    def _exchange(self, call: Any, when: str, limit: float) -> Any:
+        """Sends a call to all and returns what the first answered.
+
+        Raises:
+            GroupError: one died, failed alone or took longer than ``limit`` seconds.
+            CallError: all failed alike.
+            NotImplementedError: all of them refuse.
+        """
+        for one in self._processes if call is not None else ():
+            with contextlib.suppress(BrokenPipeError):
+                one.connection.send(call)
+        answers: dict[int, tuple[str, Any]] = {}
+        deadline = time.monotonic() + limit
+        while len(answers) < self._count:
+            waiting = {one.connection: one for one in self._processes if one.rank not in answers}
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                problem = self._failure(answers, alone=True)
+                late = ", ".join(str(one.rank) for one in waiting.values())
+                raise GroupError(problem or f"no answer {when} from process {late} of {self._count} in {limit:g} s")
+            for connection in ready:
+                one = waiting[connection]  # type: ignore[index]
+                try:
+                    answers[one.rank] = one.connection.recv()
+                except (EOFError, ConnectionError):
+                    died = f"process {one.rank} of {self._count} {one.died()} {when}; the others were ended"
+                    also = self._failure(answers)
+                    raise GroupError(f"{died} ({also})" if also else died) from None
+            if any(kind != "done" for kind, _ in answers.values()):
+                deadline = min(deadline, time.monotonic() + LINGER)
+        if all(answer[0] == "error" and answer == answers[0] for answer in answers.values()):
+            raise CallError(f"all {self._count} processes: {answers[0][1]}")
+        problem = self._failure(answers)
+        if problem:
+            raise GroupError(problem)
+        kind, content = answers[0]
+        if kind == "refused":
+            raise NotImplementedError(content)
+        return content
+
+    def _failure(self, answers: dict[int, tuple[str, Any]], alone: bool = False) -> str:
+        """What a process reported, or that they don't agree; ``alone``: others haven't answered."""
+        for rank, (kind, content) in sorted(answers.items()):
+            if kind == "error":
+                return f"process {rank} of {self._count}: {content}"
+        refusing = [rank for rank, (kind, _) in sorted(answers.items()) if kind == "refused"]
+        if refusing and (alone or len(refusing) < len(answers)):
+            return f"process {refusing[0]} of {self._count} refuses, others don't: {answers[refusing[0]][1]}"
+        return ""
+
+    def _stop(self) -> None:
+        processes, self._processes = self._processes, []
+        for one in processes:
+            one.process.kill()
+        for one in processes:
+            one.process.wait()
+            one.connection.close()
+            os.close(one.alive)
+            one.errors.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_processes"):
+            self._stop()
+
+
+def _spawn(rank: int) -> _Process:
+    ours, theirs = socket.socketpair()
+    watched, alive = os.pipe()
+    errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed when the process is ended)
+    command = [sys.executable, "-m", "conformance.implementations.member", str(theirs.fileno()), str(watched)]
+    with theirs:
+        process = subprocess.Popen(
+            command, pass_fds=(theirs.fileno(), watched), stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
+            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+        )  # fmt: skip
+    os.close(watched)
+    return _Process(rank, process, Connection(ours.detach()), alive, errors)

@@ -1,0 +1,1 @@
+"""What is said of an answer: the rule, stochasticity, a run, and known results."""

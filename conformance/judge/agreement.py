@@ -1,0 +1,81 @@
+"""Compares implementations with one another on the same item, by the rule that holds against the oracle.
+
+Two conforming results are apart by at most the sum of what each may be from the true value, so a figure above 1
+says that they can't both conform. The figure is measured on the arrays themselves, not added up from both errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from conformance.cases.case import Item
+from conformance.judge.rule import allowance
+from conformance.judge.run import Outcome
+
+Key = tuple[str, str, str]
+
+
+@dataclass
+class Pair:
+    """The worst figure of two implementations, and where it was."""
+
+    tensors: int = 0
+    ratio: float = 0.0
+    where: str = ""
+
+    def add(self, ratio: float, where: str) -> None:
+        self.tensors += 1
+        if ratio > self.ratio or not self.where:
+            self.ratio, self.where = ratio, where
+
+
+def distance(item: Item, tensor: str, a: np.ndarray, b: np.ndarray) -> float:
+    """|a - b| beyond both last roundings, as a fraction of both bounds; for one tensor of one item."""
+    expected = item.expected[tensor]
+    if not expected.size:
+        return 0.0
+    parts = item.magnitude(tensor) if tensor.startswith("d/") else None
+    apart = np.abs(a.astype(np.float64) - b.astype(np.float64))
+    beyond = float((apart - 2 * allowance(a.dtype, item.variant.contract, expected, parts)).max(initial=0.0))
+    bound = 2 * item.bounds[tensor]["bound"]
+    return beyond / bound if bound > 0 else (np.inf if beyond > 0 else 0.0)
+
+
+class CrossFramework:
+    """Takes outcomes as they come and keeps the worst figure of each pair of implementations."""
+
+    def __init__(self, items: Iterable[Item]):
+        self._items = {(i.case.id, i.stage, i.variant.name): i for i in items}
+        self._seen: dict[Key, dict[str, dict[str, np.ndarray]]] = {}
+        self.pairs: dict[frozenset[str], Pair] = {}  # whichever of the two came first
+
+    def add(self, outcome: Outcome) -> None:
+        """Compares with every implementation that ran this item before; takes the arrays out of the outcome."""
+        values, outcome.values = outcome.values, {}
+        if not values:
+            return
+        key = (outcome.case, outcome.stage, outcome.variant)
+        item = self._items[key]
+        others = self._seen.setdefault(key, {})
+        for other, theirs in others.items():
+            for tensor in values.keys() & theirs.keys():
+                ratio = distance(item, tensor, theirs[tensor], values[tensor])
+                pair = self.pairs.setdefault(frozenset((other, outcome.implementation)), Pair())
+                pair.add(ratio, f"{outcome.case}, {outcome.stage}, {outcome.variant}, {tensor}")
+        others[outcome.implementation] = values
+
+    def lines(self, names: Iterable[str]) -> list[str]:
+        """A line for each pair, in the order of ``names``."""
+        lines = []
+        for a, b in combinations(names, 2):
+            pair = self.pairs.get(frozenset((a, b)))
+            if pair:
+                lines.append(
+                    f"{a} against {b}: at most {pair.ratio:.2f} of both bounds apart, over {pair.tensors} tensors "
+                    f"(worst: {pair.where})"
+                )
+        return lines

@@ -1,0 +1,130 @@
+"""Known results: deviations of other projects that are understood, each with its reason.
+
+A file of entries says what fails and why. A failure that an entry covers doesn't fail the run; an entry that matches
+nothing, or whose items pass by now, is an error, so that the list can't go stale.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conformance.cases.case import CaseError
+from conformance.judge.rule import Check
+from conformance.judge.run import Outcome
+
+FORMAT = "mhc-conformance-known/1"
+
+
+@dataclass(frozen=True)
+class Known:
+    """One deviation.
+
+    Attributes:
+        implementation: its name.
+        version: the package and version that it was seen in.
+        why: a sentence.
+        source: a link or a file of that package.
+        verdicts, tensors: of the checks that fail.
+        cases: globs of case ids; ``stage`` and ``variant`` are globs too.
+    """
+
+    implementation: str
+    version: str
+    why: str
+    source: str
+    cases: tuple[str, ...]
+    verdicts: tuple[str, ...] = ("failed",)
+    tensors: tuple[str, ...] = ("*",)
+    stage: str = "*"
+    variant: str = "*"
+
+    def concerns(self, outcome: Outcome) -> bool:
+        return (
+            outcome.implementation == self.implementation
+            and not outcome.skipped
+            and any(fnmatch.fnmatchcase(outcome.case, glob) for glob in self.cases)
+            and fnmatch.fnmatchcase(outcome.stage, self.stage)
+            and fnmatch.fnmatchcase(outcome.variant, self.variant)
+        )
+
+    def covers(self, check: Check) -> bool:
+        return check.verdict in self.verdicts and any(fnmatch.fnmatchcase(check.tensor, t) for t in self.tensors)
+
+
+@dataclass
+class Judged:
+    """A run against its list: items whose failures are all known, by entry, and what is wrong with the list."""
+
+    known: dict[int, list[Outcome]] = field(default_factory=dict)
+    unknown: list[Outcome] = field(default_factory=list)
+    stale: list[str] = field(default_factory=list)
+
+
+def load_known(path: Path) -> list[Known]:
+    """The entries of a file.
+
+    Raises:
+        CaseError: it can't be read, isn't of this format, or an entry lacks something.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CaseError(f"{path}: expected a JSON file of known results, got {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("entries"), list):
+        raise CaseError(f"{path}: expected an object with format {FORMAT!r} and a list of entries")
+    return [_entry(path, number, entry) for number, entry in enumerate(content["entries"], 1)]
+
+
+def _entry(path: Path, number: int, entry: Any) -> Known:
+    fields = Known.__dataclass_fields__
+    needed = ("implementation", "version", "why", "source", "cases")
+    if not isinstance(entry, dict) or any(not entry.get(k) for k in needed) or set(entry) - set(fields):
+        raise CaseError(f"{path}: entry {number} must have {', '.join(needed)}, and may have {', '.join(fields)}")
+    lists = {k for k in ("cases", "verdicts", "tensors") if k in entry}
+    wrong = [k for k in lists if not isinstance(entry[k], list)] + [
+        k for k in set(entry) - lists if not isinstance(entry[k], str)
+    ]
+    if wrong:
+        raise CaseError(f"{path}: entry {number}: {', '.join(sorted(wrong))} must be text, or a list where it is many")
+    values: dict[str, Any] = {k: tuple(v) if k in lists else v for k, v in entry.items()}
+    return Known(**values)
+
+
+def judge(outcomes: Sequence[Outcome], entries: Sequence[Known]) -> Judged:
+    """Which failures are known, and which entries no longer hold.
+
+    An item is known where one entry or several together cover every one of its failing checks.
+    """
+    found = Judged()
+    ran = {o.implementation for o in outcomes}
+    for number, entry in enumerate(entries):
+        if entry.implementation not in ran:
+            continue
+        concerned = [o for o in outcomes if entry.concerns(o)]
+        what = f"known result {number + 1} ({entry.implementation}, {', '.join(entry.cases)})"
+        if not concerned:
+            found.stale.append(f"{what} matches nothing that ran")
+        for outcome in concerned:
+            if not any(entry.covers(check) for check in outcome.failed):
+                found.stale.append(f"{what} says {', '.join(entry.verdicts)}, but {outcome.case} did not fail so")
+    for outcome in outcomes:
+        if outcome.failed:
+            number = _covered(outcome, entries)
+            if number is None:
+                found.unknown.append(outcome)
+            else:
+                found.known.setdefault(number, []).append(outcome)
+    return found
+
+
+def _covered(outcome: Outcome, entries: Iterable[Known]) -> int | None:
+    """The first entry about this item, where all of its failing checks are covered by some entry."""
+    about = [(k, entry) for k, entry in enumerate(entries) if entry.concerns(outcome)]
+    if all(any(entry.covers(check) for _, entry in about) for check in outcome.failed):
+        return about[0][0]
+    return None

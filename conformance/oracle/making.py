@@ -1,0 +1,173 @@
+"""Cases made on the spot, for a row that the corpus has no cases of.
+
+They are made as the corpus is: true values from ball arithmetic, bounds from the honest ensemble. This needs the extra
+``regenerate`` (python-flint).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import multiprocessing
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from conformance.cases.case import Case, load_case
+from conformance.cases.dialects import Dialect
+from conformance.oracle.balls import PrecisionExhausted
+from conformance.oracle.build import Wish, build
+from conformance.oracle.families import wishes_of
+from conformance.oracle.generate import complete
+
+QUICK = (("smoke", ""), ("generic", "n4"), ("closed-gate", ""), ("closed-gate", "post-18"), ("big-eps", ""))
+"""Families and labels that a quick run takes."""
+WORKERS = 2
+NARROW = ("float16", "bfloat16")
+"""The dtypes that a row which overflows does without, one after the other."""
+
+
+@dataclass
+class Made:
+    """What came of making cases.
+
+    Attributes:
+        cases: those that were made, in the order of the families.
+        left_out: a line for each that wasn't, at least not in narrow dtypes, and why.
+    """
+
+    cases: list[Case] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def chosen(
+    dialect: Dialect,
+    stages: Collection[str],
+    dtypes: Collection[str],
+    patterns: Sequence[str] = (),
+    families: Collection[str] = (),
+    quick: bool = False,
+) -> list[Wish]:
+    """The cases that fit a row, with nothing in them that isn't asked for.
+
+    Args:
+        stages, dtypes: what is going to be run.
+        patterns: globs of which a case's id must match one, where there are any.
+        families: those that are asked for; empty for all.
+        quick: only `QUICK`.
+    """
+    wishes = [
+        wish
+        for wish in wishes_of(dialect)
+        if (not quick or (wish.family, wish.label) in QUICK)
+        and (not families or wish.family in families)
+        and (not patterns or any(fnmatch.fnmatchcase(wish.id, pattern) for pattern in patterns))
+    ]
+    return [kept for wish in wishes if (kept := _narrowed(wish, stages, dtypes))]
+
+
+def _narrowed(wish: Wish, stages: Collection[str], dtypes: Collection[str]) -> Wish | None:
+    """The wish with these stages and dtypes alone: every other one would cost its evaluation. None where none is left.
+
+    The stage post takes its inputs from the true coefficients, which therefore stay.
+    """
+    names = [stage if isinstance(stage, str) else stage[0] for stage in wish.stages]
+    wanted = set(names) & set(stages)
+    if "post" in wanted and "H" not in wish.tensors:
+        wanted.add("coefficients")
+    variants = [variant for variant in wish.variants if variant.partition("-")[0] in dtypes]
+    if not wanted & set(stages) or not variants:
+        return None
+    kept = [stage for stage, name in zip(wish.stages, names, strict=True) if name in wanted]
+    return dataclasses.replace(wish, stages=kept, variants=variants, tf32=wish.tf32 and "float32" in dtypes)
+
+
+def item_ids(wish: Wish, stages: Collection[str]) -> list[str]:
+    """The ids of a case's items, without making it."""
+    case = build(wish)
+    return [
+        f"{case.id}::{stage}::{variant['name']}"
+        for stage in case.stages
+        for variant in case.variants
+        if stage in variant["stages"] and stage in stages
+    ]
+
+
+def make(
+    wishes: Sequence[Wish], folder: Path, jobs: int = WORKERS, progress: Callable[[int, int], None] | None = None
+) -> Made:
+    """Writes a case file for each wish into ``folder`` and opens it.
+
+    Args:
+        jobs: worker processes, at most 2.
+        progress: called with (done, all) after each case.
+    """
+    made = Made()
+    jobs = min(jobs, WORKERS, len(wishes))
+    paths = [folder / f"{'-'.join(part for part in (w.family, w.label) if part)}.safetensors" for w in wishes]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(jobs) if jobs > 1 else _Alone() as pool:
+        notes = pool.imap(_write, list(zip(wishes, paths, strict=True)))
+        for done, (path, lines) in enumerate(zip(paths, notes, strict=True), 1):
+            made.left_out += lines
+            if path.exists():
+                made.cases.append(load_case(path))
+            if progress:
+                progress(done, len(wishes))
+    return made
+
+
+class _Alone:
+    """Stands in for a pool where one process is enough."""
+
+    imap = staticmethod(map)
+
+    def __enter__(self) -> _Alone:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _write(job: tuple[Wish, Path]) -> list[str]:
+    """Writes a case without the dtypes that the row overflows; a line for whatever was left out, and why."""
+    wish, path = job
+    try:
+        case = build(wish)
+        if not case.variants:  # they tell nothing new of these stages
+            return []
+        with np.errstate(all="ignore"):  # what isn't finite raises
+            path.write_bytes(complete(case))
+        beyond, reason = _beyond(load_case(path)), "true values beyond the dtype's largest number"
+    except (ValueError, ArithmeticError, PrecisionExhausted) as error:
+        narrow = [[v for v in wish.variants if v.startswith(dtype)] for dtype in NARROW]
+        beyond, reason = next((set(variants) for variants in narrow if variants), set()), _line(error)
+        if not beyond:
+            return [f"{wish.id}: {reason}"]
+    if not beyond:
+        return []
+    path.unlink(missing_ok=True)
+    rest = [variant for variant in wish.variants if variant not in beyond]
+    more = _write((dataclasses.replace(wish, variants=rest), path)) if rest else []
+    whole = [line for line in more if line.startswith(f"{wish.id}:")]
+    return whole or [f"{wish.id} in {', '.join(sorted(beyond))}: {reason}", *more]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _beyond(case: Case) -> set[str]:
+    """Variants in whose dtypes some true value is infinite: an honest implementation can't return it."""
+    found = set()
+    for item in case.items():
+        inputs = item.inputs()
+        for tensor, value in item.expected.items():
+            name = tensor.removeprefix("d/")
+            dtype = inputs[name].dtype if tensor != name else item.output_dtype(name)
+            if np.max(np.abs(value), initial=0.0) > float(ml_dtypes.finfo(dtype).max):
+                found.add(item.variant.name.removesuffix("-tf32"))
+    return found

@@ -1,0 +1,158 @@
+"""The bitwise tier: what an implementation repeats to the last bit. It is reported apart, and fails nothing by itself.
+
+Four questions: the same call twice; a token alone and in its batch; a batch in one piece and split in two; the
+implementation set up, and compiled, anew.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from conformance.cases.case import Item
+from conformance.cases.corpus import load_corpus
+from conformance.implementations.registry import load
+from conformance.interface import SetupError, describe
+from conformance.judge.run import refusal
+
+PER_TOKEN = ("x", "y", "embedding", "logits", "post", "H")
+OUTPUTS_PER_TOKEN = ("out", "u", "pre", "post", "H")
+QUESTIONS = ("called twice", "token alone", "batch split", "set up anew")
+FAMILIES = ("generic", "wide", "big")
+TOKENS = 2  # of each item, that are run alone
+
+
+@dataclass
+class Bits:
+    """The answer to one question: how many tensors were compared, and where bits differed."""
+
+    tensors: int = 0
+    differ: int = 0
+    largest: float = 0.0
+    where: str = ""
+    raised: str = ""
+
+    def add(self, item: Item, tensor: str, a: np.ndarray, b: np.ndarray) -> None:
+        self.tensors += 1
+        if a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes():
+            return
+        self.differ += 1
+        same_shape = a.shape == b.shape
+        apart = np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0.0) if same_shape else np.inf
+        if apart >= self.largest:
+            self.largest, self.where = float(apart), f"{item.case.id}, {item.stage}, {item.variant.name}, {tensor}"
+
+
+Answers = dict[str, Bits]
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass
+class Report:
+    """The four answers of one implementation."""
+
+    reference: str
+    name: str
+    items: int = 0
+    answers: Answers = field(default_factory=lambda: {question: Bits() for question in QUESTIONS})
+
+
+def chosen(implementation: Any) -> list[Item]:
+    """Items of a few cases, four streams, that the implementation claims, with more than one batch row."""
+    return [
+        item
+        for case in load_corpus()
+        if case.family in FAMILIES and case.parameters["streams"] == 4 and case.parameters["dim"] == 8
+        for item in case.items()
+        if item.stage not in ("stack",) and not item.variant.pure and not refusal(item, implementation.capabilities)
+    ]
+
+
+def measure(reference: str, limit: float = 60.0, most: int = 0) -> Report:
+    """Asks one implementation the four questions; ``most`` items, 0 for all.
+
+    Raises:
+        SetupError: it can't be set up.
+    """
+    implementation, anew = load(reference, limit), load(reference, limit)
+    report = Report(reference, implementation.name)
+    items = chosen(implementation)
+    for item in items[:: max(1, len(items) // most)] if most else items:
+        try:
+            whole = _call(implementation, item, lambda v: v)
+        except NotImplementedError:
+            continue
+        except Exception as error:
+            report.answers["called twice"].raised = describe(error)
+            continue
+        report.items += 1
+        for question, other in _questions(implementation, anew, item):
+            bits = report.answers[question]
+            try:
+                _look(bits, item, whole, other())
+            except Exception as error:  # the suite proper gives such an error its verdict
+                bits.raised = f"{item.case.id}, {item.stage}: {describe(error)}"
+    return report
+
+
+Part = tuple[slice | tuple[slice, slice] | None, Arrays]
+
+
+def _questions(implementation: Any, anew: Any, item: Item) -> Iterator[tuple[str, Callable[[], list[Part]]]]:
+    yield "called twice", lambda: [(None, _call(implementation, item, lambda v: v))]
+    yield "set up anew", lambda: [(None, _call(anew, item, lambda v: v))]
+    lead = next(v.shape[:2] for k, v in item.inputs().items() if k in PER_TOKEN)
+    places = [(slice(b, b + 1), slice(s, s + 1)) for b in range(lead[0]) for s in range(lead[1])]
+    picked = places[:: max(1, len(places) // TOKENS)][:TOKENS]
+    yield "token alone", lambda: [(p, _call(implementation, item, lambda v, p=p: v[p])) for p in picked]
+    halves = (slice(0, lead[0] // 2), slice(lead[0] // 2, None))
+    if lead[0] > 1:
+        yield "batch split", lambda: [(h, _call(implementation, item, lambda v, h=h: v[h])) for h in halves]
+
+
+def _call(implementation: Any, item: Item, cut: Callable[[np.ndarray], np.ndarray]) -> Arrays:
+    """Outputs and gradients of an item, its tokens cut as told."""
+    inputs = {k: np.ascontiguousarray(cut(v)) if k in PER_TOKEN else v for k, v in item.inputs().items()}
+    cotangents = None
+    if implementation.capabilities.gradients:
+        cotangents = {
+            k: np.ascontiguousarray(cut(v)) if k in OUTPUTS_PER_TOKEN else v for k, v in item.cotangents().items()
+        }
+    outputs, gradients = getattr(implementation, item.stage)(inputs, item.config, cotangents)
+    return {**outputs, **{f"d/{k}": v for k, v in gradients.items()}}
+
+
+def _look(bits: Bits, item: Item, whole: Arrays, parts: list[Part]) -> None:
+    for place, part in parts:
+        for tensor, value in part.items():
+            names = PER_TOKEN if tensor.startswith("d/") else OUTPUTS_PER_TOKEN
+            if tensor not in whole:
+                continue
+            if place is None:
+                bits.add(item, tensor, whole[tensor], value)
+            elif tensor.removeprefix("d/") in names:  # a weight's gradient is a sum over tokens
+                bits.add(item, tensor, whole[tensor][place], value)
+
+
+def _measure(task: tuple[str, float, int]) -> Report | str:
+    try:
+        return measure(*task)
+    except SetupError as error:
+        return str(error)
+
+
+def measure_all(references: Sequence[str], limit: float, most: int, jobs: int) -> Iterator[Report]:
+    """Each implementation in a process of its own.
+
+    Raises:
+        SetupError: one can't be set up.
+    """
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        for found in pool.imap(_measure, [(reference, limit, most) for reference in references]):
+            if isinstance(found, str):
+                raise SetupError(found)
+            yield found

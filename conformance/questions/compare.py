@@ -1,0 +1,148 @@
+"""Two implementations against each other on fresh data, for finding where a port goes wrong: no oracle, any shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from conformance.cases.case import DTYPES
+from conformance.cases.dialects import Dialect, check_sizes, unclaimed
+from conformance.interface import describe
+from conformance.oracle.build import Wish, build
+from conformance.stages import ACTIVATION, COEFFICIENT, STAGES
+
+ORDER = ("expand", "residual_matrix", "coefficients", "pre", "post", "layer", "reduce", "head")
+"""From the inside out: the first that differs is where to look."""
+
+
+@dataclass
+class Call:
+    """Everything that one stage is handed."""
+
+    stage: str
+    inputs: dict[str, np.ndarray]
+    config: dict[str, Any]
+    cotangents: dict[str, np.ndarray]
+    dialect: Dialect
+
+
+@dataclass
+class Row:
+    """One tensor: the largest difference, in absolute terms and in units in the last place of its largest value.
+
+    The unit is the coarsest dtype's among the inputs and the tensor itself.
+    """
+
+    tensor: str
+    largest: float = 0.0
+    units: float = 0.0
+    index: tuple[int, ...] = ()
+    a: float = 0.0
+    b: float = 0.0
+    note: str = ""
+
+    def apart(self, tolerance: float) -> bool:
+        return bool(self.note) or not self.units <= tolerance
+
+
+def calls(
+    dialect: Dialect, streams: int, dim: int, lead: tuple[int, int], dtype: str, seed: int, deviation: float
+) -> Iterator[Call]:
+    """The stages of one layer on fresh data, float32 weights (float64 under float64).
+
+    Raises:
+        DialectError: sizes that no layer of this dialect has.
+    """
+    row = dialect.parameters
+    check_sizes(streams, dim, row["residual"], dialect.name)
+    head = [] if row["reduce"] != "head" else ["head"]
+    how = row["reduce"] if row["reduce"] in ("sum", "mean", "carried") else "sum"
+    stages: list[Any] = [
+        *("expand", "coefficients", "pre", "post", ("layer", {"branch": "mlp_dense"}), ("reduce", {"how": how}), *head),
+        *([] if row["residual"] == "identity" else ["residual_matrix"]),
+    ]
+    wish = Wish(
+        "compare", "", "", dialect.name, f"seed{seed}", streams, dim, lead, stages=stages, logit_deviation=deviation,
+        variants=("float64-float64" if dtype == "float64" else f"{dtype}-float32",), row=dialect,
+    )  # fmt: skip
+    case = build(wish)
+    wide = "float64" if dtype == "float64" else "float32"
+    kept = dtype if row["coefficients"] == "activation" else wide
+    given = dict(case.tensors)
+    # gates of order 1, and a matrix that is nearly doubly stochastic: post's own inputs, from no implementation
+    given["post"] = 2 / (1 + np.exp(-given["y"][..., :1] * np.ones(streams)))
+    mixed = np.exp(np.resize(given["logits"], (*lead, streams, streams)))
+    for axis in (-1, -2) * 10:
+        mixed = mixed / mixed.sum(axis, keepdims=True)
+    given["H"] = np.broadcast_to(np.eye(streams), mixed.shape) if row["residual"] == "identity" else mixed
+    dtypes = {ACTIVATION: dtype, COEFFICIENT: kept}
+    for stage in ORDER:
+        if stage not in case.stages:
+            continue
+        entry = case.stages[stage]
+        inputs = {k: _cast(given[k], dtypes.get(STAGES[stage].inputs[k], wide)) for k in entry["inputs"]}
+        inputs.update({k: _cast(given[k], wide) for k in entry["weights"]})
+        roles = STAGES[stage].outputs
+        cotangents = {k: _cast(v, dtypes.get(roles[k], wide)) for k, v in case.cotangents[stage].items()}
+        config = {**case.parameters, "dialect": dialect.told, **entry["options"]}
+        yield Call(stage, inputs, config, cotangents, dialect)
+
+
+def _cast(value: np.ndarray, dtype: str) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(value).astype(DTYPES[dtype])).reshape(np.shape(value))
+
+
+def compare(a: Any, b: Any, call: Call) -> list[Row] | str:
+    """A row for each tensor that both return, or why there is none."""
+    found = []
+    for implementation in (a, b):
+        claimed = implementation.capabilities
+        reason = "" if call.stage in claimed.stages else f"stage {call.stage} not claimed"
+        if reason := reason or unclaimed(call.dialect, claimed):
+            return f"{reason} by {implementation.name}"
+        dtype = str(call.inputs[next(iter(call.inputs))].dtype)
+        if dtype not in claimed.dtypes_of(call.stage) and "logits" not in call.inputs:
+            return f"this dtype is not claimed by {implementation.name}"
+        try:
+            given = {k: v.copy() for k, v in call.inputs.items()}
+            cotangents = {k: v.copy() for k, v in call.cotangents.items()} if claimed.gradients else None
+            outputs, gradients = getattr(implementation, call.stage)(given, call.config, cotangents)
+        except NotImplementedError as error:
+            return f"refused by {implementation.name}: {error}"
+        except Exception as error:
+            return f"raised in {implementation.name}: {describe(error)}"
+        found.append({**outputs, **{f"d/{k}": v for k, v in gradients.items()}})
+    first, second = found
+    coarsest = max((_epsilon(v.dtype) for v in call.inputs.values()), default=0.0)
+    return [_row(k, first[k], second[k], _scale(k, first), coarsest) for k in first if k in second]
+
+
+def _epsilon(dtype: np.dtype) -> float:
+    return float(ml_dtypes.finfo(dtype).eps)
+
+
+def _scale(tensor: str, values: dict[str, np.ndarray]) -> float:
+    """The largest value; for a weight's gradient, of all of the same projection: α's own is a sum that may cancel."""
+    group = [tensor]
+    if tensor.startswith("d/") and "_" in tensor:
+        group = [k for k in values if k.startswith(tensor.split("_")[0] + "_")]
+    largest = max(float(np.max(np.abs(values[k].astype(np.float64)), initial=0.0)) for k in group)
+    return largest if np.isfinite(largest) and largest else 1.0
+
+
+def _row(tensor: str, a: Any, b: Any, scale: float, coarsest: float) -> Row:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return Row(tensor, note=f"{a.dtype}{list(a.shape)} and {b.dtype}{list(b.shape)}")
+    if not a.size:
+        return Row(tensor)
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    apart = np.where(np.isnan(x) & np.isnan(y), 0.0, np.abs(x - y))
+    apart = np.where(np.isnan(apart), np.inf, apart)
+    index = tuple(int(i) for i in np.unravel_index(np.argmax(apart), apart.shape))
+    largest = float(apart[index])
+    unit = max(_epsilon(a.dtype), coarsest) * scale
+    return Row(tensor, largest, largest / unit, index, float(x[index]), float(y[index]))

@@ -1,0 +1,146 @@
+"""The derivation is right: central differences in the same arithmetic, at 700 bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+flint = pytest.importorskip("flint", reason="python-flint, of the extra 'regenerate', is not installed")
+
+from conformance.oracle import balls, build, families, floats, style  # noqa: E402
+from conformance.oracle.evaluate import evaluate  # noqa: E402
+from conformance.oracle.generate import _inputs_from_oracle, complete  # noqa: E402
+
+BITS, STEP, AGREEMENT = 700, 2**-200, 2.0**-100
+WISHES = {wish.id: wish for wish in families.wishes()}
+DERIVED = [wish.id for wish in WISHES.values() if (wish.family, wish.label) in (("smoke", ""), ("generic", "n3"))] + [
+    "parameters-rows-first-paper-2",
+    "parameters-three-iterations-paper-2",
+    "parameters-columns-first-megatron",
+    "parameters-softmax-columns-deepseek-v4",
+    "parameters-denominator-liger",
+    "parameters-single-pass-deepseek-v4",
+]
+
+
+@pytest.fixture(autouse=True)
+def precision():
+    before = flint.ctx.prec
+    flint.ctx.prec = BITS
+    yield
+    flint.ctx.prec = before
+
+
+def inner(a, b):
+    return balls.BallArithmetic().sum((a * b).reshape(1, -1), -1)[0]
+
+
+def check_derivative(case, stage):
+    """<g, (f(x + s d) - f(x - s d)) / 2s> against <gradient, d>, for a random direction d in every input at once."""
+    entry, A = case.stages[stage], balls.BallArithmetic()
+    given = {k: case.tensors[k] for k in (*entry["inputs"], *entry["weights"])}
+    found = evaluate(stage, given, case.cotangents[stage], case.parameters, entry["options"], A)
+    moved = [k.removeprefix("d/") for k in found if k.startswith("d/")]
+    direction = {k: build.data.normal(f"direction/{k}", given[k].shape) for k in moved}
+
+    def along(sign):
+        step = flint.arb(sign) * flint.arb(2) ** -200
+        at = {k: A.array(given[k]) + A.array(direction[k]) * step if k in moved else given[k] for k in given}
+        return evaluate(stage, at, case.cotangents[stage], case.parameters, entry["options"], A)
+
+    ahead, behind = along(1), along(-1)
+    outputs = [k for k in found if "/" not in k]
+    numeric = sum(inner(A.array(case.cotangents[stage][k]), ahead[k] - behind[k]) for k in outputs)
+    numeric = numeric / (flint.arb(2) * flint.arb(2) ** -200)
+    derived = sum(inner(found[f"d/{k}"], A.array(direction[k])) for k in moved)
+    scale = sum(inner(abs(found[f"d/{k}"]), A.array(np.abs(direction[k]))) for k in moved)
+    assert abs(numeric - derived) < scale * flint.arb(AGREEMENT), f"{case.id}, {stage}: {numeric} against {derived}"
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_vector_jacobian_product_agrees_with_central_differences_to_100_bits(name):
+    case = build.build(WISHES[name])
+    _inputs_from_oracle(case)
+    for stage in case.stages:
+        check_derivative(case, stage)
+
+
+def test_a_wrong_derivative_is_noticed(monkeypatch):
+    from conformance.oracle import formulas
+
+    original = formulas.pre_mix
+
+    def without_streams(x, pre, A):
+        value, pullback = original(x, pre, A)
+        return value, lambda g: (pullback(g)[0], pullback(g)[1] * A.constant(0.999999))
+
+    monkeypatch.setattr(formulas, "pre_mix", without_streams)
+    with pytest.raises(AssertionError, match="against"):
+        check_derivative(build.build(WISHES["smoke-paper-2"]), "pre")
+
+
+@pytest.mark.parametrize("name", ["generic-n3-maxtext-v1-2", "generic-n3-deepseek-v4", "generic-n4-mhc-lite-2"])
+def test_every_honest_style_has_the_same_true_value(name):
+    case = build.build(WISHES[name])
+    entry = case.stages["coefficients"]
+    given = {k: case.tensors[k] for k in (*entry["inputs"], *entry["weights"])}
+    reference = None
+    for one in set(style.ensemble()):
+        arithmetic = balls.BallArithmetic(one)
+        found = balls.certified(
+            lambda a=arithmetic: evaluate(
+                "coefficients", given, case.cotangents["coefficients"], case.parameters, {}, a
+            ),
+            name,
+        )
+        del found["m/x"]  # the parts, unlike their sum, depend on how the gradient is written
+        reference = reference or found
+        for tensor, value in found.items():
+            assert np.array_equal(value, reference[tensor]), tensor
+
+
+def test_rounding_is_to_nearest_and_certain():
+    third = balls.to_float64(np.array([flint.arb(1) / 3], dtype=object))
+    assert third[0] == 1 / 3
+    tie = balls.to_float64(np.array([flint.arb(1) + flint.arb(2) ** -53], dtype=object))
+    assert tie[0] == 1.0
+    assert balls.to_float64(np.array([flint.arb(3) * flint.arb(2) ** -1075], dtype=object))[0] == 2.0**-1073
+
+
+def test_a_value_that_never_rounds_is_said():
+    def between():
+        return {"value": np.array([flint.arb(1).union(flint.arb(2))], dtype=object)}
+
+    with pytest.raises(balls.PrecisionExhausted, match=r"some value: undecided at 4096 bits"):
+        balls.certified(between, "some value")
+
+
+@pytest.mark.parametrize("name", ["exp", "log"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_elementary_functions_are_correctly_rounded(name, dtype):
+    values = np.exp2(np.linspace(-20, 6, 101)).astype(dtype)
+    with flint.ctx.workprec(400):
+        exact = [getattr(flint.arb(float(v)), name)() for v in values]
+        spacing = [abs(float(r) - float(e)) for r, e in zip(floats.correctly_rounded(name, values), exact, strict=True)]
+    halves = np.spacing(np.abs(floats.correctly_rounded(name, values))) / 2
+    assert (np.array(spacing) <= halves.astype(np.float64) * 1.0000001).all()
+
+
+@pytest.mark.parametrize("order", style.ORDERS)
+def test_sums_in_every_order_add_every_term_once(order):
+    for count in (0, 1, 2, 7, 8, 9, 33):
+        values = np.exp2(np.arange(count, dtype=np.float64) % 40)[None]
+        assert floats.ordered_sum(values, -1, order)[0] == values.sum()
+
+
+def test_tf32_keeps_ten_bits():
+    value = np.array([1 + 2.0**-11, 1 + 2.0**-11 + 2.0**-20, 1 + 3 * 2.0**-11], np.float32)
+    assert floats.to_tf32(value).tolist() == [1.0, 1 + 2.0**-10, 1 + 2.0**-9]
+
+
+def test_a_case_regenerates_to_the_same_bytes():
+    from conformance.cases.corpus import fixtures
+
+    flint.ctx.prec = 53  # whatever the caller left
+    for name in ("smoke-megatron", "generic-n3-deepseek-v4-transformers", "zero-maxtext-2"):
+        assert complete(build.build(WISHES[name])) == (fixtures() / "golden" / f"{name}.safetensors").read_bytes()

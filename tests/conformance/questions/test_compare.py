@@ -1,0 +1,73 @@
+"""Two implementations are compared without the oracle; the first stage that differs is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from conformance.cases.case import DTYPES
+from conformance.cases.dialects import dialect_names, published
+from conformance.questions.compare import ORDER, calls, compare
+
+pytest.importorskip("torch", reason="both implementations of these tests are in PyTorch, which is not installed")
+
+from conformance.adapters import torch_adapter
+from conformance.selftest import mutants
+from conformance.selftest.plain import Plain
+
+OURS, PLAIN = torch_adapter.eager(), Plain()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dialect", dialect_names())
+def test_two_that_agree_don_t_differ(dialect, dtype):
+    for call in calls(published(dialect), 3, 17, (2, 5), dtype, 1, 2.0):
+        found = compare(OURS, PLAIN, call)
+        assert not isinstance(found, str), found
+        assert [row for row in found if row.apart(64.0)] == [], (call.stage, found)
+
+
+@pytest.mark.parametrize(
+    "mutant, first",
+    [
+        ("Transposed", "residual_matrix, H"),
+        ("NormPerStream", "coefficients, pre"),
+        ("ScaledBias", "coefficients, pre"),
+        ("NotTransposedBack", "post, d/x"),
+        ("MeanForSum", "reduce, out"),
+    ],
+)
+def test_the_first_that_differs_is_named(mutant, first):
+    other = getattr(mutants, mutant)()
+    apart = []
+    for call in calls(published("paper"), 4, 16, (2, 4), "float32", 0, 2.0):
+        found = compare(OURS, other, call)
+        apart += [f"{call.stage}, {row.tensor}" for row in found if not isinstance(row, str) and row.apart(64.0)]
+    assert apart[0] == first
+
+
+def test_stages_go_from_the_inside_out():
+    assert [c.stage for c in calls(published("deepseek-v4"), 2, 4, (1, 2), "float32", 0, 1.0)] == list(ORDER)
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "conformance.cli", "compare", *arguments], capture_output=True, text=True
+    )
+
+
+def test_the_command():
+    same = run("torch", "conformance.selftest.plain:Plain", "--streams", "2", "--dim", "5")
+    assert same.returncode == 0 and same.stdout.splitlines()[-1].startswith("no difference in"), (
+        same.stdout + same.stderr
+    )
+    other = run("torch", "conformance.selftest.mutants:NoShift", "--deviation", "100", "--stage", "residual_matrix")
+    assert other.returncode == 1 and "the first that differs: residual_matrix, H" in other.stdout
+    refused = run("torch", "torch", "--dialect", "mhc-lite", "--streams", "6")
+    assert refused.returncode == 2 and "at most 5 streams, got 6" in refused.stderr
+    none = run("torch", "tests.conformance.strangers:Honest", "--dtype", "bfloat16")
+    assert none.returncode == 2 and "no stage is claimed by both" in none.stderr
+    unknown = run("torch", "nobody")
+    assert unknown.returncode == 3 and "expected a registered name" in unknown.stderr

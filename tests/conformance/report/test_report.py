@@ -1,0 +1,212 @@
+"""Reports are whole or refused, merge only where they belong together, and make a page that works in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conformance.cases.case import load_case
+from conformance.cases.corpus import fixtures, load_corpus
+from conformance.judge.run import run
+from conformance.report import files, read
+from conformance.report.read import ReportError
+from conformance.report.sinkhorn import convergence
+from conformance.report.summary import summary
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+STRANGERS = "tests.conformance.strangers"
+
+
+def written(path, *references):
+    items = [i for c in load_corpus() for i in c.items() if i.stage == "reduce" and c.dialect == "glm-5"]
+    files.write_jsonl(path, list(run(references, items, jobs=1)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("honest") / "honest.jsonl", f"{STRANGERS}:Honest")
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("planted") / "planted.jsonl", f"{STRANGERS}:SlightlyOff")
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, "-m", "conformance.cli", *arguments], capture_output=True, text=True)
+
+
+def test_two_runs_are_merged_and_their_failures_counted(honest, planted):
+    found = summary(read.merge([honest, planted]), None)
+    assert {c["implementation"] for c in found["cells"]} == {"honest", "slightly-off"}
+    assert found["failures"] and {f["implementation"] for f in found["failures"]} == {"slightly-off"}
+    assert all(sum(f["histogram"]) > 0 for f in found["failures"] if f["worst"])
+
+
+def test_the_text_is_short_and_its_line_reproduces_the_failure(honest, planted, tmp_path):
+    path = tmp_path / "report.md"
+    done = command("report", str(honest), str(planted), "--markdown", str(path))
+    assert done.returncode == 0, done.stderr
+    text = path.read_text()
+    assert (
+        len(text) < 5000
+        and "| honest | 0.00 |" in text
+        and re.search(r"\| slightly-off \| \*\*\d+ failed\*\* \|", text)
+    )
+    line = next(line.strip(" `") for line in text.splitlines() if line.strip().startswith("`mhc-conformance run"))
+    again = command(*shlex.split(line)[1:])
+    assert again.returncode == 1 and "1 failed" in again.stdout
+
+
+def changed(path, tmp_path, change):
+    lines = path.read_text().splitlines()
+    other = tmp_path / "changed.jsonl"
+    other.write_text("\n".join(change(lines)) + "\n")
+    return other
+
+
+def header(lines, **values):
+    return [json.dumps({**json.loads(lines[0]), **values}), *lines[1:]]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda lines: lines[:-1], "cut off: expected a footer"),
+        (lambda lines: [*lines[:3], *lines[4:]], "cut off: expected a footer"),
+        (lambda lines: [*lines[:-1], lines[-1][:10]], "isn't JSON"),
+        (lambda lines: [lines[0], "[]", *lines[1:]], "neither header"),
+        (lambda lines: header(lines, format="other/1"), "expected a first line with format"),
+        (lambda lines: header(lines, corpus=None), "has no corpus"),
+        (lambda lines: ["", *lines], "isn't JSON"),
+    ],
+)
+def test_a_file_that_is_not_whole_is_refused(honest, tmp_path, change, said):
+    other = changed(honest, tmp_path, change)
+    with pytest.raises(ReportError, match=said) as caught:
+        read.read_run(other)
+    assert "\n" not in str(caught.value)
+    done = command("report", str(other))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_reports_of_different_corpora_are_refused_and_both_hashes_named(honest, planted, tmp_path):
+    other = changed(planted, tmp_path, lambda lines: header(lines, corpus="0" * 64))
+    done = command("report", str(honest), str(other))
+    ours = read.read_run(honest).header["corpus"]
+    assert done.returncode == 2 and "0" * 64 in done.stderr and ours in done.stderr
+
+
+def test_the_same_item_twice_is_refused(honest, tmp_path):
+    copy = tmp_path / "copy.jsonl"
+    shutil.copy(honest, copy)
+    with pytest.raises(ReportError, match="both have honest"):
+        read.merge([honest, copy])
+
+
+@pytest.mark.parametrize(
+    "row, last, other", [("transformer-engine", "columns", "rows"), ("paper-2", "rows", "columns")]
+)
+def test_convergence_ends_on_the_axis_that_the_row_normalises_last(row, last, other):
+    picture = convergence(load_case(fixtures() / "golden" / f"slowest-n4-{row}.safetensors"))
+    assert picture is not None and len(picture["rows"]) == 20
+    assert picture[other][-1] > 1e-3 and max(picture[last]) < 1e-12
+    layer = convergence(load_case(fixtures() / "golden" / f"shape-dim1-{row}.safetensors"))
+    assert layer is not None and max(layer[last]) < 1e-12
+
+
+def test_a_case_without_sinkhorn_has_no_convergence():
+    assert convergence(load_case(fixtures() / "golden" / "generic-n4-mhc-lite-2.safetensors")) is None
+
+
+def test_a_mutant_table_of_another_corpus_is_refused(honest, tmp_path):
+    path = tmp_path / "power.json"
+    path.write_text(json.dumps({"format": read.POWER_FORMAT, "corpus": "0" * 64}))
+    done = command("report", str(honest), "--power", str(path))
+    assert done.returncode == 2 and "0" * 64 in done.stderr
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, honest):
+    pytest.importorskip("plotly", reason="plotly, of the extra 'report', is not installed")
+    pytest.importorskip("torch", reason="the planted mistake is in PyTorch, which is not installed")
+    folder = tmp_path_factory.mktemp("page")
+    items = [i for c in load_corpus() if c.id == "eps-floor-deepseek-v4" for i in c.items()]
+    files.write_jsonl(folder / "planted.jsonl", list(run(["conformance.selftest.mutants:ClipForAdd"], items, jobs=1)))
+    power = folder / "power.json"
+    figures = {d: {"cases": 5, "ratio": None, "where": "somewhere"} for d in ("float32", "bfloat16", "float16")}
+    mutants = [{"name": "A <b>mutant</b>", "figures": figures, "blind": {}}]
+    corpus = read.read_run(honest).header["corpus"]
+    power.write_text(json.dumps({"format": read.POWER_FORMAT, "corpus": corpus, "mutants": mutants, "honest": "fine",
+                                 "problems": []}))  # fmt: skip
+    arguments = (str(honest), str(folder / "planted.jsonl"), "--power", str(power), "--html", str(folder / "page.html"))
+    done = command("report", *arguments)
+    assert done.returncode == 0, done.stderr
+    return folder / "page.html"
+
+
+def rendered(page, fragment="", script="", size="1200,900"):
+    """The page's document after its scripts ran, in a headless browser."""
+    if not BROWSER:
+        pytest.skip("chromium is not installed")
+    shown = page.with_name("shown.html")
+    shown.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync", "--virtual-time-budget=4000", f"--window-size={size}",
+             f"--user-data-dir={page.parent / 'profile'}")  # fmt: skip
+    done = subprocess.run(
+        [BROWSER, *flags, "--dump-dom", f"file://{shown}#{fragment}"], capture_output=True, text=True, timeout=120
+    )
+    return done.stdout
+
+
+def matrix(dom):
+    return re.search(r'<table id="matrix">(.*?)</table>', dom, re.S).group(1)  # type: ignore[union-attr]
+
+
+def test_the_page_renders_and_fetches_nothing(page):
+    script = """const refused = []; addEventListener("securitypolicyviolation", (e) => refused.push(e.blockedURI));
+      for (const d of document.querySelectorAll("details")) d.open = true;
+      setTimeout(() => { document.title = JSON.stringify([performance.getEntriesByType("resource").map((e) => e.name),
+        refused]); }, 2000);"""
+    dom = rendered(page, "", script)
+    assert "<title>[[],[]]</title>" in dom, "the page asked for something"
+    assert "clip for add" in matrix(dom) and "honest" in matrix(dom) and 'class="failed"' in matrix(dom)
+    assert "A &lt;b&gt;mutant&lt;/b&gt;" in dom and "∞" in dom
+
+
+@pytest.mark.parametrize(
+    "fragment, there, gone",
+    [
+        ("implementation=honest", "honest", "clip for add"),
+        ("dialect=deepseek-v4", "clip for add", "honest"),
+        ("dtype=float16", "clip for add", "honest"),
+        ("verdict=failed", "clip for add", "honest"),
+    ],
+)
+def test_filters_in_the_address_work(page, fragment, there, gone):
+    dom = rendered(page, fragment)
+    assert there in matrix(dom) and gone not in matrix(dom)
+
+
+def test_choosing_a_filter_changes_the_address_and_the_page(page):
+    script = """const s = document.getElementById("filter-dtype");
+      s.value = "bfloat16"; s.dispatchEvent(new Event("change")); document.title = location.hash;"""
+    dom = rendered(page, "dialect=deepseek-v4", script)
+    assert "<title>#dialect=deepseek-v4&amp;dtype=bfloat16</title>" in dom
+    assert "bfloat16" in matrix(dom) and "float16</th><th>float32" not in matrix(dom)
+
+
+def test_a_failure_opens_with_its_elements_charts_and_line_on_a_phone(page):
+    script = "for (const d of document.querySelectorAll('#failures details')) d.open = true;"
+    dom = rendered(page, "", script, size="390,844")
+    assert "mhc-conformance run --impl conformance.selftest.mutants:ClipForAdd --case eps-floor-deepseek-v4" in dom
+    assert 'class="chart histogram js-plotly-plot"' in dom and 'class="chart sinkhorn js-plotly-plot"' in dom
+    assert "off by" in dom
