@@ -23,8 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 
-from conformance.corpus import load_corpus
-from conformance.dialects import dialect_rows
+from conformance.cases.corpus import load_corpus
+from conformance.cases.dialects import dialect_rows
 from conformance.oracle import data, residual
 from conformance.oracle.floats import Quick
 
