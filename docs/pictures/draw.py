@@ -45,7 +45,7 @@ STREAMS = (BLUE, VERMILION, GREEN, PURPLE)
 
 CASE = "slowest-n4-deepseek-v4"
 """The golden case whose logits are drawn: the n = 4 matrix that the corpus' search found to converge slowest."""
-SITES, TOKENS, DEVIATION, CORRELATION = 60, 1024, 4.0, 0.9
+SITES, TOKENS, DEVIATION = 60, 1024, 4.0
 
 
 def matrices(logits: np.ndarray, dialect: str) -> np.ndarray:
@@ -102,8 +102,8 @@ def layer() -> Figure:
 
 def _box(axes: Axes, centre: tuple[float, float], size: tuple[float, float], text: str, colour: str) -> None:
     (x, y), (width, height) = centre, size
-    axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.1",
-                                  facecolor=colour, edgecolor="black", lw=1.0, zorder=3))  # fmt: skip
+    corner, rounded = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.1"
+    axes.add_patch(FancyBboxPatch(corner, width, height, rounded, facecolor=colour, edgecolor="black", zorder=3))
     axes.text(x, y, text, ha="center", va="center", fontsize=9.5, zorder=4)
 
 
@@ -188,20 +188,18 @@ def _sums(axes: Axes, H: np.ndarray) -> None:
 # What depth does
 
 
-def composites(dialect: str, correlation: float) -> np.ndarray:
+def composites(dialect: str, repeated: bool) -> np.ndarray:
     """``[sites, T, n, n]``: H_1 H_2 ... H_l, by which "in-out" leads x of the first site to x after l sites.
 
     Args:
         dialect: whose Sinkhorn makes each H.
-        correlation: of the same logit at two sites; 0 for independent layers.
+        repeated: a token has the same logits at every site; otherwise logits of different sites are independent.
     """
-    own = data.normal("depth/own", (SITES, TOKENS, 4, 4))
-    shared = data.normal("depth/shared", (1, TOKENS, 4, 4))
-    logits = DEVIATION * (np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own)
+    logits = DEVIATION * data.normal("depth", (1 if repeated else SITES, TOKENS, 4, 4))
     product = np.broadcast_to(np.eye(4), (TOKENS, 4, 4))
     found = []
-    for site in logits:
-        product = np.einsum("tij,tjk->tik", product, matrices(site, dialect))
+    for site in range(SITES):
+        product = np.einsum("tij,tjk->tik", product, matrices(logits[0 if repeated else site], dialect))
         found.append(product)
     return np.stack(found)
 
@@ -211,15 +209,15 @@ def depth() -> Figure:
     figure, axes = plt.subplots(2, 2, figsize=(9.6, 6.0), sharex=True, sharey="row")
     orders = (("deepseek-v4", "rows first, columns last (deepseek-v4)"),
               ("paper", "columns first, rows last (paper's Sinkhorn)"))  # fmt: skip
-    for row, correlation in enumerate((0.0, CORRELATION)):
+    for row, repeated in enumerate((False, True)):
         for column, (dialect, title) in enumerate(orders):
-            place, products = axes[row, column], composites(dialect, correlation)
+            place, products = axes[row, column], composites(dialect, repeated)
             for axis, colour, label in ((-1, VERMILION, "row sums"), (-2, BLUE, "column sums")):
                 _band(place, products.sum(axis), colour, label)
             place.axhline(1, color=GREY, lw=0.6, zorder=0)
             place.set_xlim(1, SITES)
             place.grid(alpha=0.25)
-            kind = "independent layers" if not correlation else f"correlated layers ({correlation:g})"
+            kind = "the same logits at every site" if repeated else "independent logits at every site"
             place.set_title(f"{title if not row else ''}\n{kind}".strip(), loc="left")
     axes[0, 0].set_ylabel("sums of the composite H")
     axes[1, 0].set_ylabel("sums of the composite H")
@@ -231,7 +229,7 @@ def depth() -> Figure:
 
 
 def _band(axes: Axes, sums: np.ndarray, colour: str, label: str) -> None:
-    """Largest and smallest sum of each token: their means over tokens as lines, all but 1 percent of them as an area."""
+    """Largest and smallest sum of each token: their means over tokens as lines, 98 in 100 tokens as an area."""
     sites = np.arange(1, SITES + 1)
     high, low = sums.max(-1), sums.min(-1)
     outer = np.quantile(low, 0.01, axis=-1), np.quantile(high, 0.99, axis=-1)
