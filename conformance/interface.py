@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
+Result = tuple[dict[str, Any], dict[str, Any]]
+"""Outputs, and the gradients of inputs and weights, under their names."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,24 @@ def _of_stage(claim: Collection[str] | Mapping[str, Collection[str]], stage: str
 
 
 class Implementation(Protocol):
-    """Structural type of an implementation; the stage methods are looked up by name."""
+    """What the suite calls; an object with a method for each stage is wrapped into it (`implementations.wrapping`)."""
 
     name: str
     capabilities: Capabilities
+
+    def call(self, stage: str, inputs: Arrays, config: Mapping[str, Any], cotangents: Arrays | None) -> Result:
+        """Outputs and gradients of one stage.
+
+        Args:
+            stage: one of ``capabilities.stages``.
+            inputs: the stage's inputs and weights under their names.
+            config: parameters of the dialect, ``streams``, ``dim``, ``dialect`` and the stage's options.
+            cotangents: a cotangent for each output, or None where gradients aren't claimed.
+
+        Raises:
+            NotImplementedError: it refuses these inputs, with the reason.
+        """
+        ...
 
 
 class SetupError(RuntimeError):
@@ -94,6 +110,3 @@ def describe(error: BaseException) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-Result = tuple[dict[str, Any], dict[str, Any]]

@@ -14,7 +14,8 @@ import pytest
 
 from conformance.cases.corpus import load_corpus
 from conformance.implementations.registry import load, missing_modules
-from conformance.judge.run import order, refusal, run_item
+from conformance.interface import Implementation
+from conformance.judge.item import order, refusal, run_item
 
 
 def _names() -> list[str]:
@@ -23,7 +24,7 @@ def _names() -> list[str]:
 
 
 @functools.cache
-def _implementation(name: str) -> Any:
+def _implementation(name: str) -> Implementation:
     return load(name)
 
 

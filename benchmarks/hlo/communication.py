@@ -21,7 +21,7 @@ from hlo.collectives import Collective
 
 
 @dataclass(frozen=True)
-class Site:
+class SiteSize:
     """One layer on one device.
 
     Attributes:
@@ -41,7 +41,7 @@ class Site:
 
 
 def surplus(
-    found: Sequence[Collective], site: Site, mesh: Mapping[str, int], *, backward: bool, sites: int = 1
+    found: Sequence[Collective], site: SiteSize, mesh: Mapping[str, int], *, backward: bool, sites: int = 1
 ) -> list[str]:
     """What a program sends beyond the need of ``sites`` layers, a line each; empty where it sends no more.
 

@@ -21,7 +21,7 @@ from liger_kernel.ops.mhc import LigerMHCCoeffsFunction, LigerMHCPostResFunction
 
 from conformance.adapters import branch
 from conformance.adapters.torch_gradients import settings, vector_jacobian
-from conformance.implementations.registry import version_of
+from conformance.adapters.versions import version_of
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import PROJECTIONS
 

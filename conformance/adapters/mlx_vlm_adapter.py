@@ -15,7 +15,7 @@ import mlx.core as mx  # pyright: ignore[reportMissingImports]
 from conformance.adapters import branch
 from conformance.adapters.mlx_gradients import vector_jacobian
 from conformance.adapters.site import Site, Values, settings_of
-from conformance.implementations.registry import version_of
+from conformance.adapters.versions import version_of
 from conformance.interface import Capabilities
 from conformance.witnesses.loading import load
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from conformance.implementations.registry import version_of
+from conformance.adapters.versions import version_of
 from conformance.interface import Arrays, Capabilities, Result
 
 

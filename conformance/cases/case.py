@@ -29,8 +29,8 @@ class Variant:
     stages: tuple[str, ...]
 
     @property
-    def pure(self) -> bool:
-        """Whether the weights have another dtype than the usual one: x's own, or float32 under float64."""
+    def secondary(self) -> bool:
+        """True where the weights are in x's narrow dtype, or in float32 under a float64 x."""
         return self.weights != ("float64" if self.x == "float64" else "float32")
 
 

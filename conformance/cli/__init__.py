@@ -10,9 +10,9 @@ from conformance.cli import (
     inspect,
     peers,
     port,
-    power,
     report,
     run,
+    selftest,
     status,
     verdicts,
 )
@@ -27,9 +27,9 @@ __all__ = [
     "main",
     "peers",
     "port",
-    "power",
     "report",
     "run",
+    "selftest",
     "status",
     "verdicts",
 ]

@@ -12,7 +12,7 @@ import typer
 from conformance.cli.app import USAGE, app, stop
 
 if TYPE_CHECKING:
-    from conformance.porter.port import Report
+    from conformance.porter.port import PortReport
 
 
 @app.command()
@@ -144,7 +144,7 @@ def _with(options: Any, **changes: Any) -> Any:
     return dataclasses.replace(options, **changes)
 
 
-def _run(move: Any, source: Path, target: Path | None, options: Any) -> Report:
+def _run(move: Any, source: Path, target: Path | None, options: Any) -> PortReport:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -227,7 +227,7 @@ def _activations(path: Path) -> Any:
     return np.concatenate([v.astype(np.float64).reshape(-1, *v.shape[-2:]) for v in values])
 
 
-def _show(report: Report, machine: bool, verbose: bool, dry_run: bool = False) -> None:
+def _show(report: PortReport, machine: bool, verbose: bool, dry_run: bool = False) -> None:
     if machine:
         typer.echo(json.dumps(report.as_dict(), indent=1))
         return

@@ -15,7 +15,9 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Files that run --jsonl wrote, of one corpus.")],
     html: Annotated[Path | None, typer.Option(help="Write a page: one file, nothing is fetched.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write a short text, for a pull request.")] = None,
-    power: Annotated[Path | None, typer.Option(help="A file that power --json wrote: adds the mutants.")] = None,
+    selftest: Annotated[
+        Path | None, typer.Option("--selftest", "--power", help="A file that selftest --json wrote: adds the mutants.")
+    ] = None,
 ) -> None:
     """Merge runs from several machines and environments into a page and a short text; prints the text without either.
 
@@ -29,7 +31,7 @@ def report(
 
     try:
         merged = read.merge(runs)
-        figures = read.read_power(power, merged[0].header["corpus"]) if power else None
+        figures = read.read_selftest(selftest, merged[0].header["corpus"]) if selftest else None
         found = summary(merged, figures)
     except (read.ReportError, CaseError) as error:
         stop(str(error), USAGE)

@@ -108,7 +108,7 @@ def run(
     from conformance.cases.dialects import dialect_names
     from conformance.implementations import registry
     from conformance.interface import SetupError
-    from conformance.judge.agreement import CrossFramework
+    from conformance.judge.agreement import Agreement
     from conformance.judge.known import judge, load_known
     from conformance.judge.run import run as run_items
     from conformance.mesh import MARK, parse_mesh
@@ -158,7 +158,7 @@ def run(
         item
         for c in selected
         for item in c.items()
-        if item.stage in stages and item.variant.x in dtypes and not (quick and item.variant.pure)
+        if item.stage in stages and item.variant.x in dtypes and not (quick and item.variant.secondary)
     ]
     if listing:
         unmade = [making(fresh).item_ids(wish, stages) for row in fresh for wish in wishes[row.name]]
@@ -179,8 +179,8 @@ def run(
         stop("no implementation is installed: " + "; ".join(f"{k}: {v}" for k, v in left.items()), SETUP)
     for name, reason in left.items():
         typer.echo(f"left out: {name} ({reason})")
-    report = terminal.Report(len(items) * len(chosen), live=progress and sys.stdout.isatty())
-    crossed = CrossFramework(items)
+    report = terminal.TerminalReport(len(items) * len(chosen), live=progress and sys.stdout.isatty())
+    crossed = Agreement(items)
     outcomes: list[Any] = []
     broken: tuple[str, int] | None = None
     try:

@@ -14,14 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import IO, Any
 
 from conformance.interface import Arrays, Result, SetupError
 from conformance.mesh import MARK, Member, Mesh, cropped, filled, refuse_indivisible
-from conformance.stages import STAGES
 
 START = 120.0  # seconds for the processes to meet, each of which imports a framework first
 LINGER = 2.0  # seconds in which the others may report the same, or a process end that has hung up
@@ -78,13 +77,8 @@ class GroupImplementation:
             self._stop()
             raise SetupError(f"{self.name}: {error}") from error
 
-    def __getattr__(self, stage: str) -> Any:
-        """The method of a stage; not kept, so that nothing here refers to itself and the processes end with it."""
-        if stage not in STAGES:
-            raise AttributeError(stage)
-        return partial(self._call, stage)
-
-    def _call(self, stage: str, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
+    def call(self, stage: str, inputs: Arrays, config: Mapping[str, Any], cotangents: Arrays | None) -> Result:
+        """The stage on all processes (`Implementation.call`)."""
         refuse_indivisible(config, self._mesh)
         if not self._processes:
             self._restart()

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from conformance.implementations.registry import load_sharded
-from conformance.interface import describe
+from conformance.interface import Implementation, describe
 from conformance.mesh import Member
 
 
@@ -43,9 +43,8 @@ def _claims(implementation: Any) -> tuple[Any, Any]:
     return implementation, implementation.capabilities
 
 
-def _call(implementation: Any, member: Member, *call: Any) -> tuple[None, Any]:
-    stage, inputs, config, cotangents = call
-    result = getattr(implementation, stage)(inputs, config, cotangents)
+def _call(implementation: Implementation, member: Member, *call: Any) -> tuple[None, Any]:
+    result = implementation.call(*call)
     return None, result if member.rank == 0 else None  # the same on all: one sends it
 
 

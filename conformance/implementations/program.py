@@ -16,6 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,9 @@ class ProgramImplementation:
         except (ProgramError, OSError) as error:
             self._stop()
             raise SetupError(f"{EXEC}{command}: {error}") from error
-        for stage in self.capabilities.stages:
-            setattr(self, stage, self._method(stage))
 
-    def _method(self, stage: str) -> Any:
-        return lambda inputs, config, cotangents: self._call(stage, inputs, config, cotangents)
-
-    def _call(self, stage: str, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
+    def call(self, stage: str, inputs: Arrays, config: Mapping[str, Any], cotangents: Arrays | None) -> Result:
+        """The stage in the program (`Implementation.call`)."""
         self._calls += 1
         name = str(self._calls)
         given, written = (Path(self._folder.name) / f"{name}.{kind}" for kind in ("input", "output"))

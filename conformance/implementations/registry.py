@@ -6,13 +6,13 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from conformance.interface import Capabilities, SetupError, describe
+from conformance.implementations.wrapping import wrap
+from conformance.interface import Implementation, SetupError, describe
 from conformance.mesh import MARK, Member, parse_mesh
-from conformance.stages import STAGES
 from conformance.witnesses.fetch import WitnessError, folder
 
 EXEC = "exec:"
@@ -90,14 +90,6 @@ def _installed(module: str) -> bool:
         return False
 
 
-def version_of(package: str) -> str:
-    """The installed version of a distribution, ``"?"`` where there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "?"
-
-
 def defaults(group: str = GROUP) -> tuple[list[str], dict[str, str]]:
     """(the implementations that run without being named, the others with the reason)."""
     chosen, left = [], {}
@@ -112,7 +104,7 @@ def defaults(group: str = GROUP) -> tuple[list[str], dict[str, str]]:
     return chosen, left
 
 
-def load(reference: str, limit: float = 60.0) -> Any:
+def load(reference: str, limit: float = 60.0) -> Implementation:
     """The implementation behind a registered name, a ``module:attribute`` or an ``exec:COMMAND``.
 
     The attribute may be an instance, a class, or a function without arguments that returns an instance. With a mesh
@@ -139,21 +131,21 @@ def load(reference: str, limit: float = 60.0) -> Any:
     module, attribute = _target(reference, GROUP)
     try:
         found = _found(reference, module, attribute)
-        return _checked(reference, found if hasattr(found, "capabilities") and not isinstance(found, type) else found())
+        return wrap(found if hasattr(found, "capabilities") and not isinstance(found, type) else found(), reference)
     except SetupError:
         raise
     except Exception as error:
         raise SetupError(f"{reference}: could not be set up: {describe(error)}") from error
 
 
-def load_sharded(reference: str, member: Member) -> Any:
+def load_sharded(reference: str, member: Member) -> Implementation:
     """The implementation behind a name or ``module:attribute``, for one process of a mesh.
 
     Raises:
         SetupError: it can't be found, imported or made, or lacks a method for a stage it claims.
         NotImplementedError: it can't run on such a mesh.
     """
-    return _checked(reference, _found(reference, *_target(reference, SHARDED))(member))
+    return wrap(_found(reference, *_target(reference, SHARDED))(member), reference)
 
 
 def _target(reference: str, group: str) -> tuple[str, str]:
@@ -175,16 +167,3 @@ def _found(reference: str, module: str, attribute: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise SetupError(f"{reference}: could not be set up: {describe(error)}") from error
-
-
-def _checked(reference: str, implementation: Any) -> Any:
-    claimed = getattr(implementation, "capabilities", None)
-    if not isinstance(claimed, Capabilities) or not getattr(implementation, "name", None):
-        raise SetupError(
-            f"{reference}: expected a name and capabilities of type Capabilities, got {type(claimed).__name__}"
-        )
-    unknown = sorted(set(claimed.stages) - set(STAGES))
-    absent = [stage for stage in claimed.stages if not callable(getattr(implementation, stage, None))]
-    if unknown or absent:
-        raise SetupError(f"{reference}: claims unknown stages {unknown} or has no method for {sorted(absent)}")
-    return implementation

@@ -13,8 +13,8 @@ from itertools import combinations
 import numpy as np
 
 from conformance.cases.case import Item
+from conformance.judge.item import Outcome
 from conformance.judge.rule import allowance
-from conformance.judge.run import Outcome
 
 Key = tuple[str, str, str]
 
@@ -45,7 +45,7 @@ def distance(item: Item, tensor: str, a: np.ndarray, b: np.ndarray) -> float:
     return beyond / bound if bound > 0 else (np.inf if beyond > 0 else 0.0)
 
 
-class CrossFramework:
+class Agreement:
     """Takes outcomes as they come and keeps the worst figure of each pair of implementations."""
 
     def __init__(self, items: Iterable[Item]):

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from conformance.cases.case import CaseError
+from conformance.judge.item import Outcome
 from conformance.judge.rule import Check
-from conformance.judge.run import Outcome
 
 FORMAT = "mhc-conformance-known/1"
 

@@ -21,7 +21,7 @@ PER_STREAM = (1, 0.25, 4, 0.5, 2, 1, 0.125, 1)
 
 
 @dataclass
-class Case:
+class Draft:
     """Everything a case file holds except what the oracle adds."""
 
     id: str
@@ -131,7 +131,7 @@ def _vary(wish: Wish, name: str, value: np.ndarray, index: int) -> np.ndarray:
     return data.shared_grid(noise * data.shared_grid(np.array(spread)))
 
 
-def build(wish: Wish) -> Case:
+def build(wish: Wish) -> Draft:
     """All tensors of a case, except post's own inputs where they come from the oracle (`generate`)."""
     row = wish.row or published(wish.dialect)
     p = {**row.parameters, **wish.overrides, "streams": wish.streams, "dim": wish.dim}
@@ -199,7 +199,7 @@ def build(wish: Wish) -> Case:
     variants = [v for name in wish.variants for v in _variant(name, _wanted(wish, name, names), p, False)]
     if wish.tf32:
         variants += _variant("float32-float32", _wanted(wish, "float32-float32", names), p, True)
-    return Case(
+    return Draft(
         id=label, family=wish.family, why=wish.why, clause=wish.clause, dialect=row.told,
         overrides={**row.overrides, **wish.overrides}, parameters=p, stages=stages, variants=variants, tensors=made,
         cotangents=cotangents, layout=wish.layout, quick=wish.quick, exact=wish.exact, gradients=wish.gradients,
@@ -214,14 +214,14 @@ def _variant(name: str, stages: list[str], p: Mapping[str, Any], tf32: bool) -> 
     """The stages that a pair of dtypes tells something new about; none where nothing would be left."""
     x, weights = name.split("-")
     narrow = x in ("bfloat16", "float16")
-    pure = weights != ("float64" if x == "float64" else "float32")
+    secondary = weights != ("float64" if x == "float64" else "float32")
     contract = "float64" if x == "float64" else "tf32" if tf32 else "float32"
     if not tf32 and x != "float64" and p["mixing"] == "activation":
         contract = "activation" if p["coefficients"] == "activation" else "mixing"
     chosen = [
         s
         for s in stages
-        if not (pure and not STAGES[s].weights)
+        if not (secondary and not STAGES[s].weights)
         and not (tf32 and s not in PROJECTING)
         and not (s == "residual_matrix" and narrow and p["coefficients"] == "float32")
     ]

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from conformance.cases.case import CaseError, read_tensors
 from conformance.files import atomic
 from conformance.oracle.balls import BallArithmetic, certified
-from conformance.oracle.build import Case, build
+from conformance.oracle.build import Draft, build
 from conformance.oracle.evaluate import evaluate
 from conformance.oracle.families import wishes
 from conformance.oracle.floats import FloatArithmetic
@@ -44,7 +44,7 @@ def case_ids() -> list[str]:
     return ids
 
 
-def complete(case: Case) -> bytes:
+def complete(case: Draft) -> bytes:
     """One case as the bytes of its file."""
     _inputs_from_oracle(case)
     tensors: dict[str, np.ndarray] = {}
@@ -95,7 +95,7 @@ def canonical_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) ->
     return len(text).to_bytes(8, "little") + text + raw[8 + size :]
 
 
-def _stored(name: str, case: Case) -> np.ndarray:
+def _stored(name: str, case: Draft) -> np.ndarray:
     """x-like inputs as bfloat16 where they fit, everything else as float32."""
     value = case.tensors[name].astype(np.float32)
     narrow = value.astype(ml_dtypes.bfloat16)
@@ -105,7 +105,7 @@ def _stored(name: str, case: Case) -> np.ndarray:
     return narrow if fits and name in ("x", "y", "embedding", "norm_scale", "branch_scale") else value
 
 
-def _inputs_from_oracle(case: Case) -> None:
+def _inputs_from_oracle(case: Draft) -> None:
     """post's own inputs are the oracle's gates and H for this x, rounded to the grid of the coefficients."""
     if "post" not in case.stages or "H" in case.tensors:
         return
@@ -128,7 +128,7 @@ def _inputs_from_oracle(case: Case) -> None:
         case.tensors[name] = value
 
 
-def _bounds(case: Case, stage: str, expected: dict[str, np.ndarray], run: Callable[[Any], Any]) -> dict[str, Any]:
+def _bounds(case: Draft, stage: str, expected: dict[str, np.ndarray], run: Callable[[Any], Any]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     measured: dict[tuple[str, str | None], tuple[dict[str, float], bool]] = {}
     last_axis = axes(case.parameters)[1] if case.parameters["guard"] == "none" else None
@@ -158,7 +158,7 @@ def _bounds(case: Case, stage: str, expected: dict[str, np.ndarray], run: Callab
     return rows
 
 
-def _row(name: str, expected: np.ndarray, honest: float, factor: float, contract: str, case: Case) -> dict[str, float]:
+def _row(name: str, expected: np.ndarray, honest: float, factor: float, contract: str, case: Draft) -> dict[str, float]:
     scale = 1.0 if name in GATES else float(np.max(np.abs(expected), initial=0.0))
     if case.exact:
         if honest:

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from conformance.porter.errors import CANNOT, PortError
-from conformance.porter.site import NORM, Site, Weights
+from conformance.porter.site import NORM, SiteKey, Weights
 from conformance.porter.verdict import IMPOSSIBLE
 from conformance.stages import PROJECTIONS
 
@@ -36,7 +36,7 @@ class Converted:
 
 
 def convert(
-    site: Site,
+    site: SiteKey,
     weights: Mapping[str, np.ndarray],
     steps: tuple[str, ...],
     streams: int,
@@ -115,7 +115,7 @@ def transposition(streams: int, residual: str) -> list[int]:
     return [j * streams + i for i in range(streams) for j in range(streams)]
 
 
-def _account(site: Site, name: str, exact: np.ndarray, stored: np.ndarray, result: Converted) -> None:
+def _account(site: SiteKey, name: str, exact: np.ndarray, stored: np.ndarray, result: Converted) -> None:
     """Takes one weight's rounding into the result.
 
     Raises:

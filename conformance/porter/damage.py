@@ -12,7 +12,7 @@ from conformance.porter.convert import Converted
 from conformance.porter.errors import PortError
 from conformance.porter.model import Model
 from conformance.porter.probe import Probes, activations
-from conformance.porter.site import NORM, Site
+from conformance.porter.site import NORM, SiteKey
 from conformance.porter.verdict import APPROXIMATE, Reason, Verdict
 
 NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -104,7 +104,7 @@ def _narrow(model: Model) -> Iterator[str]:
     )
 
 
-def _before(site: Site, name: str, value: np.ndarray) -> np.ndarray:
+def _before(site: SiteKey, name: str, value: np.ndarray) -> np.ndarray:
     """Numbers that round to these, drawn from the half units around each; wider ones as they are."""
     if str(value.dtype) not in NARROW:
         return value

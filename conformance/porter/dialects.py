@@ -18,7 +18,7 @@ from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layouts
 from conformance.porter.notes import CANONICAL_FORMAT, PORT_FORMAT, SIZES, Statement, note, statement
-from conformance.porter.site import Site
+from conformance.porter.site import SiteKey
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
 from conformance.porter.verdict import ROUNDED
 
@@ -261,13 +261,13 @@ def sizes_noted(layout: Layout, checkpoint: Checkpoint) -> dict[str, Any]:
     return {key: stated.parameters[key] for key in SIZES if stated and key in stated.parameters}
 
 
-def counts(sites: Iterable[Site]) -> dict[str, int]:
+def counts(sites: Iterable[SiteKey]) -> dict[str, int]:
     """What a port notes of how much it wrote: its sites, and its layers without those of multi-token prediction."""
     every = [*sites]
     return {"layers": len({site.layer for site in every if site.group == "layers"}), "sites": len(every)}
 
 
-def fewer_than_noted(checkpoint: Checkpoint, sites: Iterable[Site]) -> list[str]:
+def fewer_than_noted(checkpoint: Checkpoint, sites: Iterable[SiteKey]) -> list[str]:
     """Where a checkpoint has less than a port has noted that it wrote, in words.
 
     Tensors that others added, or that were there before, are no loss.

@@ -18,7 +18,7 @@ from conformance.cases.rules import most_permuted
 from conformance.porter import names as naming
 from conformance.porter.errors import PortError
 from conformance.porter.locating import Locator
-from conformance.porter.site import Site, Weights, canonical_shapes
+from conformance.porter.site import SiteKey, Weights, canonical_shapes
 
 WRITTEN = {"{any}": "", "{layers}": "layers", "{attention}": "attention", "{ffn}": "ffn"}
 MOST_STREAMS = 64
@@ -142,12 +142,12 @@ class Layout:
             if not only or row.name in only
         )
 
-    def template(self, site: Site) -> str | None:
+    def template(self, site: SiteKey) -> str | None:
         """The prefix that ``site`` is written under, before its number is put in; None where it has none."""
         templates = self.names.get((site.group, site.kind))
         return templates[0] if templates else None
 
-    def prefix(self, site: Site) -> str:
+    def prefix(self, site: SiteKey) -> str:
         """The prefix of a site's tensors as written.
 
         Raises:
@@ -160,7 +160,7 @@ class Layout:
             template = template.replace(token, text)
         return template.replace("{layer}", str(site.layer))
 
-    def locate(self, names: Iterable[str]) -> dict[Site, dict[str, str]]:
+    def locate(self, names: Iterable[str]) -> dict[SiteKey, dict[str, str]]:
         """The sites among ``names``: for each, its rows and the tensors that hold them.
 
         Raises:
@@ -169,7 +169,7 @@ class Layout:
         return self._locator.locate(names)
 
     def beside(
-        self, names: Collection[str], candidates: Iterable[str], sites: Mapping[Site, Mapping[str, str]]
+        self, names: Collection[str], candidates: Iterable[str], sites: Mapping[SiteKey, Mapping[str, str]]
     ) -> list[str]:
         """Names that lie where the tensors of these sites do and are none of their rows (`locating.Locator.beside`)."""
         return self._locator.beside(names, candidates, sites)
@@ -192,7 +192,7 @@ class Layout:
         """What stands between the words of its names."""
         return "/" if self.containers[0] == "orbax" else "."
 
-    def missing(self, site: Site, rows: Mapping[str, str]) -> list[str]:
+    def missing(self, site: SiteKey, rows: Mapping[str, str]) -> list[str]:
         """Tensors that the site lacks, under the names that they would have."""
         row, name = next(iter(rows.items()))
         plain = name if name.endswith(row) else naming.plain(name)
@@ -204,13 +204,13 @@ class Layout:
         return [prefix + r.name for r in lacks]
 
     def file_shapes(
-        self, site: Site, streams: int, dim: int, residual: str, norm: bool = True
+        self, site: SiteKey, streams: int, dim: int, residual: str, norm: bool = True
     ) -> dict[str, tuple[int, ...]]:
         """Shape of each row's tensor."""
         shapes = canonical_shapes(site, streams, dim, residual, norm)
         return {row.name: _file_shape(row, shapes, streams, residual) for row in _present(self, site, shapes)}
 
-    def dimensions(self, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, str]:
+    def dimensions(self, site: SiteKey, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, str]:
         """(n, C, residual) of a site from the shapes of its rows.
 
         Raises:
@@ -235,7 +235,7 @@ class Layout:
             raise PortError(_explain(self, site, shapes, wide, flat))
         return fits[0]
 
-    def pack(self, site: Site, weights: Weights, streams: int, dim: int, residual: str) -> dict[str, np.ndarray]:
+    def pack(self, site: SiteKey, weights: Weights, streams: int, dim: int, residual: str) -> dict[str, np.ndarray]:
         """The rows of a site from its canonical weights; views of them where that is possible."""
         shapes = {name: value.shape for name, value in weights.items()}
         packed = {}
@@ -252,7 +252,9 @@ class Layout:
             packed[row.name] = value.reshape(_file_shape(row, shapes, streams, residual))
         return packed
 
-    def unpack(self, site: Site, tensors: Mapping[str, np.ndarray], streams: int, dim: int, residual: str) -> Weights:
+    def unpack(
+        self, site: SiteKey, tensors: Mapping[str, np.ndarray], streams: int, dim: int, residual: str
+    ) -> Weights:
         """The canonical weights of a site from its rows; views of them where that is possible."""
         norm = any(row.axes == "k" and row.name in tensors for row in self.rows)
         shapes = canonical_shapes(site, streams, dim, residual, norm)
@@ -280,7 +282,7 @@ class Layout:
         return {name: weights[name] for name in shapes if name in weights}
 
 
-def _joined(site: Site, row: Packed, parts: list[np.ndarray]) -> np.ndarray:
+def _joined(site: SiteKey, row: Packed, parts: list[np.ndarray]) -> np.ndarray:
     """Parts side by side along their last axis.
 
     Raises:
@@ -293,7 +295,7 @@ def _joined(site: Site, row: Packed, parts: list[np.ndarray]) -> np.ndarray:
         raise PortError(f"{site}: {row.name} would hold {kinds} together: set --dtype") from error
 
 
-def _present(layout: Layout, site: Site, shapes: Mapping[str, Any]) -> Sequence[Packed]:
+def _present(layout: Layout, site: SiteKey, shapes: Mapping[str, Any]) -> Sequence[Packed]:
     return [row for row in layout.rows_of(site.kind) if any(p in shapes for p in row.parts)]
 
 
@@ -320,7 +322,7 @@ def _restore(value: np.ndarray, streams: int, dim: int, flat: str) -> np.ndarray
     return value if flat == "streams-first" else _reorder(value, dim, streams, "dim-first")
 
 
-def _explain(layout: Layout, site: Site, shapes: Mapping[str, tuple[int, ...]], wide: Packed, flat: int) -> str:
+def _explain(layout: Layout, site: SiteKey, shapes: Mapping[str, tuple[int, ...]], wide: Packed, flat: int) -> str:
     """Which tensor has the wrong shape, with what would have been right for the n that the others suggest."""
     for row in layout.rows_of(site.kind):
         if row.name in shapes and len(shapes[row.name]) != len(row.axes.split()) and row.axes != "i j":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from conformance.porter import names as naming
 from conformance.porter.errors import PortError
-from conformance.porter.site import ALONE, Site
+from conformance.porter.site import ALONE, SiteKey
 
 if TYPE_CHECKING:
     from conformance.porter.layout import Layout
@@ -68,7 +68,7 @@ class Locator:
         rows = "|".join(re.escape(row.name) for row in self._layout.rows_of(kind))
         return re.compile(f"(?P<prefix>{prefix})(?P<row>{rows})")
 
-    def locate(self, names: Iterable[str]) -> dict[Site, dict[str, str]]:
+    def locate(self, names: Iterable[str]) -> dict[SiteKey, dict[str, str]]:
         """The sites among ``names``: for each, its rows and the tensors that hold them.
 
         Raises:
@@ -83,9 +83,9 @@ class Locator:
         """How many sites have a tensor among ``names``, each once however often it is there."""
         return len({place[0] for name in names if (place := self._placed(name))})
 
-    def _copies(self, names: Iterable[str]) -> dict[Site, Copy]:
+    def _copies(self, names: Iterable[str]) -> dict[SiteKey, Copy]:
         """Where each site is among ``names``."""
-        found: dict[Site, dict[tuple[bool, str], Copy]] = {}
+        found: dict[SiteKey, dict[tuple[bool, str], Copy]] = {}
         for name in names:
             place = self._placed(name)
             if place is None:
@@ -95,7 +95,7 @@ class Locator:
             if row in rows:
                 raise _twice(site, rows[row], name)
             rows[row] = name
-        sites: dict[Site, Copy] = {}
+        sites: dict[SiteKey, Copy] = {}
         for site in sorted(found, key=lambda s: s.order):
             candidates = [copy for copy in found[site].values() if self._anchored(site, copy.rows)]
             if any(copy.given for copy in candidates):  # what the user names leaves no doubt
@@ -108,14 +108,14 @@ class Locator:
         _check_one_model(sites)
         return sites
 
-    def _anchored(self, site: Site, rows: Mapping[str, str]) -> bool:
+    def _anchored(self, site: SiteKey, rows: Mapping[str, str]) -> bool:
         """Whether these rows by themselves show a site to be there."""
         every = [row.name for row in self._layout.rows_of(site.kind)]
         anchors = self._layout.anchors if self._layout.anchors and not site.head else every
         return any(anchor in rows for anchor in anchors)
 
     def beside(
-        self, names: Collection[str], candidates: Iterable[str], sites: Mapping[Site, Mapping[str, str]]
+        self, names: Collection[str], candidates: Iterable[str], sites: Mapping[SiteKey, Mapping[str, str]]
     ) -> list[str]:
         """Names that lie where a site's tensors do and are none of its rows; with a site whose anchors are lost.
 
@@ -127,7 +127,7 @@ class Locator:
             candidates: those that end as a layout's do.
         """
         placed = {name for rows in sites.values() for name in rows.values()}
-        prefixes: dict[str, Site] = {}
+        prefixes: dict[str, SiteKey] = {}
         for site, rows in sites.items():
             row, name = next(iter(rows.items()))
             spelled = next(s for s in self._spellings(name) if s.endswith(row))
@@ -135,7 +135,7 @@ class Locator:
         prefixes.pop("", None)
         words = {re.split(r"\d+", prefix)[-1] for prefix in prefixes} - {"", ".", "/", "_"}
         found = [name for name in naming.having(names, words) if self._lies_at(name, prefixes) and name not in placed]
-        lost: dict[tuple[Site, str], list[str]] = {}
+        lost: dict[tuple[SiteKey, str], list[str]] = {}
         for name in candidates if self._layout.anchors and sites else ():
             place = self._placed(name)
             if place and place[0] not in sites and place[0] != ALONE:
@@ -146,7 +146,7 @@ class Locator:
             found += held if len(held) >= len(others) else []
         return list(dict.fromkeys(found))
 
-    def _lies_at(self, name: str, prefixes: Mapping[str, Site]) -> bool:
+    def _lies_at(self, name: str, prefixes: Mapping[str, SiteKey]) -> bool:
         for spelling in self._spellings(name):
             prefix = next((p for p in prefixes if spelling.startswith(p)), None)
             if prefix is None:
@@ -165,7 +165,7 @@ class Locator:
             plain = plain.replace("/", ".")
         return list(dict.fromkeys((name, plain, naming.of_text(plain))))
 
-    def _placed(self, name: str) -> tuple[Site, Copy, str] | None:
+    def _placed(self, name: str) -> tuple[SiteKey, Copy, str] | None:
         """A name's site, where that is, and its row; None where the layout has none."""
         spellings = self._spellings(name)
         for spelling in spellings:
@@ -177,7 +177,7 @@ class Locator:
                 match = pattern.fullmatch(spelling)
                 if match:
                     layer = match.groupdict().get("layer")
-                    site = Site(group, None if layer is None else int(layer), kind)
+                    site = SiteKey(group, None if layer is None else int(layer), kind)
                     lead = "" if layer is None else spelling[: match.start("layer")]
                     lead += naming.LANGUAGE_MODEL if lead and naming.LANGUAGE_MODEL in name else ""
                     copy = Copy(template in self._layout.given, match["prefix"], (naming.model_of(name), lead))
@@ -185,7 +185,7 @@ class Locator:
         return None
 
 
-def _check_one_model(sites: Mapping[Site, Copy]) -> None:
+def _check_one_model(sites: Mapping[SiteKey, Copy]) -> None:
     """Raises where sites are those of two models: under other leading wrappers, or lists of layers of other names.
 
     Raises:
@@ -207,7 +207,7 @@ def _check_one_model(sites: Mapping[Site, Copy]) -> None:
                 )
 
 
-def _twice(site: Site, first: str, second: str) -> PortError:
+def _twice(site: SiteKey, first: str, second: str) -> PortError:
     return PortError(
         f"{site} is there twice, as {first} and as {second}: keep one, or name the prefix of the one that counts with "
         f"--from-names"

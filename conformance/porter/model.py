@@ -15,7 +15,7 @@ from conformance.porter.errors import CANNOT, INCOMPLETE, UNKNOWN, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layout_named, layouts
 from conformance.porter.recognition import Recognised, recognise, unplaced
-from conformance.porter.site import ALONE, HEAD, NORM, Site, Weights
+from conformance.porter.site import ALONE, HEAD, NORM, SiteKey, Weights
 from conformance.porter.storage.checkpoint import Checkpoint, check_dtype
 
 NO_HEAD = "the head is missing, and the dialect reduces the streams by one"
@@ -38,7 +38,7 @@ class Model:
 
     checkpoint: Checkpoint
     layout: Layout
-    sites: dict[Site, dict[str, str]]
+    sites: dict[SiteKey, dict[str, str]]
     streams: int
     dim: int
     residual: str
@@ -46,7 +46,7 @@ class Model:
     told: Told
     stray: list[str]
     differing: str
-    sizes: dict[Site, tuple[int, int, str]]
+    sizes: dict[SiteKey, tuple[int, int, str]]
     lost_norm: bool = False
     copies: dict[str, str] = field(default_factory=dict)
 
@@ -116,7 +116,7 @@ class Model:
     def remarks(self) -> list[str]:
         """What should be said of this model and stops nothing, a line each."""
         layers, more = dialects.layers_stated(self.checkpoint)
-        named = self.layout.template(Site("mtp", 0, "attention")) is not None
+        named = self.layout.template(SiteKey("mtp", 0, "attention")) is not None
         there = any(site.group == "mtp" for site in self.sites) or len(self.layers) == layers + more
         found = list(self.told.remarks)
         if more and named and self.layers and not there:
@@ -199,7 +199,7 @@ class Model:
             for name in rows.values():
                 check_dtype(self.checkpoint.tensors[name])
 
-    def load(self, site: Site) -> Weights:
+    def load(self, site: SiteKey) -> Weights:
         """The canonical weights of one site, not looked at (`check`).
 
         Raises:
@@ -209,7 +209,7 @@ class Model:
         streams, dim, residual = self.sizes[site]
         return self.layout.unpack(site, tensors, streams, dim, self.residual if site.head else residual)
 
-    def check(self, site: Site) -> None:
+    def check(self, site: SiteKey) -> None:
         """Raises for a weight that isn't finite.
 
         Raises:
@@ -312,7 +312,7 @@ def _copies(model: Model) -> dict[str, str]:
     return found
 
 
-def _named_after(layout: Layout, sites: Mapping[Site, Mapping[str, str]]) -> str:
+def _named_after(layout: Layout, sites: Mapping[SiteKey, Mapping[str, str]]) -> str:
     """The dialect whose models' names start as these do; empty where none has a start of its own."""
     first = next(name for rows in sites.values() for name in rows.values())
     return next((row for row, lead in layout.leads.items() if naming.plain(first).startswith(lead)), "")

@@ -86,7 +86,7 @@ class Options:
 
 
 @dataclass
-class Report:
+class PortReport:
     """What was done, or would be.
 
     Attributes:
@@ -153,6 +153,6 @@ class Refused(PortError):
         report: what was measured.
     """
 
-    def __init__(self, message: str, status: int, report: Report):
+    def __init__(self, message: str, status: int, report: PortReport):
         super().__init__(message, status)
         self.report = report

@@ -16,8 +16,8 @@ from conformance.porter.errors import CONTRADICTED, INCOMPLETE, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layouts
 from conformance.porter.model import Model, understand
-from conformance.porter.options import Options, Report
-from conformance.porter.site import ALONE, HEAD, NORM, Site
+from conformance.porter.options import Options, PortReport
+from conformance.porter.site import ALONE, HEAD, NORM, SiteKey
 from conformance.porter.storage.into import check_into
 from conformance.porter.storage.modules import OfModules
 from conformance.porter.storage.opening import open_checkpoint
@@ -42,11 +42,11 @@ class Plan:
     parameters: dict[str, Any]
     base: str
     verdict: Verdict
-    places: dict[Site, Site]
-    prefixes: dict[Site, dict[str, str]]
-    norm: dict[Site, np.ndarray]
+    places: dict[SiteKey, SiteKey]
+    prefixes: dict[SiteKey, dict[str, str]]
+    norm: dict[SiteKey, np.ndarray]
     probes: probe.Probes
-    report: Report
+    report: PortReport
 
     def sink(self) -> Stacker:
         """What takes the ported tensors; for layouts without scanned layers it only keeps them."""
@@ -74,7 +74,7 @@ class Plan:
         sizes = {"streams": self.model.streams, "dim": self.model.dim, "layers": len(self.model.layers)}
         return configuration.written(self.parameters, self.base, self.layout.models, sizes)
 
-    def port_site(self, site: Site, sink: Stacker) -> tuple[float, int, probe.Projected]:
+    def port_site(self, site: SiteKey, sink: Stacker) -> tuple[float, int, probe.Projected]:
         """Reads, converts, packs and projects one site, and hands its tensors on.
 
         Returns:
@@ -187,7 +187,7 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
         x = np.concatenate([x, given.astype(np.float64).reshape(-1, model.streams, model.dim)])
         if not np.abs(x).max(initial=0.0) < 1e100:
             raise PortError("the activations must be finite and below 1e100")
-    report = Report(
+    report = PortReport(
         source=str(model.checkpoint.path), source_layout=model.layout.name, target_layout=layout.name,
         source_dialect=dialects.described(model.parameters), target_dialect=dialects.described(parameters),
         source_told_by=model.told.by, told_by=told.by, assumed=model.told.assumed,
@@ -207,7 +207,7 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
     return plan
 
 
-def _existing(model: Model, layout: Layout, options: Options) -> dict[Site, dict[str, str]]:
+def _existing(model: Model, layout: Layout, options: Options) -> dict[SiteKey, dict[str, str]]:
     """Under which names the checkpoint that takes the tensors has them already."""
     if options.into is None:
         return {}
@@ -253,15 +253,15 @@ def _existing(model: Model, layout: Layout, options: Options) -> dict[Site, dict
 
 def _places(
     model: Model, layout: Layout, options: Options, parameters: Mapping[str, Any], notes: list[str]
-) -> tuple[dict[Site, Site], list[str], str]:
+) -> tuple[dict[SiteKey, SiteKey], list[str], str]:
     """Which site becomes which, what is left out, and why the head is lost, empty where it isn't."""
-    places: dict[Site, Site] = {}
+    places: dict[SiteKey, SiteKey] = {}
     left_out: list[str] = []
     head_lost = ""
     for site in model.sites:
         place = site
         if site == ALONE and layout.template(site) is None:
-            place = Site("layers", 0, "attention")
+            place = SiteKey("layers", 0, "attention")
             notes.append("a module on its own: taken as the attention of layer 0")
         if layout.template(place) is None:
             left_out.append(str(site))
@@ -295,7 +295,7 @@ def _without_a_name(layout: Layout, left_out: list[str], options: Options) -> li
 
 
 def _left_as_they_are(
-    existing: Mapping[Site, dict[str, str]], places: Mapping[Site, Site], options: Options
+    existing: Mapping[SiteKey, dict[str, str]], places: Mapping[SiteKey, SiteKey], options: Options
 ) -> list[str]:
     """Sites of the checkpoint that takes the tensors which the source doesn't have: they would keep their weights.
 
@@ -333,8 +333,8 @@ def _needed_there(model: Model, parameters: Mapping[str, Any], options: Options)
 
 
 def _norms(
-    model: Model, options: Options, parameters: Mapping[str, Any], places: Mapping[Site, Site]
-) -> tuple[dict[Site, np.ndarray], bool]:
+    model: Model, options: Options, parameters: Mapping[str, Any], places: Mapping[SiteKey, SiteKey]
+) -> tuple[dict[SiteKey, np.ndarray], bool]:
     """Norm weights to divide φ by, and whether one has zeros."""
     if options.norm_weight is None:
         return {}, False

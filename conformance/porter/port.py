@@ -14,7 +14,7 @@ from conformance.porter import plan as planning
 from conformance.porter.errors import CANNOT, REFUSED, UNKNOWN, Incomplete, PortError
 from conformance.porter.layouts import layout_named, layouts
 from conformance.porter.model import understand
-from conformance.porter.options import Options, Refused, Report
+from conformance.porter.options import Options, PortReport, Refused
 from conformance.porter.plan import Plan
 from conformance.porter.storage import gguf_copy
 from conformance.porter.storage import target as storage
@@ -24,14 +24,14 @@ from conformance.porter.storage.opening import open_checkpoint
 from conformance.porter.storage.stacks import Stacks
 from conformance.porter.verdict import APPROXIMATE, EXACT, IMPOSSIBLE, PARTIAL, ROUNDING, Verdict
 
-__all__ = ["Options", "Refused", "Report", "port", "settle"]
+__all__ = ["Options", "PortReport", "Refused", "port", "settle"]
 
 WORKERS = 2
 
 
 def port(
     source: Path, target: Path | None, options: Options, progress: Callable[[int, int], None] | None = None
-) -> Report:
+) -> PortReport:
     """Ports ``source`` to ``target`` (None where ``options.into`` takes the tensors).
 
     Args:
@@ -54,7 +54,9 @@ def port(
             gc.enable()
 
 
-def _port(source: Path, target: Path | None, options: Options, progress: Callable[[int, int], None] | None) -> Report:
+def _port(
+    source: Path, target: Path | None, options: Options, progress: Callable[[int, int], None] | None
+) -> PortReport:
     layout = layout_named(options.to).named(options.names)
     copied = options.into is not None and layout.containers[0] == "gguf"
     if copied and target is None:
@@ -187,7 +189,7 @@ def _check_assumed(plan: Plan) -> None:
         )  # fmt: skip
 
 
-def settle(report: Report, verdict: Verdict) -> None:
+def settle(report: PortReport, verdict: Verdict) -> None:
     """The verdict after the measurement: a fold or a cast that rounded nothing was exact."""
     report.verdict, report.reason = verdict.kind, str(verdict)
     rounds = [r for r in verdict.reasons if r.kind == ROUNDING]
@@ -215,7 +217,7 @@ def _figures(largest: Mapping[str, float]) -> str:
     return ", ".join(f"{k} {v:.3g}" for k, v in largest.items())
 
 
-def _metadata(report: Report, plan: Plan, kind: str) -> dict[str, str]:
+def _metadata(report: PortReport, plan: Plan, kind: str) -> dict[str, str]:
     """What the target's own metadata says of this port."""
     noted = {
         "format": dialects.PORT_FORMAT, "layout": plan.layout.name, "parameters": plan.parameters,

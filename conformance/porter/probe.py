@@ -18,7 +18,7 @@ from conformance.oracle.data import normal
 from conformance.oracle.floats import Quick
 from conformance.oracle.style import Style
 from conformance.porter.convert import Converted, transposition
-from conformance.porter.site import NORM, Site
+from conformance.porter.site import NORM, SiteKey
 from conformance.porter.verdict import APPROXIMATE, Verdict
 from conformance.stages import PROJECTIONS
 
@@ -58,7 +58,7 @@ class Projected:
         moved: how far a logit may move for the roundings that the port made; 0 where it moved by no bit.
     """
 
-    site: Site
+    site: SiteKey
     source: Logits
     target: Logits
     held: Logits
@@ -119,7 +119,7 @@ class Probes:
         return [found[0]] * 2 if np.array_equal(found[0], found[1]) else found
 
     def project(
-        self, site: Site, source: Mapping[str, np.ndarray], target: Mapping[str, np.ndarray], ported: Converted
+        self, site: SiteKey, source: Mapping[str, np.ndarray], target: Mapping[str, np.ndarray], ported: Converted
     ) -> Projected:
         """The logits of one site before and after.
 
@@ -152,7 +152,7 @@ class Probes:
         np.copyto(space, value)
         return space
 
-    def _logits(self, site: Site, weights: Mapping[str, np.ndarray], unit: np.ndarray, known: Logits) -> Logits:
+    def _logits(self, site: SiteKey, weights: Mapping[str, np.ndarray], unit: np.ndarray, known: Logits) -> Logits:
         """α h + b of each projection, but those that are known already: the same factors give the same product."""
         found, normed = dict(known), None
         for part, (alpha, scale, beta) in _names(site).items():
@@ -162,7 +162,7 @@ class Probes:
                 found[part] = weights[scale] * (weights[alpha].T @ normed).T + weights[beta].reshape(-1)
         return found
 
-    def _reach(self, site: Site, ported: Converted) -> dict[str, float]:
+    def _reach(self, site: SiteKey, ported: Converted) -> dict[str, float]:
         """How far the roundings of the port can move a logit ``z = α (normed w φ) + b``, each taken at its worst.
 
         With e for the error of a weight: ``|α| (normed |w| e_φ + normed e_w (|φ| + e_φ)) + e_α normed (|w| + e_w)
@@ -283,7 +283,7 @@ def of_head(p: Mapping[str, Any]) -> dict[str, Any]:
     return {**p, "norm_eps": p["norm_eps"] if p["head_norm_eps"] is None else p["head_norm_eps"]}
 
 
-def _names(site: Site) -> dict[str, tuple[str, str, str]]:
+def _names(site: SiteKey) -> dict[str, tuple[str, str, str]]:
     """For each projection its φ, α and b."""
     if site.head:
         return {"head": ("head_fn", "head_scale", "head_base")}

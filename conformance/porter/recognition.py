@@ -12,10 +12,10 @@ from conformance.porter import names as naming
 from conformance.porter.errors import INCOMPLETE, Ambiguous, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layouts
-from conformance.porter.site import HEAD, Site
+from conformance.porter.site import HEAD, SiteKey
 from conformance.porter.storage.checkpoint import Checkpoint
 
-Rows = dict[Site, dict[str, str]]
+Rows = dict[SiteKey, dict[str, str]]
 Shapes = tuple[bool, tuple[tuple[str, tuple[int, ...]], ...]]
 
 
@@ -31,7 +31,7 @@ class Recognised:
 
     layout: Layout
     sites: Rows
-    sizes: dict[Site, tuple[int, int, str]]
+    sizes: dict[SiteKey, tuple[int, int, str]]
     candidates: list[str]
 
     @property
@@ -105,7 +105,7 @@ def _whole(entry: tuple[tuple[int, bool], PortError]) -> tuple[int, bool]:
     return entry[0]
 
 
-def _sizes(checkpoint: Checkpoint, layout: Layout, sites: Rows) -> dict[Site, tuple[int, int, str]]:
+def _sizes(checkpoint: Checkpoint, layout: Layout, sites: Rows) -> dict[SiteKey, tuple[int, int, str]]:
     """Each site's (n, C, residual).
 
     Raises:
@@ -119,7 +119,7 @@ def _sizes(checkpoint: Checkpoint, layout: Layout, sites: Rows) -> dict[Site, tu
             f"{file}: {site} of the layout {layout.name} lacks {', '.join(map(checkpoint.held, missing))}",
             len(sites) - len(lacks),
         )
-    sizes: dict[Site, tuple[int, int, str]] = {}
+    sizes: dict[SiteKey, tuple[int, int, str]] = {}
     known: dict[Shapes, tuple[int, int, str]] = {}
     for site, rows in sites.items():
         shapes = {row: checkpoint.tensors[name].shape for row, name in rows.items()}

@@ -10,7 +10,7 @@ from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
 from conformance.porter.layouts import layouts
 from conformance.porter.names import without_optimiser
-from conformance.porter.site import Site
+from conformance.porter.site import SiteKey
 from conformance.porter.storage.checkpoint import Checkpoint, Tensor
 from conformance.porter.storage.stacks import LISTED, PLACE, Unstacked
 
@@ -18,7 +18,9 @@ Shapes = Mapping[str, tuple[Sequence[int], str]]
 KINDS = {("layers", "attention"): "attention", ("layers", "ffn"): "ffn", ("", "head"): "head", ("", ""): "site"}
 
 
-def check(layout: Layout, prefixes: Mapping[Site, Mapping[str, str]], tensors: Shapes, scanned: bool = False) -> None:
+def check(
+    layout: Layout, prefixes: Mapping[SiteKey, Mapping[str, str]], tensors: Shapes, scanned: bool = False
+) -> None:
     """Raises where what would be written is lost to its reader, or read as something else.
 
     The reader is told the user's own prefixes (``--names``) as ``--from-names``. One that isn't told them may find
@@ -39,7 +41,7 @@ def check(layout: Layout, prefixes: Mapping[Site, Mapping[str, str]], tensors: S
     if scanned:
         _check_scanned(prefixes)
     shown = _shown(layout, tensors)
-    meant: dict[str, tuple[Site, str]] = {}
+    meant: dict[str, tuple[SiteKey, str]] = {}
     for site, rows in prefixes.items():
         for row, name in rows.items():
             meant[_bare(layout, name)] = site, row
@@ -60,7 +62,7 @@ def check(layout: Layout, prefixes: Mapping[Site, Mapping[str, str]], tensors: S
             raise _misread(layout, name, meant[_bare(layout, name)], read)
 
 
-def _check_used(layout: Layout, prefixes: Mapping[Site, Mapping[str, str]]) -> None:
+def _check_used(layout: Layout, prefixes: Mapping[SiteKey, Mapping[str, str]]) -> None:
     """Raises for a prefix of the user's that nothing is written under.
 
     Raises:
@@ -96,7 +98,7 @@ def _check_tree(names: Iterable[str]) -> None:
             raise PortError(f"{what}: give --names that are paths of their own in the tree")
 
 
-def _check_scanned(prefixes: Mapping[Site, Mapping[str, str]]) -> None:
+def _check_scanned(prefixes: Mapping[SiteKey, Mapping[str, str]]) -> None:
     """Raises where layers have names that aren't known to be stacked.
 
     Raises:
@@ -132,7 +134,7 @@ def _shown(layout: Layout, tensors: Shapes) -> list[str]:
         raise PortError(f"what would be written couldn't be read again: {error}") from error
 
 
-def _located(layout: Layout, shown: list[str]) -> tuple[dict[str, tuple[Site, str]], str]:
+def _located(layout: Layout, shown: list[str]) -> tuple[dict[str, tuple[SiteKey, str]], str]:
     """The site and the row of each name, as the layout reads them; and why it finds none."""
     try:
         sites = layout.locate(shown)
@@ -147,7 +149,9 @@ def _bare(layout: Layout, name: str) -> str:
     return LISTED.sub(r"\1layers_\2", naming.plain(name)) if layout.stacked else name
 
 
-def _misread(layout: Layout, name: str, meant: tuple[Site, str] | None, read: tuple[Site, str] | None) -> PortError:
+def _misread(
+    layout: Layout, name: str, meant: tuple[SiteKey, str] | None, read: tuple[SiteKey, str] | None
+) -> PortError:
     """The error for a tensor that isn't found again, or at another place."""
     found = f"as {read[1]} of {read[0]}" if read else "as no site's"
     is_ = f"it is {meant[1]} of {meant[0]}" if meant else "no such tensor is written"

@@ -13,7 +13,7 @@ Weights = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Site:
+class SiteKey:
     """Where a hyper-connection sits.
 
     Attributes:
@@ -39,10 +39,10 @@ class Site:
         return self.kind == "head"
 
 
-HEAD = Site("", None, "head")
-ALONE = Site("", None, "")
+HEAD = SiteKey("", None, "head")
+ALONE = SiteKey("", None, "")
 
 
-def canonical_shapes(site: Site, streams: int, dim: int, residual: str, norm: bool) -> dict[str, tuple[int, ...]]:
+def canonical_shapes(site: SiteKey, streams: int, dim: int, residual: str, norm: bool) -> dict[str, tuple[int, ...]]:
     """Name and flat shape of each canonical weight of a site."""
     return head_shapes(streams, dim) if site.head else layer_shapes(streams, dim, residual, norm)

@@ -9,11 +9,11 @@ from conformance.oracle.data import normal
 from conformance.porter.convert import convert
 from conformance.porter.layouts import layouts
 from conformance.porter.probe import Probes, activations
-from conformance.porter.site import NORM, Site, Weights, canonical_shapes
+from conformance.porter.site import NORM, SiteKey, Weights, canonical_shapes
 from conformance.porter.verdict import EXACT, IMPOSSIBLE, ROUNDING, Verdict, derive
 
 STREAMS, DIM, TOKENS = 4, 64, 64
-SITE = Site("layers", 0, "attention")
+SITE = SiteKey("layers", 0, "attention")
 ALPHAS = {"pre": 0.9, "post": -1.3, "res": 1.7}
 LEGEND = {
     EXACT: "exact",

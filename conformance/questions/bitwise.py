@@ -16,8 +16,8 @@ import numpy as np
 from conformance.cases.case import Item
 from conformance.cases.corpus import load_corpus
 from conformance.implementations.registry import load
-from conformance.interface import SetupError, describe
-from conformance.judge.run import refusal
+from conformance.interface import Implementation, SetupError, describe
+from conformance.judge.item import refusal
 
 PER_TOKEN = ("x", "y", "embedding", "logits", "post", "H")
 OUTPUTS_PER_TOKEN = ("out", "u", "pre", "post", "H")
@@ -52,7 +52,7 @@ Arrays = dict[str, np.ndarray]
 
 
 @dataclass
-class Report:
+class BitwiseReport:
     """The four answers of one implementation."""
 
     reference: str
@@ -61,25 +61,27 @@ class Report:
     answers: Answers = field(default_factory=lambda: {question: Bits() for question in QUESTIONS})
 
 
-def chosen(implementation: Any) -> list[Item]:
+def chosen(implementation: Implementation) -> list[Item]:
     """Items of a few cases, four streams, that the implementation claims, with more than one batch row."""
     return [
         item
         for case in load_corpus()
         if case.family in FAMILIES and case.parameters["streams"] == 4 and case.parameters["dim"] == 8
         for item in case.items()
-        if item.stage not in ("stack",) and not item.variant.pure and not refusal(item, implementation.capabilities)
+        if item.stage not in ("stack",)
+        and not item.variant.secondary
+        and not refusal(item, implementation.capabilities)
     ]
 
 
-def measure(reference: str, limit: float = 60.0, most: int = 0) -> Report:
+def measure(reference: str, limit: float = 60.0, most: int = 0) -> BitwiseReport:
     """Asks one implementation the four questions; ``most`` items, 0 for all.
 
     Raises:
         SetupError: it can't be set up.
     """
     implementation, anew = load(reference, limit), load(reference, limit)
-    report = Report(reference, implementation.name)
+    report = BitwiseReport(reference, implementation.name)
     items = chosen(implementation)
     for item in items[:: max(1, len(items) // most)] if most else items:
         try:
@@ -102,7 +104,7 @@ def measure(reference: str, limit: float = 60.0, most: int = 0) -> Report:
 Part = tuple[slice | tuple[slice, slice] | None, Arrays]
 
 
-def _questions(implementation: Any, anew: Any, item: Item) -> Iterator[tuple[str, Callable[[], list[Part]]]]:
+def _questions(implementation: Implementation, anew: Any, item: Item) -> Iterator[tuple[str, Callable[[], list[Part]]]]:
     yield "called twice", lambda: [(None, _call(implementation, item, lambda v: v))]
     yield "set up anew", lambda: [(None, _call(anew, item, lambda v: v))]
     lead = next(v.shape[:2] for k, v in item.inputs().items() if k in PER_TOKEN)
@@ -114,7 +116,7 @@ def _questions(implementation: Any, anew: Any, item: Item) -> Iterator[tuple[str
         yield "batch split", lambda: [(h, _call(implementation, item, lambda v, h=h: v[h])) for h in halves]
 
 
-def _call(implementation: Any, item: Item, cut: Callable[[np.ndarray], np.ndarray]) -> Arrays:
+def _call(implementation: Implementation, item: Item, cut: Callable[[np.ndarray], np.ndarray]) -> Arrays:
     """Outputs and gradients of an item, its tokens cut as told."""
     inputs = {k: np.ascontiguousarray(cut(v)) if k in PER_TOKEN else v for k, v in item.inputs().items()}
     cotangents = None
@@ -122,7 +124,7 @@ def _call(implementation: Any, item: Item, cut: Callable[[np.ndarray], np.ndarra
         cotangents = {
             k: np.ascontiguousarray(cut(v)) if k in OUTPUTS_PER_TOKEN else v for k, v in item.cotangents().items()
         }
-    outputs, gradients = getattr(implementation, item.stage)(inputs, item.config, cotangents)
+    outputs, gradients = implementation.call(item.stage, inputs, item.config, cotangents)
     return {**outputs, **{f"d/{k}": v for k, v in gradients.items()}}
 
 
@@ -138,14 +140,14 @@ def _look(bits: Bits, item: Item, whole: Arrays, parts: list[Part]) -> None:
                 bits.add(item, tensor, whole[tensor][place], value)
 
 
-def _measure(task: tuple[str, float, int]) -> Report | str:
+def _measure(task: tuple[str, float, int]) -> BitwiseReport | str:
     try:
         return measure(*task)
     except SetupError as error:
         return str(error)
 
 
-def measure_all(references: Sequence[str], limit: float, most: int, jobs: int) -> Iterator[Report]:
+def measure_all(references: Sequence[str], limit: float, most: int, jobs: int) -> Iterator[BitwiseReport]:
     """Each implementation in a process of its own.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 
 from conformance.cases.case import DTYPES
 from conformance.cases.dialects import Dialect, check_sizes, unclaimed
-from conformance.interface import describe
+from conformance.interface import Implementation, describe
 from conformance.oracle.build import Wish, build
 from conformance.stages import ACTIVATION, COEFFICIENT, STAGES
 
@@ -96,7 +96,7 @@ def _cast(value: np.ndarray, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(value).astype(DTYPES[dtype])).reshape(np.shape(value))
 
 
-def compare(a: Any, b: Any, call: Call) -> list[Row] | str:
+def compare(a: Implementation, b: Implementation, call: Call) -> list[Row] | str:
     """A row for each tensor that both return, or why there is none."""
     found = []
     for implementation in (a, b):
@@ -110,7 +110,7 @@ def compare(a: Any, b: Any, call: Call) -> list[Row] | str:
         try:
             given = {k: v.copy() for k, v in call.inputs.items()}
             cotangents = {k: v.copy() for k, v in call.cotangents.items()} if claimed.gradients else None
-            outputs, gradients = getattr(implementation, call.stage)(given, call.config, cotangents)
+            outputs, gradients = implementation.call(call.stage, given, call.config, cotangents)
         except NotImplementedError as error:
             return f"refused by {implementation.name}: {error}"
         except Exception as error:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from conformance.cases.case import Item, Variant
+from conformance.interface import Implementation
 from conformance.questions.identifying import precision
 from conformance.questions.identifying.candidates import Candidate, Functions, relevant, same_layer
 from conformance.questions.identifying.configured import configured
@@ -104,7 +105,7 @@ def separating(items: Sequence[Item], told: Mapping[str, Any], dtype: str) -> li
         for item in items
         if item.case.family in FAMILIES
         and item.stage in STAGES
-        and not item.variant.pure
+        and not item.variant.secondary
         and all(item.case.parameters[name] == value for name, value in told.items())
     ]
     found = [item for item in mine if item.variant.x == dtype]
@@ -133,7 +134,7 @@ def _in_dtype(item: Item, dtype: str) -> Item:
 
 
 def identify(
-    implementation: Any,
+    implementation: Implementation,
     told: str,
     rows: Mapping[str, Mapping[str, Any]],
     items: Sequence[Item],

@@ -19,7 +19,8 @@ from hypothesis.errors import Unsatisfiable
 
 from conformance.cases.case import Case, load_case
 from conformance.cases.dialects import Dialect, unclaimed
-from conformance.judge.run import Outcome, refusal, run_item
+from conformance.interface import Implementation
+from conformance.judge.item import Outcome, refusal, run_item
 from conformance.oracle.balls import PrecisionExhausted
 from conformance.oracle.build import CORE, Wish, build
 from conformance.oracle.generate import complete
@@ -90,7 +91,7 @@ def wishes(dialects: Sequence[Dialect], stages: Sequence[str], dtypes: Sequence[
 
 
 def search(
-    implementation: Any,
+    implementation: Implementation,
     dialects: Sequence[Dialect],
     stages: Sequence[str],
     dtypes: Sequence[str],
@@ -162,7 +163,7 @@ def _loaded(path: Path, content: bytes) -> Case:
     return case
 
 
-def _outcome(implementation: Any, case: Case) -> Outcome | None:
+def _outcome(implementation: Implementation, case: Case) -> Outcome | None:
     """What is done with the case's last stage; for post, coefficients only make its inputs."""
     items = case.items()  # none where the dtype tells nothing new about the stage
     if not items or refusal(items[-1], implementation.capabilities):

@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 
 from conformance.cases.corpus import corpus_hash
 from conformance.files import atomic
+from conformance.judge.item import Outcome
 from conformance.judge.rule import GOOD
-from conformance.judge.run import Outcome
 
 FORMAT = "mhc-conformance-report/1"
 PACKAGES = ("mhc-conformance", "numpy", "jax", "jaxlib", "flax", "torch", "transformers", "safetensors", "ml_dtypes")

@@ -31,11 +31,12 @@ def markdown(found: dict[str, Any]) -> str:
     more = len(found["failures"]) + found["hidden"] - MOST
     if more > 0:
         lines.append(f"* and {more} more")
-    if found["power"]:
-        problems = len(found["power"]["problems"])
+    if found["selftest"]:
+        problems = len(found["selftest"]["problems"])
         lines += [
             "",
-            f"Power: {len(found['power']['mutants'])} mutants, {problems} problems. {found['power']['honest']}",
+            f"Self-test: {len(found['selftest']['mutants'])} mutants, {problems} problems. "
+            f"{found['selftest']['honest']}",
         ]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from conformance.cases.case import DTYPES
 from conformance.cases.dialects import dialect_names, evidence
+from conformance.judge.item import Outcome
 from conformance.judge.known import Known, judge
 from conformance.judge.rule import GOOD, Check
-from conformance.judge.run import Outcome
 from conformance.report.read import ReportError, Run
 from conformance.stages import STAGES
 

@@ -1,4 +1,4 @@
-"""Reads the files of `run --jsonl` and `power --json`, and puts several runs of one corpus together."""
+"""Reads the files of `run --jsonl` and `selftest --json`, and puts several runs of one corpus together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from conformance.report.files import FORMAT
 
-POWER_FORMAT = "mhc-conformance-power/1"
+SELFTEST_FORMAT = "mhc-conformance-power/1"
 
 
 class ReportError(ValueError):
@@ -86,8 +86,8 @@ def merge(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def read_power(path: Path, corpus: str) -> dict[str, Any]:
-    """The figures of a power run of the same corpus.
+def read_selftest(path: Path, corpus: str) -> dict[str, Any]:
+    """The figures of a self-test of the same corpus.
 
     Raises:
         ReportError: it isn't one, or is of another corpus.
@@ -95,9 +95,9 @@ def read_power(path: Path, corpus: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ReportError(f"{path}: expected the file that power --json writes, got {error}") from error
-    if not isinstance(found, dict) or found.get("format") != POWER_FORMAT:
-        raise ReportError(f"{path}: expected format {POWER_FORMAT!r}")
+        raise ReportError(f"{path}: expected the file that selftest --json writes, got {error}") from error
+    if not isinstance(found, dict) or found.get("format") != SELFTEST_FORMAT:
+        raise ReportError(f"{path}: expected format {SELFTEST_FORMAT!r}")
     if found["corpus"] != corpus:
         raise ReportError(f"reports of different corpora: the runs have {corpus}, {path} has {found['corpus']}")
     return found

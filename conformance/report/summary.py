@@ -17,7 +17,7 @@ MOST = 400
 Key = tuple[str, str, str, str]
 
 
-def summary(runs: Sequence[Run], power: dict[str, Any] | None) -> dict[str, Any]:
+def summary(runs: Sequence[Run], selftest: dict[str, Any] | None) -> dict[str, Any]:
     """Everything that is shown: a cell for each implementation, stage, dtype and dialect, and every failure."""
     cells: dict[Key, dict[str, Any]] = {}
     failures: list[dict[str, Any]] = []
@@ -51,7 +51,7 @@ def summary(runs: Sequence[Run], power: dict[str, Any] | None) -> dict[str, Any]
                 Counter((s["implementation"], s["reason"]) for run in runs for s in run.skips).items()
             )
         ],
-        "power": power,
+        "selftest": selftest,
     }
 
 

@@ -12,14 +12,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from conformance.judge.item import Outcome
 from conformance.judge.known import Known
-from conformance.judge.run import Outcome
 from conformance.stages import STAGES
 
 MOST_FAILURES = 40
 
 
-class Report:
+class TerminalReport:
     """Collects outcomes; shows them."""
 
     def __init__(self, expected: int, live: bool, console: Console | None = None):
@@ -29,7 +29,7 @@ class Report:
         self.known: list[tuple[Known, int]] = []
         self._live = Live(console=self.console, refresh_per_second=4, transient=True) if live else None
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> TerminalReport:
         if self._live:
             self._live.start()
         return self

@@ -11,7 +11,8 @@ import numpy as np
 
 from conformance.cases.case import Item
 from conformance.cases.corpus import load_corpus
-from conformance.judge.run import Outcome, run_item
+from conformance.implementations.wrapping import wrap
+from conformance.judge.item import Outcome, run_item
 from conformance.selftest.honest import variant
 from conformance.selftest.mutants import MUTANTS
 from conformance.selftest.plain import Plain
@@ -63,16 +64,17 @@ def items_of_mutants(quick: bool) -> list[Item]:
         for case in load_corpus()
         if not quick or case.dialect in QUICK_DIALECTS or case.family in ("parameters", "exact")
         for item in case.items()
-        if item.variant.x in DTYPES and not item.variant.pure and counts(item)
+        if item.variant.x in DTYPES and not item.variant.secondary and counts(item)
     ]
 
 
 def measure_mutant(number: int, quick: bool) -> dict[str, Figures]:
     """Figures by dtype of mutant ``number``."""
-    mutant, plain = MUTANTS[number](), Plain()
+    mutant, plain = MUTANTS[number](), wrap(Plain())
+    wrapped = wrap(mutant)
     found = {dtype: Figures() for dtype in DTYPES}
     for item in items_of_mutants(quick):
-        outcome, figures = run_item(mutant, item), found[item.variant.x]
+        outcome, figures = run_item(wrapped, item), found[item.variant.x]
         figures.add(item, outcome, FACTOR)
         if item.variant.x in mutant.blind:
             figures.same_bits &= _same_bits(outcome, run_item(plain, item))
@@ -85,7 +87,7 @@ def _same_bits(a: Outcome, b: Outcome) -> bool:
 
 def measure_honest(seed: int) -> Figures:
     """Figures of honest variant ``seed`` over every item of the corpus that it claims."""
-    implementation, found = variant(seed), Figures()
+    implementation, found = wrap(variant(seed)), Figures()
     for case in load_corpus():
         for item in case.items():
             outcome = run_item(implementation, item)
@@ -95,7 +97,7 @@ def measure_honest(seed: int) -> Figures:
 
 
 @dataclass
-class Power:
+class Findings:
     """Everything that was measured."""
 
     quick: bool
@@ -138,18 +140,18 @@ def _measure(task: Task) -> tuple[Task, dict[str, Figures] | Figures]:
 
 def measure(
     mutants: list[int], seeds: list[int], quick: bool, jobs: int, progress: Callable[[int, int], None] = lambda *_: None
-) -> Power:
+) -> Findings:
     """Runs mutants (by number) and honest variants (by seed) in ``jobs`` processes."""
-    power = Power(quick)
+    findings = Findings(quick)
     tasks: list[Task] = [("mutant", k, quick) for k in mutants] + [("honest", k, quick) for k in seeds]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         for done, (task, found) in enumerate(_unordered(pool, tasks), 1):
             if isinstance(found, Figures):
-                power.honest[task[1]] = found
+                findings.honest[task[1]] = found
             else:
-                power.mutants[task[1]] = found
+                findings.mutants[task[1]] = found
             progress(done, len(tasks))
-    return power
+    return findings
 
 
 def _unordered(

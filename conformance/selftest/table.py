@@ -1,4 +1,4 @@
-"""The result of a power run for people: a table on the terminal, and the same as Markdown inside a document."""
+"""The result of a self-test for people: a table on the terminal, and the same as Markdown inside a document."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 from rich.table import Table
 
 from conformance.cases.corpus import corpus_hash
-from conformance.report.read import POWER_FORMAT
-from conformance.selftest.measure import DTYPES, Figures, Power
+from conformance.report.read import SELFTEST_FORMAT
+from conformance.selftest.measure import DTYPES, Figures, Findings
 from conformance.selftest.mutants import MUTANTS
 
 
@@ -20,57 +20,57 @@ def _cell(f: Figures, blind: str) -> str:
     return "the same bits" if blind else f"{len(f.cases)} · {figure(f.ratio)} · {f.where}"
 
 
-def rows(power: Power) -> list[list[str]]:
+def rows(findings: Findings) -> list[list[str]]:
     """One row a mutant: its name, and for each dtype cases that kill it, largest multiple of the bound, best case."""
     return [
         [MUTANTS[number].title(), *(_cell(figures[d], MUTANTS[number].blind.get(d, "")) for d in DTYPES)]
-        for number, figures in sorted(power.mutants.items())
+        for number, figures in sorted(findings.mutants.items())
     ]
 
 
-def reasons(power: Power) -> list[str]:
+def reasons(findings: Findings) -> list[str]:
     """Why a mutant can't be seen in a dtype."""
     return [
         f"{MUTANTS[number].title()}, {dtype}: {reason} ({figures[dtype].items} items, every result the same bits as "
         "the plain implementation's)."
-        for number, figures in sorted(power.mutants.items())
+        for number, figures in sorted(findings.mutants.items())
         for dtype, reason in MUTANTS[number].blind.items()
     ]
 
 
-def honest_line(power: Power) -> str:
-    worst = max(power.honest.values(), key=lambda f: f.ratio)
-    items = sum(f.items for f in power.honest.values())
+def honest_line(findings: Findings) -> str:
+    worst = max(findings.honest.values(), key=lambda f: f.ratio)
+    items = sum(f.items for f in findings.honest.values())
     return (
-        f"{len(power.honest)} honest variants, {items} items: {len(power.false_alarms)} false alarms, largest ratio "
-        f"{figure(worst.ratio)} of the bound ({worst.where})."
+        f"{len(findings.honest)} honest variants, {items} items: {len(findings.false_alarms)} false alarms, "
+        f"largest ratio {figure(worst.ratio)} of the bound ({worst.where})."
     )
 
 
-def terminal(power: Power) -> Table:
+def terminal(findings: Findings) -> Table:
     table = Table(title="cases that kill it · largest multiple of the bound · best case")
     table.add_column("mutant")
     for dtype in DTYPES:
         table.add_column(dtype)
-    for row in rows(power):
+    for row in rows(findings):
         table.add_row(*row)
     return table
 
 
-def markdown(power: Power) -> str:
+def markdown(findings: Findings) -> str:
     head = ["mutant", *(f"{dtype}: cases · multiple of the bound · best case" for dtype in DTYPES)]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    lines += [f"| {' | '.join(row)} |" for row in rows(power)]
-    notes = [*reasons(power), *([honest_line(power)] if power.honest else [])]
+    lines += [f"| {' | '.join(row)} |" for row in rows(findings)]
+    notes = [*reasons(findings), *([honest_line(findings)] if findings.honest else [])]
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def as_json(power: Power) -> str:
+def as_json(findings: Findings) -> str:
     """The same for `report`: corpus, mutants with their figures by dtype, reasons, and a line on the honest side."""
     found = {
-        "format": POWER_FORMAT,
+        "format": SELFTEST_FORMAT,
         "corpus": corpus_hash(),
-        "quick": power.quick,
+        "quick": findings.quick,
         "mutants": [
             {
                 "name": MUTANTS[number].title(),
@@ -80,9 +80,9 @@ def as_json(power: Power) -> str:
                 },
                 "blind": MUTANTS[number].blind,
             }
-            for number, figures in sorted(power.mutants.items())
+            for number, figures in sorted(findings.mutants.items())
         ],
-        "honest": honest_line(power) if power.honest else "",
-        "problems": [*power.survivors, *power.false_alarms],
+        "honest": honest_line(findings) if findings.honest else "",
+        "problems": [*findings.survivors, *findings.false_alarms],
     }
     return json.dumps(found, indent=1) + "\n"

@@ -10,7 +10,7 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 from hlo.collectives import collectives  # noqa: E402
-from hlo.communication import Site, surplus  # noqa: E402
+from hlo.communication import SiteSize, surplus  # noqa: E402
 from hlo.text import parse  # noqa: E402
 
 from jax_impl import MHCConfig, functional, post, pre, reduce, sharding  # noqa: E402
@@ -66,10 +66,10 @@ def compiled(config: MHCConfig, mesh: Any, backward: bool, dtype: Any = jnp.bflo
         return run.compile().as_text()
 
 
-def site(config: MHCConfig, mesh: Any, rounded: bool = False) -> Site:
+def site(config: MHCConfig, mesh: Any, rounded: bool = False) -> SiteSize:
     spread = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["sequence"]
     columns = config.streams * 2 + config.residual_columns
-    return Site(BATCH * SEQ // spread, config.streams, config.dim, columns, config.norm_weight, rounded)
+    return SiteSize(BATCH * SEQ // spread, config.streams, config.dim, columns, config.norm_weight, rounded)
 
 
 def name(sizes: dict[str, int]) -> str:

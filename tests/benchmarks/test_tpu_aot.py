@@ -17,7 +17,7 @@ if importlib.util.find_spec("libtpu") is None:
 
 import tpu_aot
 from hlo.collectives import collectives
-from hlo.communication import Site, surplus
+from hlo.communication import SiteSize, surplus
 from hlo.traffic import total
 from tpu_aot import SHAPES, Program, compiled, measure, measure_model, recorded
 
@@ -41,7 +41,7 @@ def problems(program: Program) -> list[str]:
     columns = 2 * streams + program.config.residual_columns
     tokens = batch * seq // (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
     sites = tpu_aot.STACKED if program.kind == "stack" else 1
-    site = Site(tokens, streams, dim, columns, program.config.norm_weight)
+    site = SiteSize(tokens, streams, dim, columns, program.config.norm_weight)
     return surplus(collectives(compiled(program).module), site, sizes, backward=program.kind != "forward", sites=sites)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from conformance.cases.case import Item
+from conformance.interface import Implementation
 from conformance.questions.identifying.candidates import Change, Functions, relevant
 from conformance.questions.identifying.forward import STAGES
 from conformance.questions.identifying.ranking import Ranking
@@ -20,7 +21,9 @@ FAMILY = "big-eps"
 NAMES = {"norm_eps": "the norm's eps", "eps": "Sinkhorn's eps", "pre_eps": "pre_eps", "post_eps": "post_eps"}
 
 
-def configured(implementation: Any, told: str, row: Mapping[str, Any], items: Sequence[Item], dtype: str) -> str:
+def configured(
+    implementation: Implementation, told: str, row: Mapping[str, Any], items: Sequence[Item], dtype: str
+) -> str:
     """What it does with the eps of a configuration that sets them apart, in words; empty where it follows them all.
 
     Args:
@@ -45,7 +48,7 @@ def configured(implementation: Any, told: str, row: Mapping[str, Any], items: Se
 def _sets_apart(item: Item, row: Mapping[str, Any], dtype: str) -> bool:
     case = item.case
     return (
-        (case.family, item.variant.x, item.variant.pure) == (FAMILY, dtype, False)
+        (case.family, item.variant.x, item.variant.secondary) == (FAMILY, dtype, False)
         and item.stage in STAGES
         and all(case.parameters[k] == v for k, v in row.items() if k not in NAMES or k not in case.overrides)
     )

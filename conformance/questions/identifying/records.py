@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from conformance.cases.case import Item
-from conformance.interface import describe
+from conformance.interface import Implementation, describe
+from conformance.judge.item import refusal
 from conformance.judge.rule import GOOD, allowance, check_item
-from conformance.judge.run import refusal
 from conformance.questions.identifying.candidates import Candidate
 from conformance.questions.identifying.forward import evaluate
 
@@ -90,7 +90,7 @@ def recorded(item: Item, outputs: Mapping[str, Any]) -> Record:
     return record
 
 
-def run(implementation: Any, items: Sequence[Item]) -> tuple[list[Record], list[str]]:
+def run(implementation: Implementation, items: Sequence[Item]) -> tuple[list[Record], list[str]]:
     """What the implementation returned for each item that it claims, and a line for each that raised."""
     records, raised = [], []
     claimed = implementation.capabilities
@@ -99,7 +99,7 @@ def run(implementation: Any, items: Sequence[Item]) -> tuple[list[Record], list[
             continue
         cotangents = item.cotangents() if claimed.gradients else None
         try:
-            outputs, gradients = getattr(implementation, item.stage)(item.inputs(), item.config, cotangents)
+            outputs, gradients = implementation.call(item.stage, item.inputs(), item.config, cotangents)
         except NotImplementedError:
             continue
         except Exception as error:

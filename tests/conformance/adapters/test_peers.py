@@ -27,7 +27,7 @@ FAMILIES = {
 def items_for(peer, dtype):
     families = FAMILIES.get(peer, FAMILIES[""])
     return [i for c in load_corpus() if c.family in families and c.parameters["streams"] in (2, 4)
-            for i in c.items() if i.variant.x == dtype and not i.variant.pure]  # fmt: skip
+            for i in c.items() if i.variant.x == dtype and not i.variant.secondary]  # fmt: skip
 
 
 PEERS = {

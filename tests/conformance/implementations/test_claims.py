@@ -9,7 +9,7 @@ import pytest
 from conformance.cases.corpus import load_corpus
 from conformance.implementations.program import ProgramError, _claims
 from conformance.interface import Capabilities
-from conformance.judge.run import refusal
+from conformance.judge.item import refusal
 
 GREETING = {"protocol": "mhc-conformance-harness/1", "name": "program"}
 ITEMS = [

@@ -168,7 +168,8 @@ def test_a_killed_process_of_a_framework_ends_the_others_within_a_minute(name):
         "res_beta": (2, 2), "pre_alpha_scale": (1,), "post_alpha_scale": (1,), "res_alpha_scale": (1,),
     }  # fmt: skip
     inputs = {k: np.ones(v, np.float32) for k, v in {**weights, "x": (2, 2, 2, 4)}.items()}
-    first = implementation.pre(inputs, config, None)[0]["u"]
+    first = implementation.call("pre", inputs, config, None)[0]["u"]
+    assert isinstance(implementation, group.GroupImplementation)
     victim = implementation._processes[1].process
     timer = threading.Timer(0.3, victim.kill)
     timer.start()
@@ -176,9 +177,9 @@ def test_a_killed_process_of_a_framework_ends_the_others_within_a_minute(name):
     said = r"process 1 of 2 died of SIGKILL.* in pre; the others were ended|process 0 of 2: \w+Error: .*"
     with pytest.raises(group.GroupError, match=said):
         while time.monotonic() - started < 60:
-            implementation.pre(inputs, config, None)
+            implementation.call("pre", inputs, config, None)
     assert time.monotonic() - started < 60
-    assert (implementation.pre(inputs, config, None)[0]["u"] == first).all()
+    assert (implementation.call("pre", inputs, config, None)[0]["u"] == first).all()
 
 
 def _deepseek() -> dict[str, Any]:

@@ -14,7 +14,8 @@ from conformance.cases.corpus import load_corpus
 from conformance.cases.dialects import dialect_rows
 from conformance.implementations.registry import load
 from conformance.interface import SetupError
-from conformance.judge.run import run, run_item
+from conformance.judge.item import run_item
+from conformance.judge.run import run
 
 COMMAND = f"exec:{sys.executable} -m tests.conformance.implementations.program"
 SOURCE = Path(__file__).parents[3] / "examples" / "harness_c" / "residual_matrix.c"
@@ -117,4 +118,4 @@ def test_the_example_in_c_passes_every_case_it_claims(in_c):
 def test_the_example_in_c_refuses_what_it_does_not_know(in_c, setting):
     config = {**dialect_rows()["paper"], "dialect": "paper", "streams": 2, "dim": 1, setting: "diagonal"}
     with pytest.raises(NotImplementedError, match="a softmax, an order and a guard that it knows"):
-        load(f"exec:{in_c}", 10.0).residual_matrix({"logits": np.zeros((1, 1, 2, 2), np.float32)}, config, None)
+        load(f"exec:{in_c}", 10.0).call("residual_matrix", {"logits": np.zeros((1, 1, 2, 2), np.float32)}, config, None)

@@ -10,7 +10,8 @@ import torch
 
 from conformance.cases.case import DTYPES
 from conformance.cases.corpus import load_corpus
-from conformance.judge.run import run_item
+from conformance.implementations.wrapping import wrap
+from conformance.judge.item import run_item
 from conformance.selftest.mutants import MUTANTS, NoPreEps
 from conformance.selftest.plain import Plain
 
@@ -19,7 +20,7 @@ ITEMS = [
     for case in load_corpus()
     if case.family == "closed-gate" and case.dialect in ("paper", "maxtext", "deepseek-v4.1", "hunyuan-v4")
     for item in case.items()
-    if not item.variant.pure
+    if not item.variant.secondary
 ]
 HINT = "keeps no relative accuracy"
 
@@ -32,7 +33,7 @@ class ByTanh(Plain):
 
 
 def failed(implementation):
-    return [(item, check) for item in ITEMS for check in run_item(implementation, item).failed]
+    return [(item, check) for item in ITEMS for check in run_item(wrap(implementation), item).failed]
 
 
 def test_a_sigmoid_by_tanh_fails_and_the_message_says_it():
@@ -54,10 +55,12 @@ def test_an_eps_that_is_missing_is_not_taken_for_it(title):
 
 def test_what_passes_has_no_hint():
     assert failed(Plain()) == []
-    assert not any(check.message for item in ITEMS for check in run_item(Plain(), item).checks if check.tensor == "u")
+    assert not any(
+        check.message for item in ITEMS for check in run_item(wrap(Plain()), item).checks if check.tensor == "u"
+    )
 
 
 def test_a_stack_has_no_hint_and_its_failure_is_judged():
     (case,) = (case for case in load_corpus() if case.id == "closed-gate-carried-18-deepseek-v4.1")
-    failed = [run_item(NoPreEps(), item).failed for item in case.items() if item.variant.x == "float32"]
+    failed = [run_item(wrap(NoPreEps()), item).failed for item in case.items() if item.variant.x == "float32"]
     assert failed and all(any(check.tensor == "out" and not check.message for check in checks) for checks in failed)

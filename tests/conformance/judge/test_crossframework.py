@@ -8,8 +8,10 @@ import pytest
 
 from conformance.cases.case import CaseError
 from conformance.cases.corpus import load_corpus
-from conformance.judge.agreement import CrossFramework
-from conformance.judge.run import run, run_item
+from conformance.implementations.wrapping import wrap
+from conformance.judge.agreement import Agreement
+from conformance.judge.item import run_item
+from conformance.judge.run import run
 from tests.conformance import strangers
 
 ITEM = next(
@@ -21,9 +23,9 @@ ITEM = next(
 
 
 def crossed(*strangers):
-    found = CrossFramework([ITEM])
+    found = Agreement([ITEM])
     for stranger in strangers:
-        found.add(run_item(stranger(), ITEM))
+        found.add(run_item(wrap(stranger()), ITEM))
     return found
 
 
@@ -40,10 +42,10 @@ def test_a_difference_is_measured_on_the_arrays_and_told():
 
 def test_the_order_in_which_results_come_does_not_split_a_pair():
     other = replace(ITEM, variant=replace(ITEM.variant, name="float32-float32-again"))
-    found = CrossFramework([ITEM, other])
-    found.add(run_item(strangers.Honest(), ITEM))
-    found.add(run_item(strangers.SlightlyOff(), ITEM))
-    outcomes = [run_item(stranger(), ITEM) for stranger in (strangers.SlightlyOff, strangers.Honest)]
+    found = Agreement([ITEM, other])
+    found.add(run_item(wrap(strangers.Honest()), ITEM))
+    found.add(run_item(wrap(strangers.SlightlyOff()), ITEM))
+    outcomes = [run_item(wrap(stranger()), ITEM) for stranger in (strangers.SlightlyOff, strangers.Honest)]
     for outcome in outcomes:
         outcome.variant = other.variant.name
     ITEM.case.bounds["reduce"].setdefault(other.variant.name, ITEM.bounds)
@@ -58,7 +60,7 @@ def test_what_has_no_figure_is_not_compared():
 
 
 def test_a_result_that_is_no_mapping_is_errored():
-    (check,) = run_item(strangers.ReturnsNothing(), ITEM).failed
+    (check,) = run_item(wrap(strangers.ReturnsNothing()), ITEM).failed
     assert check.verdict == "errored" and "got NoneType and NoneType" in check.message
 
 

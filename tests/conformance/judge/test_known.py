@@ -9,9 +9,9 @@ import pytest
 
 import conformance
 from conformance.cases.case import CaseError
+from conformance.judge.item import Outcome
 from conformance.judge.known import FORMAT, judge, load_known
 from conformance.judge.rule import Check
-from conformance.judge.run import Outcome
 
 ENTRY = {"implementation": "a", "version": "a 1", "why": "because", "source": "a.py", "cases": ["smoke-*"]}
 

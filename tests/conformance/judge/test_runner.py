@@ -6,9 +6,11 @@ import pytest
 
 from conformance.cases.corpus import load_corpus
 from conformance.implementations.registry import load
+from conformance.implementations.wrapping import wrap
 from conformance.interface import SetupError
 from conformance.judge import run as runner
-from conformance.judge.run import run, run_item
+from conformance.judge.item import run_item
+from conformance.judge.run import run
 from tests.conformance import strangers
 
 CASES = {case.id: case for case in load_corpus()}
@@ -19,7 +21,7 @@ def item(name="generic-n4-paper-2", stage="reduce", variant="float32-float32"):
 
 
 def verdicts(implementation):
-    return {(check.tensor, check.verdict) for check in run_item(implementation, item()).failed}
+    return {(check.tensor, check.verdict) for check in run_item(wrap(implementation), item()).failed}
 
 
 @pytest.mark.parametrize(
@@ -41,19 +43,19 @@ def test_each_misbehaviour_has_its_verdict(stranger, expected):
 
 
 def test_an_exception_is_told_in_one_line():
-    assert run_item(strangers.Raises(), item()).failed[0].message == "RuntimeError: no such kernel"
+    assert run_item(wrap(strangers.Raises()), item()).failed[0].message == "RuntimeError: no such kernel"
 
 
 def test_a_refusal_is_a_skip():
-    outcome = run_item(strangers.Refuses(), item())
+    outcome = run_item(wrap(strangers.Refuses()), item())
     assert not outcome.failed and outcome.skipped.startswith("refused")
 
 
 def test_what_is_not_claimed_is_skipped_with_the_reason():
     honest = strangers.Honest()
-    assert run_item(honest, item(variant="bfloat16-float32")).skipped == "bfloat16 not claimed"
-    assert run_item(honest, item(name="generic-n4-maxtext-2")).skipped == "dialect maxtext not claimed"
-    assert run_item(honest, item(stage="pre")).skipped == "stage pre not claimed"
+    assert run_item(wrap(honest), item(variant="bfloat16-float32")).skipped == "bfloat16 not claimed"
+    assert run_item(wrap(honest), item(name="generic-n4-maxtext-2")).skipped == "dialect maxtext not claimed"
+    assert run_item(wrap(honest), item(stage="pre")).skipped == "stage pre not claimed"
 
 
 def test_a_dying_process_is_a_verdict_and_the_rest_is_run():
@@ -74,12 +76,12 @@ def test_a_dying_process_is_a_verdict_and_the_rest_is_run():
     ],
 )
 def test_what_is_not_claimed_may_be_refused_or_right(stranger, name, said):
-    assert run_item(stranger(), item(name), probe=True).skipped == said
-    assert run_item(stranger(), item(name)).skipped == said.split(", ")[0]
+    assert run_item(wrap(stranger()), item(name), probe=True).skipped == said
+    assert run_item(wrap(stranger()), item(name)).skipped == said.split(", ")[0]
 
 
 def test_what_is_not_claimed_and_accepted_and_wrong_is_a_verdict():
-    outcome = run_item(strangers.SumAlways(), item("generic-n4-glm-5-2"), probe=True)
+    outcome = run_item(wrap(strangers.SumAlways()), item("generic-n4-glm-5-2"), probe=True)
     assert {check.verdict for check in outcome.failed} == {"unsupported-not-refused"}
     assert "dialect glm-5 not claimed, yet accepted: failed" in outcome.failed[0].message
 

@@ -18,8 +18,9 @@ pytest.importorskip("torch", reason="the plain implementation is in PyTorch, whi
 from conformance.cases.case import DTYPES
 from conformance.cases.corpus import load_corpus
 from conformance.cases.dialects import dialect_rows, parse, published, read
+from conformance.implementations.wrapping import wrap
 from conformance.interface import Capabilities
-from conformance.judge.run import refusal, run_item
+from conformance.judge.item import refusal, run_item
 from conformance.oracle import making
 from conformance.oracle.build import PER_STREAM, stream_scales
 from conformance.questions.compare import calls, compare
@@ -69,7 +70,7 @@ def test_a_plain_implementation_passes_the_quick_cases_of_a_changed_row(tmp_path
         assert case.dialect == row.base and set(row.overrides) <= set(case.overrides) and row.name in case.id
         assert all(case.parameters[k] == v for k, v in row.parameters.items() if k not in case.overrides)
         for item in case.items():
-            outcome = run_item(Plain(), item)
+            outcome = run_item(wrap(Plain()), item)
             assert outcome.skipped or not outcome.failed, (case.id, item.stage, outcome.failed)
 
 
@@ -106,7 +107,7 @@ def test_a_dtype_that_a_row_overflows_is_left_out_and_said(tmp_path, scale, narr
     (case,) = answer.cases
     assert {item.variant.x for item in case.items()} == set(DTYPES) - set(narrow)
     assert [line.split(":")[0] for line in answer.left_out] == [f"{case.id} in {x}-float32" for x in narrow]
-    assert all(run_item(Plain(), item).failed == [] for item in case.items())
+    assert all(run_item(wrap(Plain()), item).failed == [] for item in case.items())
 
 
 def test_what_overflows_every_dtype_is_left_out(tmp_path):
@@ -180,10 +181,13 @@ def test_two_are_compared_with_any_number_of_streams(streams):
     scales = stream_scales(streams)
     assert tuple(scales[:8]) == PER_STREAM and len(scales) == streams and set(np.frexp(scales)[0]) == {0.5}
     for call in calls(published("deepseek-v4"), streams, 4, (1, 3), "float32", 0, 1.0):
-        found = compare(Plain(), Plain(), call)
+        found = compare(wrap(Plain()), wrap(Plain()), call)
         assert not isinstance(found, str) and not any(row.largest for row in found), found
 
 
 def test_compare_says_who_does_not_claim_a_row():
     call = next(iter(calls(parse(CHANGED), 2, 4, (1, 2), "float32", 0, 1.0)))
-    assert compare(Claims("deepseek-v4"), Plain(), call) == "other values of norm_eps, iterations not claimed by claims"
+    assert (
+        compare(wrap(Claims("deepseek-v4")), wrap(Plain()), call)
+        == "other values of norm_eps, iterations not claimed by claims"
+    )

@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("torch")
 
 from conformance.cases.corpus import load_corpus
-from conformance.judge.run import run_item
+from conformance.implementations.wrapping import wrap
+from conformance.judge.item import run_item
 from conformance.selftest.plain import Choice, Plain
 
 ROWS = ("transformer-engine", "paper")
@@ -33,7 +34,7 @@ def test_potentials_pass_every_case_but_those_whose_logits_they_lose(row):
         for item in case.items():
             if item.stage != "residual_matrix" or item.variant.x not in ("float32", "float64"):
                 continue
-            outcome = run_item(implementation, item)
+            outcome = run_item(wrap(implementation), item)
             if outcome.failed:
                 assert case.id.startswith(BEYOND), [(case.id, check) for check in outcome.failed]
                 lost.add(case.id)

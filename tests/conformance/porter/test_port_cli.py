@@ -22,7 +22,7 @@ from conformance.oracle.evaluate import evaluate
 from conformance.oracle.floats import Quick
 from conformance.porter.convert import Converted
 from conformance.porter.probe import Probes
-from conformance.porter.site import Site
+from conformance.porter.site import SiteKey
 from tests.conformance.porter import small_checkpoint
 from tests.conformance.porter.small_checkpoint import build
 
@@ -215,7 +215,7 @@ def test_probes_compute_what_the_oracle_s_formulas_do(dialect):
         for stage in ("coefficients", "pre")
     }
     probes = Probes(given["x"].reshape(7, 3, 5), case.parameters, case.parameters)
-    row = probes.project(Site("layers", 0, "ffn"), weights, weights, Converted(dict(weights)))
+    row = probes.project(SiteKey("layers", 0, "ffn"), weights, weights, Converted(dict(weights)))
     H = probes._matrices([row], "source")[0]
     expected = true["coefficients"]["H"].reshape(7, 3, 3)
     expected = expected.swapaxes(-1, -2) if case.parameters["mix"] == "out-in" else expected

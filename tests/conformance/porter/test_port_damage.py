@@ -43,7 +43,7 @@ def test_the_cost_of_bfloat16_is_that_of_the_weights_before(tmp_path):
     from conformance.porter.damage import ANOTHER_FUNCTION, TOKENS
     from conformance.porter.dialects import parse
     from conformance.porter.probe import Probes, activations
-    from conformance.porter.site import Site
+    from conformance.porter.site import SiteKey
 
     sites = model()
     narrow = {s: {k: v.astype(ml_dtypes.bfloat16) for k, v in w.items()} for s, w in sites.items()}
@@ -53,7 +53,7 @@ def test_the_cost_of_bfloat16_is_that_of_the_weights_before(tmp_path):
     true = 0.0
     for name, weights in sites.items():
         if name != "head":
-            site = Site("layers", int(name.split(".")[1]), name.split(".")[2])
+            site = SiteKey("layers", int(name.split(".")[1]), name.split(".")[2])
             projected = probes.project(site, weights, narrow[name], Converted(dict(narrow[name])))
             true = max(true, probes.measure([projected], ANOTHER_FUNCTION)[0].measured["out"])
     said = float(line.split("out by ")[1].split(",")[0])

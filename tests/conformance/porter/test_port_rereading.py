@@ -10,10 +10,10 @@ from conformance.porter.errors import PortError
 from conformance.porter.layouts import layout_named, layouts
 from conformance.porter.options import MOST_PROBES, Options
 from conformance.porter.rereading import check
-from conformance.porter.site import ALONE, HEAD, Site
+from conformance.porter.site import ALONE, HEAD, SiteKey
 from conformance.porter.storage.stacks import Stacker, Stacks
 
-MODEL = [Site("layers", layer, kind) for layer in range(3) for kind in ("attention", "ffn")]
+MODEL = [SiteKey("layers", layer, kind) for layer in range(3) for kind in ("attention", "ffn")]
 
 
 def checked(name, *options, sites=MODEL, stacks="unscanned", existing=None):
@@ -37,7 +37,7 @@ def checked(name, *options, sites=MODEL, stacks="unscanned", existing=None):
 @pytest.mark.parametrize("name", layouts())
 def test_every_layout_reads_its_own_names(name):
     layout = layout_named(name)
-    sites = MODEL + [site for site in (HEAD, Site("mtp", 0, "attention"), Site("mtp", 0, "ffn"))
+    sites = MODEL + [site for site in (HEAD, SiteKey("mtp", 0, "attention"), SiteKey("mtp", 0, "ffn"))
                      if layout.template(site) is not None]  # fmt: skip
     for stacks in ("layers", "unscanned", "dense_layers:1,moe_layers", "unscanned:1,scanned_blocks/2"):
         checked(name, sites=sites, stacks=stacks)

@@ -9,6 +9,7 @@ import pytest
 
 from conformance.cases.case import DTYPES
 from conformance.cases.dialects import dialect_names, published
+from conformance.implementations.wrapping import wrap
 from conformance.questions.compare import ORDER, calls, compare
 
 pytest.importorskip("torch", reason="both implementations of these tests are in PyTorch, which is not installed")
@@ -17,7 +18,7 @@ from conformance.adapters import torch_adapter
 from conformance.selftest import mutants
 from conformance.selftest.plain import Plain
 
-OURS, PLAIN = torch_adapter.eager(), Plain()
+OURS, PLAIN = wrap(torch_adapter.eager()), wrap(Plain())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,7 +44,7 @@ def test_the_first_that_differs_is_named(mutant, first):
     other = getattr(mutants, mutant)()
     apart = []
     for call in calls(published("paper"), 4, 16, (2, 4), "float32", 0, 2.0):
-        found = compare(OURS, other, call)
+        found = compare(OURS, wrap(other), call)
         apart += [f"{call.stage}, {row.tensor}" for row in found if not isinstance(row, str) and row.apart(64.0)]
     assert apart[0] == first
 

@@ -13,6 +13,7 @@ import pytest
 
 from conformance.cases.corpus import load_corpus
 from conformance.cases.dialects import dialect_rows
+from conformance.implementations.wrapping import wrap
 from conformance.questions.identify import FAMILIES, identify, same_layer
 from conformance.questions.identifying import words
 from conformance.questions.identifying.forward import STAGES, STRUCTURE, evaluate
@@ -23,22 +24,24 @@ FEW = ("generic", "slowest", "eps-floor", "closed-gate", "tiny", "zero", "cancel
 
 
 def wrong(name, *arguments, **more):
-    """A layer of `power.mutants` or of `tests.wrong_layers`."""
+    """A layer of `selftest.mutants` or of `wrong_layers`."""
     pytest.importorskip("torch", reason="the plain implementation is in PyTorch, which is not installed")
-    modules = [importlib.import_module(f"conformance.{m}") for m in ("power.mutants", "tests.wrong_layers")]
+    modules = [
+        importlib.import_module(m) for m in ("conformance.selftest.mutants", "tests.conformance.questions.wrong_layers")
+    ]
     return next(getattr(m, name) for m in modules if hasattr(m, name))(*arguments, **more)
 
 
 def said(implementation, told, dtype="float32", verbose=False):
     """What was found, and all that is said of it."""
-    found = identify(implementation, told, ROWS, ITEMS, dtype)
+    found = identify(wrap(implementation), told, ROWS, ITEMS, dtype)
     return found, "\n".join(words.lines(implementation.name, dtype, found, ROWS, verbose))
 
 
 @pytest.mark.parametrize("family", (*FAMILIES, "big-eps", "parameters"))
 def test_the_forward_layer_has_the_corpus_true_values(family):
     for case in {id(i.case): i.case for i in ITEMS if i.case.family == family}.values():
-        for item in {i.stage: i for i in case.items() if i.stage in STAGES and not i.variant.pure}.values():
+        for item in {i.stage: i for i in case.items() if i.stage in STAGES and not i.variant.secondary}.values():
             given = {k: v.astype(np.float64) for k, v in item.inputs().items()}
             parameters = {**STRUCTURE, **case.parameters}
             found = evaluate(item.stage, given, parameters, case.stages[item.stage]["options"])
@@ -62,7 +65,7 @@ def test_each_dialect_is_named_right(framework, told, dtype):
     name, module = adapter(framework)
     # a few families are enough for jax, which compiles every shape
     chosen = [i for i in ITEMS if framework == "torch" or (i.case.family in FEW and i.case.parameters["streams"] == 4)]
-    found = identify(getattr(module, name)(), told, ROWS, chosen, dtype)
+    found = identify(wrap(getattr(module, name)()), told, ROWS, chosen, dtype)
     assert found.as_told and found.raised == [] and found.gradients == []
     assert found.nearest.candidate.words == told and found.nearest.ratio <= 1
     row = {**ROWS[told], "norm_weight": True}  # where there is no weight, rows with one aren't another function

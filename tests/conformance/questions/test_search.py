@@ -14,6 +14,7 @@ pytest.importorskip("torch", reason="the plain implementation is in PyTorch, whi
 
 from conformance.cases.case import DTYPES
 from conformance.cases.dialects import dialect_names, published
+from conformance.implementations.wrapping import wrap
 from conformance.questions.search import STAGES, search
 from conformance.selftest import mutants
 from conformance.selftest.plain import Plain
@@ -28,7 +29,7 @@ def command(*arguments, folder=None):
 
 
 def test_a_plain_implementation_passes_what_is_drawn():
-    found = search(Plain(), *EVERYTHING, seconds=6, seed=1)
+    found = search(wrap(Plain()), *EVERYTHING, seconds=6, seed=1)
     assert found.drawn > 20 and found.content is None and found.rejected < found.drawn
 
 
@@ -40,7 +41,9 @@ def test_a_mistake_is_found_and_shrunk(mutant):
 
 
 def test_the_same_seed_draws_the_same_cases():
-    one, two = (search(mutants.PostScaleOne(), [published("paper")], STAGES, ["float32"], 30, seed=5) for _ in range(2))
+    one, two = (
+        search(wrap(mutants.PostScaleOne()), [published("paper")], STAGES, ["float32"], 30, seed=5) for _ in range(2)
+    )
     assert one.content is not None and one.content == two.content
 
 

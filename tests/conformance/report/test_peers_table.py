@@ -12,9 +12,9 @@ import pytest
 import conformance
 from conformance.cases.dialects import dialect_names
 from conformance.files import document
+from conformance.judge.item import Outcome
 from conformance.judge.known import Known
 from conformance.judge.rule import Check
-from conformance.judge.run import Outcome
 from conformance.report import files, read
 from conformance.report.peers import table
 from conformance.report.read import ReportError

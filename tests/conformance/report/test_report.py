@@ -127,8 +127,8 @@ def test_a_case_without_sinkhorn_has_no_convergence():
 
 
 def test_a_mutant_table_of_another_corpus_is_refused(honest, tmp_path):
-    path = tmp_path / "power.json"
-    path.write_text(json.dumps({"format": read.POWER_FORMAT, "corpus": "0" * 64}))
+    path = tmp_path / "selftest.json"
+    path.write_text(json.dumps({"format": read.SELFTEST_FORMAT, "corpus": "0" * 64}))
     done = command("report", str(honest), "--power", str(path))
     assert done.returncode == 2 and "0" * 64 in done.stderr
 
@@ -140,13 +140,20 @@ def page(tmp_path_factory, honest):
     folder = tmp_path_factory.mktemp("page")
     items = [i for c in load_corpus() if c.id == "eps-floor-deepseek-v4" for i in c.items()]
     files.write_jsonl(folder / "planted.jsonl", list(run(["conformance.selftest.mutants:ClipForAdd"], items, jobs=1)))
-    power = folder / "power.json"
+    selftest = folder / "selftest.json"
     figures = {d: {"cases": 5, "ratio": None, "where": "somewhere"} for d in ("float32", "bfloat16", "float16")}
     mutants = [{"name": "A <b>mutant</b>", "figures": figures, "blind": {}}]
     corpus = read.read_run(honest).header["corpus"]
-    power.write_text(json.dumps({"format": read.POWER_FORMAT, "corpus": corpus, "mutants": mutants, "honest": "fine",
-                                 "problems": []}))  # fmt: skip
-    arguments = (str(honest), str(folder / "planted.jsonl"), "--power", str(power), "--html", str(folder / "page.html"))
+    content = {"format": read.SELFTEST_FORMAT, "corpus": corpus, "mutants": mutants, "honest": "fine", "problems": []}
+    selftest.write_text(json.dumps(content))
+    arguments = (
+        str(honest),
+        str(folder / "planted.jsonl"),
+        "--selftest",
+        str(selftest),
+        "--html",
+        str(folder / "page.html"),
+    )
     done = command("report", *arguments)
     assert done.returncode == 0, done.stderr
     return folder / "page.html"

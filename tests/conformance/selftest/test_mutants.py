@@ -7,7 +7,8 @@ import importlib
 import pytest
 
 from conformance.cases.corpus import load_corpus
-from conformance.judge.run import run_item
+from conformance.implementations.wrapping import wrap
+from conformance.judge.item import run_item
 from tests.conformance.selftest.mutants import MISTAKES, SINGLE_PASS, planted
 
 CASES = [c for c in load_corpus() if c.dialect == "deepseek-v4" and c.family not in ("shape", "branch", "stack")]
@@ -20,7 +21,7 @@ def kills(implementation, dtype, cases, enough=3):
     for case in cases:
         for item in case.items():
             if item.variant.x == dtype and item.variant.contract != "tf32":
-                outcome = run_item(implementation, item)
+                outcome = run_item(wrap(implementation), item)
                 if any(check.ratio > 2 for check in outcome.failed):
                     found.append(case.id)
                     break
@@ -48,4 +49,4 @@ def test_the_originals_are_back_afterwards(framework):
     with planted(framework, "19 iterations"):
         pass
     case = next(c for c in CASES if c.id == "slow-deepseek-v4")
-    assert not run_item(adapter.eager(), case.items()[0]).failed
+    assert not run_item(wrap(adapter.eager()), case.items()[0]).failed

@@ -1,4 +1,4 @@
-"""``mhc-conformance power``."""
+"""``mhc-conformance selftest``, which was called ``power``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from conformance.cli.app import FAILED, SETUP, USAGE, app, stop
 
 
 @app.command()
-def power(
+def selftest(
     quick: Annotated[bool, typer.Option("--quick", help="A covering subset of cases and ten honest variants.")] = False,
     mutant: Annotated[list[str] | None, typer.Option(help="Only mutants whose name has this; repeatable.")] = None,
     variants: Annotated[int | None, typer.Option(min=0, help="Honest variants.", show_default="200")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
     write: Annotated[
-        Path | None, typer.Option(help="Put the table between the power markers of this Markdown file.")
+        Path | None, typer.Option(help="Put the table between the selftest markers of this Markdown file.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file, for report.")] = None,
 ) -> None:
@@ -29,7 +29,7 @@ def power(
     try:
         from conformance.selftest import measure, table
     except ImportError as error:
-        stop(f"power needs PyTorch: pip install 'mhc-conformance[torch]' ({error})", SETUP)
+        stop(f"selftest needs PyTorch: pip install 'mhc-conformance[torch]' ({error})", SETUP)
     from rich.console import Console
     from rich.progress import Progress
 
@@ -52,7 +52,7 @@ def power(
     if write or json:
         try:
             if write:
-                document.rewrite(write, "power", table.markdown(result))
+                document.rewrite(write, "selftest", table.markdown(result))
             if json:
                 atomic.write(json, table.as_json(result))
         except (OSError, ValueError) as error:
@@ -62,3 +62,9 @@ def power(
         typer.echo(line)
     typer.echo(f"{len(chosen)} mutants, {count} honest variants: {len(problems)} problems")
     raise typer.Exit(FAILED if problems else 0)
+
+
+@app.command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def power() -> None:
+    """Say what this command is called now."""
+    stop("power is called selftest now: mhc-conformance selftest takes the same options", USAGE)

@@ -12,7 +12,7 @@ pytest.importorskip("torch", reason="the plain implementation is in PyTorch, whi
 
 from conformance.files import document
 from conformance.selftest import measure, table
-from conformance.selftest.measure import Figures, Power
+from conformance.selftest.measure import Figures, Findings
 from conformance.selftest.mutants import MUTANTS, Mutant
 from conformance.selftest.plain import Choice
 from conformance.selftest.sums import ORDERS, Sums, to_tf32
@@ -22,8 +22,8 @@ NUMBERS = {mutant.title(): number for number, mutant in enumerate(MUTANTS)}
 
 @pytest.mark.parametrize("title", NUMBERS)
 def test_a_mutant_is_killed_by_three_cases_in_every_dtype(title):
-    power = Power(True, {NUMBERS[title]: measure.measure_mutant(NUMBERS[title], True)})
-    assert power.survivors == []
+    findings = Findings(True, {NUMBERS[title]: measure.measure_mutant(NUMBERS[title], True)})
+    assert findings.survivors == []
 
 
 def test_every_mutant_that_is_defined_is_in_the_list():
@@ -33,7 +33,7 @@ def test_every_mutant_that_is_defined_is_in_the_list():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_an_honest_variant_fails_no_case(seed):
-    assert Power(True, honest={seed: measure.measure_honest(seed)}).false_alarms == []
+    assert Findings(True, honest={seed: measure.measure_honest(seed)}).false_alarms == []
 
 
 def test_honest_variants_differ_and_use_every_order():
@@ -58,7 +58,7 @@ def test_what_is_not_mutated_survives_and_a_wrong_claim_of_blindness_is_found(mo
     monkeypatch.setattr(measure, "MUTANTS", (Nothing, Visible))
     chosen = [item for item in measure.items_of_mutants(True) if item.case.family == "slow"]
     monkeypatch.setattr(measure, "items_of_mutants", lambda quick: chosen)
-    lines = Power(True, {k: measure.measure_mutant(k, True) for k in (0, 1)}).survivors
+    lines = Findings(True, {k: measure.measure_mutant(k, True) for k in (0, 1)}).survivors
     assert [line.split(",")[0] for line in lines[:3]] == [
         f"Nothing at all: killed by 0 cases in {dtype}" for dtype in measure.DTYPES
     ]
@@ -66,8 +66,8 @@ def test_what_is_not_mutated_survives_and_a_wrong_claim_of_blindness_is_found(mo
 
 
 def test_an_honest_variant_that_fails_is_a_false_alarm():
-    power = Power(True, honest={7: Figures(5, {"smoke-paper-2"}, 1.5, "smoke-paper-2, reduce")})
-    assert power.false_alarms == ["honest variant 7 fails 1 cases, worst 1.5 of the bound (smoke-paper-2, reduce)"]
+    findings = Findings(True, honest={7: Figures(5, {"smoke-paper-2"}, 1.5, "smoke-paper-2, reduce")})
+    assert findings.false_alarms == ["honest variant 7 fails 1 cases, worst 1.5 of the bound (smoke-paper-2, reduce)"]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -90,28 +90,28 @@ def test_tf32_keeps_ten_bits_and_rounds_ties_to_even():
 
 def test_the_table_is_put_between_the_markers(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- power: begin -->\nold\n<!-- power: end -->\nafter\n")
-    power = Power(True, {0: {d: Figures(9, {"a"}, 7.0, "a, b") for d in measure.DTYPES}})
-    document.rewrite(page, "power", table.markdown(power))
+    page.write_text("before\n<!-- selftest: begin -->\nold\n<!-- selftest: end -->\nafter\n")
+    findings = Findings(True, {0: {d: Figures(9, {"a"}, 7.0, "a, b") for d in measure.DTYPES}})
+    document.rewrite(page, "selftest", table.markdown(findings))
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| Iterations - 1 | 1 · 7 · a, b |" in text
     page.write_text("no markers")
     with pytest.raises(ValueError, match="expected the lines"):
-        document.rewrite(page, "power", "x")
+        document.rewrite(page, "selftest", "x")
 
 
 def test_the_readme_has_the_table_of_every_mutant():
     readme = Path(__file__).parents[3] / "README.md"
     if not readme.is_file():
         pytest.skip("an installed package has no README")
-    _, part, _ = document.split(readme, "power")
+    _, part, _ = document.split(readme, "selftest")
     found = [line.split(" | ")[0].removeprefix("| ") for line in part.splitlines() if line.startswith("| ")]
     assert found == ["mutant", *NUMBERS]
 
 
 def test_the_command_says_which_mutants_there_are():
     done = subprocess.run(
-        [sys.executable, "-m", "conformance.cli", "power", "--mutant", "nonsense"], capture_output=True, text=True
+        [sys.executable, "-m", "conformance.cli", "selftest", "--mutant", "nonsense"], capture_output=True, text=True
     )
     assert done.returncode == 2 and "no mutant's name has 'nonsense'" in done.stderr and "H transposed" in done.stderr

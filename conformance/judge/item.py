@@ -1,0 +1,157 @@
+"""One item: whether an implementation claims it, the call, and the verdict on every tensor that it returns."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from conformance.cases.case import Item
+from conformance.cases.corpus import is_golden
+from conformance.interface import Capabilities, Implementation, describe
+from conformance.judge.rule import GOOD, Check, check_item
+from conformance.judge.stochasticity import check_stochasticity
+from conformance.stages import relevant
+
+
+@dataclass
+class Outcome:
+    """What one implementation did with one item."""
+
+    implementation: str
+    case: str
+    stage: str
+    variant: str
+    x: str
+    dialect: str
+    checks: list[Check] = field(default_factory=list)
+    skipped: str = ""
+    reference: str = ""
+    """What ``--impl`` was given: a registered name or ``module:attribute``."""
+    file: str = ""
+    """The case's file where it isn't one of the corpus."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """The implementation's device, description and settings, read in the process that ran it."""
+    seconds: float = 0.0
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    """The arrays that were judged by their figures, for comparing implementations with one another."""
+
+    @property
+    def reproduce(self) -> str:
+        """One command that runs this item alone."""
+        return (
+            f"mhc-conformance run --impl {shlex.quote(self.reference or self.implementation)} "
+            f"--case {shlex.quote(self.file or self.case)} "
+            f"--stage {self.stage} --dtype {self.x}"
+        )
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if check.verdict not in GOOD]
+
+    @property
+    def ratio(self) -> float:
+        return max((check.ratio for check in self.checks), default=0.0)
+
+
+def refusal(item: Item, claimed: Capabilities) -> str:
+    """Why an item isn't claimed; empty where it is."""
+    case, variant = item.case, item.variant
+    if item.stage not in claimed.stages:
+        return f"stage {item.stage} not claimed"
+    if case.dialect not in claimed.dialects and not (case.unpublished and claimed.overrides is None):
+        return f"dialect {case.dialect} not claimed"
+    if variant.x not in claimed.dtypes_of(item.stage):
+        return f"{variant.x} not claimed"
+    wide = "float64" if variant.x == "float64" else "float32"
+    kind = "float32" if variant.weights in (wide, "float32") else "x"
+    if case.stages[item.stage]["weights"] and kind not in claimed.weights_of(item.stage):
+        return f"weights in {variant.weights} not claimed"
+    if "tf32" in claimed.contracts and variant.name + "-tf32" in case.bounds[item.stage]:
+        return "judged by the tf32 contract instead"
+    if variant.contract not in claimed.contracts:
+        return f"contract {variant.contract} not claimed"
+    if claimed.streams is not None and case.parameters["streams"] not in claimed.streams:
+        return f"{case.parameters['streams']} streams not claimed"
+    if not claimed.empty and not all(case.tensors[f"input/{k}"].size for k in case.stages[item.stage]["inputs"]):
+        return "zero tokens not claimed"
+    unclaimed = sorted(k for k, v in case.overrides.items() if not claimed.allows(k, v))
+    if unclaimed:
+        return f"other values of {', '.join(unclaimed)} not claimed"
+    return ""
+
+
+def run_item(implementation: Implementation, item: Item, probe: bool = False) -> Outcome:
+    """Calls an implementation with one item and judges what it returns. Never raises for what the implementation does.
+
+    Args:
+        probe: hand over what isn't claimed too: it must be refused, or come out right.
+    """
+    outcome = Outcome(
+        implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect
+    )
+    if not is_golden(item.case.path):
+        outcome.file = str(item.case.path)
+    claimed = implementation.capabilities
+    outcome.about = {"device": claimed.device, "description": claimed.description, **claimed.settings}
+    outcome.skipped = refusal(item, claimed)
+    if not outcome.skipped:
+        _call(implementation, item, outcome)
+    elif probe and item.stage in claimed.stages and item.variant.contract in claimed.contracts:
+        _probe(implementation, item, outcome)
+    return outcome
+
+
+def _probe(implementation: Implementation, item: Item, outcome: Outcome) -> None:
+    """What isn't claimed, accepted and wrong, gets a verdict of its own."""
+    reason, outcome.skipped = outcome.skipped, ""
+    _call(implementation, item, outcome)
+    failed, outcome.checks, outcome.values = outcome.failed, [], {}
+    if outcome.skipped or any(check.verdict == "errored" for check in failed):
+        outcome.skipped = f"{reason}, and refused"
+    elif not failed:
+        outcome.skipped = f"{reason}, yet right"
+    for check in failed if not outcome.skipped else ():
+        check.message = f"{reason}, yet accepted: {check.verdict} {check.message}".rstrip()
+        check.verdict = "unsupported-not-refused"
+        outcome.checks.append(check)
+
+
+def _call(implementation: Implementation, item: Item, outcome: Outcome) -> None:
+    """Calls the stage and fills in the verdicts."""
+    claimed = implementation.capabilities
+    inputs, cotangents = item.inputs(), item.cotangents() if claimed.gradients else None
+    before = {k: v.tobytes() for k, v in inputs.items()}
+    started = time.perf_counter()
+    try:
+        outputs, gradients = implementation.call(item.stage, inputs, item.config, cotangents)
+        if not isinstance(outputs, Mapping) or not isinstance(gradients, Mapping):
+            kinds = f"{type(outputs).__name__} and {type(gradients).__name__}"
+            raise TypeError(f"expected two mappings, outputs and gradients, got {kinds}")
+    except NotImplementedError as error:
+        outcome.skipped = f"refused: {describe(error)}"
+        return
+    except Exception as error:
+        outcome.checks.append(Check("-", "errored", np.inf, message=describe(error)[:500]))
+        return
+    finally:
+        outcome.seconds = time.perf_counter() - started
+    outcome.checks = check_item(item, outputs, gradients, claimed)
+    judged = {**outputs, **{f"d/{k}": v for k, v in gradients.items()}}
+    outcome.values = {check.tensor: judged[check.tensor] for check in outcome.checks if check.worst}
+    if "H" in outputs:
+        stochastic = check_stochasticity(item, outputs["H"])
+        if stochastic:
+            outcome.checks.append(stochastic)
+    changed = [k for k, v in inputs.items() if v.tobytes() != before[k]]
+    if changed:
+        outcome.checks.append(Check(changed[0], "failed", np.inf, message=f"changed its input {changed[0]}"))
+
+
+def order(items: Iterable[Item]) -> list[Item]:
+    """Items that one compiled graph serves next to one another."""
+    return sorted(items, key=lambda i: (i.stage, str(relevant(i.stage, i.config)), i.variant.name, i.case.id))
