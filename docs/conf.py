@@ -15,7 +15,7 @@ myst_heading_anchors = 4  # anchors as GitHub makes them, for headings down to #
 root_doc = "README"
 
 PAGES = {
-    "Use it": ["docs/contract", "docs/porting", "docs/sharding"],
+    "Use it": ["docs/contract", "docs/layer", "docs/weights", "docs/sharding", "docs/porting"],
     "What is computed": ["docs/mathematics", "docs/bound", "fixtures/README", "docs/glossary"],
     "Figures": ["docs/peers", "docs/mutants", "docs/status", "docs/tpu", "docs/performance"],
     "Work on it": ["CONTRIBUTING", "CHANGELOG"],
@@ -24,7 +24,7 @@ PAGES = {
 
 include_patterns = [f"{page}.md" for page in [root_doc, *(page for pages in PAGES.values() for page in pages)]]
 # The source folder is the repository, so that links between the documents are the same there and on the site. These
-# folders hold no page; without the line Sphinx would walk through them.
+# folders hold no page; without this line Sphinx would walk through them.
 exclude_patterns = [".*", "build", "dist", "conformance", "jax_impl", "torch_impl", "tests", "fixtures/golden"]
 
 
