@@ -123,6 +123,8 @@ def families() -> list[list[str]]:
         if row["residual"] == "sinkhorn":
             keys = ("softmax", "order", "guard", "eps", "iterations", "logit_limit", "matrix")
             same.setdefault(tuple(row[key] for key in keys), []).append(name)
+    for names in same.values():
+        names.sort(key=lambda name: name != "deepseek-v4")
     return sorted(same.values(), key=lambda names: "deepseek-v4" not in names)
 
 
@@ -139,13 +141,13 @@ def dialects() -> Figure:
     reference = matrices(logits, "deepseek-v4")[0]
     for (upper, lower), names in zip(axes.T, groups, strict=True):
         H = matrices(logits, names[0])[0]
-        several = f"deepseek-v4\nand {len(names) - 1} more"
-        upper.set_title(several if len(names) > 1 else f"{names[0]}\n", fontweight="bold")
+        more = f"and {len(names) - 1} more" if len(names) > 1 else ""
+        upper.set_title(f"{names[0]}\n{more}", fontweight="bold")
         upper.set_xlabel(_described(dialect_rows()[names[0]]), fontsize=8.5, labelpad=17)
         shown = upper.imshow(H, cmap="Blues", vmin=0, vmax=1)
         _write(upper, H, "{:.2f}", lambda value: value > 0.6)
         _sums(upper, H)
-        if len(names) == 1:
+        if "deepseek-v4" not in names:
             apart = lower.imshow(H - reference, cmap="PuOr_r", vmin=-0.17, vmax=0.17)
             _write(lower, H - reference, "{:+.2f}", lambda value: abs(value) > 0.11)
     legend = axes[1, 0]
