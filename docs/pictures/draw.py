@@ -241,7 +241,7 @@ def _band(axes: Axes, sums: np.ndarray, colour: str, label: str) -> None:
 
 
 PICTURES: dict[str, Callable[[], Figure]] = {"layer": layer, "dialects": dialects, "depth": depth}
-NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-\d+)?(?![\w.])")
 
 
 def drawn(name: str) -> str:
