@@ -235,9 +235,9 @@ def _band(axes: Axes, sums: np.ndarray, colour: str, label: str) -> None:
     sites = np.arange(1, SITES + 1)
     high, low = sums.max(-1), sums.min(-1)
     outer = np.quantile(low, 0.01, axis=-1), np.quantile(high, 0.99, axis=-1)
-    axes.fill_between(sites, *np.round(outer, 4), color=colour, alpha=0.18, lw=0)
+    axes.fill_between(sites, *outer, color=colour, alpha=0.18, lw=0)
     for edge, name in ((high, label), (low, None)):
-        axes.plot(sites, np.round(edge.mean(-1), 4), color=colour, lw=1.6, label=name)
+        axes.plot(sites, edge.mean(-1), color=colour, lw=1.6, label=name)
 
 
 PICTURES: dict[str, Callable[[], Figure]] = {"layer": layer, "dialects": dialects, "depth": depth}
