@@ -158,6 +158,24 @@ def test_a_function_is_called_in_an_interpreter_with_the_same_path(monkeypatch, 
     assert str(child.death(10.0)) == "ended with status 0"
 
 
+def test_one_that_hangs_up_and_lives_on_is_told_from_a_dead_one(monkeypatch, tmp_path):
+    (tmp_path / "silent.py").write_text("import time\ndef ends(connection):\n    connection.close(); time.sleep(600)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    child = PythonChild("silent:ends")
+    assert child.connection.poll(20.0)
+    with pytest.raises(EOFError):
+        child.receive()
+    assert child.death(0.1) is None
+
+
+def interrupt(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """As a terminal does it on Ctrl-C, for the whole group; other signals for the process alone."""
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+
+
 HANG = ("native.hangs", "program.hangs", "rank-0.hangs", "rank-1.hangs")
 
 
@@ -169,11 +187,11 @@ def test_nothing_outlives_a_run_that_is_ended(number, mark, tmp_path):
     run = subprocess.Popen(
         [sys.executable, "-m", "conformance.cli", "run", "--jobs", "3", "--case", "smoke-paper-2", "--dtype", "float32",
          *(f"--impl={name}" for name in implementations), "--jsonl", report],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert comes(lambda: all((tmp_path / name).exists() for name in HANG), 120), list(tmp_path.iterdir())
     assert len(marked(mark)) >= 1 + 3 * 2 + 3 * 2 + 4  # run, its workers, what they started, what that started
-    run.send_signal(number)
+    interrupt(run, number)
     assert comes(lambda: marked(mark) == {}, SECONDS), marked(mark)
     said = run.communicate()[1]
     assert run.returncode == (130 if number == signal.SIGINT else -number)
@@ -196,9 +214,10 @@ def test_nothing_outlives_a_run_that_is_ended(number, mark, tmp_path):
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_parent(code, number, mark, tmp_path):
-    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert comes(lambda: len(list(tmp_path.glob("*.hangs"))) > 0, 60)
     assert len(marked(mark)) > 2
-    parent.send_signal(number)
+    interrupt(parent, number)
     assert comes(lambda: marked(mark) == {}, SECONDS), marked(mark)
     assert parent.communicate()[1].count("Traceback") == (1 if number == signal.SIGINT else 0)
