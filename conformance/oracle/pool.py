@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from multiprocessing import pool
+from multiprocessing import pool, resource_tracker
 from multiprocessing.connection import wait
 
 
@@ -18,6 +18,7 @@ def processes(jobs: int) -> Iterator[pool.Pool]:
 
     Ctrl-C reaches the parent alone, which ends them.
     """
+    resource_tracker.ensure_running()  # its own start would let SIGINT through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process inherits it
     try:
         workers = multiprocessing.get_context("spawn").Pool(jobs, _end_with_parent)
