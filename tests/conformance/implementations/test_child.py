@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from conformance.implementations.child import Child, Deadline, PythonChild
+from conformance.oracle.pool import processes
 from tests.conformance.implementations.lingering import STUBBORN
 
 LINGERING = "tests.conformance.implementations.lingering"
@@ -221,3 +222,11 @@ def test_no_worker_outlives_its_parent(code, number, mark, tmp_path):
     interrupt(parent, number)
     assert comes(lambda: marked(mark) == {}, SECONDS), marked(mark)
     assert parent.communicate()[1].count("Traceback") == (1 if number == signal.SIGINT else 0)
+
+
+def test_ctrl_c_does_not_reach_the_workers_of_a_pool():
+    with processes(1) as pool:
+        pid = pool.apply(os.getpid)
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.2)
+        assert pool.apply(os.getpid) == pid  # another would have taken its place
