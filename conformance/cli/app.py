@@ -23,12 +23,12 @@ def stop(message: str, status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
-def known_names(kind: str, given: list[str] | None, known: list[str]) -> list[str]:
+def known_names(kind: str, names: list[str] | None, known: list[str]) -> list[str]:
     """What was given, all of it known; everything where nothing was given."""
-    for name in given or []:
+    for name in names or []:
         if name not in known:
             stop(f"unknown {kind} {name!r}, expected one of {', '.join(known)}", USAGE)
-    return given or known
+    return names or known
 
 
 @contextlib.contextmanager

@@ -92,12 +92,19 @@ def run(
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 2,
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one item.")] = 300.0,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Hand over what isn't claimed too: it must be refused.")
+        bool,
+        typer.Option(
+            "--probe",
+            help="Also run items that the implementation does not claim; it must refuse them or get them right.",
+        ),
     ] = False,
     search: Annotated[float, typer.Option(min=0, help="Draw fresh cases for so many seconds instead.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
-    found: Annotated[Path, typer.Option(help="Where a search writes what fails.")] = Path("found.safetensors"),
+    seed: Annotated[int, typer.Option(help="The seed of --search.")] = 0,
+    found: Annotated[Path, typer.Option(help="The file to write the smallest failing case to (--search).")] = Path(
+        "found.safetensors"
+    ),
     listing: Annotated[bool, typer.Option("--list", help="Only print what would run, an item a line.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every reason to skip an item.")] = False,
     progress: Annotated[bool, typer.Option(help="A live line, on a terminal.")] = True,
 ) -> None:
     """Run the golden cases on implementations and judge every output and gradient.
@@ -182,7 +189,7 @@ def run(
     for name, reason in left.items():
         typer.echo(f"left out: {name} ({reason})")
     total = len(items) * len(chosen)
-    report = terminal.TerminalReport(total, live=progress and sys.stdout.isatty())
+    report = terminal.TerminalReport(total, live=progress and sys.stdout.isatty(), verbose=verbose)
     crossed = Agreement(items)
     outcomes: list[Any] = []
     broken: tuple[str, int] | None = None
