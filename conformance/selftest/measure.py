@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import multiprocessing.pool
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from conformance.cases.case import Item
 from conformance.cases.corpus import load_corpus
 from conformance.implementations.wrapping import wrap
 from conformance.judge.item import Outcome, run_item
+from conformance.oracle.pool import processes
 from conformance.selftest.honest import variant
 from conformance.selftest.mutants import MUTANTS
 from conformance.selftest.plain import Plain
@@ -144,7 +144,7 @@ def measure(
     """Runs mutants (by number) and honest variants (by seed) in ``jobs`` processes."""
     findings = Findings(quick)
     tasks: list[Task] = [("mutant", k, quick) for k in mutants] + [("honest", k, quick) for k in seeds]
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    with processes(jobs) as pool:
         for done, (task, figures) in enumerate(_unordered(pool, tasks), 1):
             if isinstance(figures, Figures):
                 findings.honest[task[1]] = figures
