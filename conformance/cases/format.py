@@ -81,7 +81,7 @@ def _check_stage(path: Path, stage: str, entry: StageDescription) -> None:
         for name in names:
             _one_of(path, f"stages.{stage}.{kind}s", f"{kind} of stage {stage}", name, all_of_them)
     for option, values in OPTIONS.get(stage, {}).items():
-        _one_of(path, f"stages.{stage}.options.{option}", option, entry.options.get(option), values)
+        _one_of(path, f"stages.{stage}.options.{option}", "value", entry.options.get(option), values)
     if stage == "stack":
         layers = entry.options.get("layers")
         if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
