@@ -162,7 +162,7 @@ def read_run(path: Path) -> Run:
             footer = entry
     count = len(run.checks) + len(run.skips)
     if footer is None or footer.lines != count:
-        came = "no footer" if footer is None else f"one that counts {footer.lines}"
+        came = "no footer" if footer is None else f"one of {footer.lines}"
         raise ReportError(f"{path}: cut off: expected a footer that counts {count} lines, got {came}")
     return run
 
