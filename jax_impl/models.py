@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jax_impl import metadata, sharding, weights
+from jax_impl import metadata, shards, weights
 from jax_impl.modules import Site
 
 Sites = Mapping[Any, Site]  # the keys of a Mapping are invariant: str | tuple would refuse a dict[str, Site]
@@ -74,17 +74,17 @@ def save_sites(path: str | Path, sites: Pairs, replace: bool) -> None:
         site.check_prefix(prefix)
     metadata.check_alike({weights.listed(prefix)[0]: site.config for prefix, site in sites})
     writes = jax.process_index() == 0
-    with sharding.agreed():
+    with shards.agreed():
         if writes:
             weights.check_replaceable(path, _names(sites), replace)
     flat: dict[str, np.ndarray] = {}
     for prefix, site in sites:
         for name, value in site.weights().items():
             if writes or not value.is_fully_addressable:
-                whole = sharding.gather(value)
+                whole = shards.gather(value)
                 if writes:
                     flat |= weights.flattened({name: whole}, prefix)
-    with sharding.agreed():
+    with shards.agreed():
         if writes:
             weights.write(path, flat, sites[0][1].config)
 
@@ -102,7 +102,7 @@ def load_sites(path: str | Path, sites: Pairs, insist: bool, round: bool, whole:
     shardings = [{name: value.sharding for name, value in site.weights().items()} for _, site in sites]
     dtypes = [{name: value.dtype for name, value in site.weights().items()} for _, site in sites]
     loaded: list[dict[str, Array]] = []
-    with sharding.agreed():
+    with shards.agreed():
         if not whole:
             for (prefix, site), where, held in zip(sites, shardings, dtypes, strict=True):
                 loaded.append(

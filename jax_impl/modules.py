@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from jax_impl import functional, sharding, weights
+from jax_impl import functional, shards, weights
 from jax_impl.config import MHCConfig
 
 ALPHA_SCALE = 0.01  # MaxText's initial gating scalars
@@ -48,16 +48,14 @@ class Site(nnx.Module):
         self._shapes = shapes
         deviation = (config.streams * config.dim) ** -0.5
         for name, shape in shapes.items():
-            axes = sharding.logical_axes(name, shape)
+            axes = shards.logical_axes(name, shape)
             if name.endswith("_alpha") or name == "head_fn":
-                value = jax.random.normal(
-                    rngs.params(), shape, param_dtype, out_sharding=sharding.random_sharding(axes)
-                )
+                value = jax.random.normal(rngs.params(), shape, param_dtype, out_sharding=shards.random_sharding(axes))
                 value = value * jnp.asarray(deviation, param_dtype)
             else:
                 constant = 1.0 if name == "mhc_norm.scale" else ALPHA_SCALE if name.endswith("_scale") else 0.0
                 value = jnp.full(shape, constant, param_dtype)
-            value = sharding.constrain(value, axes)
+            value = shards.constrain(value, axes)
             setattr(self, _attribute(name), nnx.Param(value, out_sharding=axes, eager_sharding=False))
 
     def parameters(self) -> dict[str, nnx.Param]:
@@ -151,11 +149,12 @@ class ManifoldConstrainedHyperConnections(Site):
         self, x: Float[Array, "... streams dim"], carried: Float[Array, "... streams"] | None = None
     ) -> tuple[Float[Array, "... dim"], functional.Context, Float[Array, "... streams"] | None]:
         """u for the sub-layer, the context that `post` takes, and what the next site reads with (`functional.pre`)."""
-        return functional.pre(x, self.weights(), self.config, carried, precision=self.precision)
+        options = {"precision": self.precision, "shards": shards.current()}
+        return functional.pre(x, self.weights(), self.config, carried, **options)
 
     def one_hot(self, x: Float[Array, "... streams dim"]) -> Float[Array, "... streams"]:
         """What the first site of a single-pass stack reads with (`functional.one_hot`)."""
-        return functional.one_hot(x)
+        return functional.one_hot(x, shards=shards.current())
 
     def reduce(
         self, x: Float[Array, "... streams dim"], carried: Float[Array, "... streams"] | None = None
@@ -168,7 +167,8 @@ class ManifoldConstrainedHyperConnections(Site):
         Raises:
             ValueError: the configuration reduces by a head (`HyperHead`) or not at all, or ``carried`` isn't for it.
         """
-        return functional.reduce(x, str(self.config.reduce), carried, reduction=self.config.reduction)
+        options = {"reduction": self.config.reduction, "shards": shards.current()}
+        return functional.reduce(x, str(self.config.reduce), carried, **options)
 
     def post(self, y: Float[Array, "... dim"], context: functional.Context) -> Float[Array, "... streams dim"]:
         """The sub-layer's output spread over the mixed streams."""
@@ -230,4 +230,4 @@ class HyperHead(Site):
         super().__init__(config, functional.head_shapes(config), rngs, param_dtype, precision)
 
     def __call__(self, x: Float[Array, "... streams dim"]) -> Float[Array, "... dim"]:
-        return functional.head(x, self.weights(), self.config, precision=self.precision)
+        return functional.head(x, self.weights(), self.config, precision=self.precision, shards=shards.current())

@@ -236,7 +236,7 @@ def _distributed(sites: Sites) -> tuple[Any, bool, Any]:
     """
     if not any([site.is_sharded() for site in sites.values()]):  # all of them: FSDP lets go of what it has gathered
         return nullcontext, True, lambda value: value
-    from torch_impl import sharding  # here, since it needs torch.distributed and this module
+    from torch_impl import shards  # here, since it needs torch.distributed
 
-    mesh = sharding.mesh_of(sites)
-    return lambda: sharding.agreed(mesh), not any(mesh.get_coordinate() or ()), sharding.whole
+    mesh = shards.mesh_of(sites)
+    return lambda: shards.agreed(mesh), not any(mesh.get_coordinate() or ()), shards.whole

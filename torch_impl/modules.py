@@ -66,9 +66,9 @@ class Site(nn.Module):
             return
         seed, device = torch.randint(2**63 - 1, ()), next(self.parameters()).device
         if self.is_sharded():
-            from torch_impl import sharding  # here, since it needs torch.distributed and this module
+            from torch_impl import shards  # here, since it needs torch.distributed
 
-            seed = sharding.agreed_seed(self, seed)
+            seed = shards.agreed_seed(self, seed)
         generator = torch.Generator(device).manual_seed(int(seed))
         for name, value in self.weights().items():
             local, part = weights.local_part(value.detach())
