@@ -126,7 +126,7 @@ class Site(nnx.Module):
 
 
 class ManifoldConstrainedHyperConnections(Site):
-    """The residual connection of n streams around one sub-layer (mathematics.md, "Forward").
+    """The residual connection of n streams around one sub-layer (docs/mathematics.md, "Forward").
 
     Args:
         config: the layer's parameters.

@@ -1,4 +1,4 @@
-"""Canonical safetensors: a prefix per site, projections flat ``[n*C, m]`` (mathematics.md, "Checkpoint layouts")."""
+"""Canonical safetensors files (docs/mathematics.md, "Checkpoint layouts"): a prefix for each site, projections flat."""
 
 from __future__ import annotations
 
