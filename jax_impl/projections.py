@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ COEFFICIENTS = "mhc_coefficients"
 projections, sum of squares, pre, post and H, 49 numbers a token at n = 4."""
 
 
+@runtime_checkable
 class Shards(Protocol):
     """How arrays lie on many devices: whole to the functions here, and in parts in `over_parts` alone.
 

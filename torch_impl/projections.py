@@ -11,7 +11,7 @@ Shapes at line ends are those of `functional`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ Weights = Mapping[str, Tensor]
 SHARDED = ("mhc_norm.scale", "pre_alpha", "post_alpha", "res_alpha", "head_fn")  # [streams, dim, ...]: split with dim
 
 
+@runtime_checkable
 class Shards(Protocol):
     """The shards of dim, one a process: x, u, y, φ and the norm weight are split, all the rest is whole on each.
 
