@@ -28,7 +28,7 @@ def checked() -> Iterator[None]:
 
 @pytest.fixture
 def unchecked(checked: None) -> None:
-    """Turns the check off: the package's own errors come, which a user gets, and `torch.compile` can trace."""
+    """Turns the check off, so that the package's own errors come, which a user gets."""
     jaxtyping.config.update("jaxtyping_disable", True)
 
 

@@ -1,8 +1,8 @@
 """Eight virtual devices for JAX, where it is installed; shapes that can be checked; child processes find this folder.
 
 Every function of `jax_impl` and `torch_impl` is imported with jaxtyping's check of shapes and dtypes around it, by
-beartype. The check is off unless a folder's own tests turn it on (`checking.checked`), since `torch.compile` can't
-trace it.
+beartype. The check is off unless a folder's own tests turn it on (`checking.checked`); `torch.compile` can't trace it
+even then, so that a test of that needs a process of its own.
 """
 
 import importlib.util

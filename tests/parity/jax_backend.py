@@ -17,6 +17,7 @@ NO_VALUES = r"must have parameters with values, got shapes alone, .* make the mo
 NO_VALUE = "must have values, got a ShapeDtypeStruct"
 NO_PREFIX = "a prefix must be a string, or a tuple of them for stacked layers, got 0"
 HOLDS = "got Dict: it holds a, b, each of which takes a prefix"
+CASTS = "outside of what casts a layer's inputs or outputs to a narrow dtype"
 
 
 def float64() -> Any:

@@ -16,6 +16,7 @@ NO_VALUES = r"must have parameters with values, got .* meta: call to_empty\(devi
 NO_VALUE = "must have values, got a tensor on the device meta"
 NO_PREFIX = "a prefix must be a string, got 0"
 HOLDS = "got Sequential: it holds 0, 1, each of which takes a prefix"
+CASTS = "MixedPrecisionPolicy has cast_forward_inputs=False and output_dtype=None"
 
 
 def float64() -> Any:
