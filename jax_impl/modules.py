@@ -20,7 +20,7 @@ ALPHA_SCALE = 0.01  # MaxText's initial gating scalars
 
 
 class HyperConnectionType(enum.Enum):
-    """What the wrapped sub-layer is: decides what it is handed and what it returns."""
+    """The kind of the wrapped sub-layer, which decides how it is called and what it returns."""
 
     ATTENTION = "attention"
     MLP_DENSE = "mlp_dense"
@@ -33,7 +33,7 @@ def _attribute(name: str) -> str:
 
 
 class Site(nnx.Module):
-    """What layer and head share: named parameters, MaxText's initial values, canonical files in and out."""
+    """The base of layer and head: named parameters, MaxText's initial values, canonical files in and out."""
 
     def __init__(
         self,
@@ -109,8 +109,8 @@ class Site(nnx.Module):
         name, shape = next(iter(self._shapes.items()))
         held = self.weights()[name].shape
         layers = held[: len(held) - len(shape)]
-        given = () if isinstance(prefix, str) else (len(prefix),)
-        if given != layers:
+        named = () if isinstance(prefix, str) else (len(prefix),)
+        if named != layers:
             expected = f"a prefix for each of {layers[0]} stacked layers" if layers else "one prefix, a string"
             raise ValueError(f"prefix must be {expected}, got {prefix!r}")
 
@@ -148,18 +148,18 @@ class ManifoldConstrainedHyperConnections(Site):
     def pre(
         self, x: Float[Array, "... streams dim"], carried: Float[Array, "... streams"] | None = None
     ) -> tuple[Float[Array, "... dim"], functional.Context, Float[Array, "... streams"] | None]:
-        """u for the sub-layer, the context that `post` takes, and what the next site reads with (`functional.pre`)."""
+        """Returns u for the sub-layer, the context for `post`, and the pre for the next site (`functional.pre`)."""
         options = {"precision": self.precision, "shards": shards.current()}
         return functional.pre(x, self.weights(), self.config, carried, **options)
 
     def one_hot(self, x: Float[Array, "... streams dim"]) -> Float[Array, "... streams"]:
-        """What the first site of a single-pass stack reads with (`functional.one_hot`)."""
+        """Returns the gates that the first site of a single-pass stack reads with (`functional.one_hot`)."""
         return functional.one_hot(x, shards=shards.current())
 
     def reduce(
         self, x: Float[Array, "... streams dim"], carried: Float[Array, "... streams"] | None = None
     ) -> Float[Array, "... dim"]:
-        """The streams after the last site, reduced as the configuration says (`functional.reduce`).
+        """Reduces the streams after the last site as the configuration says (`functional.reduce`).
 
         Args:
             carried: for ``reduce="carried"`` the last site's pre, else None.
@@ -171,7 +171,7 @@ class ManifoldConstrainedHyperConnections(Site):
         return functional.reduce(x, str(self.config.reduce), carried, **options)
 
     def post(self, y: Float[Array, "... dim"], context: functional.Context) -> Float[Array, "... streams dim"]:
-        """The sub-layer's output spread over the mixed streams."""
+        """Spreads the sub-layer's output over the mixed streams (`functional.post`)."""
         return functional.post(y, context)
 
     def __call__(
@@ -184,10 +184,10 @@ class ManifoldConstrainedHyperConnections(Site):
         carried: Float[Array, "batch seq streams"] | None = None,
         **kwargs: Any,
     ) -> tuple[Float[Array, "batch seq streams dim"], dict[str, Any]]:
-        """The whole layer around ``branch_fn``.
+        """Computes the whole layer around ``branch_fn`` (docs/mathematics.md, "Forward").
 
         Args:
-            norm_fn: the sub-layer's own pre-norm.
+            norm_fn: the sub-layer's own pre-norm, of ``[batch, seq, dim]``.
             branch_fn: ATTENTION: called with ``inputs_q`` and ``inputs_kv``, returns ``(y, _)``; MLP_DENSE: with
                 ``inputs``, returns y; MLP_MOE: with ``inputs``, returns ``(y, load_balance_loss, moe_bias_updates)``.
             carried: for ``pre_from="previous"`` the pre of the site before, whatever its kind: ``one_hot(x)`` for the
@@ -217,7 +217,7 @@ class ManifoldConstrainedHyperConnections(Site):
 
 
 class HyperHead(Site):
-    """The learned reduction of the streams to one."""
+    """The learned reduction of the streams to one (docs/mathematics.md, "Forward")."""
 
     def __init__(
         self,

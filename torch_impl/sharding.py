@@ -256,13 +256,13 @@ def parallelize(
     Raises:
         ValueError: no layer or head, another word for ``gradients``, or a dim that fsdp x tensor doesn't divide.
     """
-    found = {name: child for name, child in module.named_modules() if isinstance(child, Site)}
-    if not found:
+    sites = {name: child for name, child in module.named_modules() if isinstance(child, Site)}
+    if not sites:
         raise ValueError(f"module must have a ManifoldConstrainedHyperConnections or a HyperHead, got {module}")
     if gradients not in ("mean", "sum"):
         raise ValueError(f"gradients must be mean or sum, got {gradients!r}")
     parts = _size(mesh, "fsdp") * _size(mesh, "tensor")
-    for name, site in found.items():
+    for name, site in sites.items():
         if site.sharding is not None:
             raise ValueError(f"{name or 'module'} must not be sharded yet, it is: call parallelize once")
         if site.config.dim % parts:
@@ -271,7 +271,7 @@ def parallelize(
                 f"tensor={_size(mesh, 'tensor')}, got {site.config.dim}: change dim, or replace fsdp by data"
             )
     reduced = data_mesh(mesh)
-    for site in found.values():
+    for site in sites.values():
         _distribute(site, mesh)
         if reduced is not None:
             _fully_shard(site, reduced, gradients, policy, reshard_after_forward)

@@ -109,8 +109,10 @@ def test_a_file_that_is_older_than_a_parameter_means_what_every_layer_was_then(b
     for count in range(len(NEWER) + 1):
         for without in itertools.combinations(NEWER, count):
             backend.package.load_weights(stating(backend, tmp_path, without=without), default(backend))
-    for name, value in (("logit_limit", 30.0), ("reduction", "activation"), ("head_norm_eps", 1e-5)):
-        config = default(backend, **{name: value})
+    later: list[dict[str, Any]] = [{"logit_limit": 30.0}, {"reduction": "activation"}, {"head_norm_eps": 1e-5}]
+    for changes in later:
+        ((name, _),) = changes.items()
+        config = default(backend, **changes)
         path = stating(backend, tmp_path, config, without=NEWER)
         with pytest.raises(ValueError) as raised:
             backend.package.load_weights(path, config)
