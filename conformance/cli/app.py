@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Annotated, NoReturn
 
 import typer
@@ -9,6 +11,7 @@ import typer
 import conformance
 
 FAILED, USAGE, SETUP = 1, 2, 3
+INTERRUPTED = 130  # 128 and SIGINT, as a shell has it
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -37,9 +40,18 @@ def stop(message: str, status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
-def known_names(kind: str, given: list[str] | None, known: list[str]) -> list[str]:
+def known_names(kind: str, names: list[str] | None, known: list[str]) -> list[str]:
     """What was given, all of it known; everything where nothing was given."""
-    for name in given or []:
+    for name in names or []:
         if name not in known:
             stop(f"unknown {kind} {name!r}, expected one of {', '.join(known)}", USAGE)
-    return given or known
+    return names or known
+
+
+@contextlib.contextmanager
+def interruptible(told: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C ends the command with one line, which says what was interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop(f"interrupted {told()}", INTERRUPTED)

@@ -41,7 +41,7 @@ def distance(item: Item, tensor: str, a: np.ndarray, b: np.ndarray) -> float:
     parts = item.magnitude(tensor) if tensor.startswith("d/") else None
     apart = np.abs(a.astype(np.float64) - b.astype(np.float64))
     beyond = float((apart - 2 * allowance(a.dtype, item.variant.contract, expected, parts)).max(initial=0.0))
-    bound = 2 * item.bounds[tensor]["bound"]
+    bound = 2 * item.bounds[tensor].bound
     return beyond / bound if bound > 0 else (np.inf if beyond > 0 else 0.0)
 
 

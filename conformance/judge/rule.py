@@ -126,7 +126,7 @@ def check_item(item: Item, outputs: Mapping[str, Any], gradients: Mapping[str, A
             checks.append(Check(tensor, "wrong-shape", message=f"expected {list(expected.shape)}, got nothing"))
             continue
         dtype = inputs[name].dtype if gradient else item.output_dtype(name)
-        bound = item.bounds[tensor]["bound"]
+        bound = item.bounds[tensor].bound
         parts = item.magnitude(tensor) if gradient else None
         check = compare(tensor, found, expected, dtype, item.variant.contract, bound, parts, inputs)
         hint = closed_gate(item, check, inputs)

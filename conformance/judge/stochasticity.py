@@ -43,11 +43,12 @@ def check_stochasticity(item: Item, H: object) -> Check | None:
         )
     last = -2 if item.case.parameters["order"] == "rows-first" else -1
     rounding = (terms + 2) * u + n * ROUNDOFF[DTYPES["float64"]] / 2  # the stored entries are rounded themselves
-    rounding = max(rounding, item.bounds.get("H stochastic", {"bound": 0.0})["bound"])
+    if "H stochastic" in item.bounds:
+        rounding = max(rounding, item.bounds["H stochastic"].bound)
     worst = Check("H stochastic", "passed", bound=rounding)
     for axis in (-1, -2):
         tight = residual == "permutations" or axis == last
-        allowed = max(rounding, 0.0 if tight else n * item.bounds["H"]["bound"] + rounding)
+        allowed = max(rounding, 0.0 if tight else n * item.bounds["H"].bound + rounding)
         both = np.concatenate([value, -expected], axis)  # added exactly: the check must not round in float64
         error = max(abs(math.fsum(row)) for row in np.moveaxis(both, axis, -1).reshape(-1, 2 * n))
         if error / allowed > worst.ratio:
