@@ -1,4 +1,4 @@
-"""The comparison rule and the verdicts (conformance.md, "The bound" and "Verdicts")."""
+"""The comparison rule and the verdicts (docs/bound.md, "The bound" and "Verdicts")."""
 
 from __future__ import annotations
 
@@ -155,5 +155,5 @@ def closed_gate(item: Item, check: Check, inputs: Mapping[str, np.ndarray]) -> s
         return ""
     return (
         f"a gate is off by less than 2^{rounding}: if the other families pass, the sigmoid keeps no relative accuracy "
-        'where the gate is closed, for instance (1 + tanh(z/2))/2 (CONTRACT.md, "A closed gate")'
+        'where the gate is closed, for instance (1 + tanh(z/2))/2 (docs/contract.md, "A closed gate")'
     )

@@ -1,4 +1,4 @@
-"""Whether H is as doubly stochastic as its own iterations make it (conformance.md, "Stochasticity of H")."""
+"""Whether H is as doubly stochastic as its own iterations make it (docs/bound.md, "Stochasticity of H")."""
 
 from __future__ import annotations
 
