@@ -1,4 +1,4 @@
-"""Cases of a few numbers, whose verdicts can be worked out by hand, and an implementation that answers as it is told."""
+"""Cases of a few numbers, with verdicts that can be worked out by hand, and an implementation that answers as told."""
 
 from __future__ import annotations
 
