@@ -14,7 +14,7 @@ import numpy as np
 
 from conformance.cases.case import Item
 from conformance.judge.item import Outcome
-from conformance.judge.rule import allowance
+from conformance.judge.rule import allowance, wide
 
 Key = tuple[str, str, str]
 
@@ -37,7 +37,7 @@ def distance(item: Item, tensor: str, a: np.ndarray, b: np.ndarray) -> float:
     """|a - b| beyond the last roundings of both, as a fraction of twice the bound; for one tensor of one item."""
     magnitude = item.magnitude(tensor) if tensor.startswith("d/") else None
     allowed = allowance(a.dtype, item.variant.contract, item.expected[tensor], magnitude)
-    excess = float((np.abs(a.astype(np.float64) - b.astype(np.float64)) - 2 * allowed).max(initial=0.0))
+    excess = float((np.abs(wide(a) - wide(b)) - 2 * allowed).max(initial=0.0))
     bound = 2 * item.bounds[tensor]["bound"]
     return excess / bound if bound > 0 else (np.inf if excess > 0 else 0.0)
 

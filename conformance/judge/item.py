@@ -70,8 +70,7 @@ def refusal(item: Item, claimed: Capabilities) -> str:
         return f"dialect {case.dialect} not claimed"
     if variant.x not in claimed.dtypes_of(item.stage):
         return f"{variant.x} not claimed"
-    wide = "float64" if variant.x == "float64" else "float32"
-    kind = "float32" if variant.weights in (wide, "float32") else "x"
+    kind = "float32" if variant.weights in ("float64", "float32") else "x"
     if case.stages[item.stage]["weights"] and kind not in claimed.weights_of(item.stage):
         return f"weights in {variant.weights} not claimed"
     if "tf32" in claimed.contracts and variant.name + "-tf32" in case.bounds[item.stage]:

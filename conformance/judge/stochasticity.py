@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from conformance.cases.case import Item
-from conformance.judge.rule import UNIT_ROUNDOFF, Check, verdict_of
+from conformance.judge.rule import UNIT_ROUNDOFF, Check, verdict_of, wide
 
 TENSOR = "H stochastic"
 """The name of this check, and of the bound that a case may have for it."""
@@ -27,28 +27,28 @@ def check_stochasticity(item: Item, H: object) -> Check | None:
         return None
     if H.shape != expected.shape or H.dtype not in UNIT_ROUNDOFF or not H.size:
         return None
-    value = H.astype(np.float64)
+    value = wide(H)
     if not np.isfinite(value).all():
         return Check(TENSOR, "non-finite", message="an entry isn't finite")
     least = float(value.min())
     if least < 0:
         return Check(TENSOR, "failed", np.inf, -least, 0.0, f"an entry is negative: {least:g}")
-    tight, loose = _allowed(item, H.shape[-1], H.dtype)
+    tight, loose = _allowed(item, H.dtype)
     last = -2 if item.case.parameters["order"] == "rows-first" else -1
     worst = Check(TENSOR, "passed", bound=tight)
     for axis, name in ((-1, "rows"), (-2, "columns")):
         allowed = tight if axis == last or residual == "permutations" else loose
-        both = np.concatenate([value, -expected], axis)  # [..., n, 2n] or [..., 2n, n]; added exactly, not in float64
-        sums = [math.fsum(row) for row in np.moveaxis(both, axis, -1).reshape(-1, both.shape[axis])]
-        error = max(map(abs, sums))
+        both = np.concatenate([value, -expected], axis)  # [..., n, 2n] or [..., 2n, n]
+        error = float(np.abs(np.apply_along_axis(math.fsum, axis, both)).max())  # the check itself must not round
         ratio = error / allowed
         if ratio > worst.ratio:
             worst = Check(TENSOR, verdict_of(ratio), ratio, error, allowed, f"sums of the {name}")
     return worst
 
 
-def _allowed(item: Item, n: int, dtype: np.dtype) -> tuple[float, float]:
+def _allowed(item: Item, dtype: np.dtype) -> tuple[float, float]:
     """How far a sum may be from the oracle's along the axis that is normalised last, and along the other one."""
+    n = item.case.parameters["streams"]
     terms = math.factorial(n) if item.case.parameters["residual"] == "permutations" else n
     stored = n * 2.0**-54  # the oracle's entries, at most 1, are rounded to float64 themselves
     own = item.bounds.get(TENSOR, {"bound": 0.0})["bound"]

@@ -49,6 +49,9 @@ def test_in_u_a_gate_moves_as_much_as_the_streams_of_a_token_add_up_to():
     assert message("pre", "u", 2.0**-24, **small) == HINT.format(-24)  # but no less than the gate itself
     assert message("pre", "u", 1.25 * 2.0**-24, **small) == ""
     assert message("coefficients", "pre", 4 * 2.0**-24, **inputs) == ""  # a gate is a gate
+    no_batch = {"x": [[[0.5, 2.0], [-0.5, 1.0]]]}
+    assert message("pre", "u", 3 * 2.0**-24, **no_batch) == HINT.format(-24)
+    assert message("pre", "u", 4 * 2.0**-24, **no_batch) == ""
     two_channels = {"x": [[[[0.5, 2.0], [-0.5, 1.0]]]]}
     assert message("pre", "u", 3 * 2.0**-24, **two_channels) == HINT.format(-24)
     assert message("pre", "u", 4 * 2.0**-24, **two_channels) == ""

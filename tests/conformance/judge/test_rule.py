@@ -157,6 +157,10 @@ def test_a_histogram_under_a_bound_of_zero_has_what_is_equal_and_what_is_not():
     assert check.histogram == [2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
 
 
+def test_a_histogram_has_all_its_bins_where_the_last_are_empty():
+    assert checked([1.0, 2.375], [1.0, 2.0]).histogram == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+
+
 def test_what_passes_has_no_histogram():
     assert checked([1.25], [1.0]).histogram == []
 
