@@ -16,8 +16,6 @@ from conformance.cases.case import Item
 from conformance.judge.item import Outcome
 from conformance.judge.rule import allowance, wide
 
-Key = tuple[str, str, str]
-
 
 @dataclass
 class Pair:
@@ -47,7 +45,7 @@ class Agreement:
 
     def __init__(self, items: Iterable[Item]):
         self._items = {(item.case.id, item.stage, item.variant.name): item for item in items}
-        self._seen: dict[Key, dict[str, dict[str, np.ndarray]]] = {}
+        self._seen: dict[tuple[str, str, str], dict[str, dict[str, np.ndarray]]] = {}
         self.pairs: dict[frozenset[str], Pair] = {}
         """By both names, since their order among the outcomes of an item may differ from item to item."""
 
@@ -68,7 +66,7 @@ class Agreement:
 
     def lines(self, names: Iterable[str]) -> list[str]:
         """A line for each pair, in the order of ``names``."""
-        lines = []
+        lines: list[str] = []
         for a, b in combinations(names, 2):
             pair = self.pairs.get(frozenset((a, b)))
             if pair:

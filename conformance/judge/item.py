@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -31,16 +31,16 @@ class Outcome:
     variant: str
     x: str
     dialect: str
-    checks: list[Check] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list[Check])
     skipped: str = ""
     reference: str = ""
     """What ``--impl`` was given: a registered name or ``module:attribute``."""
     file: str = ""
     """The case's file where it isn't one of the corpus."""
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict[str, Any])
     """The implementation's device, description and settings, read in the process that ran it."""
     seconds: float = 0.0
-    values: dict[str, np.ndarray] = field(default_factory=dict)
+    values: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     """The arrays that were judged by their figures, for comparing implementations with one another."""
 
     @property
@@ -131,10 +131,7 @@ def _call(implementation: Implementation, item: Item, outcome: Outcome) -> None:
     before = {name: array.tobytes() for name, array in inputs.items()}
     started = time.perf_counter()
     try:
-        outputs, gradients = implementation.call(item.stage, dict(inputs), item.config, cotangents)
-        if not isinstance(outputs, Mapping) or not isinstance(gradients, Mapping):
-            kinds = f"{type(outputs).__name__} and {type(gradients).__name__}"
-            raise TypeError(f"expected two mappings, outputs and gradients, got {kinds}")
+        outputs, gradients = _mappings(implementation.call(item.stage, dict(inputs), item.config, cotangents))
     except NotImplementedError as error:
         outcome.skipped = f"refused: {describe(error)}"
         return
@@ -152,6 +149,24 @@ def _call(implementation: Implementation, item: Item, outcome: Outcome) -> None:
     for name, array in inputs.items():
         if array.tobytes() != before[name]:
             outcome.checks.append(Check(name, "failed", np.inf, message=f"changed its input {name}"))
+
+
+def _mappings(result: tuple[object, object]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Outputs and gradients.
+
+    Raises:
+        TypeError: one is no mapping.
+        ValueError: there aren't two.
+    """
+    outputs, gradients = result
+    if _is_mapping(outputs) and _is_mapping(gradients):
+        return outputs, gradients
+    kinds = f"{type(outputs).__name__} and {type(gradients).__name__}"
+    raise TypeError(f"expected two mappings, outputs and gradients, got {kinds}")
+
+
+def _is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
 
 
 def order(items: Iterable[Item]) -> list[Item]:

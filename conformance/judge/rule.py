@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from conformance.cases.case import DTYPES, Item
 from conformance.interface import Capabilities
 
-UNIT_ROUNDOFF = {
+UNIT_ROUNDOFF: dict[np.dtype, float] = {
     DTYPES["float64"]: 2.0**-53,
     DTYPES["float32"]: 2.0**-24,
     DTYPES["bfloat16"]: 2.0**-8,
@@ -49,17 +49,22 @@ class Check:
     error: float = 0.0
     bound: float = 0.0
     message: str = ""
-    worst: list[dict[str, Any]] = field(default_factory=list)
-    histogram: list[int] = field(default_factory=list)
+    worst: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    histogram: list[int] = field(default_factory=list[int])
     """Elements by error in units of the bound (`EDGES`), of a tensor that failed."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+def is_array(value: object) -> TypeGuard[np.ndarray]:
+    """Whether it is a NumPy array, of any dtype."""
+    return isinstance(value, np.ndarray)
+
+
 def wide(array: np.ndarray) -> np.ndarray:
     """The same numbers in float64, which holds those of every narrower dtype."""
-    return array.astype(np.float64)
+    return np.asarray(array, np.float64)
 
 
 def verdict_of(ratio: float) -> str:
@@ -80,7 +85,7 @@ def allowance(dtype: np.dtype, contract: str, expected: np.ndarray, magnitude: n
 
 def check_tensor(
     tensor: str,
-    actual: Any,
+    actual: object,
     expected: np.ndarray,
     dtype: np.dtype,
     contract: str,
@@ -99,7 +104,7 @@ def check_tensor(
         magnitude: sums of magnitudes of a gradient's parts, where there are several.
         inputs: to recognise an output that is one of them.
     """
-    if not isinstance(actual, np.ndarray):
+    if not is_array(actual):
         return Check(tensor, "wrong-dtype", message=f"expected a NumPy array, got {type(actual).__name__}")
     if actual.shape != expected.shape:
         return Check(tensor, "wrong-shape", message=f"expected {list(expected.shape)}, got {list(actual.shape)}")
@@ -117,8 +122,9 @@ def check_tensor(
     units = excess / bound if bound > 0 else np.where(excess > 0, np.inf, 0.0)
     ratio = float(units.max())
     check = Check(tensor, verdict_of(ratio), ratio, float(error.max()), bound)
-    for k in np.argsort(excess, axis=None)[::-1][:WORST]:
-        index = tuple(int(i) for i in np.unravel_index(k, expected.shape))
+    largest: list[int] = np.argsort(excess, axis=None)[::-1][:WORST].tolist()
+    for k in largest:
+        index = tuple(map(int, np.unravel_index(k, excess.shape)))
         row = {"actual": float(value[index]), "expected": float(expected[index]), "error": float(error[index])}
         check.worst.append({"index": list(index), **row})
     if check.verdict == "failed":
@@ -141,7 +147,8 @@ def check_item(
     item: Item, outputs: Mapping[str, Any], gradients: Mapping[str, Any], claimed: Capabilities
 ) -> list[Check]:
     """A check for every expected tensor of an item that the implementation claims to return."""
-    inputs, checks = item.inputs(), []
+    inputs = item.inputs()
+    checks: list[Check] = []
     for tensor, expected in _returned(item, claimed).items():
         gradient, name = tensor.startswith("d/"), tensor.removeprefix("d/")
         actual = (gradients if gradient else outputs).get(name)

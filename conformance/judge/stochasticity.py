@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from conformance.cases.case import Item
-from conformance.judge.rule import UNIT_ROUNDOFF, Check, verdict_of, wide
+from conformance.judge.rule import UNIT_ROUNDOFF, Check, is_array, verdict_of, wide
 
 TENSOR = "H stochastic"
 """The name of this check, and of the bound that a case may have for it."""
@@ -23,7 +23,7 @@ def check_stochasticity(item: Item, H: object) -> Check | None:
     its place, on both axes.
     """
     residual, expected = item.case.parameters["residual"], item.expected.get("H")
-    if residual == "identity" or expected is None or not isinstance(H, np.ndarray):
+    if residual == "identity" or expected is None or not is_array(H):
         return None
     if H.shape != expected.shape or H.dtype not in UNIT_ROUNDOFF or not H.size:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from conformance.judge.agreement import Agreement, distance
+from conformance.judge.agreement import Agreement, Pair, distance
 from conformance.judge.item import Outcome
 from tests.conformance.judge.made import array, made
 
@@ -67,6 +67,16 @@ def test_within_both_roundings_there_is_no_distance():
 def test_no_elements_are_no_distance_apart(bound):
     empty = np.zeros((0, 2), np.float32)
     assert distance(made(outputs={"out": empty}, bounds={"out": bound}), "out", empty, empty) == 0.0
+
+
+def test_numbers_of_a_narrow_dtype_are_subtracted_without_rounding():
+    item = made(outputs={"out": [1024.0]}, bounds={"out": 511.5}, variant="bfloat16-float32")
+    ratio = distance(item, "out", array([1024.0], "bfloat16"), array([1.0], "bfloat16"))
+    assert ratio == pytest.approx((1023.0 - 2 * 4.04) / 1023.0, rel=1e-12)  # 1023 is no number of bfloat16
+
+
+def test_a_pair_that_never_met_has_no_figure():
+    assert (Pair().tensors, Pair().ratio, Pair().where) == (0, 0.0, "")
 
 
 FIRST, SECOND = made(case="first"), made(case="second", outputs={"out": [[[3.0]]], "pre": [1.0]})

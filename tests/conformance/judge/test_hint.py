@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from conformance.judge.rule import check_item
@@ -13,10 +15,10 @@ HINT = (
 )
 
 
-def message(stage, tensor, error, dtype="float32", family="closed-gate", bound=2.0**-40, **inputs):
+def message(stage, tensor, error, dtype="float32", family="closed-gate", bound=2.0**-40, **inputs: Any):
     """What is said of an output whose true value is 2^-20 and that is off by ``error``."""
     expected = 2.0**-20
-    given = {"x": [[[[0.5], [-0.5]]]], **inputs}  # a token's streams add up to 1
+    given: dict[str, Any] = {"x": [[[[0.5], [-0.5]]]], **inputs}  # a token's streams add up to 1
     chosen = made(stage, inputs=given, outputs={tensor: [expected]}, bounds={tensor: bound}, family=family,
                   variant=f"{dtype}-{'float64' if dtype == 'float64' else 'float32'}")  # fmt: skip
     (check,) = check_item(chosen, {tensor: array([expected + error], dtype)}, {}, claims())
@@ -42,23 +44,23 @@ def test_up_to_a_unit_roundoff_of_an_open_gate(x, stage, tensor):
 
 
 def test_in_u_a_gate_moves_as_much_as_the_streams_of_a_token_add_up_to():
-    inputs = {"x": [[[[0.5], [-0.5]], [[1.0], [-3.0]]]]}  # 1, and 4 at the second token
+    inputs: dict[str, Any] = {"x": [[[[0.5], [-0.5]], [[1.0], [-3.0]]]]}  # 1, and 4 at the second token
     assert message("pre", "u", 4 * 2.0**-24, **inputs) == HINT.format(-24)
     assert message("pre", "u", 5 * 2.0**-24, **inputs) == ""
-    small = {"x": [[[[0.125], [0.125]]]]}
+    small: dict[str, Any] = {"x": [[[[0.125], [0.125]]]]}
     assert message("pre", "u", 2.0**-24, **small) == HINT.format(-24)  # but no less than the gate itself
     assert message("pre", "u", 1.25 * 2.0**-24, **small) == ""
     assert message("coefficients", "pre", 4 * 2.0**-24, **inputs) == ""  # a gate is a gate
-    no_batch = {"x": [[[0.5, 2.0], [-0.5, 1.0]]]}
+    no_batch: dict[str, Any] = {"x": [[[0.5, 2.0], [-0.5, 1.0]]]}
     assert message("pre", "u", 3 * 2.0**-24, **no_batch) == HINT.format(-24)
     assert message("pre", "u", 4 * 2.0**-24, **no_batch) == ""
-    two_channels = {"x": [[[[0.5, 2.0], [-0.5, 1.0]]]]}
+    two_channels: dict[str, Any] = {"x": [[[[0.5, 2.0], [-0.5, 1.0]]]]}
     assert message("pre", "u", 3 * 2.0**-24, **two_channels) == HINT.format(-24)
     assert message("pre", "u", 4 * 2.0**-24, **two_channels) == ""
 
 
 def test_in_a_layer_by_the_factors_of_its_branch_besides():
-    factors = {"norm_scale": [2.0, 1.0], "branch_scale": [-4.0, 1.0], "x": [[[[1.0], [1.0]]]]}  # 2 * 8
+    factors: dict[str, Any] = {"norm_scale": [2.0, 1.0], "branch_scale": [-4.0, 1.0], "x": [[[[1.0], [1.0]]]]}  # 2 * 8
     assert message("layer", "out", 16 * 2.0**-24, **factors) == HINT.format(-24)
     assert message("layer", "out", 17 * 2.0**-24, **factors) == ""
     assert message("layer", "pre", 16 * 2.0**-24, **factors) == ""

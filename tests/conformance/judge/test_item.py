@@ -90,6 +90,12 @@ def test_a_command_that_repeats_it(changes, command):
     assert outcome(**changes).reproduce == command
 
 
+def test_what_is_not_said_of_an_outcome_is_empty():
+    rest = {"checks": [], "skipped": "", "reference": "", "file": "", "about": {}, "seconds": 0.0, "values": {}}
+    assert {name: getattr(outcome(), name) for name in rest} == rest
+    assert outcome().checks is not outcome().checks
+
+
 def test_what_failed_and_the_largest_ratio():
     checks = [
         Check("a", "passed", 0.25),
@@ -208,6 +214,14 @@ def test_outputs_and_gradients_must_be_mappings(outputs, gradients, kinds):
     message = f"TypeError: expected two mappings, outputs and gradients, got {kinds}"
     assert found.checks == [Check("-", "errored", float("inf"), message=message)]
     assert found.values == {} and found.seconds > 0
+
+
+def test_there_must_be_two(monkeypatch):
+    implementation = answers()
+    monkeypatch.setattr(implementation, "call", lambda *arguments: (RIGHT,))
+    (check,) = run_item(implementation, item()).checks
+    assert check.verdict == "errored"
+    assert check.message == "ValueError: not enough values to unpack (expected 2, got 1)"
 
 
 def raises(error):

@@ -161,8 +161,22 @@ def test_a_histogram_has_all_its_bins_where_the_last_are_empty():
     assert checked([1.0, 2.375], [1.0, 2.0]).histogram == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
 
 
+def test_each_bin_begins_with_its_edge():
+    edges = [0.0, 0.5, 1.0, 2.0, 10.0, 100.0, 1000.0, 10000.0, 100000.0]
+    assert checked(edges, [0.0] * len(edges), 1.0).histogram == [1, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]
+    under = [9.5, 99.5, 999.5, 9999.5, 99999.5]
+    assert checked(under, [0.0] * len(under), 1.0).histogram == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0]
+
+
 def test_what_passes_has_no_histogram():
     assert checked([1.25], [1.0]).histogram == []
+
+
+def test_a_single_number_has_an_empty_index():
+    check = checked(array(1.5, "float32"), 1.0)
+    assert (check.ratio, check.worst) == (2.0, [{"index": [], "actual": 1.5, "expected": 1.0, "error": 0.5}])
+    nan = checked(array(NAN, "float32"), 1.0)
+    assert (nan.verdict, nan.message) == ("non-finite", "first at []: nan")
 
 
 def test_all_zeros_are_mistrusted_where_they_are_wrong():
@@ -189,3 +203,5 @@ def test_a_check_goes_into_a_report_whole():
     row = Check("t", "failed", 2.0, 0.5, 0.25, "why", [{"index": [0]}], [0, 1]).as_dict()
     assert row == {"tensor": "t", "verdict": "failed", "ratio": 2.0, "error": 0.5, "bound": 0.25, "message": "why",
                    "worst": [{"index": [0]}], "histogram": [0, 1]}  # fmt: skip
+    assert Check("t", "errored").as_dict() == {"tensor": "t", "verdict": "errored", "ratio": 0.0, "error": 0.0,
+                                               "bound": 0.0, "message": "", "worst": [], "histogram": []}  # fmt: skip
