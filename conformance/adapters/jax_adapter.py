@@ -20,9 +20,9 @@ from conformance.stages import STAGES
 def configuration(config: dict[str, Any]) -> jax_impl.MHCConfig:
     """The parameters of what a stage is told; a stack's own ``reduce`` isn't the dialect's."""
     known = jax_impl.MHCConfig(streams=1, dim=1).parameters()
-    given = {k: v for k, v in config.items() if k in known}
-    reduce = "carried" if given["pre_from"] == "previous" else "sum"
-    return jax_impl.MHCConfig.from_parameters({**given, "reduce": reduce})
+    parameters = {k: v for k, v in config.items() if k in known}
+    reduce = "carried" if parameters["pre_from"] == "previous" else "sum"
+    return jax_impl.MHCConfig.from_parameters({**parameters, "reduce": reduce})
 
 
 def _set(name: str) -> Any:
@@ -135,13 +135,13 @@ State = tuple[jax.Array, jax.Array | None]
 
 
 def _one_layer(values: Any, c: jax_impl.MHCConfig) -> Callable[[State, dict[str, jax.Array]], State]:
-    given = {k: values[k] for k in ("norm_scale", "branch_scale")}
+    constants = {k: values[k] for k in ("norm_scale", "branch_scale")}
 
     def run(state: State, weights: dict[str, jax.Array]) -> State:
         x, carried = state
         handed = {} if carried is None else {"carried": carried}
-        found = _layer({**given, "x": x, **handed, **weights}, c, {"branch": "mlp_dense"})
-        return found["out"], found.get("pre")
+        values_out = _layer({**constants, "x": x, **handed, **weights}, c, {"branch": "mlp_dense"})
+        return values_out["out"], values_out.get("pre")
 
     return run
 
