@@ -149,9 +149,11 @@ def test_two_workers_unless_something_else_is_said(workers):
 
 
 def test_a_second_worker_takes_items_from_the_other_end(workers):
-    workers.replies["x"] = {"a": 20.5}
-    assert sorted(o.case for o in run("x", jobs=2)) == ["a", "b", "c"]
-    assert workers.log == [("x", "ab."), ("x", "c.")]  # c was left after a and b, and 20.5 s an item
+    workers.replies["x"] = {"a": 7.0}  # which makes 21 s for c, d and e
+    items = [made(case=name, path=f"{name}.safetensors") for name in "abcde"]
+    outcomes = list(runner.run(["x"], items, jobs=2))
+    assert sorted(o.case for o in outcomes) == list("abcde")
+    assert workers.log == [("x", "abcd."), ("x", "e.")]
 
 
 def test_it_does_not_where_little_is_left(workers):
