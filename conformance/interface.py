@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -54,12 +54,12 @@ class Capabilities:
     gradients: bool = True
     overrides: frozenset[str] | Mapping[str, Collection[Any] | None] | None = frozenset()
     contracts: frozenset[str] = frozenset({"float32", "mixing", "activation", "float64"})
-    outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     streams: frozenset[int] | None = None
     empty: bool = True
     device: str = "cpu"
     description: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def dtypes_of(self, stage: str) -> frozenset[str]:
         """The dtypes of x that a stage is claimed for; none for a stage that a mapping leaves out."""
@@ -78,7 +78,9 @@ class Capabilities:
 
 
 def _of_stage(claim: Collection[str] | Mapping[str, Collection[str]], stage: str) -> frozenset[str]:
-    return frozenset(claim.get(stage, ()) if isinstance(claim, Mapping) else claim)
+    if isinstance(claim, Mapping):
+        return frozenset(cast("Mapping[str, Collection[str]]", claim).get(stage, ()))
+    return frozenset(claim)
 
 
 class Implementation(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,27 +10,15 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from conformance.cases.dialects import dialect_names
-from conformance.cases.format import DTYPES, CaseError, check_description, check_tensors
+from conformance.cases.description import DESCRIPTION, Bounds, CaseDescription, StageDescription, Variant
+from conformance.cases.dialects import Parameters, dialect_names
+from conformance.cases.format import DTYPES, check_description, check_tensors
+from conformance.files.places import CaseError
+from conformance.files.problems import shown
+from conformance.files.reading import Scalar, reason
 from conformance.stages import COEFFICIENT, STAGES, WEIGHT
 
 FORMAT = "mhc-conformance-case/1"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The dtypes that a case is run in."""
-
-    name: str
-    x: str
-    weights: str
-    contract: str
-    stages: tuple[str, ...]
-
-    @property
-    def secondary(self) -> bool:
-        """True where the weights are in x's narrow dtype, or in float32 under a float64 x."""
-        return self.weights != ("float64" if self.x == "float64" else "float32")
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class Item:
     @property
     def config(self) -> dict[str, Any]:
         """What an implementation is told: parameters, dialect and the stage's options."""
-        return {**self.case.parameters, "dialect": self.case.dialect, **self.case.stages[self.stage]["options"]}
+        return {**self.case.parameters, "dialect": self.case.dialect, **self.case.stages[self.stage].options}
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype of an input, a weight or an output in this variant."""
@@ -70,8 +57,8 @@ class Item:
     def inputs(self) -> dict[str, np.ndarray]:
         """Inputs and weights under their names; fresh arrays, non-contiguous where the case says so."""
         entry = self.case.stages[self.stage]
-        found = {k: self._cast(f"input/{k}", self._input_dtype(k)) for k in entry["inputs"]}
-        found.update({k: self._cast(f"weight/{k}", DTYPES[self.variant.weights]) for k in entry["weights"]})
+        found = {k: self._cast(f"input/{k}", self._input_dtype(k)) for k in entry.inputs}
+        found.update({k: self._cast(f"weight/{k}", DTYPES[self.variant.weights]) for k in entry.weights})
         if self.case.layout == "strided":
             found = {k: _strided(v) for k, v in found.items()}
         return found
@@ -80,7 +67,7 @@ class Item:
         return DTYPES[self._resolved(STAGES[self.stage].inputs[name])]
 
     def cotangents(self) -> dict[str, np.ndarray]:
-        outputs = self.case.stages[self.stage]["outputs"]
+        outputs = self.case.stages[self.stage].outputs
         return {k: self._cast(f"cotangent/{self.stage}/{k}", self.output_dtype(k)) for k in outputs}
 
     def _cast(self, tensor: str, dtype: np.dtype) -> np.ndarray:
@@ -106,7 +93,7 @@ class Item:
         return self.case.tensors.get(f"magnitude/{self.stage}/{tensor.removeprefix('d/')}")
 
     @property
-    def bounds(self) -> dict[str, dict[str, float]]:
+    def bounds(self) -> Bounds:
         return self.case.bounds[self.stage][self.variant.name]
 
 
@@ -115,23 +102,27 @@ class Case:
     """One case file, checked."""
 
     path: Path
-    metadata: dict[str, Any]
+    metadata: CaseDescription
 
     @property
     def id(self) -> str:
-        return self.metadata["id"]
+        return self.metadata.id
 
     @property
     def family(self) -> str:
-        return self.metadata["family"]
+        return self.metadata.family
 
     @property
     def why(self) -> str:
-        return self.metadata["why"]
+        return self.metadata.why
+
+    @property
+    def clause(self) -> str:
+        return self.metadata.clause
 
     @property
     def dialect(self) -> str:
-        return self.metadata["dialect"]
+        return self.metadata.dialect
 
     @property
     def unpublished(self) -> bool:
@@ -139,32 +130,32 @@ class Case:
         return self.dialect not in dialect_names()
 
     @property
-    def overrides(self) -> dict[str, Any]:
-        return self.metadata["overrides"]
+    def overrides(self) -> dict[str, Scalar]:
+        return self.metadata.overrides
 
     @property
-    def parameters(self) -> dict[str, Any]:
-        return self.metadata["parameters"]
+    def parameters(self) -> Parameters:
+        return self.metadata.values
 
     @property
     def layout(self) -> str:
-        return self.metadata["layout"]
+        return self.metadata.layout
 
     @property
     def quick(self) -> bool:
-        return self.metadata["quick"]
+        return self.metadata.quick
 
     @property
-    def stages(self) -> dict[str, dict[str, Any]]:
-        return self.metadata["stages"]
+    def stages(self) -> dict[str, StageDescription]:
+        return self.metadata.stages
 
     @property
-    def bounds(self) -> dict[str, Any]:
-        return self.metadata["bounds"]
+    def bounds(self) -> dict[str, dict[str, Bounds]]:
+        return self.metadata.bounds
 
-    @cached_property
+    @property
     def variants(self) -> tuple[Variant, ...]:
-        return tuple(Variant(**{**v, "stages": tuple(v["stages"])}) for v in self.metadata["variants"])
+        return self.metadata.variants
 
     @cached_property
     def tensors(self) -> dict[str, np.ndarray]:
@@ -188,13 +179,17 @@ def _strided(value: np.ndarray) -> np.ndarray:
     return wide[..., ::2]
 
 
+UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError, MemoryError)
+"""What the library raises for files and for tensors that NumPy can't have: it has no error of its own for some."""
+
+
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a safetensors file; bfloat16 by ml_dtypes."""
     with open_file(path) as file:
         try:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CaseError(f"{path}: a tensor can't be read ({error})") from error
+        except UNREADABLE as error:
+            raise CaseError(f"{path}: a tensor can't be read ({reason(error)})") from error
 
 
 def open_file(path: Path) -> Any:
@@ -202,8 +197,10 @@ def open_file(path: Path) -> Any:
         return safe_open(path, framework="numpy")
     except FileNotFoundError as error:
         raise CaseError(f"{path}: no such file") from error
-    except (SafetensorError, OSError) as error:
-        raise CaseError(f"{path}: expected a whole safetensors file, got one that can't be read ({error})") from error
+    except UNREADABLE as error:
+        raise CaseError(
+            f"{path}: expected a whole safetensors file, got one that can't be read ({reason(error)})"
+        ) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -220,10 +217,7 @@ def load_case(path: Path) -> Case:
     """
     metadata = read_metadata(path)
     if metadata.get("format") != FORMAT:
-        raise CaseError(f"{path}: expected format {FORMAT!r} in the metadata, got {metadata.get('format')!r}")
-    try:
-        described = json.loads(metadata.get("case", ""))
-    except json.JSONDecodeError as error:
-        raise CaseError(f"{path}: the metadata entry 'case' isn't JSON ({error})") from error
+        raise CaseError(f"{path}: expected format {FORMAT!r} in the metadata, got {shown(metadata.get('format'))}")
+    described = DESCRIPTION.decode(metadata.get("case", ""), str(path))
     check_description(path, described)
     return Case(path, described)

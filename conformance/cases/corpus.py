@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
-from conformance.cases.case import Case, CaseError, load_case
+from msgspec import Struct
+
+from conformance.cases.case import Case, load_case
 from conformance.cases.dialects import dialect_names
-from conformance.files.places import fixtures
+from conformance.files.places import CaseError, fixtures
+from conformance.files.problems import shown
+from conformance.files.reading import Reader, reason
 
 MANIFEST_FORMAT = "mhc-conformance-manifest/1"
+LONGEST_NAME = 255
+"""Bytes of a file's name on the file systems in use."""
 
 
 def is_golden(path: Path) -> bool:
@@ -18,38 +23,66 @@ def is_golden(path: Path) -> bool:
     return path.resolve().parent == fixtures() / "golden"
 
 
-def manifest(golden: Path | None = None) -> dict[str, dict[str, object]]:
-    """``{file: {"sha256", "bytes"}}`` as promised.
+class Promised(Struct, frozen=True):
+    """What a file of the corpus must be."""
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(Struct, frozen=True):
+    """``MANIFEST.json`` (fixtures/README.md, "Manifest")."""
+
+    count: int
+    files: dict[str, Promised]
+
+
+MANIFEST = Reader(Manifest, "a manifest", CaseError, MANIFEST_FORMAT)
+
+
+def _path(golden: Path | None) -> Path:
+    return (golden or fixtures() / "golden") / "MANIFEST.json"
+
+
+def manifest(golden: Path | None = None) -> dict[str, Promised]:
+    """The files that are promised, by name.
 
     Raises:
-        CaseError: no manifest, another format, or a count that its own list contradicts.
+        CaseError: no manifest, another format, a count that its own list contradicts, or a name that no file has.
     """
-    path = (golden or fixtures() / "golden") / "MANIFEST.json"
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CaseError(f"{path}: expected a manifest, got {error}") from error
-    if content.get("format") != MANIFEST_FORMAT or content.get("count") != len(content.get("files", {})):
-        raise CaseError(f"{path}: expected format {MANIFEST_FORMAT} and as many files as its count")
-    return content["files"]
+    path = _path(golden)
+    content = MANIFEST.read(path)
+    if content.count != len(content.files):
+        raise CaseError(f"{path}: expected as many files as its count, {content.count}, got {len(content.files)}")
+    for name in content.files:
+        if name in ("", ".", "..") or set(name) & set("/\\\0") or len(name.encode()) > LONGEST_NAME:
+            raise CaseError(f"{path}: files: expected names of files in its folder, got {shown(name)}")
+    return content.files
 
 
 def corpus_hash(golden: Path | None = None) -> str:
     """One hash for the whole corpus: that of its manifest."""
-    return hashlib.sha256(((golden or fixtures() / "golden") / "MANIFEST.json").read_bytes()).hexdigest()
+    return hashlib.sha256(MANIFEST.content(_path(golden))).hexdigest()
 
 
 def verify(golden: Path | None = None) -> list[str]:
     """A line for each file that is missing, extra or altered by even one bit; empty where all is well."""
     golden = golden or fixtures() / "golden"
     promised = manifest(golden)
-    present = {p.name for p in golden.iterdir()} - {"MANIFEST.json"}
+    try:
+        present = {p.name for p in golden.iterdir()} - {"MANIFEST.json"}
+    except OSError as error:
+        raise CaseError(f"{golden}: can't be read ({reason(error)})") from error
     problems = [f"missing  {name}" for name in sorted(set(promised) - present)]
     problems += [f"extra    {name}" for name in sorted(present - set(promised))]
     for name in sorted(present & set(promised)):
-        found = hashlib.sha256((golden / name).read_bytes()).hexdigest()
-        if found != promised[name]["sha256"]:
-            problems.append(f"altered  {name}: expected sha256 {promised[name]['sha256']}, got {found}")
+        try:
+            found = hashlib.sha256((golden / name).read_bytes()).hexdigest()
+        except OSError as error:
+            problems.append(f"altered  {name}: it can't be read ({reason(error)})")
+            continue
+        if found != promised[name].sha256:
+            problems.append(f"altered  {name}: expected sha256 {promised[name].sha256}, got {found}")
     return problems
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from msgspec import Struct
 
 from conformance.cases.rules import Domain, domains, most_permuted, rules, schema, sizes
-from conformance.files.places import fixtures
+from conformance.files.places import CaseError, fixtures
+from conformance.files.problems import shown
+from conformance.files.reading import Reader, Scalar
 from conformance.interface import Capabilities
 
 Parameters = dict[str, Any]
@@ -26,7 +29,7 @@ SILENT: Parameters = {
 """What a row that doesn't know these parameters means by it."""
 
 
-class DialectError(ValueError):
+class DialectError(CaseError):
     """A text or a file that is no row: what was expected, what came and what to do, in one line."""
 
 
@@ -61,37 +64,6 @@ class Dialect:
         return {key: value for key, value in self.parameters.items() if row.get(key) != value}
 
 
-@functools.cache
-def _published() -> dict[str, dict[str, Any]]:
-    """The table of ``fixtures/dialects.json`` as it stands, not to be changed."""
-    return json.loads((fixtures() / "dialects.json").read_text())["dialects"]
-
-
-@functools.cache
-def _rows() -> dict[str, Parameters]:
-    """Every published row, not to be changed."""
-    return {name: {k: v["value"] for k, v in row["parameters"].items()} for name, row in _published().items()}
-
-
-def dialect_names() -> list[str]:
-    return list(_rows())
-
-
-def dialect_rows() -> dict[str, Parameters]:
-    """The parameters of each published dialect."""
-    return {name: dict(row) for name, row in _rows().items()}
-
-
-def edition(name: str) -> str:
-    """What the ids of a row's cases end in: its edition where its function was once corrected, else nothing."""
-    return str(_published().get(name, {}).get("edition", ""))
-
-
-def evidence(name: str) -> dict[str, str]:
-    """What a published row rests on: the software that ``ran``, or what was ``read`` and the ``date``; a ``note``."""
-    return dict(_published()[name]["evidence"])
-
-
 @dataclass(frozen=True)
 class Configuration:
     """What the software of a row takes from its configuration; the rest is constant in it.
@@ -107,16 +79,75 @@ class Configuration:
     place: str
     keys: Mapping[str, tuple[str, ...]]
     fixed: tuple[str, ...] = ()
-    requires: Mapping[str, bool] = field(default_factory=dict)
+    requires: Mapping[str, bool] = field(default_factory=dict[str, bool])
+
+
+class Sourced(Struct, frozen=True):
+    """The value of a parameter, and where it is from."""
+
+    value: Scalar
+    source: str
+
+
+class Row(Struct, frozen=True):
+    """A row of ``fixtures/dialects.json`` (fixtures/README.md, "Rows")."""
+
+    summary: str
+    evidence: dict[str, str]
+    parameters: dict[str, Sourced]
+    edition: int | None = None
+    configuration: Configuration | None = None
+
+
+class Table(Struct, frozen=True):
+    """``fixtures/dialects.json``."""
+
+    dialects: dict[str, Row]
+
+
+TABLE = Reader(Table, "a table of dialects", DialectError)
+OWN = Reader(dict[str, Any], "a dialect as JSON", DialectError)
+
+
+@functools.cache
+def _published() -> dict[str, Row]:
+    """The rows of ``fixtures/dialects.json``, not to be changed."""
+    return TABLE.read(fixtures() / "dialects.json").dialects
+
+
+@functools.cache
+def _rows() -> dict[str, Parameters]:
+    """The parameters of every published row, not to be changed."""
+    rows: dict[str, Parameters] = {}
+    for name, row in _published().items():
+        rows[name] = {key: parameter.value for key, parameter in row.parameters.items()}
+        check(rows[name], f"{fixtures() / 'dialects.json'}: dialects.{name}.parameters")
+    return rows
+
+
+def dialect_names() -> list[str]:
+    return list(_rows())
+
+
+def dialect_rows() -> dict[str, Parameters]:
+    """The parameters of each published dialect."""
+    return {name: dict(row) for name, row in _rows().items()}
+
+
+def edition(name: str) -> str:
+    """What the ids of a row's cases end in: its edition where its function was once corrected, else nothing."""
+    number = _published()[name].edition if name in _published() else None
+    return str(number or "")
+
+
+def evidence(name: str) -> dict[str, str]:
+    """What a published row rests on: the software that ``ran``, or what was ``read`` and the ``date``; a ``note``."""
+    return dict(_published()[name].evidence)
 
 
 def configuration(name: str) -> Configuration:
     """What the software of a published row takes from its configuration; no key for a row that is no software's."""
-    found = _published()[name].get("configuration")
-    if found is None:
-        return Configuration("", {})
-    keys = {key: tuple(parameters) for key, parameters in found["keys"].items()}
-    return Configuration(found["place"], keys, tuple(found.get("fixed", ())), dict(found.get("requires", {})))
+    return _published()[name].configuration or Configuration("", {})
 
 
 def published(name: str) -> Dialect:
@@ -167,14 +198,7 @@ def read(path: Path) -> Dialect:
     Raises:
         DialectError: it can't be read, lacks a parameter, has one too many or a value that it can't be.
     """
-    try:
-        content = json.loads(path.read_text(), object_pairs_hook=lambda pairs: _unrepeated(path, pairs))
-    except OSError as error:
-        raise DialectError(f"{path}: can't be read ({error.strerror})") from error
-    except DialectError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DialectError(f"{path}: expected a dialect as JSON, got {error}") from error
+    content = OWN.read(path)
     given = _parameters(path, content)
     check(given, str(path))
     parameters = {key: _number(domains()[key], given[key]) for key in domains()}
@@ -186,32 +210,26 @@ def read(path: Path) -> Dialect:
     return published(name)
 
 
-def _unrepeated(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise DialectError(f"{path}: {next(name for name in names if names.count(name) > 1)} is given twice")
-    return dict(pairs)
-
-
-def _parameters(path: Path, content: Any) -> Parameters:
+def _parameters(path: Path, content: Parameters) -> Parameters:
     """The values of a file's row, whichever form it has."""
     form = '{"parameters": {...}} or the parameters alone'
-    if not isinstance(content, dict):
-        raise DialectError(f"{path}: expected {form}, got {type(content).__name__}")
     if "dialects" in content:
         raise DialectError(f"{path}: holds a table of dialects, expected one row: {form}")
-    rows = content
+    rows: Any = content
     if "parameters" in content:
         rows = content["parameters"]
         beside = {"$schema", *schema()["$defs"]["dialect"]["properties"]}
         surplus = [name for name in content if name not in beside]
         if surplus or not isinstance(rows, dict):
-            raise DialectError(f"{path}: expected {form}, got {surplus[0] if surplus else type(rows).__name__!r}")
-    found = {}
-    for name, value in rows.items():
-        sourced = isinstance(value, dict) and "value" in value and set(value) <= {"value", "source"}
-        found[name] = value["value"] if sourced else value
-    return found
+            raise DialectError(f"{path}: expected {form}, got {shown(surplus[0] if surplus else rows)}")
+    return {name: _value(value) for name, value in cast(Parameters, rows).items()}
+
+
+def _value(written: Any) -> Any:
+    """What stands for a parameter: the value, or an object of it and its source."""
+    if isinstance(written, dict) and "value" in written and set(cast(Parameters, written)) <= {"value", "source"}:
+        return cast(Parameters, written)["value"]
+    return cast(Any, written)
 
 
 def _number(domain: Domain, value: Any) -> Any:
@@ -239,11 +257,6 @@ def _text(value: Any) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def _shown(value: Any) -> str:
-    """A value in a message; a file may hold anything, of any length."""
-    return (repr(value) if isinstance(value, str) else _text(value))[:40]
-
-
 def check(parameters: Mapping[str, Any], where: str) -> None:
     """Raises for parameters that no layer has: all of a row, each in its domain, and what they must be together.
 
@@ -256,11 +269,11 @@ def check(parameters: Mapping[str, Any], where: str) -> None:
         raise DialectError(f"{where}: a whole row is expected, missing are {', '.join(missing)}")
     for key, domain in domains().items():
         if not domain.holds(parameters[key]):
-            raise DialectError(f"{where}: {key} must be {domain}, got {_shown(parameters[key])}")
+            raise DialectError(f"{where}: {key} must be {domain}, got {shown(parameters[key])}")
     for rule in rules():
         key = rule.broken(parameters)
         if key is not None:
-            raise DialectError(f"{where}: {rule.said(key)}, got {key}={_shown(parameters[key])}")
+            raise DialectError(f"{where}: {rule.said(key)}, got {key}={shown(parameters[key])}")
 
 
 def check_sizes(streams: Any, dim: Any, residual: Any, where: str) -> None:
@@ -272,7 +285,7 @@ def check_sizes(streams: Any, dim: Any, residual: Any, where: str) -> None:
     for name, value in (("streams", streams), ("dim", dim)):
         domain = sizes()[name]
         if not domain.holds(value):
-            raise DialectError(f"{where}: {name} must be {domain}, got {_shown(value)}")
+            raise DialectError(f"{where}: {name} must be {domain}, got {shown(value)}")
     if residual == "permutations" and streams > most_permuted():
         raise DialectError(f"{where}: permutations need at most {most_permuted()} streams, got {streams}")
 

@@ -7,12 +7,14 @@ parameters, with the few keywords that `allows` knows; others are refused rather
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from conformance.files.places import fixtures
+from conformance.files.places import CaseError, fixtures
+from conformance.files.reading import Reader
+
+SCHEMA = Reader(dict[str, Any], "a JSON Schema", CaseError)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Domain:
         if self.kind == "integer":
             most = f" and at most {self.most}" if self.most is not None else ""
             return f"an integer of at least {self.least}{most}{null}"
-        sign = {(None, 0): "non-negative ", (0, None): "positive "}.get((self.above, self.least), "")
+        sign = "positive " if self.above == 0 else "non-negative " if self.least == 0 else ""
         return f"a finite {sign}number{null}"
 
     def read(self, text: str) -> Any:
@@ -124,7 +126,7 @@ def allows(schema: Mapping[str, Any], value: Any) -> bool:
 @functools.cache
 def schema() -> dict[str, Any]:
     """``fixtures/dialects.schema.json``, not to be changed."""
-    return json.loads((fixtures() / "dialects.schema.json").read_text())
+    return SCHEMA.read(fixtures() / "dialects.schema.json")
 
 
 @functools.cache
@@ -159,7 +161,7 @@ def rules() -> tuple[Rule, ...]:
     Raises:
         NotImplementedError: one has another form than is read here.
     """
-    found = []
+    found: list[Rule] = []
     for rule in schema()["$defs"]["rules"]["allOf"]:
         if not {"description", "if", "then"} <= set(rule) <= {"description", "if", "then", "else"}:
             raise NotImplementedError(f"a rule of dialects.schema.json must have description, if and then, got {rule}")

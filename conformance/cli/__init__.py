@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from conformance.cli import (
     bitwise,
     compare,
@@ -16,7 +18,7 @@ from conformance.cli import (
     status,
     verdicts,
 )
-from conformance.cli.app import app
+from conformance.cli.app import USAGE, app
 
 __all__ = [
     "bitwise",
@@ -36,4 +38,13 @@ __all__ = [
 
 
 def main() -> None:
-    app()
+    """Runs a command; where the package's own fixtures are broken any command ends with one line about them."""
+    try:
+        app()
+    except ValueError as error:
+        from conformance.files.places import CaseError
+
+        if not isinstance(error, CaseError):
+            raise
+        print(f"mhc-conformance: {error}", file=sys.stderr)
+        sys.exit(USAGE)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from conformance.cli.app import FAILED, SETUP, app, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, app, stop
 
 fixtures_app = typer.Typer(
     help="The golden corpus: verify it, regenerate it.", no_args_is_help=True, rich_markup_mode=None
@@ -17,7 +17,10 @@ app.add_typer(fixtures_app, name="fixtures")
 
 @fixtures_app.command()
 def verify() -> None:
-    """Check every golden file against the manifest, to the bit."""
+    """Check every golden file against the manifest, to the bit.
+
+    Exit status: 0 every file is as promised, 1 one isn't, 2 the manifest can't be read.
+    """
     from conformance.cases import corpus
     from conformance.cases.case import CaseError
 
@@ -25,7 +28,7 @@ def verify() -> None:
         problems = corpus.verify()
         count = len(corpus.manifest())
     except CaseError as error:
-        stop(str(error), FAILED)
+        stop(str(error), USAGE)
     for line in problems:
         typer.echo(line)
     typer.echo(f"{count} files promised, {len(problems)} problems")

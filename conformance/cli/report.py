@@ -31,7 +31,7 @@ def report(
 
     try:
         merged = read.merge(runs)
-        figures = read.read_selftest(selftest, merged[0].header["corpus"]) if selftest else None
+        figures = read.read_selftest(selftest, merged[0].header.corpus) if selftest else None
         content = summary(merged, figures)
     except (read.ReportError, CaseError) as error:
         stop(str(error), USAGE)

@@ -7,7 +7,7 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -24,7 +24,7 @@ def write(path: Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Generator[Path]:
     """A path beside ``path`` to make a file or a directory at; it takes the place of ``path`` at the end of the block.
 
     It is synced first. A process that dies leaves ``path`` as it was, and a hidden file beside it.

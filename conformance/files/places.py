@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from conformance.files.problems import one_line
+
 
 class CaseError(ValueError):
-    """A case file that doesn't keep the format of fixtures/README.md, or fixtures that are missing."""
+    """A file of ours or of a user that can't be read or doesn't keep its format, or fixtures that are missing.
+
+    Its message is one line, whatever a file has put into it.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 def fixtures() -> Path:

@@ -23,21 +23,15 @@ from safetensors.numpy import save_file
 
 from conformance.cases.case import CaseError, read_metadata, read_tensors
 from conformance.implementations.child import Child, Deadline
+from conformance.implementations.greeting import PROTOCOL, ProgramError, read_answer, read_greeting
 from conformance.implementations.registry import EXEC
-from conformance.interface import Arrays, Capabilities, Result, SetupError
-from conformance.stages import HEAD_WEIGHTS, LAYER_WEIGHTS, STAGES
+from conformance.interface import Arrays, Result, SetupError
+from conformance.stages import HEAD_WEIGHTS, LAYER_WEIGHTS
 
-PROTOCOL, RESULT = "mhc-conformance-harness/1", "mhc-conformance-result/1"
+RESULT = "mhc-conformance-result/1"
 LONGEST_LINE = 1 << 20
 LARGEST_FILE = 1 << 28  # bytes; a result of the corpus has less than 1 MiB
 LINGER = 2.0  # seconds in which a program ends that has closed its standard output
-LISTS = {"stages", "dialects", "dtypes", "weights", "overrides", "contracts", "streams"}
-OBJECTS = {"dtypes", "weights", "overrides"}
-"""Claims that may differ: by stage, and the values of a parameter."""
-
-
-class ProgramError(RuntimeError):
-    """The program answered wrongly, died or took too long."""
 
 
 class ProgramImplementation:
@@ -59,8 +53,7 @@ class ProgramImplementation:
         if not self._command:
             raise SetupError(f"{EXEC}: expected a command after it, got none")
         try:
-            greeting = self._start()
-            self.name, self.capabilities = _claims(greeting)
+            self.name, self.capabilities = read_greeting(self._start())
         except (ProgramError, OSError) as error:
             self._stop()
             raise SetupError(f"{EXEC}{command}: {error}") from error
@@ -79,13 +72,13 @@ class ProgramImplementation:
             if self._process is None:
                 self._start()
             assert self._process is not None
-            answer = self._exchange(self._process, request)
-            if answer.get("id") != name:
-                raise ProgramError(f"expected an answer to case {name!r}, got one to {answer.get('id')!r}")
-            if answer.get("status") == "refused":
-                raise NotImplementedError(str(answer.get("reason", "no reason given")))
-            if answer.get("status") != "done":
-                raise ProgramError(f"status {answer.get('status')!r}: {answer.get('reason', 'no reason given')}")
+            answer = read_answer(self._exchange(self._process, request))
+            if answer.id != name:
+                raise ProgramError(f"expected an answer to case {name!r}, got one to {answer.id!r}")
+            if answer.status == "refused":
+                raise NotImplementedError(answer.reason)
+            if answer.status == "error":
+                raise ProgramError(f"status 'error': {answer.reason}")
             return self._read(written, name, inputs)
         except ProgramError:
             self._stop()
@@ -113,7 +106,7 @@ class ProgramImplementation:
 
     # The process
 
-    def _start(self) -> dict[str, Any]:
+    def _start(self) -> bytes:
         self._process = Child(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, kept="2", largest=LARGEST_FILE
         )
@@ -128,18 +121,11 @@ class ProgramImplementation:
         if hasattr(self, "_process"):
             self._stop()
 
-    def _exchange(self, process: Child, request: dict[str, Any]) -> dict[str, Any]:
+    def _exchange(self, process: Child, request: dict[str, Any]) -> bytes:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died: reading says how
             process.stdin.write(json.dumps(request).encode() + b"\n")
-        line = self._line(process)
-        try:
-            answer = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            answer = None
-        if not isinstance(answer, dict):
-            raise ProgramError(f"expected one JSON object on a line, got {_shown(line)}")
-        return answer
+        return self._line(process)
 
     def _line(self, process: Child) -> bytes:
         """The next line of standard output."""
@@ -171,36 +157,3 @@ class ProgramImplementation:
 
 def _shown(text: bytes) -> str:
     return repr(text[:80].decode(errors="replace")) + ("…" if len(text) > 80 else "")
-
-
-def _claims(greeting: dict[str, Any]) -> tuple[str, Capabilities]:
-    """Name and capabilities of a greeting."""
-    if greeting.get("protocol") != PROTOCOL:
-        raise ProgramError(f"expected protocol {PROTOCOL!r}, got {greeting.get('protocol')!r}")
-    name, claimed = greeting.get("name"), greeting.get("capabilities")
-    if not isinstance(name, str) or not name or not isinstance(claimed, dict):
-        raise ProgramError("expected a name and an object of capabilities in the greeting")
-    fields = {f for f in Capabilities.__dataclass_fields__ if f != "settings"}
-    unknown = sorted(set(claimed) - fields)
-    missing = sorted({"stages", "dialects"} - set(claimed))
-    if unknown or missing:
-        raise ProgramError(f"capabilities: missing {missing}, unknown {unknown}, known {', '.join(sorted(fields))}")
-    if not set(claimed["stages"]) <= set(STAGES):
-        raise ProgramError(f"capabilities: stages must be among {', '.join(STAGES)}, got {claimed['stages']}")
-    return name, Capabilities(**{key: _claim(key, value) for key, value in claimed.items()})
-
-
-def _claim(key: str, value: Any) -> Any:
-    """One claim: a list as a set, an object of lists as a mapping to sets; anything else is as it came."""
-    if key not in LISTS or value is None:
-        return value
-    if key in OBJECTS and isinstance(value, dict):
-        entries = {k: v for k, v in value.items() if v is not None or key != "overrides"}
-        wrong = sorted(k for k, v in entries.items() if not isinstance(v, list))
-        if wrong:
-            raise ProgramError(f"capabilities: {key} must hold lists, got {entries[wrong[0]]!r} for {wrong[0]}")
-        return {k: None if v is None else tuple(v) for k, v in value.items()}
-    if not isinstance(value, list):
-        objects = " or an object of lists" if key in OBJECTS else ""
-        raise ProgramError(f"capabilities: {key} must be a list{objects}, got {value!r}")
-    return tuple(value) if key == "weights" else frozenset(value)

@@ -36,7 +36,7 @@ def distance(item: Item, tensor: str, a: np.ndarray, b: np.ndarray) -> float:
     magnitude = item.magnitude(tensor) if tensor.startswith("d/") else None
     allowed = allowance(a.dtype, item.variant.contract, item.expected[tensor], magnitude)
     excess = float((np.abs(wide(a) - wide(b)) - 2 * allowed).max(initial=0.0))
-    bound = 2 * item.bounds[tensor]["bound"]
+    bound = 2 * item.bounds[tensor].bound
     return excess / bound if bound > 0 else (np.inf if excess > 0 else 0.0)
 
 

@@ -71,7 +71,7 @@ def refusal(item: Item, claimed: Capabilities) -> str:
     if variant.x not in claimed.dtypes_of(item.stage):
         return f"{variant.x} not claimed"
     kind = "float32" if variant.weights in ("float64", "float32") else "x"
-    if case.stages[item.stage]["weights"] and kind not in claimed.weights_of(item.stage):
+    if case.stages[item.stage].weights and kind not in claimed.weights_of(item.stage):
         return f"weights in {variant.weights} not claimed"
     if "tf32" in claimed.contracts and variant.name + "-tf32" in case.bounds[item.stage]:
         return "judged by the tf32 contract instead"
@@ -79,7 +79,7 @@ def refusal(item: Item, claimed: Capabilities) -> str:
         return f"contract {variant.contract} not claimed"
     if claimed.streams is not None and case.parameters["streams"] not in claimed.streams:
         return f"{case.parameters['streams']} streams not claimed"
-    if not claimed.empty and not all(case.tensors[f"input/{k}"].size for k in case.stages[item.stage]["inputs"]):
+    if not claimed.empty and not all(case.tensors[f"input/{k}"].size for k in case.stages[item.stage].inputs):
         return "zero tokens not claimed"
     unclaimed = sorted(k for k, v in case.overrides.items() if not claimed.allows(k, v))
     if unclaimed:

@@ -7,21 +7,25 @@ nothing, or whose items pass by now, is an error, so that the list can't go stal
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from conformance.cases.case import CaseError
+from msgspec import Meta, Struct
+
+from conformance.files.places import CaseError
+from conformance.files.reading import Reader
 from conformance.judge.item import Outcome
 from conformance.judge.rule import Check
 
 FORMAT = "mhc-conformance-known/1"
 
 
-@dataclass(frozen=True)
-class Known:
+Text = Annotated[str, Meta(min_length=1)]
+
+
+class Known(Struct, frozen=True, forbid_unknown_fields=True):
     """One deviation.
 
     Attributes:
@@ -33,11 +37,11 @@ class Known:
         cases: globs of case ids; ``stage`` and ``variant`` are globs too.
     """
 
-    implementation: str
-    version: str
-    why: str
-    source: str
-    cases: tuple[str, ...]
+    implementation: Text
+    version: Text
+    why: Text
+    source: Text
+    cases: Annotated[tuple[str, ...], Meta(min_length=1)]
     verdicts: tuple[str, ...] = ("failed",)
     tensors: tuple[str, ...] = ("*",)
     stage: str = "*"
@@ -56,13 +60,22 @@ class Known:
         return check.verdict in self.verdicts and any(fnmatch.fnmatchcase(check.tensor, t) for t in self.tensors)
 
 
+class List(Struct, frozen=True):
+    """A file of known results."""
+
+    entries: tuple[Known, ...]
+
+
+LIST = Reader(List, "a JSON file of known results", CaseError, FORMAT)
+
+
 @dataclass
 class Judged:
     """A run against its list: items whose failures are all known, by entry, and what is wrong with the list."""
 
-    known: dict[int, list[Outcome]] = field(default_factory=dict)
-    unknown: list[Outcome] = field(default_factory=list)
-    stale: list[str] = field(default_factory=list)
+    known: dict[int, list[Outcome]] = field(default_factory=dict[int, list[Outcome]])
+    unknown: list[Outcome] = field(default_factory=list[Outcome])
+    stale: list[str] = field(default_factory=list[str])
 
 
 def load_known(path: Path) -> list[Known]:
@@ -71,28 +84,7 @@ def load_known(path: Path) -> list[Known]:
     Raises:
         CaseError: it can't be read, isn't of this format, or an entry lacks something.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CaseError(f"{path}: expected a JSON file of known results, got {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("entries"), list):
-        raise CaseError(f"{path}: expected an object with format {FORMAT!r} and a list of entries")
-    return [_entry(path, number, entry) for number, entry in enumerate(content["entries"], 1)]
-
-
-def _entry(path: Path, number: int, entry: Any) -> Known:
-    fields = Known.__dataclass_fields__
-    needed = ("implementation", "version", "why", "source", "cases")
-    if not isinstance(entry, dict) or any(not entry.get(k) for k in needed) or set(entry) - set(fields):
-        raise CaseError(f"{path}: entry {number} must have {', '.join(needed)}, and may have {', '.join(fields)}")
-    lists = {k for k in ("cases", "verdicts", "tensors") if k in entry}
-    wrong = [k for k in lists if not isinstance(entry[k], list)] + [
-        k for k in set(entry) - lists if not isinstance(entry[k], str)
-    ]
-    if wrong:
-        raise CaseError(f"{path}: entry {number}: {', '.join(sorted(wrong))} must be text, or a list where it is many")
-    values: dict[str, Any] = {k: tuple(v) if k in lists else v for k, v in entry.items()}
-    return Known(**values)
+    return list(LIST.read(path).entries)
 
 
 def judge(outcomes: Sequence[Outcome], entries: Sequence[Known]) -> Judged:

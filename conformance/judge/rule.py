@@ -156,7 +156,7 @@ def check_item(
             checks.append(Check(tensor, "wrong-shape", message=f"expected {list(expected.shape)}, got nothing"))
             continue
         dtype = inputs[name].dtype if gradient else item.output_dtype(name)
-        bound = item.bounds[tensor]["bound"]
+        bound = item.bounds[tensor].bound
         magnitude = item.magnitude(tensor) if gradient else None
         check = check_tensor(tensor, actual, expected, dtype, item.variant.contract, bound, magnitude, inputs)
         check.message = "; ".join(filter(None, (check.message, closed_gate(item, check, inputs))))

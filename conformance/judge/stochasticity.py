@@ -51,6 +51,7 @@ def _allowed(item: Item, dtype: np.dtype) -> tuple[float, float]:
     n = item.case.parameters["streams"]
     terms = math.factorial(n) if item.case.parameters["residual"] == "permutations" else n
     stored = n * 2.0**-54  # the oracle's entries, at most 1, are rounded to float64 themselves
-    own = item.bounds.get(TENSOR, {"bound": 0.0})["bound"]
-    tight = max((terms + 2) * UNIT_ROUNDOFF[dtype] + stored, own)
-    return tight, tight + n * item.bounds["H"]["bound"]
+    tight = (terms + 2) * UNIT_ROUNDOFF[dtype] + stored
+    if TENSOR in item.bounds:
+        tight = max(tight, item.bounds[TENSOR].bound)
+    return tight, tight + n * item.bounds["H"].bound

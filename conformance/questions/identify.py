@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from conformance.cases.case import Item, Variant
+from conformance.cases.description import Bound, Bounds
 from conformance.interface import Implementation
 from conformance.questions.identifying import precision
 from conformance.questions.identifying.candidates import Candidate, Functions, relevant, same_layer
@@ -122,8 +123,9 @@ class _Loose(Item):
         return {k: v for k, v in super().expected.items() if not k.startswith("d/")}
 
     @property
-    def bounds(self) -> dict[str, dict[str, float]]:
-        return {k: {"bound": LOOSE * float(np.max(np.abs(v), initial=0.0))} for k, v in self.expected.items()}
+    def bounds(self) -> Bounds:
+        scales = {k: float(np.max(np.abs(v), initial=0.0)) for k, v in self.expected.items()}
+        return {k: Bound(LOOSE * scale, 0.0, LOOSE, scale) for k, scale in scales.items()}
 
 
 def _in_dtype(item: Item, dtype: str) -> Item:

@@ -7,10 +7,10 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 from conformance.cases.corpus import corpus_hash
@@ -54,19 +54,30 @@ def write_jsonl(path: Path, outcomes: Sequence[Outcome]) -> None:
         if o.skipped:
             lines.append({"kind": "skip", **shared, "reason": o.skipped})
         for check in o.checks:
-            found = _finite(check.as_dict())
+            found = check.as_dict()
             if check.verdict in GOOD:
                 del found["histogram"], found["worst"]
             else:
                 found["reproduce"] = o.reproduce
             lines.append({"kind": "check", **shared, **found})
     lines.append({"kind": "footer", "lines": len(lines) - 1, "failed": sum(bool(o.failed) for o in outcomes)})
-    atomic.write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    atomic.write(path, "".join(json.dumps(_plain(line)) + "\n" for line in lines))
 
 
-def _finite(check: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: a ratio over a bound of 0 becomes null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in check.items()}
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: a ratio over a bound of 0 becomes null. Nor has it halves of characters, or anything else.
+
+    An implementation may have put whatever it likes into its settings and messages.
+    """
+    if isinstance(value, dict):
+        return {_plain(str(k)): _plain(v) for k, v in cast("dict[Any, Any]", value).items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in cast("Iterable[Any]", value)]
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode(errors="replace").decode()
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int) else str(value)
 
 
 def write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:

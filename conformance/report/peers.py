@@ -40,9 +40,9 @@ def table(runs: Sequence[Run], entries: Sequence[Known]) -> str:
     if strange:
         raise ReportError(f"expected cases of published rows, got some of {', '.join(strange)}: leave --dialect out")
     known = {id(outcome) for excused in judge(outcomes, entries).known.values() for outcome in excused}
-    about = {name: text for run in runs for name, text in run.header.get("implementations", {}).items()}
+    about = {name: text for run in runs for name, text in run.header.implementations.items()}
     lines = [
-        f"Corpus `{runs[0].header['corpus'][:12]}`.",
+        f"Corpus `{runs[0].header.corpus[:12]}`.",
         "",
         _line(*COLUMNS),
         _line(*["---"] * len(COLUMNS)).replace(" ", ""),
@@ -57,9 +57,9 @@ def _outcomes(runs: Sequence[Run]) -> list[Outcome]:
     outcomes: dict[tuple[str, ...], Outcome] = {}
     for run in runs:
         for line in run.checks:
-            key = tuple(line[name] for name in ("implementation", "case", "stage", "variant", "x", "dialect"))
-            ratio = math.inf if line["ratio"] is None else line["ratio"]
-            check = Check(line["tensor"], line["verdict"], ratio, message=line["message"])
+            key = (*line.item, line.x, line.dialect)
+            ratio = math.inf if line.ratio is None else line.ratio
+            check = Check(line.tensor, line.verdict, ratio, message=line.message)
             outcomes.setdefault(key, Outcome(*key)).checks.append(check)
     return list(outcomes.values())
 

@@ -2,19 +2,87 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from msgspec import Struct
+
+from conformance.files.places import CaseError
+from conformance.files.reading import Reader, too_deep
 from conformance.report.files import FORMAT
 
 SELFTEST_FORMAT = "mhc-conformance-power/1"
 
 
-class ReportError(ValueError):
+class ReportError(CaseError):
     """A file isn't a whole report, or reports don't go together; the message is one line for the user."""
+
+
+class Header(Struct, frozen=True, tag_field="kind", tag="header"):
+    """What one must know to read the figures of a run (`conformance.report.files.header`)."""
+
+    corpus: str
+    format: str
+    versions: dict[str, str] = {}
+    python: str = ""
+    implementations: dict[str, dict[str, Any]] = {}
+    machine: str = ""
+    system: str = ""
+    processors: int | None = None
+    environment: dict[str, str] = {}
+
+
+class Element(Struct, frozen=True):
+    """One of the elements of a tensor that are furthest off; null where a figure isn't finite."""
+
+    index: tuple[int, ...]
+    actual: float | None
+    expected: float | None
+    error: float | None
+
+
+class Line(Struct, frozen=True):
+    """What a check and a skip have in common: the item."""
+
+    implementation: str
+    case: str
+    stage: str
+    variant: str
+    x: str
+    dialect: str
+    seconds: float = 0.0
+
+    @property
+    def item(self) -> tuple[str, str, str, str]:
+        return self.implementation, self.case, self.stage, self.variant
+
+
+class CheckLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="check"):
+    """The verdict on one tensor of an item; the ratio is null where it is infinite."""
+
+    tensor: str
+    verdict: str
+    ratio: float | None
+    message: str
+    error: float | None = None
+    bound: float | None = None
+    worst: tuple[Element, ...] = ()
+    histogram: tuple[int, ...] = ()
+    reproduce: str = ""
+
+
+class SkipLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="skip"):
+    """An item that wasn't run, and why."""
+
+    reason: str
+
+
+class Footer(Struct, frozen=True, tag_field="kind", tag="footer"):
+    """The last line, without which the file was cut off."""
+
+    lines: int
 
 
 @dataclass
@@ -22,9 +90,53 @@ class Run:
     """One file: its header, checks and skips."""
 
     path: Path
-    header: dict[str, Any]
-    checks: list[dict[str, Any]] = field(default_factory=list)
-    skips: list[dict[str, Any]] = field(default_factory=list)
+    header: Header
+    checks: list[CheckLine] = field(default_factory=list[CheckLine])
+    skips: list[SkipLine] = field(default_factory=list[SkipLine])
+
+
+Entry = CheckLine | SkipLine | Footer
+WHAT = "a line that run --jsonl writes"
+FIRST = Reader(Header, WHAT, ReportError, FORMAT)
+ENTRY = Reader(cast("type[Entry]", Entry), WHAT, ReportError)
+
+
+class MutantFigures(Struct, frozen=True):
+    """What the suite noticed of a mutant in one dtype: the cases that kill it, and the best of them."""
+
+    cases: int
+    ratio: float | None
+    where: str
+
+
+class MutantLine(Struct, frozen=True):
+    """One planted mistake; ``blind`` says in which dtypes it can't be seen, and why."""
+
+    name: str
+    figures: dict[str, MutantFigures]
+    blind: dict[str, str]
+
+
+class Selftest(Struct, frozen=True):
+    """The figures of a self-test (`conformance.selftest.table.as_json`)."""
+
+    mutants: tuple[MutantLine, ...]
+    honest: str
+    problems: tuple[str, ...]
+    format: str
+    corpus: str
+    quick: bool = False
+
+
+class SelftestOrigin(Struct, frozen=True):
+    """What a self-test was of; read first, since figures of another corpus are of no use."""
+
+    corpus: str
+
+
+SELFTEST_WHAT = "the file that selftest --json writes"
+ORIGIN = Reader(SelftestOrigin, SELFTEST_WHAT, ReportError, SELFTEST_FORMAT)
+SELFTEST = Reader(Selftest, SELFTEST_WHAT, ReportError, SELFTEST_FORMAT)
 
 
 def read_run(path: Path) -> Run:
@@ -33,34 +145,25 @@ def read_run(path: Path) -> Run:
     Raises:
         ReportError: not a report, another format, or cut off before its footer.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(f"{path}: can't be read ({error})") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            cut = " (cut off?)" if number == len(lines) else ""
-            raise ReportError(f"{path}: line {number} isn't JSON{cut}: {error}") from error
-        if not isinstance(row, dict) or row.get("kind") not in ("header", "check", "skip", "footer"):
-            raise ReportError(f"{path}: line {number} is neither header, check, skip nor footer")
-        found.append(row)
-    if not found or found[0]["kind"] != "header" or found[0].get("format") != FORMAT:
-        raise ReportError(f"{path}: expected a first line with format {FORMAT!r}")
-    if found[-1]["kind"] != "footer" or found[-1].get("lines") != len(found) - 2:
-        raise ReportError(f"{path}: cut off: expected a footer that counts {max(0, len(found) - 1)} lines or fewer")
-    if not isinstance(found[0].get("corpus"), str):
-        raise ReportError(f"{path}: its header has no corpus")
-    run = Run(path, found[0])
-    run.checks = [row for row in found if row["kind"] == "check"]
-    run.skips = [row for row in found if row["kind"] == "skip"]
-    needed = ("implementation", "case", "stage", "variant", "x", "dialect", "tensor", "verdict", "ratio", "message")
-    for row in run.checks:
-        missing = [k for k in needed if k not in row]
-        if missing:
-            raise ReportError(f"{path}: a check lacks {', '.join(missing)}")
+    lines = ENTRY.lines(path)
+    run, footer = Run(path, FIRST.decode(next(lines, b""), f"{path}: line 1")), None
+    if too_deep(run.header.implementations):
+        raise ReportError(f"{path}: line 1: implementations: expected settings, got lists that are nested too deeply")
+    for number, line in enumerate(lines, 2):
+        place = f"{path}: line {number}"
+        if footer:
+            raise ReportError(f"{place}: expected no line after the footer")
+        entry = ENTRY.decode(line, place if line.endswith(b"\n") else f"{place} (cut off?)")
+        if isinstance(entry, CheckLine):
+            run.checks.append(entry)
+        elif isinstance(entry, SkipLine):
+            run.skips.append(entry)
+        else:
+            footer = entry
+    count = len(run.checks) + len(run.skips)
+    if footer is None or footer.lines != count:
+        came = "no footer" if footer is None else f"one of {footer.lines}"
+        raise ReportError(f"{path}: cut off: expected a footer that counts {count} lines, got {came}")
     return run
 
 
@@ -74,30 +177,26 @@ def merge(paths: Sequence[Path]) -> list[Run]:
     first = runs[0]
     seen: dict[tuple[str, str, str, str], Path] = {}
     for run in runs:
-        if run.header["corpus"] != first.header["corpus"]:
+        if run.header.corpus != first.header.corpus:
             raise ReportError(
-                f"reports of different corpora: {first.path} has {first.header['corpus']}, {run.path} has "
-                f"{run.header['corpus']}"
+                f"reports of different corpora: {first.path} has {first.header.corpus}, {run.path} has "
+                f"{run.header.corpus}"
             )
-        for key in {(c["implementation"], c["case"], c["stage"], c["variant"]) for c in run.checks}:
+        for key in {check.item for check in run.checks}:
             if key in seen:
                 raise ReportError(f"{run.path} and {seen[key]} both have {', '.join(key)}: give one of them")
             seen[key] = run.path
     return runs
 
 
-def read_selftest(path: Path, corpus: str) -> dict[str, Any]:
+def read_selftest(path: Path, corpus: str) -> Selftest:
     """The figures of a self-test of the same corpus.
 
     Raises:
         ReportError: it isn't one, or is of another corpus.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ReportError(f"{path}: expected the file that selftest --json writes, got {error}") from error
-    if not isinstance(found, dict) or found.get("format") != SELFTEST_FORMAT:
-        raise ReportError(f"{path}: expected format {SELFTEST_FORMAT!r}")
-    if found["corpus"] != corpus:
-        raise ReportError(f"reports of different corpora: the runs have {corpus}, {path} has {found['corpus']}")
-    return found
+    text = SELFTEST.content(path)
+    origin = ORIGIN.decode(text, str(path))
+    if origin.corpus != corpus:
+        raise ReportError(f"reports of different corpora: the runs have {corpus}, {path} has {origin.corpus}")
+    return SELFTEST.decode(text, str(path))

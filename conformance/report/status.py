@@ -60,7 +60,7 @@ def status(cases: Iterable[Case]) -> str:
         items = Counter(i.variant.contract for c in cases if c.dialect == dialect for i in c.items())
         lines.append(f"| {dialect} | {' | '.join(str(items[k]) if items[k] else '-' for k in contracts)} |")
     lines += ["", "## Clauses of the specification", "", "| clause | about | cases |", "|---|---|---|"]
-    by_clause = Counter(c.metadata["clause"] for c in cases)
+    by_clause = Counter(c.clause for c in cases)
     for clause, about in CLAUSES.items():
         lines.append(f"| {clause} | {about} | {by_clause[clause] or '**none**'} |")
     for clause in sorted(set(by_clause) - set(CLAUSES)):

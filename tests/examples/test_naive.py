@@ -40,12 +40,12 @@ def _stack(a, weights, p, options):
 def outputs(case: Case, stage: str) -> dict[str, np.ndarray]:
     """What the page computes for a stage, under the outputs' names."""
     entry, p = case.stages[stage], case.parameters
-    a = {name: case.tensors[f"input/{name}"].astype(np.float64) for name in entry["inputs"]}
-    weights = {name: case.tensors[f"weight/{name}"].astype(np.float64) for name in entry["weights"]}
+    a = {name: case.tensors[f"input/{name}"].astype(np.float64) for name in entry.inputs}
+    weights = {name: case.tensors[f"weight/{name}"].astype(np.float64) for name in entry.weights}
     if stage == "expand":
         return {"out": naive.expand(a["embedding"], p["streams"])}
     if stage == "reduce":
-        return {"out": naive.reduce(a["x"], entry["options"]["how"], a.get("carried"))}
+        return {"out": naive.reduce(a["x"], entry.options["how"], a.get("carried"))}
     if stage == "head":
         return {"out": naive.head(a["x"], weights, p)}
     if stage == "residual_matrix":
@@ -61,13 +61,13 @@ def outputs(case: Case, stage: str) -> dict[str, np.ndarray]:
         out, handed = _layer(a["x"], weights, a, p, a.get("carried"))
         routed = {name: a[name] for name in ("load_balance_loss", "moe_bias_updates") if name in a}
         return {"out": out, "pre": handed, **routed}
-    return {"out": _stack(a, weights, p, entry["options"])}
+    return {"out": _stack(a, weights, p, entry.options)}
 
 
 def _bound(case: Case, stage: str, output: str, expected: np.ndarray) -> float:
     wide = [v.name for v in case.variants if v.name == "float64-float64" and stage in v.stages]
     if wide:
-        return case.bounds[stage][wide[0]][output]["bound"]
+        return case.bounds[stage][wide[0]][output].bound
     return TOLERANCE * float(np.abs(expected).max(initial=0.0))
 
 
@@ -75,7 +75,7 @@ def _bound(case: Case, stage: str, output: str, expected: np.ndarray) -> float:
 def test_the_page_computes_every_output_of_a_golden_case(case: Case):
     for stage, entry in case.stages.items():
         computed = outputs(case, stage)
-        for output in entry["outputs"]:
+        for output in entry.outputs:
             expected = case.tensors[f"expected/{stage}/{output}"]
             bound = _bound(case, stage, output, expected)
             assert computed[output].shape == expected.shape, f"{case.id}, {stage}, {output}"

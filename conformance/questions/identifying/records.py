@@ -47,7 +47,7 @@ class Record:
         """float64 outputs of a candidate on these inputs."""
         case = self.item.case
         parameters = {**candidate.parameters, **{k: case.parameters[k] for k in ("streams", "dim")}}
-        return evaluate(self.stage, self.given, parameters, case.stages[self.stage]["options"])
+        return evaluate(self.stage, self.given, parameters, case.stages[self.stage].options)
 
     def distances(self, candidate: Candidate) -> dict[str, float]:
         """For each output, the error beyond its last rounding as a fraction of its bound."""
@@ -84,7 +84,7 @@ def recorded(item: Item, outputs: Mapping[str, Any]) -> Record:
         if isinstance(actual, np.ndarray) and actual.shape == expected.shape:
             if np.isfinite(actual.astype(np.float64)).all():
                 record.outputs[tensor] = actual
-                record.bounds[tensor], record.scales[tensor] = item.bounds[tensor]["bound"], _largest(expected)
+                record.bounds[tensor], record.scales[tensor] = item.bounds[tensor].bound, _largest(expected)
             else:
                 record.infinite.append(tensor)
     return record

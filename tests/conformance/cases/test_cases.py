@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -63,6 +64,11 @@ def dtype(header, data):
     header["expected/pre/u"]["dtype"] = "I64"
 
 
+NOTHING: dict[str, Any] = {"inputs": [], "weights": [], "outputs": [], "options": {}}
+VARIANT = {"name": "a", "x": "float32", "weights": "float32", "contract": "float32", "stages": []}
+STAGE_OF_3 = r"case.safetensors: stages.layer.inputs\[2\]: expected a text, got 3"
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -73,8 +79,9 @@ def dtype(header, data):
         (dtype, "expected/pre/u must be float64"),
         (lambda h, d: h["__metadata__"].update(format="other"), "expected format"),
         (lambda h, d: h["__metadata__"].update(case="{"), "isn't JSON"),
-        (lambda h, d: described(h, stages={"nonsense": {}}), "unknown stage"),
-        (lambda h, d: described(h, variants=[{"x": "int8", "weights": "float32"}]), "unknown dtype"),
+        (lambda h, d: described(h, stages={"nonsense": NOTHING}), "unknown stage 'nonsense'"),
+        (lambda h, d: described(h, stages={"layer": {**NOTHING, "inputs": ["x", "y", 3]}}), STAGE_OF_3),
+        (lambda h, d: described(h, variants=[{**VARIANT, "x": "int8"}]), r"variants\[0\].x: unknown dtype 'int8'"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path, change, said):
@@ -127,7 +134,7 @@ def test_the_committed_corpus_is_whole_and_small_enough():
     # carried pre and its gradient (47 cases, 2.8 MB), xing-4 the missing softmax, the guard of denominators alone and
     # the logits' limit (39, 1.8 MB), megatron-dev Megatron's norm with coefficients in float32 (38, 1.8 MB). The rest
     # is parameters that only single rows have, tried on others too (36 cases more, 2.7 MB).
-    assert sum(int(str(f["bytes"])) for f in corpus.manifest().values()) < 32e6
+    assert sum(f.bytes for f in corpus.manifest().values()) < 32e6
 
 
 ALL = corpus.load_corpus()
@@ -220,9 +227,12 @@ def weight_shape(header, data):
         (lambda h, d: parameters(h, matrix=None), "matrix must be one of float32, activation, got null"),
         (lambda h, d: parameters(h, residual="permutations", streams=6), "at most 5 streams, got 6"),
         (lambda h, d: described(h, layout="odd"), "unknown layout 'odd'"),
-        (lambda h, d: described(h, variants=[{"x": "float32", "weights": "float32"}]), "a variant must have"),
+        (
+            lambda h, d: described(h, variants=[{"x": "float32", "weights": "float32"}]),
+            r"variants\[0\]: expected the key 'name'",
+        ),
         (lambda h, d: described(h, bounds={}), "must have variant float32-float32, got none"),
-        (lambda h, d: h["__metadata__"].update(case="[]"), "the case must have"),
+        (lambda h, d: h["__metadata__"].update(case="[]"), "expected the description of a case, got an empty list"),
     ],
 )
 def test_a_bad_description_is_refused_in_one_line(tmp_path, change, said):

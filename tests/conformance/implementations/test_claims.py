@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from conformance.cases.corpus import load_corpus
-from conformance.implementations.program import ProgramError, _claims
+from conformance.implementations.greeting import ProgramError, read_greeting
 from conformance.interface import Capabilities
 from conformance.judge.item import refusal
 
@@ -68,12 +69,16 @@ def test_a_case_with_another_value_is_skipped_with_the_reason():
     assert refusal(item, claimed) == "other values of iterations not claimed"
 
 
+def greeted(claims):
+    return read_greeting(json.dumps({**GREETING, "capabilities": claims}).encode())
+
+
 def test_a_program_says_the_same():
     told = {
         "stages": ["pre", "post"], "dialects": ["paper"], "weights": {"pre": ["x"]},
         "dtypes": {"pre": ["float32"], "post": ["float32", "bfloat16"]}, "overrides": {"iterations": [10], "eps": None},
     }  # fmt: skip
-    _, claimed = _claims({**GREETING, "capabilities": told})
+    _, claimed = greeted(told)
     assert claimed.dtypes_of("post") == {"float32", "bfloat16"} and claimed.dtypes_of("pre") == {"float32"}
     assert claimed.weights_of("pre") == {"x"} and claimed.weights_of("post") == set()
     assert claimed.allows("iterations", 10) and not claimed.allows("iterations", 20)
@@ -83,12 +88,14 @@ def test_a_program_says_the_same():
 @pytest.mark.parametrize(
     "claim, said",
     [
-        ({"dtypes": "float32"}, "dtypes must be a list or an object of lists, got 'float32'"),
-        ({"dtypes": {"pre": None}}, "dtypes must hold lists, got None for pre"),
-        ({"overrides": {"iterations": 10}}, "overrides must hold lists, got 10 for iterations"),
-        ({"streams": {"pre": [4]}}, "streams must be a list, got"),
+        ({"dtypes": "float32"}, "capabilities.dtypes: expected a list or an object, got 'float32'"),
+        ({"dtypes": {"pre": None}}, "capabilities.dtypes.pre: expected a list, got null"),
+        ({"overrides": {"iterations": 10}}, "capabilities.overrides.iterations: expected a list or null, got 10"),
+        ({"streams": {"pre": [4]}}, "capabilities.streams: expected a list or null, got an object"),
+        ({"streams": [4.5]}, r"capabilities.streams\[0\]: expected an integer, got 4.5"),
+        ({"stages": ["pre", "pry"]}, "capabilities: stages must be among expand, .*, got pry"),
     ],
 )
 def test_a_program_that_claims_it_another_way_is_told(claim, said):
     with pytest.raises(ProgramError, match=said):
-        _claims({**GREETING, "capabilities": {"stages": ["pre"], "dialects": ["paper"], **claim}})
+        greeted({"stages": ["pre"], "dialects": ["paper"], **claim})

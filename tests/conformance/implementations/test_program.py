@@ -38,8 +38,8 @@ def test_one_that_behaves_passes():
     [
         ("killed", "died of SIGKILL without an answer"),
         ("crashes", "ended with status 1 without an answer: end"),
-        ("garbage", "expected one JSON object on a line, got 'hello?'"),
-        ("list", "expected one JSON object on a line, got '[1, 2]'"),
+        ("garbage", "its answer 'hello?': expected one JSON object on a line, got text that isn't JSON"),
+        ("list", "its answer '[1, 2]': expected one JSON object on a line, got a list"),
         ("floods", "expected a line of at most"),
         ("talks-on", "expected one line for one request, got more"),
         ("other-id", "got one to 'other'"),
@@ -84,7 +84,7 @@ def test_it_is_started_again_and_the_run_goes_on(how, tmp_path, monkeypatch):
         ("exec:true", "ended with status 0"),
         ("exec:echo hello", "expected one JSON object"),
         (f"{COMMAND} other-protocol", "expected protocol"),
-        (f"{COMMAND} unknown-claim", "unknown ['color']"),
+        (f"{COMMAND} unknown-claim", "capabilities: unknown key 'color'"),
     ],
 )
 def test_one_that_cannot_be_set_up_is_said(reference, said):

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from conformance.cases.case import DTYPES, Case, Item, Variant
+from conformance.cases.case import Case, Item
+from conformance.cases.description import Bound, CaseDescription, StageDescription, Variant
+from conformance.cases.format import DTYPES
 from conformance.interface import Arrays, Capabilities, Result
 
 PARAMETERS = {
@@ -60,19 +62,16 @@ def made(
     tensors |= {f"gradient/{stage}/{k}": array(v) for k, v in gradients.items()}
     tensors |= {f"magnitude/{stage}/{k}": array(v) for k, v in magnitudes.items()}
     allowed = dict.fromkeys([*outputs, *(f"d/{k}" for k in gradients)], 0.25) | dict(bounds or {})
-    rows = {name: {"bound": bound} for name, bound in allowed.items()}
+    rows = {name: Bound(bound, bound, 1.0, 1.0) for name, bound in allowed.items()}
     x, kind = variant.split("-")[:2]
     chosen = Variant(variant, x, kind, contract or ("float64" if x == "float64" else "float32"), (stage,))
-    metadata = {
-        "id": case, "family": family, "why": "", "clause": "", "dialect": dialect, "overrides": dict(overrides or {}),
-        "parameters": {**PARAMETERS, **(parameters or {})}, "layout": "contiguous", "quick": False,
-        "stages": {stage: {
-            "inputs": list(inputs), "weights": list(weights), "outputs": list(outputs), "options": dict(options or {}),
-        }},
-        "variants": [{**vars(chosen), "stages": [stage]}],
-        "bounds": {stage: dict.fromkeys((variant, *other_variants), rows)},
-    }  # fmt: skip
-    whole = Case(Path(path), metadata)
+    description = CaseDescription(
+        id=case, family=family, why="", clause="", dialect=dialect, overrides=dict(overrides or {}),
+        parameters={**PARAMETERS, **(parameters or {})}, layout="contiguous", quick=False,
+        stages={stage: StageDescription(tuple(inputs), tuple(weights), tuple(outputs), dict(options or {}))},
+        variants=(chosen,), bounds={stage: dict.fromkeys((variant, *other_variants), rows)},
+    )  # fmt: skip
+    whole = Case(Path(path), description)
     whole.__dict__["tensors"] = tensors  # a cached property, which would read the file
     return Item(whole, stage, chosen)
 

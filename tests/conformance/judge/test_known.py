@@ -57,10 +57,19 @@ def test_an_entry_of_an_implementation_that_did_not_run_is_left_alone(tmp_path):
     "text, said",
     [
         ("{", "expected a JSON file"),
-        ("[]", "expected an object with format"),
-        (json.dumps({"format": FORMAT, "entries": [{"implementation": "a"}]}), "entry 1 must have"),
-        (json.dumps({"format": FORMAT, "entries": [{**ENTRY, "color": "red"}]}), "entry 1 must have"),
-        (json.dumps({"format": FORMAT, "entries": [{**ENTRY, "cases": "smoke"}]}), "entry 1: cases must be"),
+        ("[]", "expected a JSON file of known results, got an empty list"),
+        (
+            json.dumps({"format": FORMAT, "entries": [{"implementation": "a"}]}),
+            r"entries\[0\]: expected the key 'version'",
+        ),
+        (
+            json.dumps({"format": FORMAT, "entries": [{**ENTRY, "color": "red"}]}),
+            r"entries\[0\]: unknown key 'color', expected some of",
+        ),
+        (
+            json.dumps({"format": FORMAT, "entries": [{**ENTRY, "cases": "smoke"}]}),
+            r"entries\[0\].cases: expected a list that isn't empty, got 'smoke'",
+        ),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):

@@ -44,7 +44,7 @@ def test_the_forward_layer_has_the_corpus_true_values(family):
         for item in {i.stage: i for i in case.items() if i.stage in STAGES and not i.variant.secondary}.values():
             given = {k: v.astype(np.float64) for k, v in item.inputs().items()}
             parameters = {**STRUCTURE, **case.parameters}
-            found = evaluate(item.stage, given, parameters, case.stages[item.stage]["options"])
+            found = evaluate(item.stage, given, parameters, case.stages[item.stage].options)
             for tensor, value in item.expected.items():
                 if not tensor.startswith("d/"):
                     error = np.max(np.abs(found[tensor] - value)) / np.max(np.abs(value))

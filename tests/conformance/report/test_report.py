@@ -82,9 +82,15 @@ def header(lines, **values):
         (lambda lines: lines[:-1], "cut off: expected a footer"),
         (lambda lines: [*lines[:3], *lines[4:]], "cut off: expected a footer"),
         (lambda lines: [*lines[:-1], lines[-1][:10]], "isn't JSON"),
-        (lambda lines: [lines[0], "[]", *lines[1:]], "neither header"),
-        (lambda lines: header(lines, format="other/1"), "expected a first line with format"),
-        (lambda lines: header(lines, corpus=None), "has no corpus"),
+        (
+            lambda lines: [lines[0], "[]", *lines[1:]],
+            "line 2: expected a line that run --jsonl writes, got an empty list",
+        ),
+        (
+            lambda lines: header(lines, format="other/1"),
+            "line 1: expected format 'mhc-conformance-report/1', got 'other/1'",
+        ),
+        (lambda lines: header(lines, corpus=None), "line 1: corpus: expected a text, got null"),
         (lambda lines: ["", *lines], "isn't JSON"),
     ],
 )
@@ -100,7 +106,7 @@ def test_a_file_that_is_not_whole_is_refused(honest, tmp_path, change, said):
 def test_reports_of_different_corpora_are_refused_and_both_hashes_named(honest, planted, tmp_path):
     other = changed(planted, tmp_path, lambda lines: header(lines, corpus="0" * 64))
     done = command("report", str(honest), str(other))
-    ours = read.read_run(honest).header["corpus"]
+    ours = read.read_run(honest).header.corpus
     assert done.returncode == 2 and "0" * 64 in done.stderr and ours in done.stderr
 
 
@@ -143,7 +149,7 @@ def page(tmp_path_factory, honest):
     selftest = folder / "selftest.json"
     figures = {d: {"cases": 5, "ratio": None, "where": "somewhere"} for d in ("float32", "bfloat16", "float16")}
     mutants = [{"name": "A <b>mutant</b>", "figures": figures, "blind": {}}]
-    corpus = read.read_run(honest).header["corpus"]
+    corpus = read.read_run(honest).header.corpus
     content = {"format": read.SELFTEST_FORMAT, "corpus": corpus, "mutants": mutants, "honest": "fine", "problems": []}
     selftest.write_text(json.dumps(content))
     arguments = (

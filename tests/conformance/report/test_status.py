@@ -19,8 +19,8 @@ def test_the_page_is_up_to_date():
 
 
 def test_every_case_names_a_known_clause_and_a_clause_without_a_case_is_said():
-    assert {c.metadata["clause"] for c in load_corpus()} <= set(CLAUSES)
-    text = status(c for c in load_corpus() if c.metadata["clause"] != "Precision")
+    assert {c.clause for c in load_corpus()} <= set(CLAUSES)
+    text = status(c for c in load_corpus() if c.clause != "Precision")
     assert "| Precision | where each dialect rounds | **none** |" in text
 
 

@@ -1,0 +1,120 @@
+"""What a program of its own process says, as records: its greeting and its answers (CONTRACT.md)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from conformance.files.problems import one_line, shown
+from conformance.files.reading import Reader, Scalar
+from conformance.interface import Capabilities
+from conformance.stages import STAGES
+
+PROTOCOL = "mhc-conformance-harness/1"
+
+
+class ProgramError(RuntimeError):
+    """The program answered wrongly, died or took too long; the message is one line."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+class Claims(Struct, frozen=True, forbid_unknown_fields=True):
+    """The capabilities of a greeting: those of `conformance.interface.Capabilities`, with lists for sets.
+
+    Attributes:
+        dtypes, weights: for all stages, or for each.
+        overrides: names of parameters, or the values that each may take; null for any.
+        streams: null for any.
+    """
+
+    stages: tuple[str, ...]
+    dialects: tuple[str, ...]
+    dtypes: tuple[str, ...] | dict[str, tuple[str, ...]] = ("float32",)
+    weights: tuple[str, ...] | dict[str, tuple[str, ...]] = ("float32", "x")
+    gradients: bool = True
+    overrides: tuple[str, ...] | dict[str, tuple[Scalar, ...] | None] | None = ()
+    contracts: tuple[str, ...] = ("float32", "mixing", "activation", "float64")
+    outputs: dict[str, tuple[str, ...]] = {}
+    streams: tuple[int, ...] | None = None
+    empty: bool = True
+    device: str = "cpu"
+    description: str = ""
+
+
+class Greeting(Struct, frozen=True):
+    """A program's first answer."""
+
+    protocol: str
+    name: Annotated[str, Meta(min_length=1)]
+    capabilities: Claims
+
+
+class Protocol(Struct, frozen=True):
+    """The part of a greeting that says whether the rest can be understood."""
+
+    protocol: str
+
+
+class Answer(Struct, frozen=True):
+    """A program's answer to one request."""
+
+    id: str
+    status: Literal["done", "refused", "error"]
+    reason: str = "no reason given"
+
+
+WHAT = "one JSON object on a line"
+_PROTOCOL = Reader(Protocol, WHAT, ProgramError)
+_GREETING = Reader(Greeting, WHAT, ProgramError)
+_ANSWER = Reader(Answer, WHAT, ProgramError)
+
+
+def read_greeting(line: bytes) -> tuple[str, Capabilities]:
+    """Name and capabilities of a program.
+
+    Raises:
+        ProgramError: the line is no greeting, or one of another protocol.
+    """
+    place = f"its greeting {_begins(line)}"
+    protocol = _PROTOCOL.decode(line, place).protocol
+    if protocol != PROTOCOL:
+        raise ProgramError(f"expected protocol {PROTOCOL!r}, got {protocol!r}")
+    greeting = _GREETING.decode(line, place)
+    unknown = sorted({*greeting.capabilities.stages, *greeting.capabilities.outputs} - set(STAGES))
+    if unknown:
+        raise ProgramError(f"capabilities: stages must be among {', '.join(STAGES)}, got {', '.join(unknown)}")
+    return greeting.name, _capabilities(greeting.capabilities)
+
+
+def _capabilities(claims: Claims) -> Capabilities:
+    return Capabilities(
+        stages=frozenset(claims.stages),
+        dialects=frozenset(claims.dialects),
+        dtypes=claims.dtypes if isinstance(claims.dtypes, dict) else frozenset(claims.dtypes),
+        weights=claims.weights,
+        gradients=claims.gradients,
+        overrides=frozenset(claims.overrides) if isinstance(claims.overrides, tuple) else claims.overrides,
+        contracts=frozenset(claims.contracts),
+        outputs=claims.outputs,
+        streams=None if claims.streams is None else frozenset(claims.streams),
+        empty=claims.empty,
+        device=claims.device,
+        description=claims.description,
+    )
+
+
+def read_answer(line: bytes) -> Answer:
+    """A program's answer.
+
+    Raises:
+        ProgramError: the line is none.
+    """
+    return _ANSWER.decode(line, f"its answer {_begins(line)}")
+
+
+def _begins(line: bytes) -> str:
+    """The beginning of a line, for a message."""
+    return shown(line[:200].decode(errors="replace"))
