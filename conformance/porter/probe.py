@@ -38,8 +38,8 @@ class Float64(Quick):
     def sum(self, a: np.ndarray, axis: int) -> np.ndarray:
         return np.sum(a, axis)
 
-    def contract(self, a: np.ndarray, b: np.ndarray | None, projection: bool = False) -> np.ndarray:
-        return a if b is None else a @ b  # None is the identity
+    def contract(self, a: np.ndarray, b: np.ndarray, projection: bool = False) -> np.ndarray:
+        return a @ b
 
 
 def activations(tokens: int, streams: int, dim: int, seed: int) -> np.ndarray:
@@ -110,13 +110,9 @@ class Probes:
 
     def _normalised(self, rows: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
         """The normalised probes ``[n*C, tokens]`` of each row; the same array where the norms are alike."""
-        found = [
-            np.ascontiguousarray(
-                formulas.normalise_and_project(self.x, None, {"unit": None}, p, Float64())[0]["unit"].T
-            )
-            for p in rows
-        ]
-        return [found[0]] * 2 if np.array_equal(found[0], found[1]) else found
+        flat = self.x.reshape(self.x.shape[0], -1)
+        units = [np.ascontiguousarray((flat / formulas.root_mean_square(flat, p, Float64())[0]).T) for p in rows]
+        return [units[0]] * 2 if np.array_equal(units[0], units[1]) else units
 
     def project(
         self, site: SiteKey, source: Mapping[str, np.ndarray], target: Mapping[str, np.ndarray], ported: Converted

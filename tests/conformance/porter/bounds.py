@@ -11,6 +11,7 @@ import numpy as np
 
 from conformance.cases.dialects import dialect_rows
 from conformance.oracle import formulas
+from conformance.oracle.arithmetic import Arithmetic, Array
 from conformance.oracle.floats import FloatArithmetic, Quick
 from conformance.oracle.style import ensemble
 
@@ -48,7 +49,7 @@ class Expected:
         return ratios
 
 
-def expect(run: Callable[[Any], dict[str, Any]]) -> Expected:
+def expect(run: Callable[[Arithmetic], dict[str, Array]]) -> Expected:
     """What ``run`` gives for the arithmetics of the oracle, forward only."""
     if CERTIFIED:
         from conformance.oracle.balls import BallArithmetic, certified
@@ -76,7 +77,7 @@ def site(x: np.ndarray, y: np.ndarray | None, weights: Mapping[str, np.ndarray],
     """Coefficients, u and, where the branch's output y is given, the mixed streams; weights are flat."""
     n, dim = x.shape[-2:]
 
-    def run(A: Any) -> dict[str, Any]:
+    def run(A: Arithmetic) -> dict[str, Array]:
         streams, given = A.array(x.reshape(-1, n, dim)), {k: A.array(v) for k, v in weights.items()}
         found, _ = formulas.coefficients(streams, given, p, A)
         found["u"], _ = formulas.pre_mix(streams, found["pre"], A)
@@ -91,7 +92,7 @@ def site(x: np.ndarray, y: np.ndarray | None, weights: Mapping[str, np.ndarray],
 def layer(x: np.ndarray, branch: np.ndarray, weights: Mapping[str, np.ndarray], p: Mapping[str, Any]) -> Expected:
     """The streams after a layer whose sub-layer multiplies by ``branch [C]``."""
 
-    def run(A: Any) -> dict[str, Any]:
+    def run(A: Arithmetic) -> dict[str, Array]:
         streams, given = A.array(x.reshape(-1, *x.shape[-2:])), {k: A.array(v) for k, v in weights.items()}
         return {"out": formulas.layer(streams, given, A.array(branch), p, None, A)[0]}
 
@@ -101,7 +102,7 @@ def layer(x: np.ndarray, branch: np.ndarray, weights: Mapping[str, np.ndarray], 
 def head(x: np.ndarray, weights: Mapping[str, np.ndarray], p: Mapping[str, Any]) -> Expected:
     """The learned reduction of the streams."""
 
-    def run(A: Any) -> dict[str, Any]:
+    def run(A: Arithmetic) -> dict[str, Array]:
         streams, given = A.array(x.reshape(-1, *x.shape[-2:])), {k: A.array(v) for k, v in weights.items()}
         return {"out": formulas.head(streams, given, p, A)[0]}
 
