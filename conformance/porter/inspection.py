@@ -9,8 +9,9 @@ from typing import Any
 
 from conformance.porter import configuration, damage, dialects
 from conformance.porter import names as naming
-from conformance.porter.model import Model, understand
+from conformance.porter.model import Model
 from conformance.porter.storage.opening import open_checkpoint
+from conformance.porter.understanding import understand
 
 
 @dataclass
@@ -91,8 +92,8 @@ def inspect(
             bytes=model.nbytes, stacked=checkpoint.stacks,
             scan_axes=sorted(checkpoint.axes),
             dialects=dialects.fitting(model.layout, model.norm, model.residual),
-            dialect=dialects.described(model.parameters), told_by=model.told.by, assumed=model.told.assumed,
-            problem=model.told.problem, odd=_odd(model),
+            dialect=dialects.described(model.parameters), told_by=model.dialect.by, assumed=model.dialect.assumed,
+            problem=model.dialect.problem, odd=_odd(model),
         )  # fmt: skip
 
 

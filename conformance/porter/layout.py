@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -160,26 +160,9 @@ class Layout:
             template = template.replace(token, text)
         return template.replace("{layer}", str(site.layer))
 
-    def locate(self, names: Iterable[str]) -> dict[SiteKey, dict[str, str]]:
-        """The sites among ``names``: for each, its rows and the tensors that hold them.
-
-        Raises:
-            PortError: one site is under two names, or two models are in one file.
-        """
-        return self._locator.locate(names)
-
-    def beside(
-        self, names: Collection[str], candidates: Iterable[str], sites: Mapping[SiteKey, Mapping[str, str]]
-    ) -> list[str]:
-        """Names that lie where the tensors of these sites do and are none of their rows (`locating.Locator.beside`)."""
-        return self._locator.beside(names, candidates, sites)
-
-    def count(self, names: Iterable[str]) -> int:
-        """How many sites have a tensor among ``names``, each once however often it is there."""
-        return self._locator.count(names)
-
     @cached_property
-    def _locator(self) -> Locator:
+    def locator(self) -> Locator:
+        """Finds the tensors of its sites among names."""
         return Locator(self)
 
     @property

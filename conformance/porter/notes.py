@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 
 from conformance.porter.errors import PortError
+from conformance.porter.site import SiteKey
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
 
 PORT_FORMAT, CANONICAL_FORMAT = "mhc-port/1", "mhc-canonical/1"
@@ -86,6 +87,38 @@ def statement(checkpoint: Checkpoint) -> Statement | None:
     parameters = _mapping(checkpoint.metadata["parameters"], checkpoint, "parameters in its metadata")
     form = checkpoint.metadata.get("format", CANONICAL_FORMAT)
     return _converted({"parameters": parameters, "format": form}, Statement, checkpoint, "its metadata")
+
+
+def sizes_noted(checkpoint: Checkpoint, keeps_dialect: bool) -> dict[str, Any]:
+    """n and C as a checkpoint's own metadata states them, under ``streams`` and ``dim``.
+
+    Args:
+        keeps_dialect: whether files of its layout state their dialect and sizes.
+    """
+    noted = note(checkpoint)
+    if noted is not None:
+        return {key: size for key in SIZES if (size := getattr(noted, key)) is not None}
+    stated = statement(checkpoint) if keeps_dialect else None
+    return {key: stated.parameters[key] for key in SIZES if stated and key in stated.parameters}
+
+
+def counts(sites: Iterable[SiteKey]) -> dict[str, int]:
+    """The numbers that a port notes: its sites, and its layers without those of multi-token prediction."""
+    keys = [*sites]
+    return {"layers": len({key.layer for key in keys if key.group == "layers"}), "sites": len(keys)}
+
+
+def fewer_than_noted(checkpoint: Checkpoint, sites: Iterable[SiteKey]) -> list[str]:
+    """A line if a checkpoint has less than a port has noted that it wrote.
+
+    Tensors that others added, or that were there before, are no loss.
+    """
+    noted, present = note(checkpoint), counts(sites)
+    for counted in ("layers", "sites"):  # without a layer its sites are gone too
+        written = getattr(noted, counted, None)
+        if written is not None and written > present[counted]:
+            return [f"a port noted that it wrote {written} {counted}, and {present[counted]} are there"]
+    return []
 
 
 def _mapping(value: Any, checkpoint: Checkpoint, what: str) -> dict[str, Any]:

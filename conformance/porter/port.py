@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conformance.porter import configuration, dialects
+from conformance.porter import configuration, notes
 from conformance.porter import plan as planning
 from conformance.porter.errors import CANNOT, REFUSED, UNKNOWN, Incomplete, PortError
 from conformance.porter.layouts import layout_named, layouts
-from conformance.porter.model import understand
 from conformance.porter.options import Options, PortReport, Refused
 from conformance.porter.plan import Plan
 from conformance.porter.storage import gguf_copy
@@ -22,6 +21,7 @@ from conformance.porter.storage.checkpoint import PORT_KEY
 from conformance.porter.storage.into import write_into
 from conformance.porter.storage.opening import open_checkpoint
 from conformance.porter.storage.stacks import Stacks
+from conformance.porter.understanding import understand
 from conformance.porter.verdict import APPROXIMATE, EXACT, IMPOSSIBLE, PARTIAL, ROUNDING, Verdict
 
 __all__ = ["Options", "PortReport", "Refused", "port", "settle"]
@@ -158,7 +158,7 @@ def _check_replaceable(target: Path, kind: str, model: Path | None) -> None:
         with open_checkpoint(target) as former:
             held = set(former.tensors) | former.aside
             for layout in layouts().values():
-                held -= {name for rows in layout.locate(former.tensors).values() for name in rows.values()}
+                held -= {name for rows in layout.locator.locate(former.tensors).values() for name in rows.values()}
             if held and model is not None:
                 with open_checkpoint(model) as copied:
                     held -= set(copied.tensors)
@@ -181,7 +181,7 @@ def _check_assumed(plan: Plan) -> None:
         Refused: it is one.
     """
     if plan.report.assumed and not plan.options.assume:
-        row = plan.model.told.base
+        row = plan.model.dialect.base
         raise Refused(
             f"nothing says that {plan.report.source} is {plan.report.source_dialect}: nothing is written without "
             f"--dialect {row}, if you know that it is, or --assume, which notes it as an assumption", UNKNOWN,
@@ -220,19 +220,19 @@ def _figures(largest: Mapping[str, float]) -> str:
 def _metadata(report: PortReport, plan: Plan, kind: str) -> dict[str, str]:
     """What the target's own metadata says of this port."""
     noted = {
-        "format": dialects.PORT_FORMAT, "layout": plan.layout.name, "parameters": plan.parameters,
+        "format": notes.PORT_FORMAT, "layout": plan.layout.name, "parameters": plan.parameters,
         "streams": plan.model.streams, "dim": plan.model.dim, "source_layout": report.source_layout,
         "source_parameters": plan.model.parameters,
         "verdict": report.verdict, "reason": report.reason, "rounding": report.rounding,
         "probes": {"tokens": report.probes, "seed": plan.options.seed}, "deviation": report.largest,
-        "left_out": report.left_out, "source_row": plan.model.told.base, "row": plan.base, "assumed": report.assumed,
-        "lacking": report.lacking, "settings": report.settings, **dialects.counts(plan.places.values()),
+        "left_out": report.left_out, "source_row": plan.model.dialect.base, "row": plan.base, "assumed": report.assumed,
+        "lacking": report.lacking, "settings": report.settings, **notes.counts(plan.places.values()),
     }  # fmt: skip
     found = {PORT_KEY: json.dumps(noted, sort_keys=True)}
     if plan.layout.keeps_dialect:
         sizes = {"streams": plan.model.streams, "dim": plan.model.dim}
         return {
-            "format": dialects.CANONICAL_FORMAT,
+            "format": notes.CANONICAL_FORMAT,
             "parameters": json.dumps({**plan.parameters, **sizes}, sort_keys=True),
             **found,
         }

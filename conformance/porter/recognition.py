@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from conformance.porter import dialects
+from conformance.porter import configuration, notes
 from conformance.porter import names as naming
 from conformance.porter.errors import INCOMPLETE, Ambiguous, PortError
 from conformance.porter.layout import Layout
@@ -68,9 +68,9 @@ def recognise(checkpoint: Checkpoint, given: Layout | None, prefixes: Mapping[st
     broken: list[tuple[tuple[int, bool], PortError]] = []
     for layout in considered:
         try:
-            sites = layout.locate(names)
+            sites = layout.locator.locate(names)
         except PortError as error:  # twice, or of two models: it counts where no other layout has more
-            broken.append(((layout.count(names), True), error))
+            broken.append(((layout.locator.count(names), True), error))
             continue
         if not sites:
             continue
@@ -137,10 +137,10 @@ def _likeliest(checkpoint: Checkpoint, fits: list[Recognised]) -> list[Recognise
         fits = [fit for fit in fits if set(fit.sites) != {HEAD}]
     if len(fits) < 2:
         return fits
-    noted = dialects.note(checkpoint)
+    noted = notes.note(checkpoint)
     if noted and any(fit.layout.name == noted.layout for fit in fits):
         return [fit for fit in fits if fit.layout.name == noted.layout]
-    stated = dialects.model_types(checkpoint)
+    stated = {*configuration.model_types(checkpoint.config)}
     if any(stated & set(fit.layout.models) for fit in fits):
         fits = [fit for fit in fits if stated & set(fit.layout.models)]
     most = max(fit.tensors for fit in fits)
@@ -154,7 +154,9 @@ def _likeliest(checkpoint: Checkpoint, fits: list[Recognised]) -> list[Recognise
 def _nothing(checkpoint: Checkpoint, given: Layout | None) -> PortError:
     """Why no layout fits: nothing is there, or names that none has."""
     stray = naming.plainly_ours(checkpoint.tensors)
-    others = [o.name for o in layouts().values() if stray and checkpoint.kind in o.containers and o.locate(stray)]
+    others = [
+        o.name for o in layouts().values() if stray and checkpoint.kind in o.containers and o.locator.locate(stray)
+    ]
     if given and others:
         return PortError(
             f"{checkpoint.path}: has no tensors of the layout {given.name}, and the layout {others[0]} has names for "
@@ -206,7 +208,7 @@ def _fits(checkpoint: Checkpoint, layout: Layout, options: Iterable[str]) -> boo
         return False
     starts = tuple(prefix.partition("{")[0] for prefix in prefixes.values())
     try:
-        sites = layout.named(prefixes).locate(name for name in checkpoint.tensors if name.startswith(starts))
+        sites = layout.named(prefixes).locator.locate(name for name in checkpoint.tensors if name.startswith(starts))
         _sizes(checkpoint, layout, sites)
     except PortError:
         return False

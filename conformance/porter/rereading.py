@@ -137,7 +137,7 @@ def _shown(layout: Layout, tensors: Shapes) -> list[str]:
 def _located(layout: Layout, shown: list[str]) -> tuple[dict[str, tuple[SiteKey, str]], str]:
     """The site and the row of each name, as the layout reads them; and why it finds none."""
     try:
-        sites = layout.locate(shown)
+        sites = layout.locator.locate(shown)
     except PortError as error:
         return {}, str(error)
     found = {name: (site, row) for site, rows in sites.items() for row, name in rows.items()}

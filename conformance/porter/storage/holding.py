@@ -15,7 +15,7 @@ def hyper_connections(names: Collection[str]) -> list[str]:
     """The names that only a hyper-connection's tensor has, and those that show a layout's site to be there."""
     found = dict.fromkeys(naming.plainly_ours(names))
     few = _ending_as(frozenset[str]().union(*(layout.endings_of_anchors for layout in layouts().values())), names)
-    found |= {name: None for name in few if any(layout.locate([name]) for layout in layouts().values())}
+    found |= {name: None for name in few if any(layout.locator.locate([name]) for layout in layouts().values())}
     return list(found)
 
 
@@ -36,7 +36,7 @@ def placed(names: Collection[str], kind: str) -> tuple[int, frozenset[str]]:
 
 def _count(layout: Layout, names: Iterable[str]) -> int:
     try:
-        return sum(len(rows) for site, rows in layout.locate(names).items() if site != ALONE)
+        return sum(len(rows) for site, rows in layout.locator.locate(names).items() if site != ALONE)
     except PortError:  # a site under two names
         return 0
 

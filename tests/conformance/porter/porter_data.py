@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 
 from conformance.porter import dialects
 from conformance.porter.layouts import layouts
-from conformance.porter.model import understand
 from conformance.porter.storage.opening import open_checkpoint
+from conformance.porter.understanding import understand
 
 DTYPES = {
     "float64": np.dtype(np.float64),

@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from conformance.porter.errors import INCOMPLETE, PortError
-from conformance.porter.model import understand
 from conformance.porter.port import Options, port
 from conformance.porter.storage.opening import open_checkpoint
+from conformance.porter.understanding import understand
 from tests.conformance.porter.porter_data import differences, random_sites, read_sites, write_canonical
 
 STREAMS, DIM = 4, 8

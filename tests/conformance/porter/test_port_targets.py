@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from conformance.files import atomic
-from conformance.porter.model import understand
 from conformance.porter.storage.opening import open_checkpoint
+from conformance.porter.understanding import understand
 from tests.conformance.porter.small_checkpoint import (
     INDEX,
     S1,
