@@ -12,7 +12,7 @@ from conformance.cases.dialects import DialectError, check, check_sizes
 from conformance.files.places import CaseError
 from conformance.stages import STAGES, head_shapes, layer_shapes, residual_columns
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

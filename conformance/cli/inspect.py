@@ -38,36 +38,36 @@ def inspect(
     from conformance.porter.inspection import inspect as look
 
     try:
-        found = look(path, layout, prefixes(from_names or []), config)
+        inspection = look(path, layout, prefixes(from_names or []), config)
     except PortError as error:
         stop(str(error), error.status)
     if machine:
-        typer.echo(json.dumps(found.as_dict(), indent=1))
+        typer.echo(json.dumps(inspection.as_dict(), indent=1))
         return
-    sites = ", ".join(f"{kind} in {len(numbers)} layers" for kind, numbers in found.layers.items()) or "one module"
+    sites = ", ".join(f"{kind} in {len(numbers)} layers" for kind, numbers in inspection.layers.items()) or "one module"
     rows = {
-        "layout": f"{found.layout}, {found.storage} in {found.files} file{'s' if found.files > 1 else ''}"
+        "layout": f"{inspection.layout}, {inspection.storage} in {inspection.files} file{'s' if inspection.files > 1 else ''}"
         + (
-            f", layers {found.stacked}{''.join(f' along axis {axis}' for axis in found.scan_axes)}"
-            if found.stacked
+            f", layers {inspection.stacked}{''.join(f' along axis {axis}' for axis in inspection.scan_axes)}"
+            if inspection.stacked
             else ""
         ),
-        "sites": f"{found.sites}: {sites}{', a head' if found.head else ''}",
-        "sizes": f"n = {found.streams}, C = {found.dim}, residual {found.residual}, "
-        f"{'a' if found.norm_weight else 'no'} norm weight",
-        "tensors": f"{found.tensors} of {found.all_tensors}, {found.bytes / 1e6:.3f} MB, {', '.join(found.dtypes)}",
-        "dialect": _dialect(found),
-        "fitting": ", ".join(found.dialects) or "none",
+        "sites": f"{inspection.sites}: {sites}{', a head' if inspection.head else ''}",
+        "sizes": f"n = {inspection.streams}, C = {inspection.dim}, residual {inspection.residual}, "
+        f"{'a' if inspection.norm_weight else 'no'} norm weight",
+        "tensors": f"{inspection.tensors} of {inspection.all_tensors}, {inspection.bytes / 1e6:.3f} MB, {', '.join(inspection.dtypes)}",
+        "dialect": _dialect(inspection),
+        "fitting": ", ".join(inspection.dialects) or "none",
     }
     for name, text in rows.items():
         typer.echo(f"{name:8} {text}")
-    for line in found.odd:
+    for line in inspection.odd:
         typer.echo(f"odd      {line}")
 
 
-def _dialect(found: Inspection) -> str:
-    if found.problem:
-        return f"not known: {found.problem}"
-    if found.assumed:
-        return f"{found.dialect}, an assumption ({found.told_by}): nothing says so"
-    return f"{found.dialect} ({found.told_by})"
+def _dialect(inspection: Inspection) -> str:
+    if inspection.problem:
+        return f"not known: {inspection.problem}"
+    if inspection.assumed:
+        return f"{inspection.dialect}, an assumption ({inspection.told_by}): nothing says so"
+    return f"{inspection.dialect} ({inspection.told_by})"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from conformance.cli.app import USAGE, app, stop
 
 if TYPE_CHECKING:
-    from conformance.porter.port import PortReport
+    import numpy as np
+
+    from conformance.porter.port import Options, PortReport
 
 
 @app.command()
@@ -104,7 +107,6 @@ def port(
     """
     from conformance.porter.errors import Ambiguous, PortError
     from conformance.porter.port import Options, Refused
-    from conformance.porter.port import port as move
     from conformance.porter.storage.stacks import Stacks
 
     if not to:
@@ -114,7 +116,7 @@ def port(
             stop(f"--into takes the tensors, {target} would too: name one of them", USAGE)
         target = None
     try:
-        given = Options(
+        options = Options(
             to=to, source_layout=source_layout, dialect=dialect, to_dialect=to_dialect, dtype=dtype,
             assume=assume, config=config, to_config=to_config, allow_partial=allow_partial,
             allow_approximate=allow_approximate, into=into, verify=verify, seed=seed,
@@ -123,13 +125,13 @@ def port(
             source_names=prefixes(from_names or []), overwrite=overwrite, dry_run=dry_run, read_back=read_back,
         )  # fmt: skip
         try:
-            report = _run(move, source, target, given)
+            report = _run(source, target, options)
         except Ambiguous as error:
             if not (sys.stdin.isatty() and sys.stderr.isatty()):
                 raise
             typer.echo(f"mhc-conformance: {error}", err=True)
             chosen = typer.prompt(f"the source's layout ({', '.join(error.fits)})", err=True)
-            report = _run(move, source, target, _with(given, source_layout=chosen))
+            report = _run(source, target, dataclasses.replace(options, source_layout=chosen))
     except Refused as error:
         _show(error.report, machine, verbose, dry_run)
         stop(str(error), error.status)
@@ -138,19 +140,20 @@ def port(
     _show(report, machine, verbose, dry_run)
 
 
-def _with(options: Any, **changes: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(options, **changes)
-
-
-def _run(move: Any, source: Path, target: Path | None, options: Any) -> PortReport:
+def _run(source: Path, target: Path | None, options: Options) -> PortReport:
+    """Ports with a progress bar on standard error."""
     from rich.console import Console
     from rich.progress import Progress
 
+    from conformance.porter.port import port as move
+
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("sites", total=None)
-        return move(source, target, options, lambda done, total: bar.update(task, completed=done, total=total))
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return move(source, target, options, show)
 
 
 def _layouts() -> list[str]:
@@ -159,7 +162,7 @@ def _layouts() -> list[str]:
     return list(layouts())
 
 
-def prefixes(given: list[str]) -> dict[str, str]:
+def prefixes(texts: list[str]) -> dict[str, str]:
     """Prefixes of tensors by kind of site, from ``attention=…``, ``ffn=…``, ``head=…`` and ``site=…``.
 
     Raises:
@@ -171,8 +174,8 @@ def prefixes(given: list[str]) -> dict[str, str]:
 
     from conformance.porter.errors import PortError
 
-    found: dict[str, str] = {}
-    for text in given:
+    by_kind: dict[str, str] = {}
+    for text in texts:
         kind, equals, template = text.partition("=")
         numbers = {"attention": 1, "ffn": 1, "head": 0, "site": 0}.get(kind)
         if not equals or template.count("{layer}") != numbers:
@@ -180,9 +183,9 @@ def prefixes(given: list[str]) -> dict[str, str]:
                 f"names must be attention=…{{layer}}…, ffn=…{{layer}}…, head=… or site=… (a module on its own), a "
                 f"prefix for each, got {text!r}"
             )
-        if kind in found:
+        if kind in by_kind:
             raise PortError(
-                f"names of {kind} are given twice, {found[kind]!r} and {template!r}: one prefix for each kind"
+                f"names of {kind} are given twice, {by_kind[kind]!r} and {template!r}: one prefix for each kind"
             )
         if any(unicodedata.category(character).startswith("C") for character in template):
             raise PortError(f"a prefix must have no control characters in it, got {text!r}")
@@ -191,11 +194,11 @@ def prefixes(given: list[str]) -> dict[str, str]:
                 f"what follows {{layer}} in a prefix must start with . / or _, so that the number ends there, and no "
                 f"digit may stand before it, got {text!r}"
             )
-        found[kind] = template
-    return found
+        by_kind[kind] = template
+    return by_kind
 
 
-def _activations(path: Path) -> Any:
+def _activations(path: Path) -> np.ndarray:
     """Streams from a file: the array of a .npy, all tensors of a safetensors file.
 
     Raises:

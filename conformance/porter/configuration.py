@@ -15,6 +15,7 @@ from conformance.porter import parts
 from conformance.porter.errors import PACKAGE, PortError
 from conformance.porter.parts import OURS
 from conformance.porter.storage.checkpoint import PORT_KEY
+from conformance.porter.untyped import is_mapping
 from conformance.porter.verdict import ROUNDED
 
 OTHERS = {
@@ -43,57 +44,58 @@ INHERITS = ("base_config", "model_name")
 
 def model_types(config: Mapping[str, Any] | None) -> list[str]:
     """The ``model_type`` of a configuration and of its language model's part, as far as they are stated."""
-    found = [part.get("model_type") for part in parts.of_language(config)]
-    return [str(kind) for kind in found if kind is not None]
+    kinds = [part.get("model_type") for part in parts.of_language(config)]
+    return [str(kind) for kind in kinds if kind is not None]
 
 
 def other_function(config: Mapping[str, Any] | None) -> str:
     """What such a model computes where it is known to be no hyper-connection of this kind; empty otherwise."""
     for kind in model_types(config):
-        for start, what in OTHERS.items():
+        for start, function in OTHERS.items():
             if kind.startswith(start):
-                return f"model_type {kind} computes {what}"
+                return f"model_type {kind} computes {function}"
     return ""
 
 
 def layers_stated(config: Mapping[str, Any] | None) -> tuple[int, int]:
     """How many layers a configuration states, and how many more for multi-token prediction; 0 where it doesn't."""
-    layers, more = (
+    layers, ahead = (
         next((count for count in _counts(config, keys).values() if type(count) is int and count > 0), 0)
         for keys in COUNTS.values()
     )
-    return layers, more
+    return layers, ahead
 
 
 def _counts(config: Mapping[str, Any] | None, keys: tuple[str, ...]) -> dict[str, Any]:
-    held = parts.stated(config)
+    settings_there = parts.stated(config)
     return {
-        key: held[key]
+        key: settings_there[key]
         for key in keys
-        if key in held and all(held.get(other) in (None, 1) for other in OTHERWISE.get(key, ()))
+        if key in settings_there
+        and all(settings_there.get(alternative) in (None, 1) for alternative in OTHERWISE.get(key, ()))
     }
 
 
 def miscounting(config: Mapping[str, Any] | None) -> str:
     """In words, numbers of layers that are none, or that contradict each other; empty where nothing is wrong."""
-    for what, keys in COUNTS.items():
-        found = _counts(config, keys)
-        odd = next((key for key, count in found.items() if type(count) is not int or count < 0), None)
-        if odd is not None:
-            return f"{odd} is {found[odd]!r}, and no model has so many {what}"
-        if len(set(found.values())) > 1:
-            return " and ".join(f"{key} is {count}" for key, count in found.items())
+    for label, keys in COUNTS.items():
+        counts = _counts(config, keys)
+        impossible = next((key for key, count in counts.items() if type(count) is not int or count < 0), None)
+        if impossible is not None:
+            return f"{impossible} is {counts[impossible]!r}, and no model has so many {label}"
+        if len(set(counts.values())) > 1:
+            return " and ".join(f"{key} is {count}" for key, count in counts.items())
     return ""
 
 
 def sizes_stated(config: Mapping[str, Any] | None, known: Configuration) -> dict[str, Any]:
     """n and C as a configuration states them, under their names."""
-    held = parts.stated(config)
+    settings_there = parts.stated(config)
     keys = {key: "n" for key, names in known.keys.items() if names == ("streams",)}
     keys |= {key: "C" for start, key in WIDTHS.items() if known.place.startswith(start)}
-    if held.get("global_parameter_scale", 1) != 1:
+    if settings_there.get("global_parameter_scale", 1) != 1:
         keys.pop("base_emb_dim", None)
-    return {name: held[key] for key, name in keys.items() if key in held}
+    return {name: settings_there[key] for key, name in keys.items() if key in settings_there}
 
 
 def unclear(config: Mapping[str, Any] | None, known: Configuration) -> str:
@@ -112,9 +114,9 @@ def unknown_keys(config: Mapping[str, Any] | None, known: Configuration) -> list
 
 def contradicted(config: Mapping[str, Any] | None, known: Configuration) -> str:
     """The switch that makes the software compute another row, with its value; empty where none does."""
-    held = parts.stated(config)
-    wrong = (key for key, value in known.requires.items() if key in held and held[key] != value)
-    return next((f"{key} is {held[key]}" for key in wrong), "")
+    settings_there = parts.stated(config)
+    wrong = (key for key, value in known.requires.items() if key in settings_there and settings_there[key] != value)
+    return next((f"{key} is {settings_there[key]}" for key in wrong), "")
 
 
 def values(config: Mapping[str, Any] | None, known: Configuration) -> Parameters:
@@ -123,24 +125,24 @@ def values(config: Mapping[str, Any] | None, known: Configuration) -> Parameters
     Raises:
         PortError: two keys set one parameter differently.
     """
-    held, found, told_by = parts.stated(config), Parameters(), dict[str, str]()
+    settings_there, parameters_set, set_by = parts.stated(config), Parameters(), dict[str, str]()
     for key, parameters in known.keys.items():
-        if key not in held:
+        if key not in settings_there:
             continue
-        number = held[key]
+        number = settings_there[key]
         for name in parameters:
             value = -number if name.startswith("-") and isinstance(number, int | float) else number
             name = name.removeprefix("-")
-            if name in found and found[name] != value:
-                raise PortError(f"{told_by[name]} and {key} set {name} to {found[name]} and to {value}")
-            found[name], told_by[name] = value, key
-    return found
+            if name in parameters_set and parameters_set[name] != value:
+                raise PortError(f"{set_by[name]} and {key} set {name} to {parameters_set[name]} and to {value}")
+            parameters_set[name], set_by[name] = value, key
+    return parameters_set
 
 
 def inherited(config: Mapping[str, Any] | None) -> dict[str, str]:
     """The files of settings that a configuration of MaxText names, under the keys that name them."""
-    held = parts.stated(config)
-    return {key: str(held[key]) for key in INHERITS if held.get(key) not in (None, "", "default")}
+    settings_there = parts.stated(config)
+    return {key: str(settings_there[key]) for key in INHERITS if settings_there.get(key) not in (None, "", "default")}
 
 
 def left_open(config: Mapping[str, Any] | None, known: Configuration) -> list[str]:
@@ -149,9 +151,9 @@ def left_open(config: Mapping[str, Any] | None, known: Configuration) -> list[st
     A file may be read before it, and then what it states itself counts, or after it, as MaxText reads that of a model
     (maxtext 0.2.5, configs/pyconfig.py); then everything is open.
     """
-    held, named = parts.stated(config), inherited(config)
-    after = "model_name" in named and held.get("override_model_config") is not True
-    return [key for key in (*known.keys, *known.requires) if named and (after or key not in held)]
+    settings_there, named = parts.stated(config), inherited(config)
+    after = "model_name" in named and settings_there.get("override_model_config") is not True
+    return [key for key in (*known.keys, *known.requires) if named and (after or key not in settings_there)]
 
 
 def settings(parameters: Mapping[str, Any], base: str, only: Collection[str] | None = None) -> dict[str, Any]:
@@ -160,17 +162,17 @@ def settings(parameters: Mapping[str, Any], base: str, only: Collection[str] | N
     Args:
         only: keys that there are, where they aren't all of the row's.
     """
-    row, told = dialects.dialect_rows()[base], set[str]()
-    found: dict[str, Any] = _switches(base)
+    row, covered = dialects.dialect_rows()[base], set[str]()
+    needed: dict[str, Any] = _switches(base)
     for key, names in _keys(base, only).items():
         bare = [name.removeprefix("-") for name in names if name != "streams"]
-        if not bare or told >= {*names} or len({parameters[name] for name in bare}) > 1:
+        if not bare or covered >= {*names} or len({parameters[name] for name in bare}) > 1:
             continue
         value = parameters[bare[0]]
         if any(value != row[name] for name in bare) and value is not None:
-            found[key] = -value if names[0].startswith("-") else value
-        told |= {*names}
-    return found
+            needed[key] = -value if names[0].startswith("-") else value
+        covered |= {*names}
+    return needed
 
 
 def _keys(base: str, only: Collection[str] | None) -> dict[str, tuple[str, ...]]:
@@ -192,10 +194,10 @@ def beyond(parameters: Mapping[str, Any], base: str, only: Collection[str] | Non
 
 def _switches(base: str) -> dict[str, Any]:
     """The switches that choose a row among those of its software, where they aren't off for it."""
-    own = dialects.configuration(base)
+    software = dialects.configuration(base)
     others = [dialects.configuration(name) for name in dialects.dialect_names()]
-    rivals = [other.requires for other in others if other.place == own.place]
-    return {k: v for k, v in own.requires.items() if v and any(other.get(k) is False for other in rivals)}
+    rivals = [rival.requires for rival in others if rival.place == software.place]
+    return {k: v for k, v in software.requires.items() if v and any(rival.get(k) is False for rival in rivals)}
 
 
 def carried(parameters: Mapping[str, Any], base: str, only: Collection[str] | None = None) -> Parameters:
@@ -204,29 +206,29 @@ def carried(parameters: Mapping[str, Any], base: str, only: Collection[str] | No
     A key that sets several parameters can carry one value: where the source's differ, the row's own stay; and so they
     do where the software can't have the source's, such as an eps of 0 under a guard that adds it.
     """
-    found = dialects.dialect_rows()[base]
+    adjusted = dialects.dialect_rows()[base]
     for names in _keys(base, only).values():
         bare = [name.removeprefix("-") for name in names if name != "streams"]
         wanted = {parameters[name] for name in bare}
-        if len(wanted) == 1 and all((found[name] is None) == (parameters[name] is None) for name in bare):
-            candidate = found | dict.fromkeys(bare, wanted.pop())
+        if len(wanted) == 1 and all((adjusted[name] is None) == (parameters[name] is None) for name in bare):
+            candidate = adjusted | dict.fromkeys(bare, wanted.pop())
             with contextlib.suppress(dialects.DialectError):
                 dialects.check(candidate, base)
-                found = candidate
-    return found
+                adjusted = candidate
+    return adjusted
 
 
 def described(parameters: Mapping[str, Any], base: str, streams: int) -> dict[str, Any]:
     """Every key of the row's software with its value for these parameters, the first key of each parameter."""
-    found, told = dict[str, Any](), set[str]()
+    settings_there, covered = dict[str, Any](), set[str]()
     for key, names in dialects.configuration(base).keys.items():
         having = {**parameters, "streams": streams}
         wanted = {having[name.removeprefix("-")] for name in names}
-        if not told >= {*names} and len(wanted) == 1 and None not in wanted:
+        if not covered >= {*names} and len(wanted) == 1 and None not in wanted:
             value = wanted.pop()
-            found[key] = -value if names[0].startswith("-") else value
-            told |= {*names}
-    return found
+            settings_there[key] = -value if names[0].startswith("-") else value
+            covered |= {*names}
+    return settings_there
 
 
 def written(
@@ -265,9 +267,9 @@ def read(path: Path) -> dict[str, Any]:
         content = json.loads(text, object_pairs_hook=_unrepeated) if path.suffix == ".json" else _yaml(text)
     except (ValueError, RecursionError) as error:
         raise PortError(f"{path}: expected JSON, or YAML where it ends in .yml, got {str(error)[:200]}") from error
-    if not isinstance(content, dict):
+    if not is_mapping(content):
         raise PortError(f"{path}: expected a mapping of settings, got {type(content).__name__}")
-    return content
+    return dict(content)
 
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

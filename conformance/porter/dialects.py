@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -94,7 +94,7 @@ def check(parameters: Parameters, where: str) -> Parameters:
 
 
 @contextlib.contextmanager
-def _as_port_error() -> Iterator[None]:
+def _as_port_error() -> Generator[None, None, None]:
     """Turns an error about a dialect into the porter's error."""
     try:
         yield

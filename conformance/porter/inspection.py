@@ -52,7 +52,7 @@ class Inspection:
     told_by: str
     assumed: bool = False
     problem: str = ""
-    odd: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list[str])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,8 +98,8 @@ def inspect(
 
 
 def _odd(model: Model) -> list[str]:
-    found = [*([model.differing] if model.differing else []), *model.lacking(), *model.remarks()]
+    lines = [*([model.differing] if model.differing else []), *model.lacking(), *model.remarks()]
     aside = naming.plainly_ours(model.checkpoint.aside)
     if aside:
-        found.append(f"{len(aside)} tensors are left aside as an optimiser's, by their names: {min(aside)}, …")
-    return [*found, *damage.signs(model)]
+        lines.append(f"{len(aside)} tensors are left aside as an optimiser's, by their names: {min(aside)}, …")
+    return [*lines, *damage.signs(model)]

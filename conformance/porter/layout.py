@@ -68,7 +68,7 @@ class Layout:
         source: where its names come from.
         leads: for a dialect how the names of its models start, where they aren't those that are written otherwise.
         rank: where two layouts read the same from the same names and nothing tells them apart, the lower one is taken.
-        given: those of its prefixes that the user named.
+        named_by_user: the prefixes that the user named.
     """
 
     name: str
@@ -88,10 +88,10 @@ class Layout:
     paired: bool = True
     stacked: bool = False
     keeps_dialect: bool = False
-    models: Mapping[str, str] = field(default_factory=dict)
-    leads: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict[str, str])
+    leads: Mapping[str, str] = field(default_factory=dict[str, str])
     rank: int = 0
-    given: frozenset[str] = frozenset()
+    named_by_user: frozenset[str] = frozenset()
 
     def named(self, names: Mapping[str, str]) -> Layout:
         """The same layout with other prefixes before its own, under ``attention``, ``ffn``, ``head`` and ``site``.
@@ -101,13 +101,13 @@ class Layout:
         """
         if not names:
             return self
-        found = dict(self.names)
+        prefixes = dict(self.names)
         for kind, template in names.items():
             if kind == "head" and not self.head:
                 raise PortError(f"the layout {self.name} has no head that could be named")
             key = {"head": ("", "head"), "site": ("", "")}.get(kind, ("layers", kind))
-            found[key] = (template, *found.get(key, ()))
-        return replace(self, names=found, given=frozenset(names.values()))
+            prefixes[key] = (template, *prefixes.get(key, ()))
+        return replace(self, names=prefixes, named_by_user=frozenset(names.values()))
 
     def of_dialect(self, name: str) -> Layout:
         """The same layout, writing the names that models of a dialect have (`leads`)."""
@@ -115,7 +115,7 @@ class Layout:
             return self
         lead = self.leads[name]
         names = {
-            key: tuple(sorted(templates, key=lambda t: (t not in self.given, not t.startswith(lead))))
+            key: tuple(sorted(templates, key=lambda t: (t not in self.named_by_user, not t.startswith(lead))))
             for key, templates in self.names.items()
         }
         return replace(self, names=names)
@@ -199,7 +199,7 @@ class Layout:
         Raises:
             PortError: no n explains the shapes.
         """
-        fits = []
+        fits: list[tuple[int, int, str]] = []
         rows = self.rows_of(site.kind)
         shapes = {k: tuple(v) for k, v in shapes.items()}
         wide = next(r for r in rows if r.name in shapes and "k" in r.axes.split() and r.axes != "k")
@@ -221,7 +221,7 @@ class Layout:
     def pack(self, site: SiteKey, weights: Weights, streams: int, dim: int, residual: str) -> dict[str, np.ndarray]:
         """The rows of a site from its canonical weights; views of them where that is possible."""
         shapes = {name: value.shape for name, value in weights.items()}
-        packed = {}
+        packed: dict[str, np.ndarray] = {}
         for row in _present(self, site, shapes):
             parts = [weights[p] for p in row.parts if p in weights]
             if "k" in row.axes.split():

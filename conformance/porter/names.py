@@ -11,6 +11,8 @@ import re
 import weakref
 from collections.abc import Collection, Iterable, Mapping
 
+from conformance.porter.untyped import is_mapping
+
 WRAPPERS = (
     "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_fp32_params", "module",
     "base_model.model", "modules_to_save.default", "ema_model", "model_state_dict", "state_dict",
@@ -63,14 +65,14 @@ def having(names: Collection[str], words: Iterable[str]) -> list[str]:
     text = _joined(names)
     if not text:  # a name of several lines
         return [name for name in names if any(word in name for word in words)]
-    found = set()
+    matching = set[str]()
     for word in words:
         at = text.find(word)
         while at >= 0:
             end = text.index("\n", at)
-            found.add(text[text.rindex("\n", 0, at) + 1 : end])
+            matching.add(text[text.rindex("\n", 0, at) + 1 : end])
             at = text.find(word, end)
-    return [name for name in names if name in found] if found else []
+    return [name for name in names if name in matching] if matching else []
 
 
 _TEXTS: weakref.WeakKeyDictionary[Collection[str], str] = weakref.WeakKeyDictionary()
@@ -81,7 +83,7 @@ def _joined(names: Collection[str]) -> str:
 
     That of a checkpoint's tensors is kept as long as they are: it is searched several times.
     """
-    kept = isinstance(names, Mapping) and getattr(names, "__hash__", None) is not None
+    kept = is_mapping(names) and getattr(names, "__hash__", None) is not None
     if kept and names in _TEXTS:
         return _TEXTS[names]
     text = "\n".join(["", *names, ""])
@@ -120,12 +122,12 @@ def without_optimiser(names: Collection[str]) -> tuple[Collection[str], frozense
 
 def plainly_ours(names: Collection[str]) -> list[str]:
     """Those names that only a hyper-connection's weight can have, whatever its layout."""
-    found = []
+    ours: list[str] = []
     for name in having(names, TELLING):
         bare = plain(name)
         if ENDINGS.search(bare) or COMMON_ENDINGS.search(bare):
-            found.append(name)
-    return found
+            ours.append(name)
+    return ours
 
 
 def proposal(names: Iterable[str], rows: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
@@ -134,7 +136,7 @@ def proposal(names: Iterable[str], rows: Mapping[str, Iterable[str]]) -> dict[st
     Args:
         rows: for each kind of site (``attention``, ``ffn``, ``head``, ``site``) what may follow a prefix.
     """
-    found: dict[str, list[str]] = {}
+    options: dict[str, list[str]] = {}
     for name in names:
         kind = _kind(name)
         longest_first = sorted(rows.get(kind, ()), key=len, reverse=True)
@@ -148,8 +150,8 @@ def proposal(names: Iterable[str], rows: Mapping[str, Iterable[str]]) -> dict[st
             prefix = f"{prefix[: last.start()]}{{layer}}{prefix[last.end() :]}"
         elif kind in ("attention", "ffn") or (kind == "site" and numbers):
             continue
-        found.setdefault(f"{kind}={prefix}", []).append(name)
-    return found
+        options.setdefault(f"{kind}={prefix}", []).append(name)
+    return options
 
 
 def _kind(name: str) -> str:

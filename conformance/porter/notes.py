@@ -11,6 +11,7 @@ import msgspec
 from conformance.porter.errors import PortError
 from conformance.porter.site import SiteKey
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
+from conformance.porter.untyped import is_mapping
 
 PORT_FORMAT, CANONICAL_FORMAT = "mhc-port/1", "mhc-canonical/1"
 """What a port's note and a canonical file's metadata say that they are."""
@@ -31,12 +32,12 @@ class Note(msgspec.Struct):
 
     format: str = PORT_FORMAT
     layout: str = ""
-    parameters: dict[str, Any] = msgspec.field(default_factory=dict)
+    parameters: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
     streams: int | None = None
     dim: int | None = None
     source_row: str = ""
     assumed: bool = False
-    lacking: list[str] = msgspec.field(default_factory=list)
+    lacking: list[str] = msgspec.field(default_factory=list[str])
     layers: int | None = None
     sites: int | None = None
 
@@ -121,22 +122,22 @@ def fewer_than_noted(checkpoint: Checkpoint, sites: Iterable[SiteKey]) -> list[s
     return []
 
 
-def _mapping(value: Any, checkpoint: Checkpoint, what: str) -> dict[str, Any]:
+def _mapping(value: Any, checkpoint: Checkpoint, label: str) -> dict[str, Any]:
     """A mapping, which files that hold texts alone keep as JSON."""
     try:
         content = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        raise PortError(f"{checkpoint.path}: {what} isn't what this project writes ({error})") from error
-    if not isinstance(content, Mapping):
+        raise PortError(f"{checkpoint.path}: {label} isn't what this project writes ({error})") from error
+    if not is_mapping(content):
         raise PortError(
-            f"{checkpoint.path}: {what} isn't what this project writes (expected an object, got "
+            f"{checkpoint.path}: {label} isn't what this project writes (expected an object, got "
             f"{type(content).__name__})"
         )
     return dict(content)
 
 
-def _converted(content: Mapping[str, Any], kind: type[Any], checkpoint: Checkpoint, what: str) -> Any:
+def _converted(content: Mapping[str, Any], kind: type[Any], checkpoint: Checkpoint, label: str) -> Any:
     try:
         return msgspec.convert(content, kind)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise PortError(f"{checkpoint.path}: {what} isn't what this project writes ({error})") from error
+        raise PortError(f"{checkpoint.path}: {label} isn't what this project writes ({error})") from error

@@ -70,8 +70,8 @@ class Options:
     norm_weight: Path | None = None
     stacks: Stacks = field(default_factory=Stacks)
     scan_axis: int = 1
-    source_names: Mapping[str, str] = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=dict)
+    source_names: Mapping[str, str] = field(default_factory=dict[str, str])
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
     overwrite: bool = False
     dry_run: bool = False
     read_back: bool = False
@@ -120,27 +120,27 @@ class PortReport:
     verdict: str = EXACT
     reason: str = EXACT
     assumed: bool = False
-    lacking: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
+    lacking: list[str] = field(default_factory=list[str])
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
     settings_place: str = ""
-    notes: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list[str])
+    left_out: list[str] = field(default_factory=list[str])
     rounding: float = 0.0
     underflows: int = 0
     probes: int = 0
-    deviations: dict[str, dict[str, float]] = field(default_factory=dict)
-    tensors: dict[str, tuple[list[int], str]] = field(default_factory=dict)
+    deviations: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    tensors: dict[str, tuple[list[int], str]] = field(default_factory=dict[str, tuple[list[int], str]])
     written: str | None = None
     read_back: bool = False
 
     @property
     def largest(self) -> dict[str, float]:
         """The largest deviation of each quantity over all sites."""
-        found: dict[str, float] = {}
+        largest: dict[str, float] = {}
         for row in self.deviations.values():
             for name, value in row.items():
-                found[name] = max(found.get(name, 0.0), value)
-        return found
+                largest[name] = max(largest.get(name, 0.0), value)
+        return largest
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "largest": self.largest}

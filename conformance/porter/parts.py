@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from conformance.porter.untyped import is_mapping, is_sequence
+
 OURS = re.compile(
     r"(?:^|[_.-])m?hc(?:[_.-]|$)|sinkhorn|hyper[_.-]?connection|residual_streams|single_pass", re.IGNORECASE
 )
@@ -37,12 +39,12 @@ def plain(value: Any) -> Any:
         return value
 
 
-def of_language(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+def of_language(config: Mapping[str, Any] | None) -> list[Mapping[Any, Any]]:
     """The whole and then the parts of the language model in it, each with what it states itself."""
-    found: list[Mapping[str, Any]] = [config or {}]
-    for part in found:
-        found += [value for key, value in part.items() if key in TEXT and isinstance(value, Mapping)]
-    return found
+    language_parts: list[Mapping[Any, Any]] = [config or {}]
+    for part in language_parts:
+        language_parts += [value for key, value in part.items() if key in TEXT and isinstance(value, Mapping)]
+    return language_parts
 
 
 def stated(config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -50,19 +52,19 @@ def stated(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
     A key that is null isn't stated.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for part in of_language(config):
-        found |= {key: plain(value) for key, value in part.items() if value is not None}
-    return found
+        settings |= {key: plain(value) for key, value in part.items() if value is not None}
+    return settings
 
 
 def contradiction(config: Mapping[str, Any] | None, keys: Mapping[str, Any] | tuple[str, ...]) -> str:
     """In words, the first of the keys that two parts state differently; empty where none is."""
     for key in keys:
         values = [plain(part[key]) for part in of_language(config) if part.get(key) is not None]
-        other = next((value for value in values[1:] if value != values[0]), None)
-        if other is not None:
-            return f"{key} is {values[0]} outside and {other} inside of the language model's part"
+        contradicting = next((value for value in values[1:] if value != values[0]), None)
+        if contradicting is not None:
+            return f"{key} is {values[0]} outside and {contradicting} inside of the language model's part"
     return ""
 
 
@@ -81,13 +83,13 @@ def not_understood(config: Mapping[str, Any] | None) -> str:
     return ""
 
 
-def _mappings(place: str, value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _mappings(place: str, value: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     """Every mapping in a value, however deep, with its place."""
     waiting = [(place, value)]
     while waiting:
-        where, held = waiting.pop()
-        if isinstance(held, Mapping):
-            yield where, held
-            waiting += [(f"{where}.{k}", v) for k, v in held.items() if not ASIDE.search(str(k))]
-        elif isinstance(held, list):
-            waiting += [(f"{where}.{k}", v) for k, v in enumerate(held)]
+        where, node = waiting.pop()
+        if is_mapping(node):
+            yield where, node
+            waiting += [(f"{where}.{k}", v) for k, v in node.items() if not ASIDE.search(str(k))]
+        elif is_sequence(node):
+            waiting += [(f"{where}.{k}", v) for k, v in enumerate(node)]

@@ -150,7 +150,7 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
             f"the source reduces the streams by their {model.parameters['reduce']}, the target by their "
             f"{parameters['reduce']}: the model's output changes by a factor of n"
         )
-    prefixes = {}
+    prefixes: dict[SiteKey, dict[str, str]] = {}
     for place in places.values():
         rows = [r.name for r in layout.rows_of(place.kind)]
         prefix = "" if place in existing else layout.prefix(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -15,6 +16,7 @@ from conformance.porter.errors import CANNOT, REFUSED, UNKNOWN, Incomplete, Port
 from conformance.porter.layouts import layout_named, layouts
 from conformance.porter.options import Options, PortReport, Refused
 from conformance.porter.plan import Plan
+from conformance.porter.probe import Projected
 from conformance.porter.storage import gguf_copy
 from conformance.porter.storage import target as storage
 from conformance.porter.storage.checkpoint import PORT_KEY
@@ -106,10 +108,10 @@ def _port(
             return report
         model.prepare()
         sink = plan.sink()
+        rows: list[Projected] = []
         with ThreadPoolExecutor(WORKERS) as pool:
             try:
-                work = pool.map(lambda site: plan.port_site(site, sink), plan.places)
-                rows = []
+                work = pool.map(functools.partial(plan.port_site, sink=sink), plan.places)
                 for done, (rounding, underflows, row) in enumerate(work, 1):
                     report.rounding = max(report.rounding, rounding)
                     report.underflows += underflows
@@ -156,20 +158,20 @@ def _check_replaceable(target: Path, kind: str, model: Path | None) -> None:
         if target.is_dir() and not any(target.iterdir()):
             return
         with open_checkpoint(target) as former:
-            held = set(former.tensors) | former.aside
+            lost = set(former.tensors) | former.aside
             for layout in layouts().values():
-                held -= {name for rows in layout.locator.locate(former.tensors).values() for name in rows.values()}
-            if held and model is not None:
+                lost -= {name for rows in layout.locator.locate(former.tensors).values() for name in rows.values()}
+            if lost and model is not None:
                 with open_checkpoint(model) as copied:
-                    held -= set(copied.tensors)
+                    lost -= set(copied.tensors)
     except Incomplete as error:
         raise PortError(f"{target}: holds a part of a checkpoint, which would be lost: remove it first") from error
     except (PortError, OSError) as error:
         raise PortError(
             f"{target}: isn't known to hold nothing but hyper-connections, and would be lost: remove it first ({error})"
         ) from error
-    if held:
-        raise PortError(f"{target}: has {min(held)} in it, which would be lost: port --into it, or remove it first")
+    if lost:
+        raise PortError(f"{target}: has {min(lost)} in it, which would be lost: port --into it, or remove it first")
     if target.is_dir():
         storage.check_other_files(target)
 
@@ -228,12 +230,12 @@ def _metadata(report: PortReport, plan: Plan, kind: str) -> dict[str, str]:
         "left_out": report.left_out, "source_row": plan.model.dialect.base, "row": plan.base, "assumed": report.assumed,
         "lacking": report.lacking, "settings": report.settings, **notes.counts(plan.places.values()),
     }  # fmt: skip
-    found = {PORT_KEY: json.dumps(noted, sort_keys=True)}
+    note = {PORT_KEY: json.dumps(noted, sort_keys=True)}
     if plan.layout.keeps_dialect:
         sizes = {"streams": plan.model.streams, "dim": plan.model.dim}
         return {
             "format": notes.CANONICAL_FORMAT,
             "parameters": json.dumps({**plan.parameters, **sizes}, sort_keys=True),
-            **found,
+            **note,
         }
-    return found if kind in ("orbax", "torch", "gguf") else {"format": "pt", **found}
+    return note if kind in ("orbax", "torch", "gguf") else {"format": "pt", **note}

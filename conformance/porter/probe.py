@@ -54,14 +54,14 @@ class Projected:
 
     Attributes:
         source, target: by the weights as they came, and as the target's layout reads them back.
-        held: by the target's weights under the source's norm: what only the port can have moved.
+        under_source_norm: by the target's weights under the source's norm: what only the port can have moved.
         moved: how far a logit may move for the roundings that the port made; 0 where it moved by no bit.
     """
 
     site: SiteKey
     source: Logits
     target: Logits
-    held: Logits
+    under_source_norm: Logits
     moved: dict[str, float]
 
 
@@ -127,17 +127,17 @@ class Probes:
         wide = {name: self._wide("source", name, value) for name, value in source.items()}
         same = {name for name in source if name in target and _same(source[name], target[name])}
         after = {name: wide[name] if name in same else self._wide("target", name, v) for name, v in target.items()}
-        known = set()
+        known = set[str]()
         if site.head or _like_one(source.get(NORM), target.get(NORM)):
             known = {part for part, names in _names(site).items() if {*names} <= same}
         units = self._head_units if site.head else self._units
         first = self._logits(site, wide, units[0], {})
-        held = self._logits(site, after, units[0], {part: first[part] for part in known})
-        second = held if units[0] is units[1] else self._logits(site, after, units[1], {})
+        under_source_norm = self._logits(site, after, units[0], {part: first[part] for part in known})
+        second = under_source_norm if units[0] is units[1] else self._logits(site, after, units[1], {})
         moved = {part: 0.0 for part in first}
-        if not all(np.array_equal(first[part], held[part]) for part in first):
+        if not all(np.array_equal(first[part], under_source_norm[part]) for part in first):
             moved = self._reach(site, ported)
-        return Projected(site, first, second, held, moved)
+        return Projected(site, first, second, under_source_norm, moved)
 
     def _wide(self, which: str, name: str, value: np.ndarray) -> np.ndarray:
         """A weight in float64, in memory that the thread uses for every site: fresh pages cost more than products."""
@@ -150,13 +150,13 @@ class Probes:
 
     def _logits(self, site: SiteKey, weights: Mapping[str, np.ndarray], unit: np.ndarray, known: Logits) -> Logits:
         """α h + b of each projection, but those that are known already: the same factors give the same product."""
-        found, normed = dict(known), None
+        logits, normed = dict(known), None
         for part, (alpha, scale, beta) in _names(site).items():
-            if alpha in weights and part not in found:
+            if alpha in weights and part not in logits:
                 if normed is None:
                     normed = unit * weights[NORM][:, None] if NORM in weights and not site.head else unit
-                found[part] = weights[scale] * (weights[alpha].T @ normed).T + weights[beta].reshape(-1)
-        return found
+                logits[part] = weights[scale] * (weights[alpha].T @ normed).T + weights[beta].reshape(-1)
+        return logits
 
     def _reach(self, site: SiteKey, ported: Converted) -> dict[str, float]:
         """How far the roundings of the port can move a logit ``z = α (normed w φ) + b``, each taken at its worst.
@@ -168,8 +168,8 @@ class Probes:
         normed = np.abs((self._head_units if site.head else self._units)[0].T)
         e_w = ported.errors.get(NORM, 0.0)
         scaled = normed * weights[NORM] if NORM in weights and not site.head else normed
-        own = 64 * ROUNDOFF * np.sqrt(normed.shape[1])
-        found = {}
+        evaluation_error = 64 * ROUNDOFF * np.sqrt(normed.shape[1])
+        reached: dict[str, float] = {}
         for part, (alpha, scale, beta) in _names(site).items():
             if alpha not in weights:
                 continue
@@ -179,9 +179,9 @@ class Probes:
             whole = (scaled + normed * e_w) @ largest
             moved = weights[scale] * reach + ported.errors.get(scale, 0.0) * whole
             moved = moved + np.reshape(ported.errors.get(beta, 0.0), -1)
-            moved = moved + own * (weights[scale] * whole + weights[beta].reshape(-1))
-            found[part] = float(np.max(moved, initial=0.0))
-        return found
+            moved = moved + evaluation_error * (weights[scale] * whole + weights[beta].reshape(-1))
+            reached[part] = float(np.max(moved, initial=0.0))
+        return reached
 
     def measure(self, rows: Sequence[Projected], verdict: Verdict) -> list[Deviation]:
         """How far each site's H, u and out (y = u: the branch is the identity) or a head's output are apart.
@@ -197,23 +197,23 @@ class Probes:
         bodies = [row for row in rows if not row.site.head]
         before, after = self._matrices(bodies, "source"), self._matrices(bodies, "target")
         index = {id(row): k for k, row in enumerate(bodies)}
-        found = []
+        deviations: list[Deviation] = []
         for row in rows:
             if row.site.head:
-                found.append(self._compare_heads(row, approximate))
+                deviations.append(self._compare_heads(row, approximate))
             else:
                 k = index[id(row)]
-                found.append(self._compare(row, before[k], after[k], approximate))
-            found[-1].logits = self._logits_moved(row, "transpose" in verdict.steps)
-        return found
+                deviations.append(self._compare(row, before[k], after[k], approximate))
+            deviations[-1].logits = self._logits_moved(row, "transpose" in verdict.steps)
+        return deviations
 
     def _logits_moved(self, row: Projected, transposed: bool) -> dict[str, tuple[float, float]]:
-        found = {}
+        moves: dict[str, tuple[float, float]] = {}
         for part, logits in row.source.items():
             if part == "res" and transposed:
                 logits = logits[:, transposition(self.x.shape[1], self.source["residual"])]
-            found[part] = float(np.max(np.abs(row.held[part] - logits), initial=0.0)), row.moved[part]
-        return found
+            moves[part] = float(np.max(np.abs(row.under_source_norm[part] - logits), initial=0.0)), row.moved[part]
+        return moves
 
     def _matrices(self, rows: Sequence[Projected], which: str) -> np.ndarray:
         """H of all sites, ``[sites, tokens, n, n]``, mixing input (first) into output streams."""
@@ -226,25 +226,25 @@ class Probes:
         if p["residual"] == "sinkhorn":
             logits = logits.reshape(-1, n, n)
         with np.errstate(invalid="ignore"):  # 0 / 0 without a guard: the source isn't finite there either
-            H, _ = formulas.residual_matrix(logits, {**p, "streams": n}, Float64())
-        H = H.reshape(len(rows), tokens, n, n)
+            matrices, _ = formulas.residual_matrix(logits, {**p, "streams": n}, Float64())
+        H = matrices.reshape(len(rows), tokens, n, n)
         return H.swapaxes(-1, -2) if p["mix"] == "out-in" else H
 
     def _gate(self, logits: np.ndarray, slope: float, offset: float) -> np.ndarray:
         return formulas.gate(logits, np.float64(slope), np.float64(offset), Float64())[0]
 
-    def _compare(self, row: Projected, H: Any, other: Any, approximate: bool) -> Deviation:
+    def _compare(self, row: Projected, H: np.ndarray, H_target: np.ndarray, approximate: bool) -> Deviation:
         """Where one dialect alone reads with the previous site's pre, this is its first site: it reads stream 0."""
-        values, first_site = [], np.eye(self.x.shape[1])[:1]
+        values, first_site = list[tuple[np.ndarray, ...]](), np.eye(self.x.shape[1])[:1]
         read_alike = self.source["pre_from"] == self.target["pre_from"]
-        for logits, p, matrix in ((row.source, self.source, H), (row.target, self.target, other)):
-            own = read_alike or p["pre_from"] == "own"
-            pre = self._gate(logits["pre"], 1, p["pre_eps"]) if own else first_site
+        for logits, p, matrix in ((row.source, self.source, H), (row.target, self.target, H_target)):
+            reads_own = read_alike or p["pre_from"] == "own"
+            pre = self._gate(logits["pre"], 1, p["pre_eps"]) if reads_own else first_site
             post = self._gate(logits["post"], p["post_scale"], p["post_eps"])
             values.append((pre, post, matrix))
         if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*values, strict=True)):
             return Deviation(dict.fromkeys(("H", "u", "out"), 0.0), {}, {})
-        evaluated = []
+        evaluated: list[dict[str, np.ndarray]] = []
         for pre, post, matrix in values:
             u = (pre[:, None, :] @ self.x)[:, 0]
             evaluated.append(
@@ -289,8 +289,8 @@ def _names(site: SiteKey) -> dict[str, tuple[str, str, str]]:
 def _like_one(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     """Whether two norm weights are the same factor; none is a factor of 1."""
     if a is None or b is None:
-        given = b if a is None else a
-        return given is None or bool(np.all(given == 1))
+        present = b if a is None else a
+        return present is None or bool(np.all(present == 1))
     return _same(a, b)
 
 

@@ -109,8 +109,8 @@ def of_checkpoint(layout: Layout, checkpoint: Checkpoint) -> KnownDialect:
     """
     configured, noted = from_config(layout, checkpoint), from_metadata(layout, checkpoint)
     if configured is None:
-        own = KnownDialect(dict(known()[layout.dialect]), Origin.LAYOUT, LAYOUTS_OWN, layout.dialect, True)
-        return noted or own
+        of_layout = KnownDialect(dict(known()[layout.dialect]), Origin.LAYOUT, LAYOUTS_OWN, layout.dialect, True)
+        return noted or of_layout
     if configured.problem or noted is None or (noted.problem and not configured.assumed):
         return configured
     return noted if noted.problem else _reconciled(configured, noted, checkpoint)
@@ -245,7 +245,7 @@ def _unknown(layout: Layout, unknown: list[str]) -> str:
     """Why a ``model_type`` says nothing; empty if all are known."""
     if not unknown:
         return ""
-    at_home = any(unknown[-1] in other.models for other in layouts().values())
+    at_home = any(unknown[-1] in candidate.models for candidate in layouts().values())
     return f"model_type {unknown[0]} is not known" + (f" with the names of the layout {layout.name}" if at_home else "")
 
 

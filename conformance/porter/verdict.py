@@ -128,7 +128,7 @@ def _head(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Reason]:
 
 
 def _roundings(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Reason]:
-    reasons = []
+    reasons: list[Reason] = []
     for value, where in (("float32", "in float32"), ("activation", "in the dtype of x")):
         moved = [name for key, name in ROUNDED.items() if source[key] != target[key] == value]
         if moved:
@@ -173,7 +173,7 @@ def _orientation(source: Mapping[str, Any], target: Mapping[str, Any], streams: 
 
 def _aligned(wanted: Mapping[str, Any], target: Mapping[str, Any], turned: bool) -> list[Reason]:
     """The reasons where the passes are the same ones, once H is transposed if it must be."""
-    reasons = []
+    reasons: list[Reason] = []
     if turned:
         text = "H is transposed: the residual logits are, and softmax and order are the reverse"
         reasons.append(Reason(EXACT, text, "transpose"))

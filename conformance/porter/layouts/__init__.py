@@ -13,11 +13,11 @@ from conformance.porter.layout import Layout
 @functools.cache
 def layouts() -> dict[str, Layout]:
     """Every layout under its name, in alphabetical order."""
-    found = {}
+    by_name: dict[str, Layout] = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
         layout = importlib.import_module(f"{__name__}.{module}").LAYOUT
-        found[layout.name] = layout
-    return found
+        by_name[layout.name] = layout
+    return by_name
 
 
 def layout_named(name: str) -> Layout:

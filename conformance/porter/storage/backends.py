@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
+from typing import Any
 
 _LOCK = threading.RLock()
 
 
 @contextlib.contextmanager
-def processor_only() -> Iterator[None]:
+def processor_only() -> Generator[None, None, None]:
     """In the block JAX has the processor (CPU) alone, unless it has been started before; afterwards it is as it was.
 
     A program that has started JAX keeps what it has, which Orbax then uses without starting anything. One that hasn't
@@ -29,10 +30,11 @@ def processor_only() -> Iterator[None]:
         if xla_bridge.backends_are_initialized():
             yield
             return
-        platforms = jax.config.values["jax_platforms"]
-        jax.config.update("jax_platforms", "cpu")
+        config: Any = jax.config
+        platforms = config.values["jax_platforms"]
+        config.update("jax_platforms", "cpu")
         try:
             yield
         finally:
             clear_backends()
-            jax.config.update("jax_platforms", platforms)
+            config.update("jax_platforms", platforms)

@@ -26,22 +26,22 @@ def alone(path: Path, kinds: Mapping[str, Callable[[], Checkpoint]]) -> Checkpoi
     (first, opens), *others = kinds.items()
     chosen = opens()
     try:
-        for what, opens in others:
+        for label, opens in others:
             try:
-                other = opens()
+                candidate = opens()
             except PortError as error:
                 raise PortError(
-                    f"{path}: has {first} and {what}, and what those hold isn't known ({error}): move one of them out "
+                    f"{path}: has {first} and {label}, and what those hold isn't known ({error}): move one of them out "
                     f"of the directory, or name a file", error.status,
                 ) from error  # fmt: skip
             if not hyper_connections(chosen.tensors):
                 chosen.close()
-                first, chosen = what, other
+                first, chosen = label, candidate
                 continue
-            with other:
-                if hyper_connections(other.tensors) and not _alike(chosen, other):
+            with candidate:
+                if hyper_connections(candidate.tensors) and not _alike(chosen, candidate):
                     raise PortError(
-                        f"{path}: has hyper-connections in {first} and in {what}, and they aren't the same: name the "
+                        f"{path}: has hyper-connections in {first} and in {label}, and they aren't the same: name the "
                         f"file that counts, or move the others out of the directory"
                     )
     except BaseException:

@@ -11,6 +11,7 @@ import numpy as np
 
 from conformance.cases.format import DTYPES
 from conformance.porter.errors import PortError
+from conformance.porter.untyped import is_mapping, is_sequence
 
 PORT_KEY = "mhc_port"
 """Where a checkpoint that was written here says how: JSON, in the metadata of its file, index or tree."""
@@ -55,13 +56,13 @@ class Checkpoint:
 
     path: Path
     kind: str
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    metadata: dict[str, Any] = field(default_factory=dict[str, Any])
     config: dict[str, Any] | None = None
     files: int = 1
     aside: frozenset[str] = frozenset()
     stacks: str = ""
-    axes: set[int] = field(default_factory=set)
+    axes: set[int] = field(default_factory=set[int])
     config_file: Path | None = None
     lacking: tuple[str, ...] = ()
     state_dicts: frozenset[str] = frozenset()
@@ -140,7 +141,7 @@ class View(Checkpoint):
         self._whole.close()
 
 
-def check_dtype(tensor: Tensor) -> np.dtype:
+def check_dtype(tensor: Tensor) -> np.dtype[Any]:
     """Its dtype, where mHC weights can have it.
 
     Raises:
@@ -178,8 +179,8 @@ def flatten(tree: Mapping[str, Any], separator: str) -> dict[str, Any]:
 
 def _branches(node: Any) -> Iterable[tuple[Any, Any]] | None:
     """What a node of a tree holds under which keys; None for a leaf, as a list of mere numbers is."""
-    if isinstance(node, Mapping):
+    if is_mapping(node):
         return node.items()
-    if isinstance(node, list | tuple) and any(isinstance(v, Mapping | list) or hasattr(v, "shape") for v in node):
+    if is_sequence(node) and any(isinstance(v, Mapping | list) or hasattr(v, "shape") for v in node):
         return enumerate(node)
     return None

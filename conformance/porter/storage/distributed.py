@@ -162,12 +162,12 @@ def _size(path: Path, name: str) -> int:
         PortError: it is missing, or no file.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise PortError(f"{path}: can't be read, and holds {name} ({error.strerror})") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise PortError(f"{path}: expected a file that holds {name}, got something that isn't one")
-    return found.st_size
+    return status.st_size
 
 
 def _bytes(path: Path, name: str, chunk: Chunk) -> bytes:
@@ -180,10 +180,10 @@ def _bytes(path: Path, name: str, chunk: Chunk) -> bytes:
         with path.open("rb", buffering=0) as file:
             content = os.pread(file.fileno(), chunk.length, chunk.begin)
             while len(content) < chunk.length:
-                more = os.pread(file.fileno(), chunk.length - len(content), chunk.begin + len(content))
-                if not more:
+                block = os.pread(file.fileno(), chunk.length - len(content), chunk.begin + len(content))
+                if not block:
                     raise PortError(f"{path}: is cut short in {name}")
-                content += more
+                content += block
     except OSError as error:
         raise PortError(f"{path}: can't be read, and holds {name} ({error.strerror})") from error
     return content

@@ -71,8 +71,8 @@ def save_copy(
         header = Header(model, descriptor)
         keys = _keys(header, descriptor, metadata)
         known = trunk(header.values)
-        own = counted(tensors)[0] if known is None else known
-        pieces = _pieces(header, {stored_as(name, own): value for name, value in tensors.items()})
+        trunk_blocks = counted(tensors)[0] if known is None else known
+        pieces = _pieces(header, {stored_as(name, trunk_blocks): value for name, value in tensors.items()})
         with path.open("wb", buffering=0) as file:
             _write_header(file, header, keys, pieces)
             for piece in pieces:
@@ -92,16 +92,16 @@ def check_blocks(model: Path, tensors: Iterable[str]) -> None:
     """
     with contextlib.closing(GGUFCheckpoint(model)) as checkpoint:
         keys = checkpoint.keys
-    own = trunk(keys)
-    if own is None:
+    trunk_blocks = trunk(keys)
+    if trunk_blocks is None:
         return
     ahead = keys.get(f"{keys.get(ARCHITECTURE)}.{NEXTN}", 0)
     needed = counted(tensors)
-    for count, need, key, what in (
-        (own, needed[0], BLOCKS, "blocks of its own"), (ahead, needed[1], NEXTN, "for multi-token prediction"),
+    for count, need, key, label in (
+        (trunk_blocks, needed[0], BLOCKS, "blocks of its own"), (ahead, needed[1], NEXTN, "for multi-token prediction"),
     ):  # fmt: skip
         if isinstance(count, int) and need > count:
-            raise PortError(f"{model}: has {count} {what} by its key {key}, and the source has {need}")
+            raise PortError(f"{model}: has {count} {label} by its key {key}, and the source has {need}")
 
 
 def _keys(header: Header, descriptor: int, metadata: Mapping[str, str]) -> list[bytes]:
@@ -119,8 +119,8 @@ def _keys(header: Header, descriptor: int, metadata: Mapping[str, str]) -> list[
         name = f"{architecture}.{key}"
         if key.startswith(PREFIX) and values.get(name) != value:  # the norm's eps is that of all the model's norms
             changed[name] = _record(name, value)
-    own = {name: read(descriptor, key.begin, key.end - key.begin) for name, key in header.keys.items()}
-    return list({**own, **changed}.values())
+    records = {name: read(descriptor, key.begin, key.end - key.begin) for name, key in header.keys.items()}
+    return list({**records, **changed}.values())
 
 
 def _record(name: str, value: Any) -> bytes:

@@ -87,14 +87,14 @@ class GGUFCheckpoint(Checkpoint):
                 raise PortError(f"{path}: {error}") from error
             if PORT_KEY in self.keys:
                 self.metadata = {PORT_KEY: self.keys[PORT_KEY]}
-        blocks, held = trunk(self.keys), dict(self.tensors)
+        blocks, tensors = trunk(self.keys), dict(self.tensors)
         for name, info in header.tensors.items():
             shown = called(name, blocks)
             if shown in self._places:
                 raise PortError(f"{path}: has the tensor {name}, and so has {self._places[shown][0].path}")
             self._places[shown] = header, descriptor, name
-            held[shown] = Tensor(name, info.shape, info.dtype, info.nbytes or 0, path)
-        self.tensors = held
+            tensors[shown] = Tensor(name, info.shape, info.dtype, info.nbytes or 0, path)
+        self.tensors = tensors
 
     def read(self, name: str) -> np.ndarray:
         header, descriptor, stored = self._places[name]

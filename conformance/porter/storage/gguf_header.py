@@ -96,8 +96,8 @@ class Header:
         (version,) = self._numbers("I")
         if version not in (2, 3):
             big = version & 0xFFFF == 0
-            what = "a big-endian file" if big else f"version {version}"
-            raise PortError(f"{path}: expected a little-endian GGUF file of version 2 or 3, got {what}")
+            got = "a big-endian file" if big else f"version {version}"
+            raise PortError(f"{path}: expected a little-endian GGUF file of version 2 or 3, got {got}")
         self.version = version
         tensors, keys = self._numbers("QQ")
         for _ in range(keys):
@@ -114,11 +114,11 @@ class Header:
         """Bytes of each tensor; of one whose type isn't known, up to the next one."""
         order = sorted(self.tensors, key=lambda name: self.tensors[name].offset)
         ends = [self.tensors[name].offset for name in order[1:]] + [self.size]
-        found = {}
+        sizes: dict[str, int] = {}
         for name, end in zip(order, ends, strict=True):
             info = self.tensors[name]
-            found[name] = end - info.offset if info.nbytes is None else info.nbytes
-        return found
+            sizes[name] = end - info.offset if info.nbytes is None else info.nbytes
+        return sizes
 
     def _key(self) -> None:
         begin = self._at
@@ -148,7 +148,7 @@ class Header:
         return None
 
     def _tensors(self, count: int) -> None:
-        found: list[tuple[str, tuple[int, ...], int, int]] = []
+        listed: list[tuple[str, tuple[int, ...], int, int]] = []
         names: set[str] = set()
         for _ in range(count):
             name = self._text("a tensor's name")
@@ -160,12 +160,12 @@ class Header:
             if name in names:
                 raise PortError(f"{self.path}: has the tensor {name} twice")
             names.add(name)
-            found.append((name, shape[::-1], kind, offset))
+            listed.append((name, shape[::-1], kind, offset))
         self.alignment = self.keys[ALIGNMENT].value if ALIGNMENT in self.keys else package().GGUF_DEFAULT_ALIGNMENT
         if not isinstance(self.alignment, int) or self.alignment < 1 or self.alignment & (self.alignment - 1):
             raise PortError(f"{self.path}: {ALIGNMENT} must be a power of two, got {self.alignment}")
         self.data = -(-self._at // self.alignment) * self.alignment
-        for name, shape, kind, offset in found:
+        for name, shape, kind, offset in listed:
             self.tensors[name] = self._info(name, shape, kind, self.data + offset)
 
     def _info(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Info:
@@ -182,14 +182,14 @@ class Header:
             )
         return Info(shape, kind, DTYPES.get(known.name) or str(known.name), offset, nbytes)
 
-    def _text(self, what: str) -> str:
+    def _text(self, label: str) -> str:
         (length,) = self._numbers("Q")
         if length > LONGEST:
-            raise PortError(f"{self.path}: {what} would have {length} bytes: that is no text")
+            raise PortError(f"{self.path}: {label} would have {length} bytes: that is no text")
         try:
             return self._take(length).decode()
         except UnicodeDecodeError as error:
-            raise PortError(f"{self.path}: {what} at byte {self._at - length} isn't UTF-8") from error
+            raise PortError(f"{self.path}: {label} at byte {self._at - length} isn't UTF-8") from error
 
     def _numbers(self, formats: str) -> tuple[Any, ...]:
         return struct.unpack(f"<{formats}", self._take(struct.calcsize(f"<{formats}")))
@@ -205,10 +205,10 @@ class Header:
         if not (self._start <= begin and self._at <= self._start + len(self._block)):
             self._block = read(self._descriptor, begin, min(max(length, AHEAD), self.size - begin))
             self._start = begin
-        found = self._block[begin - self._start : self._at - self._start]
-        if len(found) < length:
+        content = self._block[begin - self._start : self._at - self._start]
+        if len(content) < length:
             raise PortError(f"{self.path}: is cut short in its header")
-        return found
+        return content
 
 
 def _shortest(key: Key) -> Any:

@@ -43,16 +43,16 @@ def configuration(keys: Mapping[str, Any]) -> dict[str, Any]:
     """
     architecture = str(keys.get(ARCHITECTURE, ""))
     row = ARCHITECTURES.get(architecture)
-    own = {key for key, word in WORDS.items() if row is None or word in configured(row).keys}
-    found: dict[str, Any] = {"model_type": architecture}
+    of_row = {key for key, word in WORDS.items() if row is None or word in configured(row).keys}
+    settings: dict[str, Any] = {"model_type": architecture}
     for key, value in keys.items():
         word = key.removeprefix(f"{architecture}.")
-        if word != key and word in WORDS and (word in own or not word.startswith(PREFIX)):
-            found[WORDS[word]] = value
+        if word != key and word in WORDS and (word in of_row or not word.startswith(PREFIX)):
+            settings[WORDS[word]] = value
         elif OURS.search(key) and key != PORT_KEY and not key.startswith(OF_A_FILE):
-            found[key] = value
+            settings[key] = value
     blocks = trunk(keys)
-    return found if blocks is None else {**found, "num_hidden_layers": blocks}
+    return settings if blocks is None else {**settings, "num_hidden_layers": blocks}
 
 
 def trunk(keys: Mapping[str, Any]) -> int | None:
@@ -78,8 +78,8 @@ def architecture_of(row: str, parameters: Mapping[str, Any]) -> str:
     rows = dialect_rows()
 
     def apart(architecture: str) -> tuple[bool, int]:
-        own = ARCHITECTURES[architecture]
-        return own != row, sum(parameters[name] != value for name, value in rows[own].items())
+        own_row = ARCHITECTURES[architecture]
+        return own_row != row, sum(parameters[name] != value for name, value in rows[own_row].items())
 
     return min(ARCHITECTURES, key=apart)
 
@@ -87,12 +87,12 @@ def architecture_of(row: str, parameters: Mapping[str, Any]) -> str:
 def keys_of(architecture: str, parameters: Mapping[str, Any], streams: int) -> dict[str, int | float]:
     """The keys that state a dialect, without the architecture before them; one for each term that its software has."""
     stated = described(parameters, ARCHITECTURES[architecture], streams)
-    found = {key: stated[word] for key, word in WORDS.items() if word in stated}
-    return {key: value if key in COUNTS else float(value) for key, value in found.items()}
+    values = {key: stated[word] for key, word in WORDS.items() if word in stated}
+    return {key: value if key in COUNTS else float(value) for key, value in values.items()}
 
 
 def left_open(keys: Mapping[str, Any], row: str) -> list[str]:
     """Keys that a file of a row's architecture needs to say what it computes, and lacks."""
     architecture, needed = keys.get(ARCHITECTURE), configured(row).keys
-    every = [key for key, word in WORDS.items() if word in needed]
-    return [f"{architecture}.{key}" for key in every if f"{architecture}.{key}" not in keys]
+    needed_keys = [key for key, word in WORDS.items() if word in needed]
+    return [f"{architecture}.{key}" for key in needed_keys if f"{architecture}.{key}" not in keys]

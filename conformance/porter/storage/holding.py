@@ -13,10 +13,10 @@ from conformance.porter.site import ALONE
 
 def hyper_connections(names: Collection[str]) -> list[str]:
     """The names that only a hyper-connection's tensor has, and those that show a layout's site to be there."""
-    found = dict.fromkeys(naming.plainly_ours(names))
+    holding = dict.fromkeys(naming.plainly_ours(names))
     few = _ending_as(frozenset[str]().union(*(layout.endings_of_anchors for layout in layouts().values())), names)
-    found |= {name: None for name in few if any(layout.locator.locate([name]) for layout in layouts().values())}
-    return list(found)
+    holding |= {name: None for name in few if any(layout.locator.locate([name]) for layout in layouts().values())}
+    return list(holding)
 
 
 def placed(names: Collection[str], kind: str) -> tuple[int, frozenset[str]]:
@@ -44,6 +44,6 @@ def _count(layout: Layout, names: Iterable[str]) -> int:
 def _ending_as(endings: Collection[str], names: Collection[str]) -> list[str]:
     """The few names of a large checkpoint that end so, with and without wrappers."""
     ends = tuple({*endings, *(end.replace("/", ".") for end in endings)})
-    found = dict.fromkeys(name for name in names if name.endswith(ends))
-    found |= {name: None for name in naming.wrapped(names) if naming.plain(name).endswith(ends)}
-    return list(found)
+    matching = dict.fromkeys(name for name in names if name.endswith(ends))
+    matching |= {name: None for name in naming.wrapped(names) if naming.plain(name).endswith(ends)}
+    return list(matching)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from conformance.porter import names
+from conformance.porter import names as naming
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import NUMBER, Checkpoint, View
 
@@ -41,18 +41,18 @@ class Paired(View):
     ):
         super().__init__(whole)
         if bare:
-            some = ", ".join(bare[:4]) + (", …" if len(bare) > 4 else "")
-            self.lacking += (f"{len(bare)} sub-layers have no hyper-connection: {some}",)
-        self._held, self.prefixes = shown, dict(prefixes)
+            examples = ", ".join(bare[:4]) + (", …" if len(bare) > 4 else "")
+            self.lacking += (f"{len(bare)} sub-layers have no hyper-connection: {examples}",)
+        self._stored, self.prefixes = shown, dict(prefixes)
         hidden = set(shown.values())
-        own = {name: whole.tensors[name] for name in whole.tensors if name not in hidden}
-        self.tensors = {**own, **{name: whole.tensors[held] for name, held in shown.items()}}
+        unchanged = {name: whole.tensors[name] for name in whole.tensors if name not in hidden}
+        self.tensors = {**unchanged, **{name: whole.tensors[stored] for name, stored in shown.items()}}
 
-    def prepare(self, wanted: Iterable[str]) -> None:
-        self._whole.prepare([self._held.get(name, name) for name in wanted])
+    def prepare(self, names: Iterable[str]) -> None:
+        self._whole.prepare([self._stored.get(name, name) for name in names])
 
     def read(self, name: str) -> np.ndarray:
-        return self._whole.read(self._held.get(name, name))
+        return self._whole.read(self._stored.get(name, name))
 
 
 def paired(checkpoint: Checkpoint) -> Checkpoint:
@@ -62,8 +62,8 @@ def paired(checkpoint: Checkpoint) -> Checkpoint:
         PortError: the sub-layers aren't attention and MLP in turn, or one is there twice.
     """
     sites: dict[str, dict[int, list[str]]] = {}
-    for name in names.having(checkpoint.tensors, [".hyper_connection."]):
-        match = SITE.fullmatch(names.plain(name))
+    for name in naming.having(checkpoint.tensors, [".hyper_connection."]):
+        match = SITE.fullmatch(naming.plain(name))
         if match:
             sites.setdefault(match["lead"], {}).setdefault(int(match["number"]), []).append(name)
     if not sites:
@@ -95,12 +95,12 @@ def paired(checkpoint: Checkpoint) -> Checkpoint:
 
 def _kinds(checkpoint: Checkpoint) -> dict[str, dict[int, set[str]]]:
     """What each sub-layer is: one kind, unless it is a whole layer; whether it has a hyper-connection or not."""
-    found: dict[str, dict[int, set[str]]] = {}
-    for name in names.having(checkpoint.tensors, ["inner_layer"]):
-        match = INNER.match(names.plain(name))
+    kinds: dict[str, dict[int, set[str]]] = {}
+    for name in naming.having(checkpoint.tensors, ["inner_layer"]):
+        match = INNER.match(naming.plain(name))
         if match and match["module"] in KINDS:
-            found.setdefault(match["lead"], {}).setdefault(int(match["number"]), set()).add(KINDS[match["module"]])
-    return found
+            kinds.setdefault(match["lead"], {}).setdefault(int(match["number"]), set()).add(KINDS[match["module"]])
+    return kinds
 
 
 def _check_turns(checkpoint: Checkpoint, lead: str, kinds: Mapping[int, set[str]]) -> None:

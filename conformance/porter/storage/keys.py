@@ -13,6 +13,7 @@ import numpy as np
 
 from conformance.porter.storage.checkpoint import Checkpoint, Tensor, View
 from conformance.porter.storage.holding import hyper_connections, placed
+from conformance.porter.untyped import is_mapping
 
 MOST_KEYS = 8
 
@@ -29,7 +30,7 @@ def flat_dictionaries(paths: Iterable[tuple[str, ...]]) -> frozenset[str]:
 def paths_of(tree: Mapping[Any, Any], leaf: type, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The keys that lead to each leaf of nested mappings, which are no deeper than `checkpoint.flatten` allows."""
     for key, node in tree.items():
-        if isinstance(node, Mapping):
+        if is_mapping(node):
             yield from paths_of(node, leaf, (*before, str(key)))
         elif isinstance(node, leaf):
             yield (*before, str(key))
@@ -40,33 +41,33 @@ class WithoutKeys(View):
 
     def __init__(self, whole: Checkpoint, key: str):
         super().__init__(whole)
-        self._held = {name.removeprefix(key): name for name in whole.tensors}
-        self.tensors = _Renamed(whole.tensors, self._held)
+        self._stored_names = {name.removeprefix(key): name for name in whole.tensors}
+        self.tensors = _Renamed(whole.tensors, self._stored_names)
 
     def prepare(self, names: Iterable[str]) -> None:
-        self._whole.prepare([self._held[name] for name in names])
+        self._whole.prepare([self._stored_names[name] for name in names])
 
     def read(self, name: str) -> np.ndarray:
-        return self._whole.read(self._held[name])
+        return self._whole.read(self._stored_names[name])
 
 
 class _Renamed(Mapping[str, Tensor]):
     """Tensors under other names, looked at when they are asked for."""
 
-    def __init__(self, whole: Mapping[str, Tensor], held: Mapping[str, str]):
-        self._whole, self._held = whole, held
+    def __init__(self, whole: Mapping[str, Tensor], stored: Mapping[str, str]):
+        self._whole, self._stored_names = whole, stored
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._whole[self._held[name]]
+        return self._whole[self._stored_names[name]]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._held
+        return name in self._stored_names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
+        return iter(self._stored_names)
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._stored_names)
 
 
 def without_keys(checkpoint: Checkpoint) -> Checkpoint:

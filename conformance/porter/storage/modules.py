@@ -38,7 +38,7 @@ LAYERS = re.compile(r"(?P<lead>(?:.*\.)?(?:layers?|blocks?|h)\.)(?![0-9])(?P<res
 class _Shown:
     """How a parameter is shown: which one it is, the layer of a stack, and the shape."""
 
-    held: str
+    stored_as: str
     layer: int | None
     shape: tuple[int, ...]
 
@@ -46,11 +46,11 @@ class _Shown:
 def of_modules(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint as `OfModules` shows it, where it holds parameters as modules do."""
     try:
-        found = OfModules(checkpoint)
+        shown = OfModules(checkpoint)
     except BaseException:
         checkpoint.close()
         raise
-    return found if found.changed else checkpoint
+    return shown if shown.changed else checkpoint
 
 
 class OfModules(View):
@@ -106,21 +106,23 @@ class OfModules(View):
         for layer in range(depth) if depth else [None]:
             name = (prefix if layer is None else _numbered(prefix, layer)) + row
             if name in self._shown:
-                raise PortError(f"{tensor.file}: {name} is there twice, as {self._shown[name].held} and {tensor.name}")
+                raise PortError(
+                    f"{tensor.file}: {name} is there twice, as {self._shown[name].stored_as} and {tensor.name}"
+                )
             self._shown[name] = _Shown(tensor.name, layer, shape)
 
     def prepare(self, names: Iterable[str]) -> None:
-        self._whole.prepare(dict.fromkeys(self._shown[n].held if n in self._shown else n for n in names))
+        self._whole.prepare(dict.fromkeys(self._shown[n].stored_as if n in self._shown else n for n in names))
 
     def read(self, name: str) -> np.ndarray:
         shown = self._shown.get(name)
         if shown is None:
             return self._whole.read(name)
         if shown.layer is None:
-            return self._whole.read(shown.held).reshape(shown.shape)
-        if shown.held not in self._cache:
-            self._cache[shown.held] = self._whole.read(shown.held)
-        return self._cache[shown.held][shown.layer].reshape(shown.shape)
+            return self._whole.read(shown.stored_as).reshape(shown.shape)
+        if shown.stored_as not in self._cache:
+            self._cache[shown.stored_as] = self._whole.read(shown.stored_as)
+        return self._cache[shown.stored_as][shown.layer].reshape(shown.shape)
 
     def close(self) -> None:
         self._cache = {}
@@ -139,7 +141,7 @@ class _Together(Mapping[str, Tensor]):
             if name in self._taken:
                 raise KeyError(name)
             return self._whole[name]
-        tensor = self._whole[shown.held]
+        tensor = self._whole[shown.stored_as]
         layers = 1 if shown.layer is None else tensor.shape[0]
         return replace(tensor, shape=shown.shape, nbytes=tensor.nbytes // layers)
 

@@ -28,8 +28,8 @@ def check_numbers(directory: Path, names: Iterable[str]) -> None:
     """
     totals: dict[str, dict[int, set[int]]] = {}
     for name in names:
-        if found := split(name):
-            stem, number, total = found
+        if numbered := split(name):
+            stem, number, total = numbered
             totals.setdefault(stem, {}).setdefault(total, set()).add(number)
     for stem, shards in totals.items():
         if len(shards) > 1:
@@ -42,10 +42,10 @@ def check_numbers(directory: Path, names: Iterable[str]) -> None:
         missing = [n for n in range(first, first + min(total, 10**6)) if n not in present]
         surplus = sorted(n for n in present if n >= first + total)
         if missing or surplus:
-            which, what = (missing, "missing") if missing else (surplus, "too many")
+            which, problem = (missing, "missing") if missing else (surplus, "too many")
             plural = "s" if len(which) > 1 else ""
             raise Incomplete(
-                f"{directory}: shard{plural} {listed(which)} of {total} {'are' if plural else 'is'} {what}, as the "
+                f"{directory}: shard{plural} {listed(which)} of {total} {'are' if plural else 'is'} {problem}, as the "
                 f"names of the files count them: fetch the whole checkpoint"
             )
 
@@ -64,10 +64,12 @@ def of_one_model(directory: Path, holding: Iterable[str], way_out: str) -> None:
     for name in holding:
         models.setdefault(numbered[0] if (numbered := split(name)) else name, name)
     if len(models) > 1:
-        some = " and ".join(sorted(models.values())[:2]) + (f" and {len(models) - 2} more" if len(models) > 2 else "")
+        examples = " and ".join(sorted(models.values())[:2]) + (
+            f" and {len(models) - 2} more" if len(models) > 2 else ""
+        )
         raise PortError(
-            f"{directory}: has hyper-connections in {some}, and nothing says that they are of one model: name the file "
-            f"that counts{f', or add {way_out}' if way_out else ''}"
+            f"{directory}: has hyper-connections in {examples}, and nothing says that they are of one model: name the "
+            f"file that counts{f', or add {way_out}' if way_out else ''}"
         )
 
 
@@ -77,10 +79,10 @@ def check_whole(path: Path) -> None:
     Raises:
         Incomplete: it says what to name instead.
     """
-    found = split(path.name)
-    if found and found[2] > 1:
+    numbered = split(path.name)
+    if numbered and numbered[2] > 1:
         raise Incomplete(
-            f"{path}: is shard {found[1]} of {found[2]} by its name, so only a part of a checkpoint: name the "
+            f"{path}: is shard {numbered[1]} of {numbered[2]} by its name, so only a part of a checkpoint: name the "
             f"directory; what is a whole has no such number in its name"
         )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from conformance.porter import names
+from conformance.porter import names as naming
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import NUMBER, Checkpoint, Tensor, View
 
@@ -67,7 +67,7 @@ class Stacks:
         Raises:
             PortError: it is none of these.
         """
-        segments, period = [], 1
+        segments, period = list[tuple[str, int | None]](), 1
         parts = text.split(",")
         for index, part in enumerate(parts):
             match = re.fullmatch(
@@ -91,21 +91,21 @@ class Stacks:
         Raises:
             PortError: the layers don't fill the stacks.
         """
-        found: list[tuple[str, int | None]] = []
+        placed: list[tuple[str, int | None]] = []
         for name, count in self.segments:
-            count = layers - len(found) if count is None else count
-            if count < 1 or len(found) + count > layers:
+            count = layers - len(placed) if count is None else count
+            if count < 1 or len(placed) + count > layers:
                 raise PortError(f"{layers} layers don't fill the stacks {self}: {name} would have {count}")
-            start = len(found)
+            start = len(placed)
             if name == "unscanned":
-                found += [(f"layers_{start + k}", None) for k in range(count)]
+                placed += [(f"layers_{start + k}", None) for k in range(count)]
             elif name == "scanned_blocks":
                 if count % self.period:
                     raise PortError(f"{count} layers don't make whole blocks of {self.period}")
-                found += [(f"scanned_blocks/layers_{k % self.period}", k // self.period) for k in range(count)]
+                placed += [(f"scanned_blocks/layers_{k % self.period}", k // self.period) for k in range(count)]
             else:
-                found += [(name, k) for k in range(count)]
-        return found
+                placed += [(name, k) for k in range(count)]
+        return placed
 
     def __str__(self) -> str:
         def text(name: str, count: int | None) -> str:
@@ -173,11 +173,11 @@ class Stacker:
         Raises:
             PortError: a stack lacks a layer.
         """
-        for target, found in self._found.items():
+        for target, filled in self._found.items():
             match = PLACE.fullmatch(target)
-            size = self._sizes[match["stack"]] if match else found
-            if found != size:
-                raise PortError(f"{target}: {size} layers are scanned, and {found} have it: port unscanned")
+            size = self._sizes[match["stack"]] if match else filled
+            if filled != size:
+                raise PortError(f"{target}: {size} layers are scanned, and {filled} have it: port unscanned")
         return self.tensors
 
 
@@ -193,7 +193,7 @@ class Unstacked(View):
         self.tensors = self._shown
         models: dict[str, Leaves] = {}
         for name, tensor in whole.tensors.items():
-            plain = names.plain(name)
+            plain = naming.plain(name)
             match = PLACE.fullmatch(LISTED.sub(r"\1layers_\2", plain))
             if match:
                 lead = _wrappers(name, plain) + match["lead"]
@@ -220,7 +220,7 @@ class Unstacked(View):
                     f"{self.path}: layers are stacked in {lead}decoder/{kind} and beside it are {lead}decoder/"
                     f"{others[0]}: no model of MaxText has both, and nothing says which come first"
                 )
-        said, start = [], 0
+        said, start = list[str](), 0
         for kind in ("dense_layers", "layers", "moe_layers"):
             first = 0 if kind == "layers" else start  # layers_N counts all layers, the others those of their kind
             for group in alone[kind]:
@@ -267,10 +267,10 @@ class Unstacked(View):
                 if not 1 <= tensor.shape[axis] <= DEEPEST:
                     break
                 return axis, tensor.shape[axis]
-        some = next(iter(group))[1]
+        example = next(iter(group))[1]
         raise PortError(
-            f"{some.file}: {some.name} is in a scanned stack whose {SCALE} isn't [1, layers] or [layers, 1], with "
-            f"1 to {DEEPEST} layers"
+            f"{example.file}: {example.name} is in a scanned stack whose {SCALE} isn't [1, layers] or [layers, 1], "
+            f"with 1 to {DEEPEST} layers"
         )
 
     def _take_apart(self, lead: str, group: Sequence[tuple[re.Match[str], Tensor]], numbers: Sequence[int]) -> None:
@@ -292,12 +292,12 @@ class Unstacked(View):
             raise PortError(f"{tensor.file}: {name} is there twice, scanned and not")
         self._shown[name] = replace(tensor, name=tensor.name, shape=shape, nbytes=tensor.nbytes // depth)
         self._alone[name] = tensor.name
-        rest = name[name.rindex("/mhc_") :]
-        if rest in tensor.name:
-            self.prefixes[name.removesuffix(rest) + "/"] = tensor.name.partition(rest)[0] + "/"
+        ending = name[name.rindex("/mhc_") :]
+        if ending in tensor.name:
+            self.prefixes[name.removesuffix(ending) + "/"] = tensor.name.partition(ending)[0] + "/"
 
-    def prepare(self, wanted: Iterable[str]) -> None:
-        self._whole.prepare(dict.fromkeys(self._alone.get(n, n) for n in wanted))
+    def prepare(self, names: Iterable[str]) -> None:
+        self._whole.prepare(dict.fromkeys(self._alone.get(n, n) for n in names))
 
     def read(self, name: str) -> np.ndarray:
         leaf, axis, index = self._slices.get(name, (self._alone.get(name, name), 0, -1))

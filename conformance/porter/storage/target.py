@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from conformance.files import atomic
 from conformance.porter.errors import CONTRADICTED, PortError
@@ -167,8 +167,8 @@ def check_other_files(directory: Path) -> None:
 
 def _marked(config: Mapping[str, Any]) -> str:
     """What a ``config.json`` that was written here says of itself: that it is, and a digest of all else in it."""
-    rest = {key: value for key, value in config.items() if key != PORT_KEY}
-    return f"{FRAGMENT}, {hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]}"
+    content = {key: value for key, value in config.items() if key != PORT_KEY}
+    return f"{FRAGMENT}, {hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def compare(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> None:
@@ -183,8 +183,12 @@ def compare(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> None:
     with kinds.get(kind, SafetensorsCheckpoint)(path) as checkpoint:
         checkpoint.prepare(tensors)
         for name, value in tensors.items():
-            found = checkpoint.read(name) if name in checkpoint.tensors else None
-            if found is None or found.dtype != value.dtype or found.tobytes() != np.ascontiguousarray(value).tobytes():
+            stored = checkpoint.read(name) if name in checkpoint.tensors else None
+            if (
+                stored is None
+                or stored.dtype != value.dtype
+                or stored.tobytes() != np.ascontiguousarray(value).tobytes()
+            ):
                 raise PortError(
                     f"{path}: {name} was read back differently from how it was written: a broken disk?", CONTRADICTED
                 )
@@ -206,7 +210,8 @@ def save_shard(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[
     path.touch()
     mode = path.stat().st_mode  # the library's files are for their owner alone
     try:
-        save_file(contiguous, path, metadata=dict(metadata))
+        library: Any = safetensors.numpy  # the types of its functions are incomplete
+        library.save_file(contiguous, path, metadata=dict(metadata))
         path.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{error}") from error

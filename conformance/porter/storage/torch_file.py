@@ -25,6 +25,7 @@ from conformance.porter.storage.checkpoint import (
 from conformance.porter.storage.keys import flat_dictionaries, paths_of
 from conformance.porter.storage.numbering import check_whole
 from conformance.porter.storage.shards import config_beside
+from conformance.porter.untyped import is_mapping
 
 
 def torch_package() -> Any:
@@ -70,7 +71,7 @@ class StateDict:
                 f"{path}: expected a torch state dict that loads with weights_only=True, since nothing else is "
                 f"unpickled; torch refuses it ({type(error).__name__})"
             ) from error
-        if not isinstance(content, Mapping):
+        if not is_mapping(content):
             raise PortError(f"{path}: expected a state dict, got {type(content).__name__}")
         try:
             flat = flatten(content, ".")
@@ -78,9 +79,9 @@ class StateDict:
             raise PortError(f"{path}: {error}") from error
         self.values: dict[str, Any] = {k: v for k, v in flat.items() if isinstance(v, torch.Tensor)}
         self.state_dicts = flat_dictionaries(paths_of(content, torch.Tensor))
-        noted = getattr(content, "_metadata", {})
-        noted = noted.get(PORT_KEY) if isinstance(noted, Mapping) else None
-        self.metadata = dict(noted) if isinstance(noted, dict) else {}
+        of_content = getattr(content, "_metadata", {})
+        noted = of_content.get(PORT_KEY) if is_mapping(of_content) else None
+        self.metadata: dict[str, Any] = dict(noted) if is_mapping(noted) else {}
 
     def tensor(self, name: str) -> Tensor:
         """What is known of a tensor without reading it.
@@ -91,13 +92,13 @@ class StateDict:
         torch, value = torch_package(), self.values[name]
         dtype, size = str(value.dtype).removeprefix("torch."), value.numel() * value.element_size()
         if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
-            what = "quantised" if value.is_quantized else f"{value.layout} on {value.device}".replace("torch.", "")
-            raise PortError(f"{self.path}: {name} must be a plain array with its data, got one that is {what}")
-        held = value.untyped_storage().nbytes()
-        if size > held:
+            kind = "quantised" if value.is_quantized else f"{value.layout} on {value.device}".replace("torch.", "")
+            raise PortError(f"{self.path}: {name} must be a plain array with its data, got one that is {kind}")
+        available = value.untyped_storage().nbytes()
+        if size > available:
             raise PortError(
-                f"{self.path}: {name} {list(value.shape)} would take {size} bytes, and {held} lie in the file: it is "
-                f"an expanded view; save a contiguous copy of it"
+                f"{self.path}: {name} {list(value.shape)} would take {size} bytes, and {available} lie in the file: "
+                f"it is an expanded view; save a contiguous copy of it"
             )
         return Tensor(name, tuple(value.shape), dtype, size, self.path)
 

@@ -36,15 +36,15 @@ def torch_files(directory: Path) -> tuple[Path | None, list[str]]:
     indices = sorted(p for p in directory.glob(INDICES) if not p.name.startswith("."))
     if len(indices) > 1:
         raise PortError(f"{directory}: has {len(indices)} indices, {indices[0].name} and {indices[1].name}: keep one")
-    every = sorted(p.name for p in directory.iterdir() if p.name.endswith(ENDINGS) and not p.name.startswith("."))
+    files = sorted(p.name for p in directory.iterdir() if p.name.endswith(ENDINGS) and not p.name.startswith("."))
     if indices:
-        return indices[0], every
-    weights = [name for name in every if not NO_MODEL.fullmatch(name)] or every
-    found = [name for name in weights if MODEL.fullmatch(name)] or weights
-    stems = {numbered[0] if (numbered := split(name)) else name for name in found}
+        return indices[0], files
+    weights = [name for name in files if not NO_MODEL.fullmatch(name)] or files
+    models = [name for name in weights if MODEL.fullmatch(name)] or weights
+    stems = {numbered[0] if (numbered := split(name)) else name for name in models}
     if len(stems) > 1:
-        raise PortError(f"{directory}: has several torch files, {', '.join(found[:3])}: name the one with the weights")
-    return None, found
+        raise PortError(f"{directory}: has several torch files, {', '.join(models[:3])}: name the one with the weights")
+    return None, models
 
 
 def others_holding(directory: Path, besides: Iterable[str] = ()) -> dict[str, list[str]]:
@@ -55,20 +55,20 @@ def others_holding(directory: Path, besides: Iterable[str] = ()) -> dict[str, li
     Raises:
         PortError: it isn't.
     """
-    found: dict[str, list[str]] = {}
+    holding: dict[str, list[str]] = {}
     for path in sorted(directory.iterdir()):
         name = path.name
         if name in besides or name.startswith(".") or not name.endswith(ENDINGS) or NO_MODEL.fullmatch(name):
             continue
         try:
-            held = hyper_connections(without_optimiser(StateDict(path).values)[0])
+            ours = hyper_connections(without_optimiser(StateDict(path).values)[0])
         except PortError as error:
             if MODEL.fullmatch(name) or error.status == PACKAGE:
                 raise
             continue
-        if held:
-            found[name] = held
-    return found
+        if ours:
+            holding[name] = ours
+    return holding
 
 
 class TorchDirectory(Checkpoint):
@@ -83,7 +83,7 @@ class TorchDirectory(Checkpoint):
             content = read_index(index)
             self._holders, self.metadata = content.weight_map, content.metadata
         else:
-            self._holders = {}
+            self._holders = dict[str, str]()
             for file in files:
                 for name in self._shard(file).values:
                     if name in self._holders:
@@ -104,8 +104,8 @@ class TorchDirectory(Checkpoint):
         Raises:
             PortError: it names the file.
         """
-        for name, held in others_holding(self.path, named).items():
-            unlisted = [tensor for tensor in held if tensor not in self._holders]
+        for name, ours in others_holding(self.path, named).items():
+            unlisted = [tensor for tensor in ours if tensor not in self._holders]
             if index and unlisted:
                 raise unlisted_in(self.path / name, index, unlisted)
             if not index and any(hyper_connections(self._shard(file).values) for file in named):
