@@ -41,7 +41,7 @@ def source(tmp_path):
 
 def test_a_dry_run_prints_the_tensors_and_writes_nothing(source, tmp_path):
     done = call("port", source, tmp_path / "out.safetensors", "--to", "canonical", "--dry-run")
-    assert done.exit_code == 0 and "nothing is written by a dry run" in done.stdout
+    assert done.exit_code == 0 and "a dry run writes nothing" in done.stdout
     assert "layers.1.ffn.res_alpha [32, 16] float32" in done.stdout and "head.head_fn [32, 4] float32" in done.stdout
     assert not (tmp_path / "out.safetensors").exists()
     written = call("port", source, tmp_path / "out.safetensors", "--to", "canonical")
@@ -148,7 +148,7 @@ def test_where_two_layouts_fit_a_terminal_is_asked(tmp_path):
         (("--to", "canonical", "--dialect", "paper,guard=some"), "guard must be one of none, add"),
         (("--to", "canonical", "--dialect", "mhc-lite"), "the dialect has residual=permutations"),
         (("--to", "maxtext", "--stacks", "piles"), "stacks must be like layers"),
-        (("--to", "liger", "--names", "attention=x."), "names must be attention="),
+        (("--to", "liger", "--names", "attention=x."), "--names takes KIND=PREFIX"),
         (("--to", "deepseek", "--to-dialect", "maxtext"), "has no place for a norm weight"),
     ],
 )
