@@ -1,4 +1,4 @@
-"""What a model's configuration says of its hyper-connections, and which values a port carries from one to another."""
+"""Reads a model's configuration for its hyper-connections, and carries values from one configuration to another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OTHERS = {
     "kimi_k3": "attention residuals, which weigh the outputs of all earlier layers",
     "inkling2": "attention residuals, which weigh the outputs of all earlier layers",
 }
-"""Starts of a ``model_type``, and what such a model computes in the place of this layer."""
+"""Starts of a ``model_type``, and the function that such a model computes instead of this layer."""
 
 
 COUNTS = {
@@ -35,11 +35,11 @@ OTHERWISE = {
     "num_layers": ("hybrid_layer_pattern", "hybrid_override_pattern"),
     "base_num_decoder_layers": ("global_parameter_scale",),
 }
-"""Settings beside which such a key counts something else: half-layers, or layers before they are scaled."""
+"""Settings that change the meaning of such a key: it then counts half-layers, or layers before they are scaled."""
 WIDTHS = {"config.json": "hidden_size", "Megatron's arguments": "hidden_size", "MaxText's": "base_emb_dim"}
 """Starts of a configuration's place, and the key of C there."""
 INHERITS = ("base_config", "model_name")
-"""Keys of MaxText that name files which are read too: that of a model after all others, and it wins."""
+"""Keys of MaxText that name further files of settings; the file of a model is read last, and its values count."""
 
 
 def model_types(config: Mapping[str, Any] | None) -> list[str]:
@@ -49,7 +49,7 @@ def model_types(config: Mapping[str, Any] | None) -> list[str]:
 
 
 def other_function(config: Mapping[str, Any] | None) -> str:
-    """What such a model computes where it is known to be no hyper-connection of this kind; empty otherwise."""
+    """The other function that such a model is known to compute; empty if there is none."""
     for kind in model_types(config):
         for start, function in OTHERS.items():
             if kind.startswith(start):
@@ -58,7 +58,7 @@ def other_function(config: Mapping[str, Any] | None) -> str:
 
 
 def layers_stated(config: Mapping[str, Any] | None) -> tuple[int, int]:
-    """How many layers a configuration states, and how many more for multi-token prediction; 0 where it doesn't."""
+    """The numbers of layers and of layers for multi-token prediction that a configuration states; 0 if it doesn't."""
     layers, ahead = (
         next((count for count in _counts(config, keys).values() if type(count) is int and count > 0), 0)
         for keys in COUNTS.values()
@@ -77,7 +77,7 @@ def _counts(config: Mapping[str, Any] | None, keys: tuple[str, ...]) -> dict[str
 
 
 def miscounting(config: Mapping[str, Any] | None) -> str:
-    """In words, numbers of layers that are none, or that contradict each other; empty where nothing is wrong."""
+    """The numbers of layers that are impossible or contradict each other, in words; empty if nothing is wrong."""
     for label, keys in COUNTS.items():
         counts = _counts(config, keys)
         impossible = next((key for key, count in counts.items() if type(count) is not int or count < 0), None)
@@ -99,7 +99,7 @@ def sizes_stated(config: Mapping[str, Any] | None, known: Configuration) -> dict
 
 
 def unclear(config: Mapping[str, Any] | None, known: Configuration) -> str:
-    """In words, why a configuration's values can't be taken; empty where they can."""
+    """Why a configuration's values can't be taken, in words; empty if they can."""
     counted = tuple(key for keys in COUNTS.values() for key in keys)
     keys = (*known.keys, *known.requires, *WIDTHS.values(), *counted)
     return parts.not_understood(config) or parts.contradiction(config, keys) or miscounting(config)
@@ -113,14 +113,14 @@ def unknown_keys(config: Mapping[str, Any] | None, known: Configuration) -> list
 
 
 def contradicted(config: Mapping[str, Any] | None, known: Configuration) -> str:
-    """The switch that makes the software compute another row, with its value; empty where none does."""
+    """The switch that makes the software compute another row, with its value; empty if there is none."""
     settings_there = parts.stated(config)
     wrong = (key for key, value in known.requires.items() if key in settings_there and settings_there[key] != value)
     return next((f"{key} is {settings_there[key]}" for key in wrong), "")
 
 
 def values(config: Mapping[str, Any] | None, known: Configuration) -> Parameters:
-    """The parameters that a configuration sets, and ``streams`` where it states n.
+    """The parameters that a configuration sets, and ``streams`` if it states n.
 
     Raises:
         PortError: two keys set one parameter differently.
@@ -146,10 +146,10 @@ def inherited(config: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def left_open(config: Mapping[str, Any] | None, known: Configuration) -> list[str]:
-    """Keys of a row's software, and its switches, whose values a configuration leaves to files that it names.
+    """The keys and switches of a row's software whose values a configuration leaves to files that it names.
 
-    A file may be read before it, and then what it states itself counts, or after it, as MaxText reads that of a model
-    (maxtext 0.2.5, configs/pyconfig.py); then everything is open.
+    If such a file is read before the configuration, the configuration's own values count. MaxText reads a model's file
+    after it (maxtext 0.2.5, configs/pyconfig.py); then all values are open.
     """
     settings_there, named = parts.stated(config), inherited(config)
     after = "model_name" in named and settings_there.get("override_model_config") is not True
@@ -157,10 +157,10 @@ def left_open(config: Mapping[str, Any] | None, known: Configuration) -> list[st
 
 
 def settings(parameters: Mapping[str, Any], base: str, only: Collection[str] | None = None) -> dict[str, Any]:
-    """For each key whose value isn't the row's own, what must be set for these parameters; the first key of each.
+    """The settings that these parameters need: each key whose value isn't the row's own; the first key of each.
 
     Args:
-        only: keys that there are, where they aren't all of the row's.
+        only: the keys that exist, if they aren't all of the row's.
     """
     row, covered = dialects.dialect_rows()[base], set[str]()
     needed: dict[str, Any] = _switches(base)
@@ -181,9 +181,9 @@ def _keys(base: str, only: Collection[str] | None) -> dict[str, tuple[str, ...]]
 
 
 def beyond(parameters: Mapping[str, Any], base: str, only: Collection[str] | None = None) -> list[str]:
-    """Parameters that the row's software can't be set to: it computes the row's own value, or another's.
+    """The parameters that the row's software can't be set to, because no key sets them.
 
-    Left out are those that only say where it is rounded, and what the tensors themselves tell.
+    Parameters that only say where values are rounded, and those that the tensors themselves tell, don't count.
     """
     wanted = {
         **dialects.dialect_rows()[base], **values(settings(parameters, base, only), dialects.configuration(base))
@@ -193,7 +193,7 @@ def beyond(parameters: Mapping[str, Any], base: str, only: Collection[str] | Non
 
 
 def _switches(base: str) -> dict[str, Any]:
-    """The switches that choose a row among those of its software, where they aren't off for it."""
+    """The switches that are on for a row and tell it from the other rows of its software."""
     software = dialects.configuration(base)
     others = [dialects.configuration(name) for name in dialects.dialect_names()]
     rivals = [rival.requires for rival in others if rival.place == software.place]
@@ -201,10 +201,10 @@ def _switches(base: str) -> dict[str, Any]:
 
 
 def carried(parameters: Mapping[str, Any], base: str, only: Collection[str] | None = None) -> Parameters:
-    """The row ``base`` with the values of ``parameters`` wherever its software takes them from its configuration.
+    """The row ``base`` with those values of ``parameters`` that its software takes from its configuration.
 
-    A key that sets several parameters can carry one value: where the source's differ, the row's own stay; and so they
-    do where the software can't have the source's, such as an eps of 0 under a guard that adds it.
+    A key that sets several parameters has one value. If the source's values differ, or if the software can't have
+    them (such as an eps of 0 under a guard that adds it), the row's own values stay.
     """
     adjusted = dialects.dialect_rows()[base]
     for names in _keys(base, only).values():
@@ -234,8 +234,10 @@ def described(parameters: Mapping[str, Any], base: str, streams: int) -> dict[st
 def written(
     parameters: Mapping[str, Any], base: str, models: Mapping[str, str], sizes: Mapping[str, int]
 ) -> dict[str, Any]:
-    """A ``config.json`` that states a model's hyper-connections, and nothing else of it; empty where no software of the
-    row reads one, or where it couldn't state these parameters: it would be of another function.
+    """A ``config.json`` that states a model's hyper-connections and nothing else.
+
+    It is empty if no software of the row reads one, or if it can't state these parameters and so would describe
+    another function.
 
     Args:
         models: the layout's, for each ``model_type`` its row.

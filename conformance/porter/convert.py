@@ -1,4 +1,4 @@
-"""What a port does to the weights of a site, in float64, and how much of it the storage dtype rounds away."""
+"""Converts the weights of a site in float64, and measures how much the storage dtype rounds away."""
 
 from __future__ import annotations
 

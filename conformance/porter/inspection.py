@@ -1,4 +1,4 @@
-"""What a checkpoint holds of hyper-connections, and what is odd about it."""
+"""Inspects the hyper-connections of a checkpoint, and lists its oddities."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Inspection:
 
     Attributes:
         layers: for each group (``layers``, ``mtp``) and kind of site, the layer numbers that have it.
-        tensors: mHC tensors; ``all_tensors`` counts the others too.
-        bytes: of the mHC tensors.
-        stacked: how scanned layers lie, empty where none is; ``scan_axes`` along which axes.
-        dialects: those whose weights look like these, the likeliest first.
-        dialect: the one that a port would take, and ``told_by`` why.
-        assumed: nothing says that it is that dialect.
+        tensors: the number of mHC tensors; ``all_tensors`` counts the others too.
+        bytes: the size of the mHC tensors.
+        stacked: how scanned layers are stacked, empty if none is; ``scan_axes`` lists the axes.
+        dialects: the dialects whose weights look like these, the likeliest first.
+        dialect: the dialect that a port would take, and ``told_by`` the reason.
+        assumed: whether that dialect is only an assumption.
         problem: why no dialect can be assumed; then there is no verdict on a port.
-        odd: a line for each thing that is unusual.
+        odd: a line for each oddity.
     """
 
     path: str
@@ -67,14 +67,13 @@ def inspect(
     """Reads names, shapes and mHC tensors of the checkpoint at ``path``.
 
     Args:
-        layout: its layout, recognised where it isn't given.
+        layout: its layout; it is recognised if this is None.
         names: prefixes of its tensors that the layout doesn't know, under ``attention``, ``ffn`` and ``head``.
-
-        config: the configuration of its model, where it isn't the ``config.json`` beside it.
+        config: the configuration of its model; if this is None, the ``config.json`` in the same directory.
 
     Raises:
         Ambiguous: two layouts fit.
-        PortError: none does, or the checkpoint is broken.
+        PortError: no layout fits, or the checkpoint is broken.
     """
     with open_checkpoint(path) as checkpoint:
         if config is not None:

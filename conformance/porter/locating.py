@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are a layout's: their names, whatever wrappers put into them, and what lies beside."""
+"""Finds the tensors of a layout's sites by their names, in spite of wrappers, and names that lie among them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PREFIXES = {
 
 @dataclass
 class Copy:
-    """Where a site is in a checkpoint.
+    """The place of a site in a checkpoint.
 
     Attributes:
         named_by_user: whether the user named its prefix.
-        prefix: of its tensors, without wrappers.
-        model: what tells the model that it belongs to: the words for a whole model in its names, and what stands
+        prefix: the prefix of its tensors, without wrappers.
+        model: the texts that tell one model from another: the words for a whole model in its names, and the text
             before the number of a layer.
-        rows: the names of its tensors.
+        rows: for each row the name of its tensor.
     """
 
     named_by_user: bool
@@ -117,14 +117,15 @@ class Locator:
     def beside(
         self, names: Collection[str], candidates: Iterable[str], sites: Mapping[SiteKey, Mapping[str, str]]
     ) -> list[str]:
-        """Names that lie where a site's tensors do and are none of its rows; with a site whose anchors are lost.
+        """Names under a site's prefix that are none of its rows, and the rows of sites whose anchors are lost.
 
-        Such a tensor changes what the site computes, in a way that nobody here knows: a norm's weight, a scale, an
-        unmerged adapter. Where other modules lie there too (`company`) only what continues a row's name counts.
+        Such a tensor changes the function of the site in a way that isn't known here: it may be a norm's weight, a
+        scale, or an unmerged adapter. If other modules may have the prefix too (`company`), only names that continue
+        the name of a row count.
 
         Args:
-            names: of everything in the checkpoint.
-            candidates: those that end as a layout's do.
+            names: the names of all tensors in the checkpoint.
+            candidates: the names that end as a layout's do.
         """
         placed = {name for rows in sites.values() for name in rows.values()}
         prefixes: dict[str, SiteKey] = {}
@@ -168,7 +169,7 @@ class Locator:
         return list(dict.fromkeys((name, plain, naming.of_text(plain))))
 
     def _placed(self, name: str) -> tuple[SiteKey, Copy, str] | None:
-        """A name's site, where that is, and its row; None where the layout has none."""
+        """The site, its place and the row of a name; None if the layout has no such name."""
         spellings = self._spellings(name)
         for spelling in spellings:
             if not spelling.endswith(self._tails):
@@ -188,10 +189,10 @@ class Locator:
 
 
 def _check_one_model(sites: Mapping[SiteKey, Copy]) -> None:
-    """Raises where sites are those of two models: under other leading wrappers, or lists of layers of other names.
+    """Refuses sites of two models, which have different wrappers in front, or layers under different names.
 
     Raises:
-        PortError: it names a tensor of each.
+        PortError: its message names a tensor of each model.
     """
     first: dict[str, Copy] = {}
     for site, copy in sites.items():

@@ -1,4 +1,4 @@
-"""What stands in a tensor's name beside its layout's own words, and which names are plainly hyper-connections'.
+"""Takes wrappers' words out of tensors' names, and tells the names that only hyper-connections have.
 
 Wrappers put a word of theirs somewhere into every name (``layers.0._orig_mod.attn_hc.fn``), NNX ends a variable in
 ``/value``, and trees write a list's index as a key (``decoder/layers/0/``). `plain` takes all of that out.
@@ -20,7 +20,7 @@ WRAPPERS = (
 """torch.compile, activation checkpointing, FSDP, Lightning, PaddleFleet, data parallelism, PEFT, averaged models, and
 the keys of training checkpoints (mathematics.md, "More names in use")."""
 MODELS = ("ema_model", "model_state_dict", "state_dict")
-"""Those of them that can stand before a second model in the same file."""
+"""The wrappers that can stand before a second model in the same file."""
 LANGUAGE_MODEL = "language_model"
 """The text part of a model with several: some layouts have it in their names."""
 _WORDS = "|".join(WRAPPERS).replace(".", "[./]").replace("default", r"\w+")  # an adapter may have any name
@@ -46,7 +46,7 @@ COMMON_ENDINGS = re.compile(
     r"(?:^|[._/])(?:m?hc|hyper_?connections?|hyper_?head)(?:_\w+)?[./](?:fn|base|scale|bias|phi|b|alpha|beta|norm_weight)$",
     re.IGNORECASE,
 )
-"""Common words that count where the module right before them says what they belong to."""
+"""Ends of names that count only if the module right before them is a hyper-connection by its name."""
 TELLING = ("hc", "yper", "_alpha", "_beta", "alpha_", "head_", "mapping_proj")
 """One of these is in every such name."""
 
@@ -79,9 +79,9 @@ _TEXTS: weakref.WeakKeyDictionary[Collection[str], str] = weakref.WeakKeyDiction
 
 
 def _joined(names: Collection[str]) -> str:
-    """All names as one text, a line each; empty where a name has several lines.
+    """All names as one text with a line for each; empty if a name has several lines.
 
-    That of a checkpoint's tensors is kept as long as they are: it is searched several times.
+    The text of a checkpoint's tensors is kept as long as they are, because it is searched several times.
     """
     kept = is_mapping(names) and getattr(names, "__hash__", None) is not None
     if kept and names in _TEXTS:
@@ -110,9 +110,9 @@ def model_of(name: str) -> str:
 
 
 def without_optimiser(names: Collection[str]) -> tuple[Collection[str], frozenset[str]]:
-    """The names that aren't an optimiser's, whose moments are named and shaped as the weights are; and the others.
+    """Splits names into those of weights and those of an optimiser, whose moments have the weights' names and shapes.
 
-    A name is an optimiser's where one of its keys says so. Where all are, none is taken away.
+    A name is an optimiser's if one of its keys says so. If all names are an optimiser's, none is taken away.
     """
     aside = frozenset(name for name in having(names, ("opt", "exp_avg", "momentum")) if _OPTIMISER.search(name))
     if not aside or len(aside) == len(names):
@@ -131,10 +131,10 @@ def plainly_ours(names: Collection[str]) -> list[str]:
 
 
 def proposal(names: Iterable[str], rows: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Values of ``--from-names`` that would give names a place, and the names to which each gives one.
+    """Values of ``--from-names`` that would give names a place, and the names that each value covers.
 
     Args:
-        rows: for each kind of site (``attention``, ``ffn``, ``head``, ``site``) what may follow a prefix.
+        rows: for each kind of site (``attention``, ``ffn``, ``head``, ``site``) the names that may follow a prefix.
     """
     options: dict[str, list[str]] = {}
     for name in names:

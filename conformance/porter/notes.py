@@ -1,4 +1,4 @@
-"""What this project writes into the metadata of a checkpoint: the note of a port, and a canonical file's statement."""
+"""The metadata that this project writes into a checkpoint: the note of a port, and a canonical file's statement."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint
 from conformance.porter.untyped import is_mapping
 
 PORT_FORMAT, CANONICAL_FORMAT = "mhc-port/1", "mhc-canonical/1"
-"""What a port's note and a canonical file's metadata say that they are."""
+"""The formats of a port's note and of a canonical file's metadata."""
 SIZES = ("streams", "dim")
 
 
 class Note(msgspec.Struct):
-    """What a port has noted; only what is read again.
+    """The fields of a port's note that are read again.
 
     Attributes:
-        layout: of the tensors.
-        parameters: what they are for.
+        layout: the layout of the tensors.
+        parameters: the dialect that the tensors are for.
         source_row: the published row that the source's dialect was, or departed from.
-        assumed: nothing said that it was.
-        lacking: what the source should have had, a line each.
-        layers, sites: how many were written.
+        assumed: whether that dialect was only an assumption.
+        lacking: a line for each part that the source should have had.
+        layers, sites: the numbers of layers and sites that were written.
     """
 
     format: str = PORT_FORMAT
@@ -48,7 +48,7 @@ class Note(msgspec.Struct):
 
 
 class Statement(msgspec.Struct):
-    """What a canonical file states: its dialect and sizes."""
+    """The statement of a canonical file: its dialect and sizes."""
 
     parameters: dict[str, Any]
     format: str = CANONICAL_FORMAT
@@ -60,12 +60,12 @@ class Statement(msgspec.Struct):
 
 
 def note(checkpoint: Checkpoint) -> Note | None:
-    """What a port has noted in the checkpoint's metadata; None where none has.
+    """The note of a port in the checkpoint's metadata; None if there is none.
 
-    Of another version's note only its format is read.
+    If another version wrote the note, only its format is read.
 
     Raises:
-        PortError: it is none that this project writes.
+        PortError: this project doesn't write such a note.
     """
     noted = checkpoint.metadata.get(PORT_KEY)
     if noted is None:
@@ -78,10 +78,10 @@ def note(checkpoint: Checkpoint) -> Note | None:
 
 
 def statement(checkpoint: Checkpoint) -> Statement | None:
-    """What the metadata of a canonical file states; None where it doesn't.
+    """The statement in the metadata of a canonical file; None if there is none.
 
     Raises:
-        PortError: it is none that this project writes.
+        PortError: this project doesn't write such a statement.
     """
     if "parameters" not in checkpoint.metadata:
         return None
@@ -123,7 +123,7 @@ def fewer_than_noted(checkpoint: Checkpoint, sites: Iterable[SiteKey]) -> list[s
 
 
 def _mapping(value: Any, checkpoint: Checkpoint, label: str) -> dict[str, Any]:
-    """A mapping, which files that hold texts alone keep as JSON."""
+    """A mapping; files whose metadata can only be texts keep it as JSON."""
     try:
         content = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""The parts of a model's configuration: the whole, that of its language model, and those that aren't understood.
+"""The parts of a model's configuration: the whole, the language model's part, and parts that aren't understood.
 
-A ``config.json`` of a model that also sees or hears keeps the settings of its language model in a mapping of their
-own, and software differs in what it calls that mapping. What only the whole states holds for the part too.
+The ``config.json`` of a multi-modal model keeps the settings of its language model in a mapping of their own, and
+software differs in the name of that mapping. A setting that only the whole states holds for the part too.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ OURS = re.compile(
 )
 """Keys that speak of hyper-connections, in whatever software."""
 TEXT = ("text_config", "llm_config", "language_config", "language_model_config")
-"""What the part of the language model is called."""
+"""The names of the language model's part."""
 ASIDE = re.compile(
     r"vision|visual|(?:^|_)vit(?:_|$)|image|video|audio|speech|voice|codec|projector|tokenizer|quantization",
     re.IGNORECASE,
 )
-"""Parts that are no language model's, and those that name tensors and set nothing of theirs."""
+"""Parts of other models, and parts that name tensors without setting anything of theirs."""
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 WORDS = {"true": True, "false": False}
 
@@ -40,7 +40,7 @@ def plain(value: Any) -> Any:
 
 
 def of_language(config: Mapping[str, Any] | None) -> list[Mapping[Any, Any]]:
-    """The whole and then the parts of the language model in it, each with what it states itself."""
+    """The whole configuration and then the parts of the language model in it, each with its own settings."""
     language_parts: list[Mapping[Any, Any]] = [config or {}]
     for part in language_parts:
         language_parts += [value for key, value in part.items() if key in TEXT and isinstance(value, Mapping)]
@@ -48,7 +48,7 @@ def of_language(config: Mapping[str, Any] | None) -> list[Mapping[Any, Any]]:
 
 
 def stated(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What holds for the language model: each key where it is stated last, numbers and switches as such.
+    """The settings that hold for the language model: for each key the innermost value, texts of numbers as numbers.
 
     A key that is null isn't stated.
     """
@@ -59,7 +59,7 @@ def stated(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def contradiction(config: Mapping[str, Any] | None, keys: Mapping[str, Any] | tuple[str, ...]) -> str:
-    """In words, the first of the keys that two parts state differently; empty where none is."""
+    """The first of the keys that two parts state differently, in words; empty if there is none."""
     for key in keys:
         values = [plain(part[key]) for part in of_language(config) if part.get(key) is not None]
         contradicting = next((value for value in values[1:] if value != values[0]), None)
@@ -69,7 +69,7 @@ def contradiction(config: Mapping[str, Any] | None, keys: Mapping[str, Any] | tu
 
 
 def not_understood(config: Mapping[str, Any] | None) -> str:
-    """In words, the first part that may speak of this layer and isn't known to be the language model's."""
+    """The first part that may speak of this layer and isn't known to be the language model's, in words."""
     for part in of_language(config):
         for key, value in part.items():
             if key in TEXT:

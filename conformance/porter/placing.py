@@ -1,4 +1,4 @@
-"""Places the source's sites among the target's: which becomes which, what is left out, and what is there already."""
+"""Places the source's sites among the target's, and finds the sites that are left out or already there."""
 
 from __future__ import annotations
 

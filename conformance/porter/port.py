@@ -1,4 +1,4 @@
-"""Moves the hyper-connections of one checkpoint into another layout and dialect, and proves what it cost."""
+"""Ports the hyper-connections of a checkpoint to another layout and dialect, and measures the result."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ WORKERS = 2
 def port(
     source: Path, target: Path | None, options: Options, progress: Callable[[int, int], None] | None = None
 ) -> PortReport:
-    """Ports ``source`` to ``target`` (None where ``options.into`` takes the tensors).
+    """Ports ``source`` to ``target``, which is None if ``options.into`` takes the tensors.
 
     Args:
         progress: called with (sites done, sites).
 
     Returns:
-        The verdict, what was measured and what was written.
+        The verdict, the measurements and a list of the tensors that were written.
 
     Raises:
         Refused: the verdict is approximate and that isn't allowed (status 4), or impossible (5).
         PortError: the source is broken, the target is in the way or can't be written (2), a package is missing (3),
-            or what was measured contradicts the verdict (1). Nothing is written then.
+            or the measurement contradicts the verdict (1). Nothing is written then.
     """
     collecting = gc.isenabled()
     gc.disable()  # headers are hundreds of thousands of objects, none of them garbage: a tenth of the time
@@ -146,10 +146,10 @@ def _port(
 
 
 def _check_replaceable(target: Path, kind: str, model: Path | None) -> None:
-    """Refuses to replace anything but a checkpoint with nothing in it but hyper-connections, and the model's copy.
+    """Refuses a target that holds more than hyper-connections and, for a copy, the tensors of its model.
 
     Raises:
-        PortError: it names what would be lost, or says why that isn't known.
+        PortError: its message names a tensor that would be lost, or says why that isn't known.
     """
     if not os.path.exists(target):
         return
@@ -177,10 +177,10 @@ def _check_replaceable(target: Path, kind: str, model: Path | None) -> None:
 
 
 def _check_assumed(plan: Plan) -> None:
-    """Refuses a port of a dialect that nothing tells, unless the user takes the assumption.
+    """Refuses a port whose source dialect is an assumption, unless the user allows that.
 
     Raises:
-        Refused: it is one.
+        Refused: the dialect is an assumption, and that isn't allowed.
     """
     if plan.report.assumed and not plan.options.assume:
         row = plan.model.dialect.base
@@ -192,7 +192,7 @@ def _check_assumed(plan: Plan) -> None:
 
 
 def settle(report: PortReport, verdict: Verdict) -> None:
-    """The verdict after the measurement: a fold or a cast that rounded nothing was exact."""
+    """Sets the verdict after the measurement: a fold or a cast that rounded nothing was exact."""
     report.verdict, report.reason = verdict.kind, str(verdict)
     rounds = [r for r in verdict.reasons if r.kind == ROUNDING]
     if verdict.kind == ROUNDING and all(r.step for r in rounds) and not (report.rounding or report.underflows):
@@ -220,7 +220,7 @@ def _figures(largest: Mapping[str, float]) -> str:
 
 
 def _metadata(report: PortReport, plan: Plan, kind: str) -> dict[str, str]:
-    """What the target's own metadata says of this port."""
+    """The metadata that the target gets: the note of this port, and what its format needs."""
     noted = {
         "format": notes.PORT_FORMAT, "layout": plan.layout.name, "parameters": plan.parameters,
         "streams": plan.model.streams, "dim": plan.model.dim, "source_layout": report.source_layout,

@@ -1,7 +1,7 @@
-"""Source and target weights evaluated side by side in float64: how far are H, u and out apart?
+"""Evaluates source and target weights in float64, and measures by how much H, u and out differ.
 
-In two steps, so that a checkpoint is read once and a site's projections aren't kept: `Probes.project` takes one site's
-weights to its logits, and `Probes.measure` the logits of all sites to deviations.
+This takes two steps, so that a checkpoint is read once and a site's projections aren't kept: `Probes.project` computes
+the logits of one site from its weights, and `Probes.measure` the deviations of all sites from their logits.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Projected:
     """One site's logits on the probes, ``[tokens, columns]`` for each projection.
 
     Attributes:
-        source, target: by the weights as they came, and as the target's layout reads them back.
-        under_source_norm: by the target's weights under the source's norm: what only the port can have moved.
-        moved: how far a logit may move for the roundings that the port made; 0 where it moved by no bit.
+        source, target: the logits of the source's weights, and of the target's as its layout reads them back.
+        under_source_norm: the logits of the target's weights under the source's norm, which only the port can move.
+        moved: how far the roundings of the port may move a logit; 0 if no logit moved by a bit.
     """
 
     site: SiteKey
@@ -67,12 +67,12 @@ class Projected:
 
 @dataclass
 class Deviation:
-    """How far a site's values are apart before and after.
+    """The differences between a site's values before and after the port.
 
     Attributes:
-        measured: largest differences, as fractions of the largest value (of 1 for H).
-        allowed: what the verdict allows of them; empty where it says nothing (approximate).
-        logits: for each projection how far its logits moved and may move, under the source's norm.
+        measured: the largest differences, as fractions of the largest value (of 1 for H).
+        allowed: the differences that the verdict allows; empty if it says nothing about them (approximate).
+        logits: for each projection how far its logits moved and how far they may move, under the source's norm.
     """
 
     measured: dict[str, float]
@@ -80,7 +80,7 @@ class Deviation:
     logits: dict[str, tuple[float, float]]
 
     def contradicts(self) -> str:
-        """The first quantity that deviates more than the verdict allows, in words; empty where none does."""
+        """The first quantity that deviates more than the verdict allows, in words; empty if there is none."""
         for part, (moved, most) in self.logits.items():
             if not moved <= most:
                 return f"the logits of {part} move by {moved:.3g}, and the rounding of weights allows {most:.3g}"
@@ -96,7 +96,7 @@ class Probes:
 
     Attributes:
         x: ``[tokens, n, C]`` float64.
-        source, target: their parameters.
+        source, target: the parameters of the two dialects.
     """
 
     x: np.ndarray
@@ -109,7 +109,7 @@ class Probes:
         self._spaces = threading.local()
 
     def _normalised(self, rows: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
-        """The normalised probes ``[n*C, tokens]`` of each row; the same array where the norms are alike."""
+        """The normalised probes ``[n*C, tokens]`` of each row; both are one array if the norms are equal."""
         flat = self.x.reshape(self.x.shape[0], -1)
         units = [np.ascontiguousarray((flat / formulas.root_mean_square(flat, p, Float64())[0]).T) for p in rows]
         return [units[0]] * 2 if np.array_equal(units[0], units[1]) else units
@@ -117,12 +117,12 @@ class Probes:
     def project(
         self, site: SiteKey, source: Mapping[str, np.ndarray], target: Mapping[str, np.ndarray], ported: Converted
     ) -> Projected:
-        """The logits of one site before and after.
+        """The logits of one site before and after the port.
 
         Args:
             source: canonical flat weights.
-            target: the same after the port, as read back; what has the same bits in both is computed once.
-            ported: what the port made of them, and the roundings of that.
+            target: the weights after the port, as read back; weights with the same bits are evaluated once.
+            ported: the converted weights, with their rounding errors.
         """
         wide = {name: self._wide("source", name, value) for name, value in source.items()}
         same = {name for name in source if name in target and _same(source[name], target[name])}
@@ -149,7 +149,7 @@ class Probes:
         return space
 
     def _logits(self, site: SiteKey, weights: Mapping[str, np.ndarray], unit: np.ndarray, known: Logits) -> Logits:
-        """α h + b of each projection, but those that are known already: the same factors give the same product."""
+        """α h + b of each projection; logits that are known already are taken over, since equal factors give them."""
         logits, normed = dict(known), None
         for part, (alpha, scale, beta) in _names(site).items():
             if alpha in weights and part not in logits:
@@ -184,10 +184,10 @@ class Probes:
         return reached
 
     def measure(self, rows: Sequence[Projected], verdict: Verdict) -> list[Deviation]:
-        """How far each site's H, u and out (y = u: the branch is the identity) or a head's output are apart.
+        """The deviations of each site's H, u and out (y = u: the branch is the identity), or of a head's output.
 
         Args:
-            verdict: where it is approximate the functions differ, and only logits are held to anything.
+            verdict: if it is approximate, the functions differ, and only the logits have bounds.
 
         The bounds: a gate's slope is at most 1/4 of its scale; after N iterations log H has moved by at most 8N times
         its logits, since each log-sum-exp is 1-Lipschitz in the largest norm and row and column potentials take turns
@@ -234,7 +234,7 @@ class Probes:
         return formulas.gate(logits, np.float64(slope), np.float64(offset), Float64())[0]
 
     def _compare(self, row: Projected, H: np.ndarray, H_target: np.ndarray, approximate: bool) -> Deviation:
-        """Where one dialect alone reads with the previous site's pre, this is its first site: it reads stream 0."""
+        """The deviation of one site; if one dialect alone reads with a carried pre, it reads stream 0 here."""
         values, first_site = list[tuple[np.ndarray, ...]](), np.eye(self.x.shape[1])[:1]
         read_alike = self.source["pre_from"] == self.target["pre_from"]
         for logits, p, matrix in ((row.source, self.source, H), (row.target, self.target, H_target)):
@@ -287,7 +287,7 @@ def _names(site: SiteKey) -> dict[str, tuple[str, str, str]]:
 
 
 def _like_one(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    """Whether two norm weights are the same factor; none is a factor of 1."""
+    """Whether two norm weights are the same factor; a missing one is a factor of 1."""
     if a is None or b is None:
         present = b if a is None else a
         return present is None or bool(np.all(present == 1))
@@ -295,7 +295,7 @@ def _like_one(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays have the same bits; at once where they are the same memory."""
+    """Whether two arrays have the same bits; arrays in the same memory aren't compared."""
     if a.dtype == b.dtype and a.shape == b.shape and a.strides == b.strides and a.ctypes.data == b.ctypes.data:
         return True
     return a.dtype == b.dtype and np.array_equal(a, b)
@@ -308,7 +308,7 @@ def _size(value: np.ndarray) -> float:
 def _apart(a: np.ndarray, b: np.ndarray, size: float) -> float:
     """The largest difference, as a fraction of ``size`` or of the largest value.
 
-    Tokens where the source itself isn't finite say nothing; where only the target isn't, the difference is infinite.
+    Tokens for which the source itself isn't finite don't count; if only the target isn't, the difference is infinite.
     """
     finite = np.isfinite(a)
     if not np.isfinite(b[finite]).all():

@@ -1,4 +1,4 @@
-"""Which layout a checkpoint has: names, then shapes, and where several fit, what its ``config.json`` says."""
+"""Recognises the layout of a checkpoint by names, then by shapes, and if several fit by its ``config.json``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Recognised:
         return sum(len(rows) for rows in self.sites.values())
 
     def weights(self) -> Any:
-        """Which tensor holds which weights, and how: alike for two layouts that read the same."""
+        """The weights and axes of each tensor; they are equal for two layouts that read the same weights."""
         weights_held = {}
         for site, names_of_rows in self.sites.items():
             rows = {row.name: row for row in self.layout.rows_of(site.kind)}
@@ -51,12 +51,12 @@ def recognise(checkpoint: Checkpoint, named: Layout | None, prefixes: Mapping[st
     """The one layout that fits.
 
     Args:
-        given: the layout that the user names; all that are kept in such files where it is None.
-        prefixes: the user's own, under ``attention``, ``ffn``, ``head`` and ``site``.
+        named: the layout that the user names; if None, every layout that is kept in such files.
+        prefixes: the user's own prefixes, under ``attention``, ``ffn``, ``head`` and ``site``.
 
     Raises:
-        Ambiguous: several fit, and read other weights from the same tensors.
-        PortError: none does; it names the tensor that is missing or has another shape than it should.
+        Ambiguous: several layouts fit, and read different weights from the same tensors.
+        PortError: no layout fits; the message names the tensor that is missing or has the wrong shape.
     """
     considered = [
         layout.named(prefixes)
@@ -80,10 +80,10 @@ def recognise(checkpoint: Checkpoint, named: Layout | None, prefixes: Mapping[st
             broken.append(((error.whole, False), error))
     fits = _likeliest(checkpoint, fits)
     if len(fits) > 1:
-        names_of_layouts = [fit.layout.name for fit in fits]
+        fitting = [fit.layout.name for fit in fits]
         raise Ambiguous(
-            f"{checkpoint.path}: fits the layouts {' and '.join(names_of_layouts)}: say which with --from",
-            names_of_layouts,
+            f"{checkpoint.path}: fits the layouts {' and '.join(fitting)}: say which with --from",
+            fitting,
         )
     if broken and (not fits or max(broken, key=_whole)[0] > (len(fits[0].sites), False)):
         raise max(broken, key=_whole)[1]
@@ -135,7 +135,7 @@ def _sizes(checkpoint: Checkpoint, layout: Layout, sites: Rows) -> dict[SiteKey,
 
 
 def _likeliest(checkpoint: Checkpoint, fits: list[Recognised]) -> list[Recognised]:
-    """Of the layouts that fit, the one that is meant; several only where they read other weights."""
+    """The likeliest of the layouts that fit; several only if they read different weights."""
     if any(set(fit.sites) != {HEAD} for fit in fits):  # another one's head under its name, and nothing else
         fits = [fit for fit in fits if set(fit.sites) != {HEAD}]
     if len(fits) < 2:
@@ -155,7 +155,7 @@ def _likeliest(checkpoint: Checkpoint, fits: list[Recognised]) -> list[Recognise
 
 
 def _nothing(checkpoint: Checkpoint, named: Layout | None) -> PortError:
-    """Why no layout fits: nothing is there, or names that none has."""
+    """The error for a checkpoint that no layout fits: it has no mHC tensors, or names that no layout has."""
     stray = naming.plainly_ours(checkpoint.tensors)
     others = [
         o.name for o in layouts().values() if stray and checkpoint.kind in o.containers and o.locator.locate(stray)

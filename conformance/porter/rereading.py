@@ -1,4 +1,4 @@
-"""Whether a reader of the target's layout would find again what is about to be written, each weight in its place."""
+"""Checks that a reader of the target's layout will find every weight in its place, before it is written."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ KINDS = {("layers", "attention"): "attention", ("layers", "ffn"): "ffn", ("", "h
 def check(
     layout: Layout, prefixes: Mapping[SiteKey, Mapping[str, str]], tensors: Shapes, scanned: bool = False
 ) -> None:
-    """Raises where what would be written is lost to its reader, or read as something else.
+    """Refuses to write tensors that their reader would not find, or would read as others.
 
-    The reader is told the user's own prefixes (``--names``) as ``--from-names``. One that isn't told them may find
-    fewer sites, and none that is another.
+    A reader that gets the user's prefixes (``--names``) as ``--from-names`` must find all sites. A reader without them
+    may find fewer sites, but no wrong ones.
 
     Args:
         layout: the target's, with the user's prefixes.
         prefixes: for each site its rows and the names that they are written under, before layers are stacked.
-        tensors: name, shape and dtype of what is written, after that.
+        tensors: name, shape and dtype of each tensor that is written, after layers are stacked.
         scanned: whether layers are to be stacked.
 
     Raises:
-        PortError: it says what the reader would find.
+        PortError: its message says what the reader would find.
     """
     _check_used(layout, prefixes)
     if "orbax" in layout.containers:
@@ -63,10 +63,10 @@ def check(
 
 
 def _check_used(layout: Layout, prefixes: Mapping[SiteKey, Mapping[str, str]]) -> None:
-    """Raises for a prefix of the user's that nothing is written under.
+    """Refuses a prefix of the user's under which no tensor would be written.
 
     Raises:
-        PortError: it names the prefix.
+        PortError: its message names the prefix.
     """
     for key, templates in layout.names.items():
         template = templates[0]
@@ -86,7 +86,7 @@ def _check_used(layout: Layout, prefixes: Mapping[SiteKey, Mapping[str, str]]) -
 
 
 def _check_tree(names: Iterable[str]) -> None:
-    """Raises where names can't be the leaves of one tree, which are its paths.
+    """Refuses names that can't be the paths of one tree's leaves.
 
     Raises:
         PortError: a leaf would hold others, or a key is empty.
@@ -101,10 +101,10 @@ def _check_tree(names: Iterable[str]) -> None:
 
 
 def _check_scanned(prefixes: Mapping[SiteKey, Mapping[str, str]]) -> None:
-    """Raises where layers have names that aren't known to be stacked.
+    """Refuses names of layers that no reader knows how to take out of a stack.
 
     Raises:
-        PortError: it says which names are.
+        PortError: its message says which names a reader knows.
     """
     for site, rows in prefixes.items():
         name = next(iter(rows.values()))
@@ -119,7 +119,7 @@ def _shown(layout: Layout, tensors: Shapes) -> list[str]:
     """The names of weights that a reader of such a checkpoint shows.
 
     Raises:
-        PortError: it takes some for an optimiser's, or can't take the stacks apart.
+        PortError: the reader takes some for an optimiser's, or can't split the stacks.
     """
     weights, aside = without_optimiser(tensors)
     kept = list(weights)
@@ -137,7 +137,7 @@ def _shown(layout: Layout, tensors: Shapes) -> list[str]:
 
 
 def _located(layout: Layout, shown: list[str]) -> tuple[dict[str, tuple[SiteKey, str]], str]:
-    """The site and the row of each name, as the layout reads them; and why it finds none."""
+    """The site and the row of each name, as the layout reads them; or the reason why it finds none."""
     try:
         sites = layout.locator.locate(shown)
     except PortError as error:

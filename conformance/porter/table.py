@@ -1,4 +1,4 @@
-"""What a port between any two dialects is: derived, and measured on one made-up site, as a Markdown table."""
+"""Tables of the verdicts between all dialects, with a measurement on one made-up site, in Markdown."""
 
 from __future__ import annotations
 

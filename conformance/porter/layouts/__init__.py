@@ -1,4 +1,4 @@
-"""The layouts, a file each: whatever module of this folder has a ``LAYOUT`` is one."""
+"""The layouts: each module of this folder holds one as ``LAYOUT``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def layout_named(name: str) -> Layout:
     """The layout of that name.
 
     Raises:
-        PortError: there is none.
+        PortError: there is no layout of that name.
     """
     known = layouts()
     if name not in known:
