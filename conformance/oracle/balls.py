@@ -88,7 +88,7 @@ class BallArithmetic:
 
     @staticmethod
     def maximum_along(a: Array, axis: int) -> Array:
-        """A shift: any value gives the same result, so the midpoints decide, exactly."""
+        """The entry with the largest midpoint. It is only a shift: every value would give the same result."""
         if a.size == 0:
             return np.expand_dims(np.empty(np.delete(a.shape, axis), dtype=object), axis)
         index = np.argmax(_midpoints(a), axis=axis)
@@ -201,7 +201,7 @@ def _exact_to_float(point: flint.arb) -> float:
 
 
 def to_float64(a: Array) -> np.ndarray:
-    """Correctly rounded float64 of every element; `NotRounded` where the balls are too wide."""
+    """The correctly rounded float64 of every element; raises `NotRounded` if a ball is too wide."""
     flat = np.asarray(a, dtype=object).reshape(-1)
     return np.array([_rounded(v) for v in flat], dtype=np.float64).reshape(np.shape(a))
 

@@ -22,7 +22,7 @@ PER_STREAM = (1, 0.25, 4, 0.5, 2, 1, 0.125, 1)
 
 @dataclass
 class Draft:
-    """Everything a case file holds except what the oracle adds."""
+    """The contents of a case file before the oracle adds expected values and bounds."""
 
     id: str
     family: str
@@ -44,7 +44,7 @@ class Draft:
 
 @dataclass
 class Wish:
-    """What a family asks for; the rest has the generic values.
+    """The values that a family asks for; all others are generic.
 
     Attributes:
         dialect: the row's name, of which ids and data are made.
@@ -92,7 +92,7 @@ def _float32(values: np.ndarray) -> np.ndarray:
 
 
 def stream_scales(streams: int) -> np.ndarray:
-    """Powers of two that set the streams apart; beyond 8 the same pattern, times other powers."""
+    """Powers of two that tell the streams from each other; beyond 8 the pattern repeats with other factors."""
     index = np.arange(streams)
     repeat = index // len(PER_STREAM) % 5
     return np.take(PER_STREAM, index % len(PER_STREAM)) * np.take([1, 0.5, 2, 0.25, 4], repeat)
@@ -122,7 +122,7 @@ def layer_weights(wish: Wish, p: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _vary(wish: Wish, name: str, value: np.ndarray, index: int) -> np.ndarray:
-    """The weights of layer ``index``: the same scales, other numbers."""
+    """The weights of layer ``index``: they have the same scales and other numbers."""
     alike = name in wish.weights and np.ndim(wish.weights[name]) == 0  # one number, asked for in every layer
     if name.endswith("_alpha_scale") or name == "mhc_norm.scale" or alike:
         return value
@@ -213,7 +213,7 @@ def _wanted(wish: Wish, variant: str, stages: list[str]) -> list[str]:
 
 
 def _variant(name: str, stages: list[str], p: Mapping[str, Any], tf32: bool) -> list[dict[str, Any]]:
-    """The stages that a pair of dtypes tells something new about; none where nothing would be left."""
+    """The stages for which a pair of dtypes adds information; empty if there is none."""
     x, weights = name.split("-")
     narrow = x in ("bfloat16", "float16")
     secondary = weights != ("float64" if x == "float64" else "float32")

@@ -1,7 +1,7 @@
-"""Rounded arithmetic for the honest ensemble: the same on every machine.
+"""Rounded arithmetic for the honest ensemble, with the same results on every machine.
 
-Only elementwise IEEE operations, sums in an explicit order and correctly rounded exp and log: no BLAS,
-no libm result that is kept unchecked, no framework.
+It uses only elementwise IEEE operations, sums in an explicit order and correctly rounded exp and log: no BLAS, no
+unchecked result of libm, no framework.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class FloatArithmetic:
 
 
 class Quick(FloatArithmetic):
-    """float64 by NumPy's own elementary functions: near enough for telling dialects apart, and fast."""
+    """float64 with NumPy's own elementary functions, fast and exact enough to tell dialects from each other."""
 
     def __init__(self) -> None:
         super().__init__(Style(), "float64", None)

@@ -335,5 +335,5 @@ def _reduced(
 
 
 def one_hot(x: Array, A: Arithmetic) -> Array:
-    """``[T, n]``: 1 for stream 0, what the first site of a single-pass stack reads with."""
+    """``[T, n]``: 1 for stream 0, which the first site of a single-pass stack reads."""
     return np.broadcast_to(A.array(np.eye(x.shape[1])[:1]), x.shape[:2])

@@ -86,7 +86,7 @@ def complete(case: Draft) -> bytes:
 def _evaluation(
     case: Draft, stage: str, inputs: dict[str, np.ndarray], cotangents: dict[str, np.ndarray]
 ) -> Callable[[Arithmetic], dict[str, Array]]:
-    """The stage as a function of the arithmetic; without gradients where the case has none."""
+    """The stage as a function of the arithmetic; without gradients if the case has none."""
 
     def run(A: Arithmetic) -> dict[str, Array]:
         values = evaluate(stage, inputs, cotangents, case.parameters, case.stages[stage]["options"], A)
@@ -190,7 +190,7 @@ def _honest(
     """Largest error of the ensemble for each output and gradient, and whether narrow roundings took part.
 
     Args:
-        last_axis: the axis of H whose sums are measured on dual potentials; None where there are none.
+        last_axis: the axis of H whose sums are measured on dual potentials; None if none are used.
     """
     tensors = [name for name in expected if not name.startswith("m/")]
     worst = dict.fromkeys(tensors, 0.0)

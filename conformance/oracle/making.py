@@ -55,9 +55,9 @@ def chosen(
 
     Args:
         stages, dtypes: those that are going to be run.
-        patterns: globs of which a case's id must match one, where there are any.
-        families: those that are asked for; empty for all.
-        quick: only `QUICK`.
+        patterns: globs; a case's id must match one of them, if there are any.
+        families: the families that are asked for; empty for all.
+        quick: whether only `QUICK` is asked for.
     """
     wishes = [
         wish
@@ -70,7 +70,7 @@ def chosen(
 
 
 def _narrowed(wish: Wish, stages: Collection[str], dtypes: Collection[str]) -> Wish | None:
-    """The wish with these stages and dtypes alone: every other one would cost its evaluation. None where none is left.
+    """The wish with these stages and dtypes alone, because others would cost their evaluation; None if none is left.
 
     The stage post takes its inputs from the true coefficients, which therefore stay.
     """
@@ -121,7 +121,7 @@ def make(
 
 
 class _Alone:
-    """Stands in for a pool where one process is enough."""
+    """Stands in for a pool if one process is enough."""
 
     imap = staticmethod(map)
 

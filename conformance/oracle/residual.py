@@ -82,7 +82,7 @@ def sinkhorn(logits: Array, p: Parameters, A: Arithmetic) -> tuple[Array, Pullba
 
 
 def _limited(logits: Array, p: Parameters, A: Arithmetic) -> tuple[Array, Pullback]:
-    """The logits clipped to the row's limit, where it has one."""
+    """The logits, clipped if the row has a limit."""
     if p["logit_limit"] is None:
         return logits, lambda g: g
     value, inside = A.clip(logits, A.constant(p["logit_limit"]))
@@ -115,7 +115,7 @@ def _start(logits: Array, p: Parameters, A: Arithmetic) -> tuple[Array, Array | 
 
 
 def _guarded(total: Array, p: Parameters, A: Arithmetic) -> tuple[Array, Array | None]:
-    """The denominator, and where it depends on the sum (None: everywhere)."""
+    """The denominator, and a mask of the entries that depend on the sum (None: all do)."""
     if p["guard"] in ("add", "denominator"):
         return A.round_matrix(total + A.constant(p["eps"])), None
     if p["guard"] == "clip":

@@ -43,7 +43,7 @@ def _difference(logits: np.ndarray, iterations: int, eps: float) -> float:
 
 
 def relative(logits: np.ndarray, iterations: int) -> float:
-    """The same, as a multiple of the bound of H for these logits in float32."""
+    """`difference` as a multiple of the bound of H for these logits in float32."""
     return min(_difference(logits, iterations, eps) / _bound(logits, iterations, eps) for eps in (0.0, 1e-6))
 
 

@@ -16,11 +16,11 @@ _LOCK = threading.RLock()
 
 @contextlib.contextmanager
 def processor_only() -> Generator[None, None, None]:
-    """In the block JAX has the processor (CPU) alone, unless it has been started before; afterwards it is as it was.
+    """Restricts JAX to the CPU within the block, unless JAX has been started before.
 
-    A program that has started JAX keeps what it has, which Orbax then uses without starting anything. One that hasn't
-    finds JAX unstarted after the block, with the platforms that it set or that JAX would choose; a thread of it that
-    starts JAX within the block would get the processor, and lose it at the end.
+    If the program has started JAX, nothing changes, and Orbax uses its backends. If it hasn't, JAX is unstarted again
+    after the block, with the platforms that were set before. A thread that starts JAX within the block would get the
+    CPU and lose it at the end.
     """
     import jax
     from jax._src import xla_bridge  # no public function says whether JAX has been started

@@ -1,4 +1,4 @@
-"""Several checkpoints in one directory: which of them is meant."""
+"""Chooses among several checkpoints in one directory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from conformance.porter.storage.holding import hyper_connections
 
 
 def alone(path: Path, kinds: Mapping[str, Callable[[], Checkpoint]]) -> Checkpoint:
-    """The checkpoint of a directory that holds hyper-connections; the first one where none does.
+    """The checkpoint of a directory that holds hyper-connections; the first one if none does.
 
-    Where several hold the same under the same names, as a model saved in two formats does, it is the first one too.
+    If several hold the same tensors under the same names, as a model saved in two formats does, the first one is taken.
 
     Args:
-        kinds: what the directory has in it, and what opens each.
+        kinds: descriptions of the checkpoints in the directory, and for each a function that opens it.
 
     Raises:
         PortError: several hold hyper-connections that differ, or one of several can't be read.

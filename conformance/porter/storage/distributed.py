@@ -45,7 +45,7 @@ class DistributedCheckpoint(Checkpoint):
         self.state_dicts = flat_dictionaries(self._described.paths)
 
     def _look(self, name: str) -> Tensor:
-        """What the metadata says of a tensor.
+        """The description of a tensor in the metadata.
 
         Raises:
             PortError: its chunks don't fill it, or a file lacks one of them.
@@ -125,13 +125,13 @@ def _where(chunk: Chunk) -> tuple[slice, ...]:
 
 
 def _check_cover(path: Path, name: str, entry: Entry, available: int) -> None:
-    """Raises unless the chunks fill the tensor once, with bytes that are there.
+    """Refuses chunks that don't fill the tensor exactly once with bytes of their files.
 
     Args:
         available: bytes of the files that hold the chunks.
 
     Raises:
-        PortError: they leave a hole, overlap, stand out of it, or are larger than their bytes.
+        PortError: the chunks leave a hole, overlap, reach out of the tensor, or are larger than their bytes.
     """
     label, elements = f"{path / NAME}: {name} {list(entry.shape)}: its chunks", math.prod(entry.shape)
     for chunk in entry.chunks:

@@ -1,4 +1,4 @@
-"""What the ``.metadata`` of a `torch.distributed.checkpoint` directory says, read without running anything in it.
+"""Reads the ``.metadata`` of a `torch.distributed.checkpoint` directory without running anything in it.
 
 The file is a pickle, and torch's own reader unpickles it whatever it names. Here each class that it may name stands for
 an inert record: nothing of torch is imported or called, and a pickle that names anything else is refused.
@@ -23,7 +23,7 @@ from conformance.porter.untyped import is_mapping, is_sequence, is_tuple
 
 NAME = ".metadata"
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-"""Of the dtypes that weights have; another dtype's size is of no interest."""
+"""Bytes of an element, for the dtypes that weights have."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Described:
-    """What the metadata says; a tensor's entry is made when it is asked for, since there may be a million chunks.
+    """The contents of the metadata. An entry is made when it is asked for, since there may be a million chunks.
 
     Attributes:
-        names: of every tensor in the state dict that was saved, nested keys joined by dots.
-        paths: the nested keys of each, where the metadata has them.
-        files: how many files hold chunks.
+        names: the names of all tensors in the saved state dict, with nested keys joined by dots.
+        paths: the nested keys of each tensor, if the metadata has them.
+        files: the number of files that hold chunks.
 
     Raises:
         PortError: it doesn't describe tensors.
@@ -162,10 +162,10 @@ class Described:
         self.files = len(files)
 
     def entry(self, name: str) -> Entry:
-        """A tensor.
+        """The entry of a tensor.
 
         Raises:
-            PortError: what is said of it is no tensor's.
+            PortError: the metadata doesn't describe it as a tensor.
         """
         try:
             places = {_sizes(at, name): info for at, info in self._places.get(name, []) if at is not None}
@@ -175,10 +175,10 @@ class Described:
 
 
 def read_metadata(directory: Path) -> Described:
-    """What the metadata of a directory says.
+    """Reads the metadata of a directory.
 
     Raises:
-        PortError: the file can't be read, names what it has no use for, or doesn't describe tensors.
+        PortError: the file can't be read, names a class that it has no use for, or doesn't describe tensors.
     """
     path = directory / NAME
     collecting = gc.isenabled()

@@ -19,7 +19,7 @@ MOST_KEYS = 8
 
 
 def flat_dictionaries(paths: Iterable[tuple[str, ...]]) -> frozenset[str]:
-    """What stands before the names of each flat state dict in a tree: its last keys have dots, as modules' names do.
+    """The starts of names that lead to flat state dicts in a tree; their last keys have dots, as modules' names do.
 
     Args:
         paths: the keys that lead to each tensor.
@@ -71,11 +71,10 @@ class _Renamed(Mapping[str, Tensor]):
 
 
 def without_keys(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint without the keys that all of its hyper-connections lie under, where that gives more of them a
-    place; itself otherwise.
+    """The checkpoint without a key that all its hyper-connections lie under, if more of them then have a place.
 
-    Where both readings give all a place, in different layouts, a key that leads to a flat state dict is no part of the
-    names in it.
+    Otherwise the checkpoint is unchanged. If both readings give all of them a place, in different layouts, a key that
+    leads to a flat state dict is not taken as a part of the names in it.
     """
     ours = hyper_connections(checkpoint.tensors)
     readings = [key for key in _shared(ours) if _tells_apart(checkpoint, key)]

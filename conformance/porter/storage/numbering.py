@@ -12,19 +12,19 @@ NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>[0-9]+)-of-(?P<total>[0-9]+)(?P<
 
 
 def split(name: str) -> tuple[str, int, int] | None:
-    """What stands before a shard's number, the number and the total; None for a file that isn't numbered."""
+    """The text before a shard's number, the number and the total; None for a file that isn't numbered."""
     match = NUMBERED.fullmatch(name)
     return (match["stem"] + match["ending"], int(match["number"]), int(match["total"])) if match else None
 
 
 def check_numbers(directory: Path, names: Iterable[str]) -> None:
-    """Raises for a directory that lacks some of the shards that their names count. They count from 1, or from 0.
+    """Refuses a directory that lacks some of the shards that its files' names count, from 1 or from 0.
 
     Args:
-        names: of the files that are there.
+        names: the names of its files.
 
     Raises:
-        Incomplete: it says which are missing, or that the totals differ.
+        Incomplete: its message says which shards are missing, or that the totals differ.
     """
     totals: dict[str, dict[int, set[int]]] = {}
     for name in names:
@@ -51,14 +51,14 @@ def check_numbers(directory: Path, names: Iterable[str]) -> None:
 
 
 def of_one_model(directory: Path, holding: Iterable[str], way_out: str) -> None:
-    """Raises where hyper-connections lie in files that nothing says to be of one model: they don't count each other.
+    """Refuses hyper-connections in several files whose names don't count each other as shards of one model.
 
     Args:
-        holding: names of the files that have some.
-        way_out: what would say it.
+        holding: the names of the files with hyper-connections.
+        way_out: a file that would say that they are of one model.
 
     Raises:
-        PortError: it names them.
+        PortError: its message names the files.
     """
     models: dict[str, str] = {}
     for name in holding:
@@ -74,10 +74,10 @@ def of_one_model(directory: Path, holding: Iterable[str], way_out: str) -> None:
 
 
 def check_whole(path: Path) -> None:
-    """Raises for a file whose name says that it is one shard of several.
+    """Refuses a file whose name says that it is one shard of several.
 
     Raises:
-        Incomplete: it says what to name instead.
+        Incomplete: its message says what to name instead.
     """
     numbered = split(path.name)
     if numbered and numbered[2] > 1:
@@ -88,7 +88,7 @@ def check_whole(path: Path) -> None:
 
 
 def listed(numbers: Iterable[int]) -> str:
-    """1, 2, 3, 6, 7 as ``1-3, 6 and 7``."""
+    """Writes 1, 2, 3, 6, 7 as ``1-3, 6 and 7``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:

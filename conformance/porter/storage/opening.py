@@ -1,4 +1,4 @@
-"""Opens a checkpoint by what its bytes are, not by its name."""
+"""Opens a checkpoint by its bytes, not by its name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     `torch.distributed.checkpoint`; a GGUF file; or an Orbax tree.
 
     Raises:
-        PortError: there is none, or it is broken.
+        PortError: there is no checkpoint, or it is broken.
     """
     return paired(_opened(path))
 
@@ -64,7 +64,7 @@ def _opened(path: Path) -> Checkpoint:
 
 
 def _directory(path: Path) -> Checkpoint:
-    """The checkpoint in a directory: of several, the one with hyper-connections."""
+    """The checkpoint in a directory; if there are several, the one with hyper-connections."""
     kinds = _kinds(path)
     if not kinds:
         within = sorted(p.parent.name for p in path.glob(f"*/{distributed_metadata.NAME}"))
@@ -78,7 +78,7 @@ def _directory(path: Path) -> Checkpoint:
 
 
 def _kinds(path: Path) -> dict[str, Callable[[], Checkpoint]]:
-    """What a directory has in it, and what opens each: the first one is what other software would read."""
+    """The checkpoints in a directory and functions that open them; other software would read the first one."""
     files, kinds = [p.name for p in path.iterdir()], dict[str, Callable[[], Checkpoint]]()
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in files):
         kinds[SAFETENSORS] = lambda: of_modules(SafetensorsCheckpoint(path))
@@ -94,10 +94,10 @@ def _kinds(path: Path) -> dict[str, Callable[[], Checkpoint]]:
 
 
 def other_formats(directory: Path) -> list[str]:
-    """What holds hyper-connections in a directory beside its safetensors files.
+    """The checkpoints of other formats than safetensors in a directory that hold hyper-connections.
 
     Raises:
-        PortError: it can't be read.
+        PortError: one of them can't be read.
     """
     formats: list[str] = []
     for label, opens in _kinds(directory).items():

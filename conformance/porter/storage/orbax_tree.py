@@ -1,4 +1,4 @@
-"""Orbax checkpoints, by orbax-checkpoint: names are the tree's keys joined by slashes, of a list its numbers."""
+"""Orbax checkpoints. A name is made of the tree's keys, or a list's numbers, joined by slashes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _orbax() -> Any:
 
 @contextlib.contextmanager
 def _quiet(path: Path, doing: str) -> Generator[None, None, None]:
-    """Orbax logs progress as warnings, and raises what the layers below it do."""
+    """Silences Orbax, which logs progress as warnings, and turns the errors of the layers below it into ours."""
     logger = logging.getLogger("absl")
     before = logger.level
     _ignore_late_callbacks()
@@ -78,7 +78,7 @@ def _ignore_late_callbacks() -> None:
 
 
 def check_path(path: Path) -> None:
-    """Refuses what Orbax would take for a pattern: it writes there, and can't read it again.
+    """Refuses a path that Orbax would take for a pattern: it can write there, but not read it again.
 
     Raises:
         PortError: the path has such a character.
@@ -158,10 +158,12 @@ class OrbaxCheckpoint(Checkpoint):
 
 
 def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], target: Path) -> None:
-    """A new Orbax checkpoint at ``path`` (OCDBT and Zarr 3, as MaxText writes it; uncompressed, a fourth of the time).
+    """Writes an Orbax checkpoint at ``path``, in OCDBT and Zarr 3 as MaxText does.
+
+    It is uncompressed, which takes a fourth of the time.
 
     Args:
-        target: what it will be, for messages.
+        target: the path that the checkpoint will get, for messages.
 
     Raises:
         PortError: Orbax can't write it.
@@ -187,7 +189,7 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
 
 def _remove_unfinished(path: Path) -> None:
-    """Removes what Orbax has written so far, until it stays away: TensorStore's threads go on for a moment."""
+    """Removes Orbax' unfinished trees until none comes back: TensorStore's threads go on for a moment."""
     absent = 0
     for _ in range(100):
         unfinished_trees = list(path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"))
@@ -212,7 +214,7 @@ def _leaves(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
 
 
 def _chosen(tree: Any, wanted: set[Keys], placeholder: Any, keys: Keys = ()) -> Any:
-    """The whole tree with ``other`` for the leaves that aren't wanted: of a list Orbax takes no part."""
+    """The whole tree with ``placeholder`` for unwanted leaves, because Orbax can't restore a part of a list."""
     if is_mapping(tree):
         return {key: _chosen(node, wanted, placeholder, (*keys, key)) for key, node in tree.items()}
     if is_sequence(tree):

@@ -31,12 +31,12 @@ BYTES = {
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
 }  # fmt: skip
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What decoding JSON that isn't what it should be raises."""
+"""The errors that decoding of wrong JSON raises."""
 LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
 class Entry(msgspec.Struct, gc=False):
-    """What a header says of one tensor; with defaults, since the metadata beside them has none of these."""
+    """The entry of one tensor in a header; all fields have defaults, since the metadata has none of them."""
 
     dtype: str = ""
     shape: list[int] = []
@@ -62,7 +62,7 @@ _INDEX = msgspec.json.Decoder(Index)
 
 
 def _header_of(text: bytes) -> dict[str, Entry]:
-    """A header's entries; where its metadata has names of an entry's fields they are told apart first."""
+    """A header's entries; if its metadata has keys named like an entry's fields, it is separated first."""
     try:
         return _HEADER.decode(text)
     except msgspec.ValidationError:
@@ -118,7 +118,7 @@ class Shard:
             os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def _explain(self, header: Mapping[str, Entry], room: int) -> None:
-        """Which tensor doesn't lie where it should."""
+        """Raises the error that names the tensor with a wrong place."""
         before = 0
         for (begin, end), name in sorted((entry.data_offsets, name) for name, entry in header.items()):
             if begin != before:
@@ -132,7 +132,7 @@ class Shard:
         raise PortError(f"{self.path}: has {room - before} bytes after its last tensor")
 
     def _bytes(self, length: int, offset: int) -> bytes:
-        """So many bytes of the file, however many calls that takes; fewer where it ends."""
+        """Reads ``length`` bytes of the file, in as many calls as that takes; fewer at its end."""
         content = b""
         while len(content) < length and (
             block := os.pread(self.descriptor, length - len(content), offset + len(content))
@@ -141,7 +141,7 @@ class Shard:
         return content
 
     def tensor(self, name: str) -> Tensor:
-        """What the header says of a tensor.
+        """The description of a tensor in the header.
 
         Raises:
             PortError: its size contradicts its shape.
@@ -185,7 +185,7 @@ class Tensors(Mapping[str, Tensor]):
         return self._shards[self.holders[name]].tensor(name)
 
     def __eq__(self, other: object) -> bool:
-        """Only with itself: it is the key of what is known of it."""
+        """A mapping equals only itself, because it is the key under which facts about it are kept."""
         return self is other
 
     def __hash__(self) -> int:
@@ -202,7 +202,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """One file, or a directory of shards; where there is an index it says which shard counts."""
+    """One file, or a directory of shards; an index, if there is one, says which shard holds a tensor."""
 
     def __init__(self, path: Path):
         super().__init__(path, "safetensors")
@@ -263,9 +263,9 @@ class SafetensorsCheckpoint(Checkpoint):
         self.config, self.files = config_beside(self.path), len(self._shards)
 
     def _check_unlisted(self, index: Path, weight_map: Mapping[str, str]) -> None:
-        """Raises for hyper-connections in the directory that the index doesn't list: it isn't of all that is there.
+        """Refuses hyper-connections in the directory that the index doesn't list.
 
-        A shard that a port wrote and didn't live to list is the exception.
+        A shard of a port that died before it could list it is allowed.
         """
         others = [name for name in safetensors_in(self.path) if name not in self._shards]
         whole = sum(len(shard.header) for shard in self._shards.values()) == len(weight_map)  # every tensor is listed

@@ -1,7 +1,7 @@
 """MaxText's scanned layers: one array holds a weight of many layers, stacked along ``param_scan_axis``.
 
 `Unstacked` shows such a checkpoint as if its layers weren't scanned (``decoder/layers_7/…``); `Stacks` says where a
-layer goes when it is written, and `stack` puts the arrays together.
+layer goes when it is written, and `Stacker` fills the arrays.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LISTED = re.compile(rf"(?<=/)((?:dense_|moe_)?)layers?[_/]({NUMBER})(?=/)")
 SCALE = "pre_alpha_scale"
 """[1] in every site, so that its stacked shape tells the axis: [1, L] or [L, 1]."""
 ORDER = ("dense_layers", "unscanned", "moe_layers", "scanned_blocks")
-"""In which order a reader takes the stacks of one model: their names don't say it."""
+"""The order in which a reader takes the stacks of one model; their names don't say it."""
 DEEPEST = 100_000
 """Layers of a stack, beyond those of any model."""
 
@@ -37,14 +37,14 @@ Leaves = dict[str, list[tuple[re.Match[str], Tensor]]]
 
 @dataclass(frozen=True)
 class Stacks:
-    """Which layers are stacked, and how; the order is that of the layers.
+    """The stacks of a model's layers, in the order of the layers.
 
     Attributes:
-        segments: ``(name, count)``; ``unscanned`` layers stand alone, ``scanned_blocks`` with a period go in turn into
-            ``layers_0``, ``layers_1``, …; the last count may be None, for the rest.
+        segments: ``(name, count)``. ``unscanned`` layers aren't stacked; ``scanned_blocks`` with a period go round
+            robin into ``layers_0``, ``layers_1``, …; the last count may be None, for all remaining layers.
 
     Raises:
-        PortError: a reader would take them for others.
+        PortError: a reader would take the layers in another order.
     """
 
     segments: tuple[tuple[str, int | None], ...] = (("layers", None),)
@@ -62,10 +62,10 @@ class Stacks:
 
     @classmethod
     def parse(cls, text: str) -> Stacks:
-        """From ``layers``, ``unscanned``, ``dense_layers:3,moe_layers`` or ``unscanned:3,scanned_blocks/2``.
+        """Reads ``layers``, ``unscanned``, ``dense_layers:3,moe_layers`` or ``unscanned:3,scanned_blocks/2``.
 
         Raises:
-            PortError: it is none of these.
+            PortError: the text has another form.
         """
         segments, period = list[tuple[str, int | None]](), 1
         parts = text.split(",")
@@ -86,7 +86,7 @@ class Stacks:
         return cls(tuple(segments), period)
 
     def places(self, layers: int) -> list[tuple[str, int | None]]:
-        """For each layer its stack (``layers_7`` where it stands alone) and its index there.
+        """For each layer its stack (``layers_7`` if it isn't stacked) and its index there.
 
         Raises:
             PortError: the layers don't fill the stacks.
@@ -116,11 +116,11 @@ class Stacks:
 
 
 class Stacker:
-    """Takes unscanned tensors (``decoder/layers_7/…``) and puts each where it lies scanned, at once.
+    """Collects unscanned tensors (``decoder/layers_7/…``) and copies each into its stack at once.
 
     Args:
-        axis: that layers are stacked along.
-        layers: numbers of all layers.
+        axis: the axis along which layers are stacked.
+        layers: the numbers of all layers.
 
     Raises:
         PortError: the layers have gaps, or don't fill the stacks.
@@ -130,7 +130,8 @@ class Stacker:
         self._alone = all(name == "unscanned" for name, _ in stacks.segments)
         if not self._alone and list(layers) != list(range(len(layers))):
             raise PortError(
-                f"scanned layers must be 0 to {len(layers) - 1} without gaps, got {list(layers)}: port unscanned"
+                f"scanned layers must be 0 to {len(layers) - 1} without gaps, got {list(layers)}; "
+                f"use --stacks unscanned"
             )
         self._places, self._axis = [] if self._alone or not layers else stacks.places(len(layers)), axis
         self._sizes = Counter(place for place, _ in self._places)
@@ -139,7 +140,7 @@ class Stacker:
         self.tensors: dict[str, np.ndarray] = {}
 
     def place(self, name: str, shape: tuple[int, ...]) -> tuple[str, int | None, tuple[int, ...]]:
-        """Where an unscanned tensor goes: its name there, its index (None for alone), and the shape of the whole."""
+        """The place of an unscanned tensor: the stack's name, the index (None without a stack), and the whole shape."""
         match = None if self._alone else PLACE.fullmatch(name)
         if not match:
             return name, None, shape
@@ -150,7 +151,7 @@ class Stacker:
         return target, index, (*shape[: self._axis], self._sizes[where], *shape[self._axis :])
 
     def add(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Some tensors, from any thread."""
+        """Adds tensors; it may be called from any thread."""
         for name, value in tensors.items():
             target, index, shape = self.place(name, value.shape)
             if index is None:
@@ -163,7 +164,7 @@ class Stacker:
             whole = self.tensors[target]
             if whole.dtype != value.dtype:
                 raise PortError(
-                    f"{name}: is {value.dtype}, and other layers are {whole.dtype}: port unscanned, or set --dtype"
+                    f"{name}: is {value.dtype}, and other layers are {whole.dtype}; use --stacks unscanned, or --dtype"
                 )
             whole[(slice(None),) * self._axis + (index,)] = value
 
@@ -177,12 +178,14 @@ class Stacker:
             match = PLACE.fullmatch(target)
             size = self._sizes[match["stack"]] if match else filled
             if filled != size:
-                raise PortError(f"{target}: {size} layers are scanned, and {filled} have it: port unscanned")
+                raise PortError(
+                    f"{target}: only {filled} of the {size} scanned layers have this tensor; use --stacks unscanned"
+                )
         return self.tensors
 
 
 class Unstacked(View):
-    """A checkpoint with its scanned layers taken apart; everything else is handed through."""
+    """A checkpoint with its scanned layers shown one by one; all other tensors are unchanged."""
 
     def __init__(self, whole: Checkpoint):
         super().__init__(whole)
@@ -241,7 +244,7 @@ class Unstacked(View):
         return ",".join(said)
 
     def _place_blocks(self, lead: str, blocks: Leaves, start: int) -> str:
-        """The same of ``scanned_blocks``: block k has its layers, one of each phase, from ``start + k * period`` on."""
+        """Fills in the layers of ``scanned_blocks``: block k has one layer of each phase, from ``start + k*period`` on."""
         period = 1 + max(map(_number, blocks))
         depths = {group: self._depth(leaves)[1] for group, leaves in blocks.items()}
         if len(set(depths.values())) > 1:
