@@ -244,7 +244,7 @@ class Unstacked(View):
         return ",".join(said)
 
     def _place_blocks(self, lead: str, blocks: Leaves, start: int) -> str:
-        """Fills in the layers of ``scanned_blocks``: block k has one layer of each phase, from ``start + k*period`` on."""
+        """Fills in the layers of ``scanned_blocks``; block k has one of each phase, from ``start + k * period`` on."""
         period = 1 + max(map(_number, blocks))
         depths = {group: self._depth(leaves)[1] for group, leaves in blocks.items()}
         if len(set(depths.values())) > 1:

@@ -38,10 +38,10 @@ class Expected:
     values: dict[str, np.ndarray]
     bounds: dict[str, float]
 
-    def ratios(self, found: Mapping[str, Any], against: Mapping[str, Any] | None = None) -> dict[str, float]:
+    def ratios(self, values: Mapping[str, Any], against: Mapping[str, Any] | None = None) -> dict[str, float]:
         """The largest error of each value, as a multiple of its bound; against other values than the true ones."""
         ratios = {}
-        for name, value in found.items():
+        for name, value in values.items():
             got = np.asarray(value).astype(np.float64)
             true = np.asarray(self.values[name] if against is None else against[name]).astype(np.float64)
             assert got.size == true.size and np.isfinite(got).all(), f"{name} {got.shape}, expected {true.shape}"
@@ -59,8 +59,8 @@ def expect(run: Callable[[Arithmetic], dict[str, Array]]) -> Expected:
         true = run(Quick())
     honest = dict.fromkeys(true, 0.0)
     for style in ensemble():
-        found = run((FloatArithmetic if CERTIFIED else _Plain)(style, "float32", None))
-        for name, value in found.items():
+        rounded = run((FloatArithmetic if CERTIFIED else _Plain)(style, "float32", None))
+        for name, value in rounded.items():
             honest[name] = max(honest[name], float(np.max(np.abs(value.astype(np.float64) - true[name]))))
     scales = {k: 1.0 if k in GATES else float(np.max(np.abs(v))) for k, v in true.items()}
     return Expected(true, {k: K * max(honest[k], FLOOR * scales[k]) for k in true})
@@ -78,13 +78,13 @@ def site(x: np.ndarray, y: np.ndarray | None, weights: Mapping[str, np.ndarray],
     n, dim = x.shape[-2:]
 
     def run(A: Arithmetic) -> dict[str, Array]:
-        streams, given = A.array(x.reshape(-1, n, dim)), {k: A.array(v) for k, v in weights.items()}
-        found, _ = formulas.coefficients(streams, given, p, A)
-        found["u"], _ = formulas.pre_mix(streams, found["pre"], A)
+        streams, arrays = A.array(x.reshape(-1, n, dim)), {k: A.array(v) for k, v in weights.items()}
+        values, _ = formulas.coefficients(streams, arrays, p, A)
+        values["u"], _ = formulas.pre_mix(streams, values["pre"], A)
         if y is not None:
             branch = A.array(y.reshape(-1, dim))
-            found["out"], _ = formulas.post_mix(branch, streams, found["post"], found["H"], p, A)
-        return found
+            values["out"], _ = formulas.post_mix(branch, streams, values["post"], values["H"], p, A)
+        return values
 
     return expect(run)
 
@@ -93,8 +93,8 @@ def layer(x: np.ndarray, branch: np.ndarray, weights: Mapping[str, np.ndarray], 
     """The streams after a layer whose sub-layer multiplies by ``branch [C]``."""
 
     def run(A: Arithmetic) -> dict[str, Array]:
-        streams, given = A.array(x.reshape(-1, *x.shape[-2:])), {k: A.array(v) for k, v in weights.items()}
-        return {"out": formulas.layer(streams, given, A.array(branch), p, None, A)[0]}
+        streams, arrays = A.array(x.reshape(-1, *x.shape[-2:])), {k: A.array(v) for k, v in weights.items()}
+        return {"out": formulas.layer(streams, arrays, A.array(branch), p, None, A)[0]}
 
     return expect(run)
 
@@ -103,14 +103,14 @@ def head(x: np.ndarray, weights: Mapping[str, np.ndarray], p: Mapping[str, Any])
     """The learned reduction of the streams."""
 
     def run(A: Arithmetic) -> dict[str, Array]:
-        streams, given = A.array(x.reshape(-1, *x.shape[-2:])), {k: A.array(v) for k, v in weights.items()}
-        return {"out": formulas.head(streams, given, p, A)[0]}
+        streams, arrays = A.array(x.reshape(-1, *x.shape[-2:])), {k: A.array(v) for k, v in weights.items()}
+        return {"out": formulas.head(streams, arrays, p, A)[0]}
 
     return expect(run)
 
 
-def within(ratios: Mapping[str, float], what: str) -> None:
+def within(ratios: Mapping[str, float], label: str) -> None:
     """Every error is within its bound; the worst is printed."""
     worst = max(ratios, key=lambda name: ratios[name])
-    print(f"{what}: {worst} at {ratios[worst]:.3f} of its bound")
-    assert ratios[worst] <= 1, f"{what}: {dict(ratios)}"
+    print(f"{label}: {worst} at {ratios[worst]:.3f} of its bound")
+    assert ratios[worst] <= 1, f"{label}: {dict(ratios)}"

@@ -89,10 +89,13 @@ def test_activations_of_the_user_are_probed_too(source, tmp_path):
 def test_inspect_for_people_and_for_machines(source):
     done = call("inspect", source)
     assert "deepseek, safetensors in 3 files" in done.stdout and "n = 4, C = 8" in done.stdout
-    found = json.loads(call("inspect", source, "--json").stdout)
-    assert found["layout"] == "deepseek" and found["layers"] == {"layers.attention": [0, 1], "layers.ffn": [0, 1]}
-    assert found["head"] and found["odd"] == [] and found["dialects"][0] == "deepseek-v4"
-    assert found["bytes"] == sum(v.nbytes for v in small_checkpoint.weights().values())
+    inspection = json.loads(call("inspect", source, "--json").stdout)
+    assert inspection["layout"] == "deepseek" and inspection["layers"] == {
+        "layers.attention": [0, 1],
+        "layers.ffn": [0, 1],
+    }
+    assert inspection["head"] and inspection["odd"] == [] and inspection["dialects"][0] == "deepseek-v4"
+    assert inspection["bytes"] == sum(v.nbytes for v in small_checkpoint.weights().values())
 
 
 def test_inspect_names_what_is_odd(tmp_path):
@@ -209,12 +212,12 @@ def test_probes_compute_what_the_oracle_s_formulas_do(dialect):
     )
     case = build_case(wish)
     weights = {k: case.tensors[k] for k in case.stages["coefficients"]["weights"]}
-    given = {"x": case.tensors["x"].astype(np.float64), **weights}
+    inputs = {"x": case.tensors["x"].astype(np.float64), **weights}
     true = {
-        stage: evaluate(stage, given, case.cotangents[stage], case.parameters, {}, Quick())
+        stage: evaluate(stage, inputs, case.cotangents[stage], case.parameters, {}, Quick())
         for stage in ("coefficients", "pre")
     }
-    probes = Probes(given["x"].reshape(7, 3, 5), case.parameters, case.parameters)
+    probes = Probes(inputs["x"].reshape(7, 3, 5), case.parameters, case.parameters)
     row = probes.project(SiteKey("layers", 0, "ffn"), weights, weights, Converted(dict(weights)))
     H = probes._matrices([row], "source")[0]
     expected = true["coefficients"]["H"].reshape(7, 3, 3)
