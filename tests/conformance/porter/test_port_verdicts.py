@@ -46,12 +46,12 @@ def assert_nothing_written(directory):
 def deviations(sites, after, source, target, x):
     """For each site how far H, u and out are apart, by the formulas of porter_data: as the report has it."""
     p, q = dialects.parse(source), dialects.parse(target)
-    found = {}
+    measured = {}
     for site, weights in sites.items():
         first, second = layer(x, weights, p), layer(x, after[site], q)
         apart = {k: np.max(np.abs(first[k] - second[k])) for k in first}
-        found[site] = {k: v if k == "H" else v / np.max(np.abs(first[k])) for k, v in apart.items()}
-    return found
+        measured[site] = {k: v if k == "H" else v / np.max(np.abs(first[k])) for k, v in apart.items()}
+    return measured
 
 
 def assert_measured(report, sites, after, source, target):
@@ -65,12 +65,12 @@ def assert_measured(report, sites, after, source, target):
 
 def transposed(sites):
     """Sites whose residual logits are those of the transpose of H, for Sinkhorn."""
-    found = {}
+    by_site = {}
     for site, weights in sites.items():
         alpha, n = weights["res_alpha"], len(weights["pre_beta"])
         alpha = alpha.reshape(-1, n, n).swapaxes(1, 2).reshape(alpha.shape)
-        found[site] = {**weights, "res_alpha": alpha, "res_beta": weights["res_beta"].T}
-    return found
+        by_site[site] = {**weights, "res_alpha": alpha, "res_beta": weights["res_beta"].T}
+    return by_site
 
 
 @pytest.mark.parametrize(
