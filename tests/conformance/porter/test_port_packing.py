@@ -1,4 +1,4 @@
-"""What the porter writes, against the layouts as mathematics.md describes them, written out by hand here.
+"""What the porter writes, against the layouts as docs/mathematics.md describes them, written out by hand here.
 
 The files are read by the libraries that they belong to, and not by the porter.
 """
@@ -382,7 +382,7 @@ def test_maxtext_s_layers_are_stacked_along_the_axis(tmp_path, stacks, axis, str
     port(source, tmp_path / "there", Options(to="maxtext", stacks=Stacks.parse(stacks), scan_axis=axis))
     leaves = restore(tmp_path / "there")
     assert differences(leaves, maxtext(sites, STACKS[stacks], axis)) == []
-    if stacks == "layers" and axis == 1:  # the shapes that mathematics.md and MaxText's converters name
+    if stacks == "layers" and axis == 1:  # the shapes that docs/mathematics.md and MaxText's converters name
         flat, prefix = streams * dim, "params/params/decoder/layers/mhc_mlp/"
         assert leaves[f"{prefix}mhc_norm/scale"].shape == (flat, 5)
         assert leaves[f"{prefix}pre_alpha"].shape == (flat, 5, streams)

@@ -311,7 +311,7 @@ def test_a_refusal_leaves_what_was_there(tmp_path, form):
 @pytest.mark.parametrize("scale", [100, 1000, 10_000])
 @pytest.mark.parametrize("dialect", ["paper", V4, "megatron", "transformer-engine"])
 def test_large_logits_are_copied_exactly(ported, dialect, scale):
-    """Logits up to 1e4 give finite results (mathematics.md, "Overflow")."""
+    """Logits up to 1e4 give finite results (docs/mathematics.md, "Overflow")."""
     sites = random_sites(12, STREAMS, DIM)
     for weights in sites.values():
         weights["res_beta"] = (weights["res_beta"] * scale / 2).astype(np.float32)
