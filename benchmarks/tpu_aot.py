@@ -137,7 +137,7 @@ def programs() -> Iterator[Program]:
 
 def layer(x: jax.Array, weights: functional.Weights, config: MHCConfig) -> jax.Array:
     """One site around a sub-layer that is a barrier."""
-    u, context, _ = pre(x, weights, config)
+    u, context, _ = pre(x, weights, config, shards=sharding.current())
     return post(lax.optimization_barrier(u), context)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jax_impl import metadata, sharding, weights
+from jax_impl import metadata, shards, weights
 from jax_impl.modules import Site
 
 Sites = Mapping[Any, Site]  # the keys of a Mapping are invariant: str | tuple would refuse a dict[str, Site]
@@ -49,8 +49,8 @@ def save_model(path: str | Path, sites: Sites, *, replace: bool = False) -> None
 def load_model(path: str | Path, sites: Sites, *, insist: bool = False, round: bool = False) -> None:
     """Fills layers and heads from one canonical file, which holds these and no others; all are filled or none.
 
-    Of the dialect what the file states is compared, and nothing where it has no metadata (`metadata.check_metadata`);
-    what a port notes against itself is a warning.
+    The dialect is compared as far as the file states it (`metadata.check_metadata`); a port's notes against itself are
+    warnings.
 
     Args:
         sites: as `save_model` takes them, but each module once; of sharded parameters each process reads its own parts
@@ -68,32 +68,32 @@ def load_model(path: str | Path, sites: Sites, *, insist: bool = False, round: b
 
 
 def save_sites(path: str | Path, sites: Pairs, replace: bool) -> None:
-    """`save_model`, where each site is gathered and handed to the writing process in turn."""
+    """Does the work of `save_model`: gathers each site, and hands it to the writing process before the next one."""
     _check(sites)
     for prefix, site in sites:
         site.check_prefix(prefix)
     metadata.check_alike({weights.listed(prefix)[0]: site.config for prefix, site in sites})
     writes = jax.process_index() == 0
-    with sharding.agreed():
+    with shards.agreed():
         if writes:
             weights.check_replaceable(path, _names(sites), replace)
     flat: dict[str, np.ndarray] = {}
     for prefix, site in sites:
         for name, value in site.weights().items():
             if writes or not value.is_fully_addressable:
-                whole = sharding.gather(value)
+                whole = shards.gather(value)
                 if writes:
                     flat |= weights.flattened({name: whole}, prefix)
-    with sharding.agreed():
+    with shards.agreed():
         if writes:
             weights.write(path, flat, sites[0][1].config)
 
 
 def load_sites(path: str | Path, sites: Pairs, insist: bool, round: bool, whole: bool) -> None:
-    """`load_model`.
+    """Does the work of `load_model`.
 
     Args:
-        whole: the file must hold no others.
+        whole: the file must hold these sites and no others.
     """
     _check(sites)
     for prefix, site in sites:
@@ -102,7 +102,7 @@ def load_sites(path: str | Path, sites: Pairs, insist: bool, round: bool, whole:
     shardings = [{name: value.sharding for name, value in site.weights().items()} for _, site in sites]
     dtypes = [{name: value.dtype for name, value in site.weights().items()} for _, site in sites]
     loaded: list[dict[str, Array]] = []
-    with sharding.agreed():
+    with shards.agreed():
         if not whole:
             for (prefix, site), where, held in zip(sites, shardings, dtypes, strict=True):
                 loaded.append(
@@ -123,7 +123,7 @@ def load_sites(path: str | Path, sites: Pairs, insist: bool, round: bool, whole:
 
 
 def _names(sites: Pairs) -> list[str]:
-    return [one + name for prefix, site in sites for one in weights.listed(prefix) for name in site.shapes()]
+    return [before + name for prefix, site in sites for before in weights.listed(prefix) for name in site.shapes()]
 
 
 def _pairs(sites: Sites) -> list[tuple[weights.Prefix, Site]]:
@@ -139,12 +139,12 @@ def _check(sites: Pairs) -> None:
     """Checks that these are prefixes, and layers and heads that have values.
 
     Raises:
-        ValueError: it names what isn't.
+        ValueError: one isn't; it names it.
     """
     if not sites:
         raise ValueError("sites must have a layer or a head under its prefix, got none")
     for prefix, site in sites:
-        if not all(isinstance(one, str) for one in (prefix if isinstance(prefix, tuple | list) else (prefix,))):
+        if not all(isinstance(part, str) for part in (prefix if isinstance(prefix, tuple | list) else (prefix,))):
             raise ValueError(f"a prefix must be a string, or a tuple of them for stacked layers, got {prefix!r}")
         if not isinstance(site, Site):
             raise ValueError(
@@ -160,7 +160,7 @@ def _check(sites: Pairs) -> None:
 
 
 def _inside(module: Any) -> str:
-    """In words, the sites that another module holds."""
+    """Says in words which sites another module holds."""
     children = nnx.iter_modules(module) if isinstance(module, nnx.Module) else ()
     held = [".".join(map(str, path)) for path, child in children if isinstance(child, Site)]
     more = f" and {len(held) - 3} more" if len(held) > 3 else ""
@@ -208,8 +208,8 @@ def _check_names(path: str | Path, present: Collection[str], wanted: Collection[
 
 
 def _told(names: Collection[str], others: Collection[str]) -> str:
-    """Tensors in a few words: a prefix where all of a site is meant."""
+    """Names the tensors in a few words: by their prefix where all of a site is meant."""
     partly = {weights.prefix_of(name) for name in others}
-    found = sorted({name if (prefix := weights.prefix_of(name)) in partly else prefix for name in names})
-    more = f" and {len(found) - 6} more" if len(found) > 6 else ""
-    return (", ".join(found[:6]) + more) or "none"
+    told = sorted({name if (prefix := weights.prefix_of(name)) in partly else prefix for name in names})
+    more = f" and {len(told) - 6} more" if len(told) > 6 else ""
+    return (", ".join(told[:6]) + more) or "none"

@@ -13,14 +13,14 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from jax_impl import functional, sharding, weights
+from jax_impl import functional, shards, weights
 from jax_impl.config import MHCConfig
 
 ALPHA_SCALE = 0.01  # MaxText's initial gating scalars
 
 
 class HyperConnectionType(enum.Enum):
-    """What the wrapped sub-layer is: decides what it is handed and what it returns."""
+    """The kind of the wrapped sub-layer, which decides how it is called and what it returns."""
 
     ATTENTION = "attention"
     MLP_DENSE = "mlp_dense"
@@ -33,7 +33,7 @@ def _attribute(name: str) -> str:
 
 
 class Site(nnx.Module):
-    """What layer and head share: named parameters, MaxText's initial values, canonical files in and out."""
+    """The base of layer and head: named parameters, MaxText's initial values, canonical files in and out."""
 
     def __init__(
         self,
@@ -48,16 +48,14 @@ class Site(nnx.Module):
         self._shapes = shapes
         deviation = (config.streams * config.dim) ** -0.5
         for name, shape in shapes.items():
-            axes = sharding.logical_axes(name, shape)
+            axes = shards.logical_axes(name, shape)
             if name.endswith("_alpha") or name == "head_fn":
-                value = jax.random.normal(
-                    rngs.params(), shape, param_dtype, out_sharding=sharding.random_sharding(axes)
-                )
+                value = jax.random.normal(rngs.params(), shape, param_dtype, out_sharding=shards.random_sharding(axes))
                 value = value * jnp.asarray(deviation, param_dtype)
             else:
                 constant = 1.0 if name == "mhc_norm.scale" else ALPHA_SCALE if name.endswith("_scale") else 0.0
                 value = jnp.full(shape, constant, param_dtype)
-            value = sharding.constrain(value, axes)
+            value = shards.constrain(value, axes)
             setattr(self, _attribute(name), nnx.Param(value, out_sharding=axes, eager_sharding=False))
 
     def parameters(self) -> dict[str, nnx.Param]:
@@ -111,8 +109,8 @@ class Site(nnx.Module):
         name, shape = next(iter(self._shapes.items()))
         held = self.weights()[name].shape
         layers = held[: len(held) - len(shape)]
-        given = () if isinstance(prefix, str) else (len(prefix),)
-        if given != layers:
+        named = () if isinstance(prefix, str) else (len(prefix),)
+        if named != layers:
             expected = f"a prefix for each of {layers[0]} stacked layers" if layers else "one prefix, a string"
             raise ValueError(f"prefix must be {expected}, got {prefix!r}")
 
@@ -128,7 +126,7 @@ class Site(nnx.Module):
 
 
 class ManifoldConstrainedHyperConnections(Site):
-    """The residual connection of n streams around one sub-layer (mathematics.md, "Forward").
+    """The residual connection of n streams around one sub-layer (docs/mathematics.md, "Forward").
 
     Args:
         config: the layer's parameters.
@@ -150,17 +148,18 @@ class ManifoldConstrainedHyperConnections(Site):
     def pre(
         self, x: Float[Array, "... streams dim"], carried: Float[Array, "... streams"] | None = None
     ) -> tuple[Float[Array, "... dim"], functional.Context, Float[Array, "... streams"] | None]:
-        """u for the sub-layer, the context that `post` takes, and what the next site reads with (`functional.pre`)."""
-        return functional.pre(x, self.weights(), self.config, carried, precision=self.precision)
+        """Returns u for the sub-layer, the context for `post`, and the pre for the next site (`functional.pre`)."""
+        options = {"precision": self.precision, "shards": shards.current()}
+        return functional.pre(x, self.weights(), self.config, carried, **options)
 
     def one_hot(self, x: Float[Array, "... streams dim"]) -> Float[Array, "... streams"]:
-        """What the first site of a single-pass stack reads with (`functional.one_hot`)."""
-        return functional.one_hot(x)
+        """Returns the gates that the first site of a single-pass stack reads with (`functional.one_hot`)."""
+        return functional.one_hot(x, shards=shards.current())
 
     def reduce(
         self, x: Float[Array, "... streams dim"], carried: Float[Array, "... streams"] | None = None
     ) -> Float[Array, "... dim"]:
-        """The streams after the last site, reduced as the configuration says (`functional.reduce`).
+        """Reduces the streams after the last site as the configuration says (`functional.reduce`).
 
         Args:
             carried: for ``reduce="carried"`` the last site's pre, else None.
@@ -168,10 +167,11 @@ class ManifoldConstrainedHyperConnections(Site):
         Raises:
             ValueError: the configuration reduces by a head (`HyperHead`) or not at all, or ``carried`` isn't for it.
         """
-        return functional.reduce(x, str(self.config.reduce), carried, reduction=self.config.reduction)
+        options = {"reduction": self.config.reduction, "shards": shards.current()}
+        return functional.reduce(x, str(self.config.reduce), carried, **options)
 
     def post(self, y: Float[Array, "... dim"], context: functional.Context) -> Float[Array, "... streams dim"]:
-        """The sub-layer's output spread over the mixed streams."""
+        """Spreads the sub-layer's output over the mixed streams (`functional.post`)."""
         return functional.post(y, context)
 
     def __call__(
@@ -184,10 +184,10 @@ class ManifoldConstrainedHyperConnections(Site):
         carried: Float[Array, "batch seq streams"] | None = None,
         **kwargs: Any,
     ) -> tuple[Float[Array, "batch seq streams dim"], dict[str, Any]]:
-        """The whole layer around ``branch_fn``.
+        """Computes the whole layer around ``branch_fn`` (docs/mathematics.md, "Forward").
 
         Args:
-            norm_fn: the sub-layer's own pre-norm.
+            norm_fn: the sub-layer's own pre-norm, of ``[batch, seq, dim]``.
             branch_fn: ATTENTION: called with ``inputs_q`` and ``inputs_kv``, returns ``(y, _)``; MLP_DENSE: with
                 ``inputs``, returns y; MLP_MOE: with ``inputs``, returns ``(y, load_balance_loss, moe_bias_updates)``.
             carried: for ``pre_from="previous"`` the pre of the site before, whatever its kind: ``one_hot(x)`` for the
@@ -217,7 +217,7 @@ class ManifoldConstrainedHyperConnections(Site):
 
 
 class HyperHead(Site):
-    """The learned reduction of the streams to one."""
+    """The learned reduction of the streams to one (docs/mathematics.md, "Forward")."""
 
     def __init__(
         self,
@@ -230,4 +230,4 @@ class HyperHead(Site):
         super().__init__(config, functional.head_shapes(config), rngs, param_dtype, precision)
 
     def __call__(self, x: Float[Array, "... streams dim"]) -> Float[Array, "... dim"]:
-        return functional.head(x, self.weights(), self.config, precision=self.precision)
+        return functional.head(x, self.weights(), self.config, precision=self.precision, shards=shards.current())

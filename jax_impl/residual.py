@@ -1,11 +1,12 @@
-"""The residual matrix H from its logits (mathematics.md, "The residual matrix").
+"""The residual matrix H from its logits (docs/mathematics.md, "The residual matrix").
 
-Sinkhorn, with R and C for a pass over rows and columns, starts from a softmax over one axis and makes N iterations::
+Sinkhorn starts from a softmax over one axis and makes N iterations of two passes::
 
-    P = softmax(logits, rows or columns)        or exp(logits - their maximum over the axis normalised first)
-    repeat N times:  P = R(P);  P = C(P)        (C before R where columns come first)
-
-Where the softmax runs over the axis that is normalised first it takes the place of the first pass.
+    P = softmax(logits, axis)                   # [n, n]; or exp(logits - their maximum over the axis normalised first)
+    for _ in range(N):                          # the softmax takes the place of the first pass along the same axis
+        P = P / P.sum(rows)                     # columns before rows where order = "columns-first"
+        P = P / P.sum(columns)
+    H = P                                       # [n, n]; with eps in the sums as guard says
 """
 
 from __future__ import annotations
@@ -37,24 +38,24 @@ def check_shape(name: str, value: Array, tail: tuple[int, ...]) -> None:
     """Checks the last axes of an argument.
 
     Raises:
-        ValueError: they are others.
+        ValueError: they aren't ``tail``.
     """
     if value.ndim < len(tail) or value.shape[value.ndim - len(tail) :] != tail:
         raise ValueError(f"{name} must end in {list(tail)}, got {list(value.shape)}")
 
 
 def tokens_last(value: Array, axes: int) -> Array:
-    """The last ``axes`` axes in front."""
-    return jnp.moveaxis(value, range(-axes, 0), range(axes))
+    """Moves the last ``axes`` axes to the front."""
+    return jnp.moveaxis(value, range(-axes, 0), range(axes))  # [..., n, n] -> [n, n, ...] for 2 axes
 
 
 def tokens_first(value: Array, axes: int) -> Array:
-    """The first ``axes`` axes at the end."""
-    return jnp.moveaxis(value, range(axes), range(-axes, 0))
+    """Moves the first ``axes`` axes to the end."""
+    return jnp.moveaxis(value, range(axes), range(-axes, 0))  # [n, n, ...] -> [..., n, n] for 2 axes
 
 
 def _normalise(p: Array, axis: int, config: MHCConfig) -> Array:
-    total, eps = p.sum(axis, keepdims=True), config.eps or 0.0
+    total, eps = p.sum(axis, keepdims=True), config.eps or 0.0  # [1, n, ...] or [n, 1, ...]
     if config.guard in ("add", "denominator"):
         total = total + eps
     elif config.guard == "clip":
@@ -69,7 +70,7 @@ def _largest(logits: Array, axis: int) -> Array:
     way back, in another fusion, none is equal: a division by zero.
     """
     where = jnp.expand_dims(jnp.argmax(logits, axis), axis) == jax.lax.broadcasted_iota(int, logits.shape, axis)
-    return jnp.where(where, logits, 0).sum(axis, keepdims=True)
+    return jnp.where(where, logits, 0).sum(axis, keepdims=True)  # [1, n, ...] or [n, 1, ...]
 
 
 def _balanced(logits: Array, axis: int) -> Array:
@@ -78,8 +79,9 @@ def _balanced(logits: Array, axis: int) -> Array:
     Where no eps guards a sum the next pass, across ``axis``, divides the factor out again: it changes no result.
     Without it a line far below the others vanishes, and the pass divides 0 by 0.
     """
-    level = logits - jax.lax.stop_gradient(logits.max(axis, keepdims=True))
-    factor = jax.lax.stop_gradient(level.max(ROWS + COLUMNS - axis, keepdims=True))
+    across = ROWS + COLUMNS - axis
+    level = logits - jax.lax.stop_gradient(logits.max(axis, keepdims=True))  # [n, n, ...]
+    factor = jax.lax.stop_gradient(level.max(across, keepdims=True))  # [1, n, ...] or [n, 1, ...]
     return jnp.exp(level - factor) / jnp.exp(level).sum(axis, keepdims=True)
 
 
@@ -90,7 +92,7 @@ def _limited(logits: Array, limit: float) -> Array:
 
 @partial(jax.jit, static_argnums=1)
 def _sinkhorn(logits: Array, config: MHCConfig) -> Array:
-    """On ``[n, n, ...]``, since a TPU pads the last axis to 128: with n there an array takes 32 times its size.
+    """Works on ``[n, n, ...]``, since a TPU pads the last axis to 128: with n there an array takes 32 times its size.
 
     Compiled on its own, so that an eager caller doesn't trace the loop at every call.
     """
@@ -112,9 +114,12 @@ def _sinkhorn(logits: Array, config: MHCConfig) -> Array:
 
 
 def sinkhorn(logits: Float[Array, "... n n"], config: MHCConfig) -> Float[Array, "... n n"]:
-    """``config.iterations`` Sinkhorn iterations as written (mathematics.md, "The residual matrix").
+    """Makes ``config.iterations`` Sinkhorn iterations as written (docs/mathematics.md, "The residual matrix").
 
-    In float32 or wider; in the logits' own dtype where ``config.matrix`` is ``"activation"``.
+    It computes in float32 or wider, and in the logits' own dtype where ``config.matrix`` is ``"activation"``.
+
+    Args:
+        logits: ``[..., n, n]``.
 
     Returns:
         H in the dtype of the logits. The axis normalised last sums to 1 to rounding, the other need not.
@@ -124,24 +129,38 @@ def sinkhorn(logits: Float[Array, "... n n"], config: MHCConfig) -> Float[Array,
         z = _limited(z, config.logit_limit)
     # One compiled loop serves all sizes of streams and dim.
     settings = dataclasses.replace(config, streams=1, dim=1)
-    return tokens_first(_sinkhorn(tokens_last(z, 2), settings), 2).astype(logits.dtype)
+    H = _sinkhorn(tokens_last(z, 2), settings)  # [n, n, ...]
+    return tokens_first(H, 2).astype(logits.dtype)  # [..., n, n]
 
 
 def permutations(logits: Float[Array, "... factorial"], config: MHCConfig) -> Float[Array, "... n n"]:
-    """A softmax over the n! permutation matrices in `itertools.permutations` order, ``P[i, p(i)] = 1``."""
-    orders = np.array(list(itertools.permutations(range(config.streams))))
-    matrices = np.eye(config.streams)[orders]
-    weight = jax.nn.softmax(logits.astype(wide_dtype(logits.dtype)), axis=-1)
-    return jnp.einsum("...p,pij->...ij", weight, jnp.asarray(matrices, weight.dtype), precision=HIGHEST).astype(
-        logits.dtype
-    )
+    """Weights the n! permutation matrices by a softmax, in `itertools.permutations` order with ``P[i, p(i)] = 1``
+    (docs/mathematics.md, "The residual matrix").
+
+    Args:
+        logits: ``[..., n!]``.
+
+    Returns:
+        H in the dtype of the logits.
+    """
+    orders = np.array(list(itertools.permutations(range(config.streams))))  # [n!, n]
+    weight = jax.nn.softmax(logits.astype(wide_dtype(logits.dtype)), axis=-1)  # [..., n!]
+    matrices = jnp.asarray(np.eye(config.streams)[orders], weight.dtype)  # [n!, n, n]
+    H = jnp.einsum("...p,pij->...ij", weight, matrices, precision=HIGHEST)
+    return H.astype(logits.dtype)
 
 
 def residual_matrix(logits: Float[Array, ...], config: MHCConfig) -> Float[Array, "... n n"]:
-    """H from its logits, ``[..., n, n]`` for Sinkhorn and ``[..., n!]`` for permutations.
+    """Computes H from its logits (docs/mathematics.md, "The residual matrix").
+
+    Args:
+        logits: ``[..., n, n]`` for Sinkhorn, ``[..., n!]`` for permutations.
+
+    Returns:
+        H ``[..., n, n]`` in the dtype of the logits.
 
     Raises:
-        ValueError: the logits' shape, or a dialect whose H is the identity and has none.
+        ValueError: the logits have another shape, or the dialect's H is the identity and has no logits.
     """
     n = config.streams
     if config.residual == "identity":

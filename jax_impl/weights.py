@@ -1,4 +1,4 @@
-"""Canonical safetensors: a prefix per site, projections flat ``[n*C, m]`` (mathematics.md, "Checkpoint layouts")."""
+"""Canonical safetensors files (docs/mathematics.md, "Checkpoint layouts"): a prefix for each site, projections flat."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def load_weights(
 ) -> dict[str, Array]:
     """The weights under ``prefix`` in the file, in their own dtype and in-memory shapes.
 
-    Of the dialect what the file states is compared, and nothing where it has no metadata (`metadata.check_metadata`).
+    The dialect is compared as far as the file states it (`metadata.check_metadata`).
     What it says against itself is a warning: a port's note that it is approximate, partial or assumes a dialect, and
     parameters that are left open.
 
@@ -100,11 +100,11 @@ def load_weights(
     with opened(path) as file:
         check_metadata(path, file.metadata() or {}, config, insist)
         warn_of_doubts(path, file.metadata() or {}, config)
-        for one in listed(prefix):
-            present = {name[len(one) :] for name in file.keys() if name.startswith(one)}  # noqa: SIM118
+        for before in listed(prefix):
+            present = {name[len(before) :] for name in file.keys() if name.startswith(before)}  # noqa: SIM118
             missing, surplus = sorted(set(shapes) - present), sorted(present - set(shapes))
             if missing or surplus:
-                raise ValueError(f"{path}: under {one!r} missing {missing or 'none'}, surplus {surplus or 'none'}")
+                raise ValueError(f"{path}: under {before!r} missing {missing or 'none'}, surplus {surplus or 'none'}")
         return read_site(path, file, prefix, shapes, shardings, dtypes, round)
 
 
@@ -138,16 +138,16 @@ def read_site(
 ) -> dict[str, Array]:
     """The weights under ``prefix`` in an open file (`load_weights`), whose names are checked already."""
     prefixes = listed(prefix)
-    for one in prefixes:
-        _check_headers(path, file, one, shapes)
+    for before in prefixes:
+        _check_headers(path, file, before, shapes)
 
-    def held(one: str, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        value = _part(path, file, one + name, shapes[name], index)
+    def held(before: str, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        value = _part(path, file, before + name, shapes[name], index)
         dtype = np.dtype(jax.dtypes.canonicalize_dtype(value.dtype) if dtypes is None else dtypes[name])
-        return _held(f"{path}: {one + name}", value, dtype, round)
+        return _held(f"{path}: {before + name}", value, dtype, round)
 
     def whole(name: str) -> Array:
-        parts = [held(one, name, ()) for one in prefixes]
+        parts = [held(before, name, ()) for before in prefixes]
         return jnp.asarray(parts[0] if isinstance(prefix, str) else np.stack(parts))
 
     def sharded(name: str, where: Sharding) -> Array:
@@ -156,7 +156,7 @@ def read_site(
         def part(index: Any) -> np.ndarray:
             if isinstance(prefix, str):
                 return held(prefix, name, index)
-            return np.stack([held(one, name, index[1:]) for one in prefixes[index[0]]])
+            return np.stack([held(before, name, index[1:]) for before in prefixes[index[0]]])
 
         return jax.make_array_from_callback(shape, where, part)
 
@@ -236,8 +236,8 @@ def flattened(weights: Mapping[str, Array | np.ndarray], prefix: Prefix) -> dict
     flat: dict[str, np.ndarray] = {}
     for name, value in weights.items():
         parts = [np.asarray(value)] if isinstance(prefix, str) else list(np.asarray(value))
-        for one, part in zip(listed(prefix), parts, strict=True):
-            flat[one + name] = np.ascontiguousarray(part.reshape(_flat(name, part.shape)))
+        for before, part in zip(listed(prefix), parts, strict=True):
+            flat[before + name] = np.ascontiguousarray(part.reshape(_flat(name, part.shape)))
     return flat
 
 

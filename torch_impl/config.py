@@ -1,4 +1,4 @@
-"""The parameters of the layer: every dialect is a row of them."""
+"""The parameters of the layer; every dialect is a row of values for them."""
 
 from __future__ import annotations
 
@@ -33,17 +33,53 @@ FIRST = {"rows-first": "rows", "columns-first": "columns"}
 class MHCConfig:
     """Parameters of one layer; the defaults are the paper's (arXiv:2512.24880).
 
-    The meaning of each is mathematics.md's. ``softmax``, ``order``, ``guard``, ``eps``, ``iterations`` and
-    ``logit_limit`` belong to ``residual="sinkhorn"`` and stay None for the others. Where they aren't given, ``softmax``
-    is the axis that ``order`` normalises first, ``mix`` follows from ``residual``, ``mixing`` from ``coefficients``,
-    ``reduce`` from ``pre_from``, and ``head_norm_eps`` None means ``norm_eps``.
+    docs/mathematics.md has the equations: "Forward", "The residual matrix", "Single pass" and "Precision"; "Dialects"
+    has the values of every published layer. No number has a unit.
 
     Args:
-        streams: residual streams n, at least 1.
-        dim: width C of one stream, at least 1.
+        streams: the residual streams n; an integer of at least 1.
+        dim: the width C of one stream; an integer of at least 1.
+        norm_weight: whether the norm multiplies by a weight w ``[streams, dim]``.
+        norm_eps: added in the norm, to the mean of the squares or to the root (``norm_eps_position``); at least 0.
+        norm_eps_position: ``"mean"``: ``x / sqrt(mean(x^2) + norm_eps)``; ``"root"``: ``x / (sqrt(mean(x^2)) +
+            norm_eps)``.
+        residual: how H comes from its logits: ``"sinkhorn"``; ``"permutations"``, a softmax over the n! permutation
+            matrices, with at most 5 streams; ``"identity"``, H is the identity and there are no logits.
+        softmax: the axis of the softmax that Sinkhorn starts from: ``"rows"``, ``"columns"``, or ``"none"`` for ``exp(L
+            - max L)``. None means the axis that ``order`` normalises first.
+        order: the two passes of an iteration: ``"rows-first"`` or ``"columns-first"``. None means ``"columns-first"``.
+        guard: where eps enters Sinkhorn, with s for a sum: ``"none"``: divides by s; ``"add"``: eps is added to the
+            softmax and to every s; ``"denominator"``: to every s alone; ``"clip"``: divides by ``max(s, eps)``. None
+            means ``"none"``.
+        eps: the eps of ``guard``; 0 with ``"none"``, else positive. None means 0.
+        iterations: Sinkhorn's iterations N, of two passes each; 1 to 10,000. None means 20.
+        logit_limit: clips every logit of H to ``[-logit_limit, logit_limit]``; positive, or None for no limit.
+        pre_eps: ``pre = sigmoid(z) + pre_eps``, also for the gates of the head; at least 0.
+        post_scale: ``post = post_scale * sigmoid(z) + post_eps``; positive.
+        post_eps: see ``post_scale``; at least 0.
+        mix: the index of H that is summed over: ``"in-out"``: ``sum_i H[i, j] x_i``; ``"out-in"``: ``sum_i H[j, i]
+            x_i``, the paper's H x; ``"identity"`` with ``residual="identity"`` alone. None means ``"out-in"``, or
+            ``"identity"`` with that residual.
+        pre_from: the gates that u is read with: ``"own"``, this site's, or ``"previous"``, those of the site before (a
+            single-pass stack).
+        coefficients: ``"float32"`` keeps the norm's output, the projections, pre, post and H in float32 (float64 for
+            float64); ``"activation"`` rounds each of them to x's dtype.
+        matrix: ``"float32"`` runs Sinkhorn's passes in float32; ``"activation"`` rounds every step to x's dtype, and
+            goes with ``coefficients="activation"`` and Sinkhorn alone.
+        mixing: ``"float32"`` rounds the streams once, after the sum; ``"activation"`` rounds post, H and both terms to
+            x's dtype. None means as ``coefficients``, whose ``"activation"`` needs this one's.
+        reduce: how a model reduces its streams at the end: ``"sum"``, ``"mean"``, ``"head"`` (learned gates),
+            ``"carried"`` (by the last pre, with ``pre_from="previous"`` alone), or ``"none"``. None means ``"carried"``
+            or ``"sum"``.
+        reduction: the sum or mean over the streams at the end: ``"float32"`` rounds it once, ``"activation"`` after
+            every addition.
+        head_norm_eps: the norm_eps of the head; at least 0. None means ``norm_eps``.
+
+    ``softmax``, ``order``, ``guard``, ``eps``, ``iterations`` and ``logit_limit`` belong to ``residual="sinkhorn"`` and
+    stay None for the others.
 
     Raises:
-        ValueError: for a value or a combination that no layer can have.
+        ValueError: a value, or a combination, that no layer can have.
     """
 
     streams: int
@@ -107,10 +143,10 @@ class MHCConfig:
                 kind = "positive" if positive else "non-negative"
                 raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")
         if self.residual != "sinkhorn":
-            given = [name for name in (*SINKHORN, "logit_limit") if getattr(self, name) is not None]
-            if given:
+            sinkhorns = [name for name in (*SINKHORN, "logit_limit") if getattr(self, name) is not None]
+            if sinkhorns:
                 raise ValueError(
-                    f"{', '.join(given)} must be None for residual={self.residual!r}: only Sinkhorn has them"
+                    f"{', '.join(sinkhorns)} must be None for residual={self.residual!r}: only Sinkhorn has them"
                 )
         elif (self.guard == "none") != (self.eps == 0):
             raise ValueError(
@@ -168,14 +204,15 @@ class MHCConfig:
 
     @classmethod
     def from_dialect(cls, name: str, *, streams: int, dim: int, **overrides: Any) -> MHCConfig:
-        """The configuration of a published dialect (mathematics.md, "Dialects").
+        """The configuration of a published dialect (docs/mathematics.md, "Dialects").
 
         Args:
             name: a row of ``fixtures/dialects.json``.
-            overrides: parameters that depart from it.
+            streams, dim: n and C.
+            overrides: parameters that depart from the row.
 
         Raises:
-            ValueError: an unknown dialect, or an invalid combination.
+            ValueError: an unknown dialect or parameter, or an invalid combination.
         """
         rows = dialects()
         if name not in rows:

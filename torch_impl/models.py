@@ -44,8 +44,8 @@ def save_model(path: str | Path, sites: Sites, *, replace: bool = False) -> None
 def load_model(path: str | Path, sites: Sites, *, insist: bool = False, round: bool = False) -> None:
     """Fills layers and heads from one canonical file, which holds these and no others; all are filled or none.
 
-    Of the dialect what the file states is compared, and nothing where it has no metadata (`metadata.check_metadata`);
-    what a port notes against itself is a warning.
+    The dialect is compared as far as the file states it (`metadata.check_metadata`); a port's notes against itself are
+    warnings.
 
     Args:
         sites: as `save_model` takes them, but each module once; of sharded parameters each process reads its own parts
@@ -64,7 +64,7 @@ def load_model(path: str | Path, sites: Sites, *, insist: bool = False, round: b
 
 @torch.no_grad()
 def save_sites(path: str | Path, sites: Sites, replace: bool) -> None:
-    """`save_model`, where each site is gathered and handed to the writing process in turn."""
+    """Does the work of `save_model`: gathers each site, and hands it to the writing process before the next one."""
     sites = _checked(sites)
     metadata.check_alike({prefix: site.config for prefix, site in sites.items()})
     agreed, writes, gathered = _distributed(sites)
@@ -84,10 +84,10 @@ def save_sites(path: str | Path, sites: Sites, replace: bool) -> None:
 
 @torch.no_grad()
 def load_sites(path: str | Path, sites: Sites, insist: bool, round: bool, whole: bool) -> None:
-    """`load_model`.
+    """Does the work of `load_model`.
 
     Args:
-        whole: the file must hold no others.
+        whole: the file must hold these sites and no others.
     """
     sites = _checked(sites)
     agreed, _, _ = _distributed(sites)
@@ -141,7 +141,7 @@ def _checked(sites: Sites) -> dict[str, Site]:
     """The layers and heads themselves, without what torch.compile wraps them in.
 
     Raises:
-        ValueError: what they are given as is no mapping of prefixes to layers and heads that have values.
+        ValueError: ``sites`` is no mapping of prefixes to layers and heads that have values.
     """
     if not isinstance(sites, Mapping):
         raise ValueError(
@@ -150,11 +150,11 @@ def _checked(sites: Sites) -> dict[str, Site]:
         )
     if not sites:
         raise ValueError("sites must have a layer or a head under its prefix, got none")
-    found: dict[str, Site] = {}
-    for prefix, given in sites.items():
+    checked: dict[str, Site] = {}
+    for prefix, module in sites.items():
         if not isinstance(prefix, str):
             raise ValueError(f"a prefix must be a string, got {prefix!r}")
-        site = getattr(given, "_orig_mod", given)
+        site = getattr(module, "_orig_mod", module)
         if not isinstance(site, Site):
             raise ValueError(
                 f"{prefix!r} must be a ManifoldConstrainedHyperConnections or a HyperHead, got {type(site).__name__}"
@@ -165,13 +165,13 @@ def _checked(sites: Sites) -> dict[str, Site]:
                 f"{prefix!r} must have parameters with values, got some on the device meta: call to_empty(device=…), "
                 f"then load or fill them"
             )
-        found[prefix] = site
-    _check_named_apart(found)
-    return found
+        checked[prefix] = site
+    _check_named_apart(checked)
+    return checked
 
 
 def _inside(module: Any) -> str:
-    """In words, the sites that another module holds."""
+    """Says in words which sites another module holds."""
     children = module.named_modules() if isinstance(module, torch.nn.Module) else ()
     held = [name for name, child in children if isinstance(child, Site)]
     more = f" and {len(held) - 3} more" if len(held) > 3 else ""
@@ -221,22 +221,23 @@ def _check_names(path: str | Path, present: Collection[str], wanted: Collection[
 
 
 def _told(names: Collection[str], others: Collection[str]) -> str:
-    """Tensors in a few words: a prefix where all of a site is meant."""
+    """Names the tensors in a few words: by their prefix where all of a site is meant."""
     partly = {weights.prefix_of(name) for name in others}
-    found = sorted({name if (prefix := weights.prefix_of(name)) in partly else prefix for name in names})
-    more = f" and {len(found) - 6} more" if len(found) > 6 else ""
-    return (", ".join(found[:6]) + more) or "none"
+    told = sorted({name if (prefix := weights.prefix_of(name)) in partly else prefix for name in names})
+    more = f" and {len(told) - 6} more" if len(told) > 6 else ""
+    return (", ".join(told[:6]) + more) or "none"
 
 
 def _distributed(sites: Sites) -> tuple[Any, bool, Any]:
-    """What sharded sites need.
+    """Finds out how sharded sites are gathered, and who writes.
 
     Returns:
-        A context where what fails on one process fails on all, whether this one writes, and what gathers a parameter.
+        A context that fails on all processes if it fails on one, whether this one writes, and a function that gathers a
+        parameter.
     """
     if not any([site.is_sharded() for site in sites.values()]):  # all of them: FSDP lets go of what it has gathered
         return nullcontext, True, lambda value: value
-    from torch_impl import sharding  # here, since it needs torch.distributed and this module
+    from torch_impl import shards  # here, since it needs torch.distributed
 
-    mesh = sharding.mesh_of(sites)
-    return lambda: sharding.agreed(mesh), not any(mesh.get_coordinate() or ()), sharding.whole
+    mesh = shards.mesh_of(sites)
+    return lambda: shards.agreed(mesh), not any(mesh.get_coordinate() or ()), shards.whole

@@ -23,7 +23,7 @@ ALPHA_SCALE = 0.01  # MaxText's initial gating scalars
 
 
 class HyperConnectionType(enum.Enum):
-    """What the wrapped sub-layer is: decides what it is handed and what it returns."""
+    """The kind of the wrapped sub-layer, which decides how it is called and what it returns."""
 
     ATTENTION = "attention"
     MLP_DENSE = "mlp_dense"
@@ -36,7 +36,7 @@ def _attribute(name: str) -> str:
 
 
 class Site(nn.Module):
-    """What layer and head share: named parameters, MaxText's initial values, canonical files in and out."""
+    """The base of layer and head: named parameters, MaxText's initial values, canonical files in and out."""
 
     sharding: Sharding | None = None  # set by `sharding.parallelize`
 
@@ -66,9 +66,9 @@ class Site(nn.Module):
             return
         seed, device = torch.randint(2**63 - 1, ()), next(self.parameters()).device
         if self.is_sharded():
-            from torch_impl import sharding  # here, since it needs torch.distributed and this module
+            from torch_impl import shards  # here, since it needs torch.distributed
 
-            seed = sharding.agreed_seed(self, seed)
+            seed = shards.agreed_seed(self, seed)
         generator = torch.Generator(device).manual_seed(int(seed))
         for name, value in self.weights().items():
             local, part = weights.local_part(value.detach())
@@ -125,7 +125,7 @@ class Site(nn.Module):
 
 
 class ManifoldConstrainedHyperConnections(Site):
-    """The residual connection of n streams around one sub-layer (mathematics.md, "Forward").
+    """The residual connection of n streams around one sub-layer (docs/mathematics.md, "Forward").
 
     Args:
         config: the layer's parameters.
@@ -141,7 +141,7 @@ class ManifoldConstrainedHyperConnections(Site):
     def pre(
         self, x: Float[Tensor, "... streams dim"], carried: Float[Tensor, "... streams"] | None = None
     ) -> tuple[Float[Tensor, "... dim"], functional.Context, Float[Tensor, "... streams"] | None]:
-        """u for the sub-layer, the context that `post` takes, and what the next site reads with (`functional.pre`)."""
+        """Returns u for the sub-layer, the context for `post`, and the pre for the next site (`functional.pre`)."""
         return self._with_context(x, self._pre(x, carried))
 
     def _pre(self, x: Tensor, carried: Tensor | None) -> Mixing:
@@ -157,13 +157,13 @@ class ManifoldConstrainedHyperConnections(Site):
         return u, functional.Context(x, post, H, self.config, shards), handed
 
     def one_hot(self, x: Float[Tensor, "... streams dim"]) -> Float[Tensor, "... streams"]:
-        """What the first site of a single-pass stack reads with (`functional.one_hot`)."""
+        """Returns the gates that the first site of a single-pass stack reads with (`functional.one_hot`)."""
         return functional.one_hot(x) if self.sharding is None else self.sharding.one_hot(x)
 
     def reduce(
         self, x: Float[Tensor, "... streams dim"], carried: Float[Tensor, "... streams"] | None = None
     ) -> Float[Tensor, "... dim"]:
-        """The streams after the last site, reduced as the configuration says (`functional.reduce`).
+        """Reduces the streams after the last site as the configuration says (`functional.reduce`).
 
         Args:
             carried: for ``reduce="carried"`` the last site's pre, else None.
@@ -176,7 +176,7 @@ class ManifoldConstrainedHyperConnections(Site):
         return functional.reduce(x, str(self.config.reduce), carried, reduction=self.config.reduction)
 
     def post(self, y: Float[Tensor, "... dim"], context: functional.Context) -> Float[Tensor, "... streams dim"]:
-        """The sub-layer's output spread over the mixed streams."""
+        """Spreads the sub-layer's output over the mixed streams (`functional.post`)."""
         if self.sharding is not None:
             return self.sharding.post(y, context)
         return functional.post(y, context)
@@ -191,10 +191,10 @@ class ManifoldConstrainedHyperConnections(Site):
         carried: Float[Tensor, "batch seq streams"] | None = None,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "batch seq streams dim"], dict[str, Any]]:
-        """The whole layer around ``branch_fn``.
+        """Computes the whole layer around ``branch_fn`` (docs/mathematics.md, "Forward").
 
         Args:
-            norm_fn: the sub-layer's own pre-norm.
+            norm_fn: the sub-layer's own pre-norm, of ``[batch, seq, dim]``.
             branch_fn: ATTENTION: called with ``inputs_q`` and ``inputs_kv``, returns ``(y, _)``; MLP_DENSE: with
                 ``inputs``, returns y; MLP_MOE: with ``inputs``, returns ``(y, load_balance_loss, moe_bias_updates)``.
             carried: for ``pre_from="previous"`` the pre of the site before, whatever its kind: ``one_hot(x)`` for the
@@ -225,7 +225,7 @@ class ManifoldConstrainedHyperConnections(Site):
 
 
 class HyperHead(Site):
-    """The learned reduction of the streams to one."""
+    """The learned reduction of the streams to one (docs/mathematics.md, "Forward")."""
 
     def __init__(
         self, config: MHCConfig, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32

@@ -1,11 +1,12 @@
-"""The residual matrix H from its logits (mathematics.md, "The residual matrix").
+"""The residual matrix H from its logits (docs/mathematics.md, "The residual matrix").
 
-Sinkhorn, with R and C for a pass over rows and columns, starts from a softmax over one axis and makes N iterations::
+Sinkhorn starts from a softmax over one axis and makes N iterations of two passes::
 
-    P = softmax(logits, rows or columns)        or exp(logits - their maximum over the axis normalised first)
-    repeat N times:  P = R(P);  P = C(P)        (C before R where columns come first)
-
-Where the softmax runs over the axis that is normalised first it takes the place of the first pass.
+    P = softmax(logits, axis)                   # [n, n]; or exp(logits - their maximum over the axis normalised first)
+    for _ in range(N):                          # the softmax takes the place of the first pass along the same axis
+        P = P / P.sum(rows)                     # columns before rows where order = "columns-first"
+        P = P / P.sum(columns)
+    H = P                                       # [n, n]; with eps in the sums as guard says
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch_impl.config import MHCConfig
 
 ROWS, COLUMNS = -1, -2
+"""The axes of a pass over rows and over columns of ``[..., n, n]``."""
 AXES = {"rows": ROWS, "columns": COLUMNS}
 
 
@@ -31,14 +33,14 @@ def check_shape(name: str, value: Tensor, tail: tuple[int, ...]) -> None:
     """Checks the last axes of an argument.
 
     Raises:
-        ValueError: they are others.
+        ValueError: they aren't ``tail``.
     """
     if tuple(value.shape[value.ndim - len(tail) :]) != tail or value.ndim < len(tail):
         raise ValueError(f"{name} must end in {list(tail)}, got {list(value.shape)}")
 
 
 def _normalise(p: Tensor, axis: int, config: MHCConfig) -> Tensor:
-    total, eps = p.sum(axis, keepdim=True), config.eps or 0.0
+    total, eps = p.sum(axis, keepdim=True), config.eps or 0.0  # [..., n, 1] or [..., 1, n]
     if config.guard in ("add", "denominator"):
         total = total + eps
     elif config.guard == "clip":
@@ -48,7 +50,7 @@ def _normalise(p: Tensor, axis: int, config: MHCConfig) -> Tensor:
 
 def _largest(logits: Tensor, axis: int) -> Tensor:
     """The maximum along ``axis``, whose gradient goes to the first entry that it is."""
-    return logits.gather(axis, logits.argmax(axis, keepdim=True))
+    return logits.gather(axis, logits.argmax(axis, keepdim=True))  # [..., n, 1] or [..., 1, n]
 
 
 def _balanced(logits: Tensor, axis: int) -> Tensor:
@@ -57,8 +59,9 @@ def _balanced(logits: Tensor, axis: int) -> Tensor:
     Where no eps guards a sum the next pass, across ``axis``, divides the factor out again: it changes no result.
     Without it a line far below the others vanishes, and the pass divides 0 by 0.
     """
-    level = logits - logits.amax(axis, keepdim=True).detach()
-    factor = level.amax(ROWS + COLUMNS - axis, keepdim=True).detach()
+    across = ROWS + COLUMNS - axis
+    level = logits - logits.amax(axis, keepdim=True).detach()  # [..., n, n]
+    factor = level.amax(across, keepdim=True).detach()  # [..., n, 1] or [..., 1, n]
     return (level - factor).exp() / level.exp().sum(axis, keepdim=True)
 
 
@@ -68,9 +71,12 @@ def _limited(logits: Tensor, limit: float) -> Tensor:
 
 
 def sinkhorn(logits: Float[Tensor, "... n n"], config: MHCConfig) -> Float[Tensor, "... n n"]:
-    """``config.iterations`` Sinkhorn iterations as written (mathematics.md, "The residual matrix").
+    """Makes ``config.iterations`` Sinkhorn iterations as written (docs/mathematics.md, "The residual matrix").
 
-    In float32 or wider; in the logits' own dtype where ``config.matrix`` is ``"activation"``.
+    It computes in float32 or wider, and in the logits' own dtype where ``config.matrix`` is ``"activation"``.
+
+    Args:
+        logits: ``[..., n, n]``.
 
     Returns:
         H in the dtype of the logits. The axis normalised last sums to 1 to rounding, the other need not.
@@ -93,21 +99,35 @@ def sinkhorn(logits: Float[Tensor, "... n n"], config: MHCConfig) -> Float[Tenso
 
 
 def permutations(logits: Float[Tensor, "... factorial"], config: MHCConfig) -> Float[Tensor, "... n n"]:
-    """A softmax over the n! permutation matrices in `itertools.permutations` order, ``P[i, p(i)] = 1``."""
-    weight = torch.softmax(logits.to(wide_dtype(logits.dtype)), -1)
-    matrices = torch.zeros(config.residual_columns, config.streams, config.streams, dtype=torch.bool)
+    """Weights the n! permutation matrices by a softmax, in `itertools.permutations` order with ``P[i, p(i)] = 1``
+    (docs/mathematics.md, "The residual matrix").
+
+    Args:
+        logits: ``[..., n!]``.
+
+    Returns:
+        H in the dtype of the logits.
+    """
+    weight = torch.softmax(logits.to(wide_dtype(logits.dtype)), -1)  # [..., n!]
+    matrices = torch.zeros(config.residual_columns, config.streams, config.streams, dtype=torch.bool)  # [n!, n, n]
     for index, order in enumerate(itertools.permutations(range(config.streams))):
         for i, j in enumerate(order):
             matrices[index, i, j] = True
-    chosen = matrices.to(logits.device, weight.dtype)
-    return torch.einsum("...p,pij->...ij", weight, chosen).to(logits.dtype)
+    H = torch.einsum("...p,pij->...ij", weight, matrices.to(logits.device, weight.dtype))
+    return H.to(logits.dtype)
 
 
 def residual_matrix(logits: Float[Tensor, ...], config: MHCConfig) -> Float[Tensor, "... n n"]:
-    """H from its logits, ``[..., n, n]`` for Sinkhorn and ``[..., n!]`` for permutations.
+    """Computes H from its logits (docs/mathematics.md, "The residual matrix").
+
+    Args:
+        logits: ``[..., n, n]`` for Sinkhorn, ``[..., n!]`` for permutations.
+
+    Returns:
+        H ``[..., n, n]`` in the dtype of the logits.
 
     Raises:
-        ValueError: the logits' shape, or a dialect whose H is the identity and has none.
+        ValueError: the logits have another shape, or the dialect's H is the identity and has no logits.
     """
     n = config.streams
     if config.residual == "identity":

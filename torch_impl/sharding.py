@@ -8,10 +8,9 @@ one kind of data parallelism.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +24,24 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch_impl import functional, models
 from torch_impl.config import MHCConfig
 from torch_impl.modules import ManifoldConstrainedHyperConnections, Mixing, Site
-from torch_impl.shards import TensorShards
+from torch_impl.shards import TensorShards, agreed, agreed_seed, broadcast, mesh_of, whole
+
+__all__ = [
+    "AXES",
+    "Sharding",
+    "agreed",
+    "agreed_seed",
+    "check_divisible",
+    "data_mesh",
+    "gather",
+    "load_weights",
+    "make_mesh",
+    "mesh_of",
+    "parallelize",
+    "save_weights",
+    "shard",
+    "whole",
+]
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 Module = TypeVar("Module", bound=nn.Module)
@@ -240,13 +256,13 @@ def parallelize(
     Raises:
         ValueError: no layer or head, another word for ``gradients``, or a dim that fsdp x tensor doesn't divide.
     """
-    found = {name: child for name, child in module.named_modules() if isinstance(child, Site)}
-    if not found:
+    sites = {name: child for name, child in module.named_modules() if isinstance(child, Site)}
+    if not sites:
         raise ValueError(f"module must have a ManifoldConstrainedHyperConnections or a HyperHead, got {module}")
     if gradients not in ("mean", "sum"):
         raise ValueError(f"gradients must be mean or sum, got {gradients!r}")
     parts = _size(mesh, "fsdp") * _size(mesh, "tensor")
-    for name, site in found.items():
+    for name, site in sites.items():
         if site.sharding is not None:
             raise ValueError(f"{name or 'module'} must not be sharded yet, it is: call parallelize once")
         if site.config.dim % parts:
@@ -255,7 +271,7 @@ def parallelize(
                 f"tensor={_size(mesh, 'tensor')}, got {site.config.dim}: change dim, or replace fsdp by data"
             )
     reduced = data_mesh(mesh)
-    for site in found.values():
+    for site in sites.values():
         _distribute(site, mesh)
         if reduced is not None:
             _fully_shard(site, reduced, gradients, policy, reshard_after_forward)
@@ -269,7 +285,7 @@ def _distribute(site: Site, mesh: DeviceMesh) -> None:
     if not any(value.is_meta for value in site.parameters()):
         site.to(mesh.device_type)
         for value in site.parameters():
-            _broadcast(value.detach(), mesh)
+            broadcast(value.detach(), mesh)
     if count == 1:
         return
     for name, value in site.weights().items():
@@ -313,68 +329,6 @@ def _fully_shard(
     site.set_force_sum_reduction_for_comms(True)
     if isinstance(site, ManifoldConstrainedHyperConnections):
         register_fsdp_forward_method(site, "_pre")
-
-
-def _broadcast(value: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The value of the mesh's first process, in place, along one dimension after another."""
-    for index, size in enumerate(mesh.shape):
-        if size > 1:
-            dist.broadcast(value, group=mesh.get_group(index), group_src=0)
-    return value
-
-
-def mesh_of(sites: Mapping[str, Site]) -> DeviceMesh:
-    """The one mesh of the parameters that are sharded, back in their parts if the last forward has left them whole.
-
-    Raises:
-        ValueError: none is sharded, or they are on several meshes.
-    """
-    found: dict[DeviceMesh, str] = {}
-    for prefix, site in sites.items():
-        if isinstance(site, FSDPModule):
-            site.reshard()
-        mesh = next((value.device_mesh for value in site.parameters() if isinstance(value, DTensor)), None)
-        if mesh is not None:
-            found.setdefault(mesh, prefix)
-    if len(found) != 1:
-        raise ValueError(f"the sites must be on one mesh, {' and '.join(map(repr, found.values())) or 'none'} are")
-    return next(iter(found))
-
-
-def agreed_seed(site: Site, seed: Tensor) -> Tensor:
-    """The first process's seed, on all that hold the site's parameters."""
-    mesh = mesh_of({"": site})
-    return _broadcast(seed.to(mesh.device_type), mesh)
-
-
-def whole(value: Tensor) -> Tensor:
-    """A parameter gathered along one mesh dimension after another, which `full_tensor` warns of."""
-    if not isinstance(value, DTensor):
-        return value
-    for index in range(value.device_mesh.ndim):
-        value = value.redistribute(placements=[Replicate()] * (index + 1) + list(value.placements[index + 1 :]))
-    return value.to_local()
-
-
-@contextlib.contextmanager
-def agreed(mesh: DeviceMesh) -> Iterator[None]:
-    """What fails on one process fails on all, once all have come here.
-
-    Raises:
-        Exception: what any of them met.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as raised:  # of any kind: the others would wait forever
-        error = raised
-    for index, size in enumerate(mesh.shape):
-        if size > 1:
-            errors: list[Exception | None] = [None] * size
-            dist.all_gather_object(errors, error, group=mesh.get_group(index))
-            error = error or next((other for other in errors if other is not None), None)
-    if error is not None:
-        raise error
 
 
 def load_weights(site: Site, path: str | Path, prefix: str = "", *, insist: bool = False, round: bool = False) -> None:

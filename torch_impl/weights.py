@@ -1,4 +1,4 @@
-"""Canonical safetensors: a prefix per site, projections flat ``[n*C, m]`` (mathematics.md, "Checkpoint layouts")."""
+"""Canonical safetensors files (docs/mathematics.md, "Checkpoint layouts"): a prefix for each site, projections flat."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """The weights under ``prefix`` in the file, in their own dtype and in-memory shapes.
 
-    Of the dialect what the file states is compared, and nothing where it has no metadata (`metadata.check_metadata`).
+    The dialect is compared as far as the file states it (`metadata.check_metadata`).
     What it says against itself is a warning: a port's note that it is approximate, partial or assumes a dialect, and
     parameters that are left open.
 
@@ -134,13 +134,13 @@ def read_site(
     round: bool = False,
 ) -> dict[str, Tensor]:
     """The weights under ``prefix`` in an open file (`load_weights`), whose names are checked already."""
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         part = tuple(slice(0, size) for size in shape) if parts is None else parts[name]
         said, entry = f"{path}: {prefix + name}", file.get_slice(prefix + name)
         value = _read(said, entry, name, shape, part)
-        found[name] = value if dtypes is None else _held(said, value, dtypes[name], round)
-    return found
+        values[name] = value if dtypes is None else _held(said, value, dtypes[name], round)
+    return values
 
 
 def _held(said: str, value: Tensor, dtype: torch.dtype, round: bool) -> Tensor:

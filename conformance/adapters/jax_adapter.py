@@ -15,14 +15,15 @@ from conformance.adapters.jax_gradients import StageCalls
 from conformance.cases.case import DTYPES
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import STAGES
+from jax_impl import sharding
 
 
 def configuration(config: dict[str, Any]) -> jax_impl.MHCConfig:
     """The parameters of what a stage is told; a stack's own ``reduce`` isn't the dialect's."""
     known = jax_impl.MHCConfig(streams=1, dim=1).parameters()
-    given = {k: v for k, v in config.items() if k in known}
-    reduce = "carried" if given["pre_from"] == "previous" else "sum"
-    return jax_impl.MHCConfig.from_parameters({**given, "reduce": reduce})
+    parameters = {k: v for k, v in config.items() if k in known}
+    reduce = "carried" if parameters["pre_from"] == "previous" else "sum"
+    return jax_impl.MHCConfig.from_parameters({**parameters, "reduce": reduce})
 
 
 def _set(name: str) -> Any:
@@ -99,7 +100,7 @@ def _reduce(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.A
 
 
 def _head(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
-    return {"out": jax_impl.head(values["x"], _weights(values, c), c)}
+    return {"out": jax_impl.head(values["x"], _weights(values, c), c, shards=sharding.current())}
 
 
 def _residual_matrix(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
@@ -112,7 +113,8 @@ def _coefficients(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str,
 
 
 def _pre(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
-    u, _, handed = jax_impl.pre(values["x"], _weights(values, c), c, values.get("carried"))
+    weights = _weights(values, c)
+    u, _, handed = jax_impl.pre(values["x"], weights, c, values.get("carried"), shards=sharding.current())
     return {"u": u} if handed is None else {"u": u, "pre": handed}
 
 
@@ -135,24 +137,25 @@ State = tuple[jax.Array, jax.Array | None]
 
 
 def _one_layer(values: Any, c: jax_impl.MHCConfig) -> Callable[[State, dict[str, jax.Array]], State]:
-    given = {k: values[k] for k in ("norm_scale", "branch_scale")}
+    constants = {k: values[k] for k in ("norm_scale", "branch_scale")}
 
     def run(state: State, weights: dict[str, jax.Array]) -> State:
         x, carried = state
         handed = {} if carried is None else {"carried": carried}
-        found = _layer({**given, "x": x, **handed, **weights}, c, {"branch": "mlp_dense"})
-        return found["out"], found.get("pre")
+        values_out = _layer({**constants, "x": x, **handed, **weights}, c, {"branch": "mlp_dense"})
+        return values_out["out"], values_out.get("pre")
 
     return run
 
 
 def _begin(values: Any, c: jax_impl.MHCConfig) -> State:
     x = jax_impl.expand(values["embedding"], c.streams)
-    return x, jax_impl.one_hot(x) if c.pre_from == "previous" else None
+    return x, jax_impl.one_hot(x, shards=sharding.current()) if c.pre_from == "previous" else None
 
 
 def _reduced(x: jax.Array, carried: jax.Array | None, c: jax_impl.MHCConfig, how: str) -> dict[str, jax.Array]:
-    return {"out": x if how == "none" else jax_impl.reduce(x, how, carried, reduction=c.reduction)}
+    options = {"reduction": c.reduction, "shards": sharding.current()}
+    return {"out": x if how == "none" else jax_impl.reduce(x, how, carried, **options)}
 
 
 def _stack(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:

@@ -69,6 +69,6 @@ class StageCalls:
                 run = vector_jacobian(function, STAGES[stage].constants)
                 self._last = (key, jax.jit(run) if self._jit else run)
             # XLA has no strided arrays: a copy in order is what any caller gets.
-            given = {k: jnp.asarray(np.ascontiguousarray(v).reshape(v.shape)) for k, v in inputs.items()}
-            outputs, gradients = self._last[1](given, cotangents)
+            arrays = {k: jnp.asarray(np.ascontiguousarray(v).reshape(v.shape)) for k, v in inputs.items()}
+            outputs, gradients = self._last[1](arrays, cotangents)
             return {k: np.asarray(v) for k, v in outputs.items()}, {k: np.asarray(v) for k, v in gradients.items()}

@@ -58,9 +58,9 @@ class JaxMesh:
             if self._last[0] != key:
                 run = vector_jacobian(lambda v: SHARDABLE[stage](v, c, config), STAGES[stage].constants)
                 self._last = (key, jax.jit(run))
-            given = self._placed(inputs, c)
+            placed = self._placed(inputs, c)
             wanted = cotangents and {k: self._activation(k, v) for k, v in cotangents.items()}
-            outputs, gradients = self._last[1](given, wanted)
+            outputs, gradients = self._last[1](placed, wanted)
             flat = {k: v.reshape(inputs[k].shape) for k, v in self._whole(gradients).items()}
             return self._whole(outputs), flat
 

@@ -48,8 +48,8 @@ def vector_jacobian(
     if cotangents is None:
         return {k: to_numpy(v) for k, v in zip(names, listed(*primals), strict=True)}, {}
     shapes = function(arrays)
-    given = [to_mlx(cotangents[k]).astype(v.dtype) for k, v in shapes.items()]
-    outputs, gradients = mx.vjp(listed, primals, given)
+    cotangents_in = [to_mlx(cotangents[k]).astype(v.dtype) for k, v in shapes.items()]
+    outputs, gradients = mx.vjp(listed, primals, cotangents_in)
     return (
         {k: to_numpy(v) for k, v in zip(names, outputs, strict=True)},
         {k: to_numpy(v) for k, v in zip(wanted, gradients, strict=True)},

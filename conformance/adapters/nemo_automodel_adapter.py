@@ -45,13 +45,13 @@ class NemoAutomodel(Site):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its default of rope_scaling, by transformers
             module = self._class(self._layers.DeepseekV41TextConfig(**told))
-        found = torch.func.functional_call(module, branch.joined(values, torch.cat), (values["x"],))
+        opened = torch.func.functional_call(module, branch.joined(values, torch.cat), (values["x"],))
         u = {"u": self._class.collapse(values["x"], values["carried"])} if "carried" in values else {}
-        return {"pre": found.pre, "post": found.post, "H": found.comb, **u}
+        return {"pre": opened.pre, "post": opened.post, "H": opened.comb, **u}
 
     def mix(self, values: Values, config: Mapping[str, Any]) -> Any:
-        found = self._layers.DeepseekV41Mix(None, values["post"], values["H"])
-        return self._class.expand(values["y"], values["x"], found)
+        mixing = self._layers.DeepseekV41Mix(None, values["post"], values["H"])
+        return self._class.expand(values["y"], values["x"], mixing)
 
     def expand_streams(self, embedding: Any, config: Mapping[str, Any]) -> Any:
         return embedding.unsqueeze(2).expand(-1, -1, config["streams"], -1)

@@ -103,11 +103,11 @@ class Site:
         return self._run("stack", lambda values: {"out": self._stack(values, config)}, inputs, cotangents)
 
     def _stack(self, values: Values, config: Mapping[str, Any]) -> Any:
-        given, weights = branch.split(values)
-        x = self.expand_streams(given["embedding"], config)
+        constants, weights = branch.split(values)
+        x = self.expand_streams(constants["embedding"], config)
         chain = {"carried": self.first_carried(x)} if config.get("pre_from") == "previous" else {}
         for index in range(config["layers"]):
-            site = {**given, **chain, "x": x, **{k: v[index] for k, v in weights.items()}}
+            site = {**constants, **chain, "x": x, **{k: v[index] for k, v in weights.items()}}
             result = self._layer(site, config, "mlp_dense")
             x, chain = result["out"], {"carried": result["pre"]} if chain else {}
         return x if config["reduce"] == "none" else self.reduce_streams(x, config["reduce"], chain.get("carried"))
@@ -138,12 +138,12 @@ def settings_of(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str
     Raises:
         NotImplementedError: the parameters of one name have different values.
     """
-    row, found = _row(config["dialect"]), {}
+    row, settings = _row(config["dialect"]), {}
     for name in dict.fromkeys(names.values()):
         values = {k: config[k] for k, v in names.items() if v == name}
         if all(k in row and row[k] == v for k, v in values.items()):
             continue
         if len(set(values.values())) > 1:
             raise NotImplementedError(f"{name} is one value for {' and '.join(values)}, got {values}")
-        found[name] = next(iter(values.values()))
-    return found
+        settings[name] = next(iter(values.values()))
+    return settings

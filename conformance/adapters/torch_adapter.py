@@ -35,9 +35,9 @@ CAPTURE = aot_autograd(fw_compiler=_as_it_is, bw_compiler=_as_it_is, partition_f
 def configuration(config: dict[str, Any]) -> torch_impl.MHCConfig:
     """The parameters of what a stage is told; a stack's own ``reduce`` isn't the dialect's."""
     known = torch_impl.MHCConfig(streams=1, dim=1).parameters()
-    given = {k: v for k, v in config.items() if k in known}
-    reduce = "carried" if given["pre_from"] == "previous" else "sum"
-    return torch_impl.MHCConfig.from_parameters({**given, "reduce": reduce})
+    parameters = {k: v for k, v in config.items() if k in known}
+    reduce = "carried" if parameters["pre_from"] == "previous" else "sum"
+    return torch_impl.MHCConfig.from_parameters({**parameters, "reduce": reduce})
 
 
 class TorchImplementation:
@@ -100,17 +100,17 @@ class TorchImplementation:
     def stack(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         c = configuration(config)
         told = {**config, "branch": "mlp_dense", "module": _module(c)}
-        one = self._run(f"stack/{relevant('stack', config)}", lambda values: _layer(values, c, told))
+        run_site = self._run(f"stack/{relevant('stack', config)}", lambda values: _layer(values, c, told))
 
         def body(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            given, weights = branch.split(values)
-            x = torch_impl.expand(given["embedding"], c.streams)
+            constants, weights = branch.split(values)
+            x = torch_impl.expand(constants["embedding"], c.streams)
             carried = torch_impl.one_hot(x) if c.pre_from == "previous" else None
             for index in range(config["layers"]):
                 handed = {} if carried is None else {"carried": carried}
-                found = one({**{k: given[k] for k in ("norm_scale", "branch_scale")}, "x": x, **handed,
+                site_outputs = run_site({**{k: constants[k] for k in ("norm_scale", "branch_scale")}, "x": x, **handed,
                              **{k: v[index] for k, v in weights.items()}})  # fmt: skip
-                x, carried = found["out"], found.get("pre")
+                x, carried = site_outputs["out"], site_outputs.get("pre")
             return _reduced(x, carried, c, config["reduce"])
 
         return vector_jacobian("stack", body, inputs, cotangents)

@@ -46,14 +46,15 @@ def vector_jacobian(
     gradients: dict[str, np.ndarray] = {}
     if cotangents is not None:
         reached = [k for k, v in outputs.items() if v.requires_grad]
-        found = torch.autograd.grad(
+        gradients_of = torch.autograd.grad(
             [outputs[k] for k in reached],
             [tensors[k] for k in wanted],
             [to_torch(cotangents[k]).to(outputs[k].dtype) for k in reached],
             allow_unused=True,
         )
         gradients = {
-            k: to_numpy(torch.zeros_like(tensors[k]) if g is None else g) for k, g in zip(wanted, found, strict=True)
+            k: to_numpy(torch.zeros_like(tensors[k]) if g is None else g)
+            for k, g in zip(wanted, gradients_of, strict=True)
         }
     return {k: to_numpy(v) for k, v in outputs.items()}, gradients
 

@@ -72,22 +72,22 @@ class TorchMesh:
         sites = self._sites(stage, c, dtype, computed, config)
         for index, site in enumerate(sites):
             _fill(site, {k: v[index] if lead else v for k, v in shaped.items()})
-        given = {k: self._part(k, v).detach() for k, v in others.items()}
-        wanted = [k for k in given if k not in STAGES[stage].constants]
+        leaves = {k: self._part(k, v).detach() for k, v in others.items()}
+        wanted = [k for k in leaves if k not in STAGES[stage].constants]
         for name in wanted:
-            given[name].requires_grad_(cotangents is not None)
-        outputs = _run(stage, sites, given, config)
+            leaves[name].requires_grad_(cotangents is not None)
+        outputs = _run(stage, sites, leaves, config)
         gradients: dict[str, np.ndarray] = {}
         if cotangents is not None:
             parts = {k: self._part(k, to_torch(np.array(v)).to(self._device)) for k, v in cotangents.items()}
             reached = [k for k, v in outputs.items() if v.requires_grad]
             torch.autograd.backward([outputs[k] for k in reached], [parts[k].to(outputs[k].dtype) for k in reached])
             for name in wanted:
-                found = given[name].grad
-                gradients[name] = self._whole(name, torch.zeros_like(given[name]) if found is None else found)
-            found = [_gradients(site) for site in sites]
+                gradient = leaves[name].grad
+                gradients[name] = self._whole(name, torch.zeros_like(leaves[name]) if gradient is None else gradient)
+            layers = [_gradients(site) for site in sites]
             for name, value in weights.items():
-                stacked = torch.stack([one[name] for one in found]) if lead else found[0][name]
+                stacked = torch.stack([layer[name] for layer in layers]) if lead else layers[0][name]
                 gradients[name] = to_numpy(stacked).reshape(tuple(value.shape))
         return {k: self._whole(k, v.detach()) for k, v in outputs.items()}, gradients
 
@@ -140,25 +140,25 @@ def _gradients(site: Any) -> dict[str, Tensor]:
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    found = parameter.grad
-    if found is None:
+    gradient = parameter.grad
+    if gradient is None:
         return torch.zeros(parameter.shape, dtype=parameter.dtype)
-    return found.full_tensor() if isinstance(found, DTensor) else found
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
-def _run(stage: str, sites: Any, given: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    carried = given.get("carried")
+def _run(stage: str, sites: Any, values: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    carried = values.get("carried")
     if stage == "pre":
-        u, _, handed = sites[0].pre(given["x"], carried)
+        u, _, handed = sites[0].pre(values["x"], carried)
         return {"u": u} if handed is None else {"u": u, "pre": handed}
     if stage == "head":
-        return {"out": sites[0](given["x"])}
+        return {"out": sites[0](values["x"])}
     kind = config["branch"] if stage == "layer" else "mlp_dense"
-    call = branch.norm_fn(given), branch.branch_fn(kind, given)
+    call = branch.norm_fn(values), branch.branch_fn(kind, values)
     if stage == "layer":
-        out, metadata = sites[0](*call, given["x"], torch_impl.HyperConnectionType(kind), carried=carried)
+        out, metadata = sites[0](*call, values["x"], torch_impl.HyperConnectionType(kind), carried=carried)
         return {"out": out, **{"pre" if k == "carried" else k: v for k, v in metadata.items()}}
-    x = torch_impl.expand(given["embedding"], config["streams"])
+    x = torch_impl.expand(values["embedding"], config["streams"])
     carried = torch_impl.one_hot(x) if config["pre_from"] == "previous" else None
     for site in sites:
         x, metadata = site(*call, x, torch_impl.HyperConnectionType(kind), carried=carried)

@@ -71,8 +71,8 @@ class Delayed(Vllm):
         post, H, u, pre = self._mhc.mhc_pre_delayed_torch(
             tokens["x"], *self._arguments(values, config), tokens.get("carried")
         )
-        found = {"pre": pre, "post": post.squeeze(-1), "H": H, "u": u}
-        return {k: v.unflatten(0, x.shape[:2]) for k, v in found.items()}
+        opened = {"pre": pre, "post": post.squeeze(-1), "H": H, "u": u}
+        return {k: v.unflatten(0, x.shape[:2]) for k, v in opened.items()}
 
     def reduce_streams(self, x: Any, how: str, carried: Any) -> Any:
         """By the line that reads x with a carried pre: the coefficients of weights 0 are thrown away."""
@@ -80,8 +80,8 @@ class Delayed(Vllm):
             return super().reduce_streams(x, how, carried)
         n = x.shape[2]
         fn, base = torch.zeros(2 * n + n**2, n * x.shape[3]), torch.zeros(2 * n + n**2)
-        given = x.flatten(0, 1), fn, torch.zeros(3), base, 1.0, 0.0, 0.0, 1.0, 1, carried.flatten(0, 1)
-        return self._mhc.mhc_pre_delayed_torch(*given)[2].unflatten(0, x.shape[:2])
+        arguments = x.flatten(0, 1), fn, torch.zeros(3), base, 1.0, 0.0, 0.0, 1.0, 1, carried.flatten(0, 1)
+        return self._mhc.mhc_pre_delayed_torch(*arguments)[2].unflatten(0, x.shape[:2])
 
 
 def vllm_mhc() -> Vllm:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import typer
 
 FAILED, USAGE, SETUP = 1, 2, 3
+INTERRUPTED = 130  # 128 and SIGINT, as a shell has it
 
 app = typer.Typer(
     help="Conformance of mHC implementations to certified golden values, and ports of their weights.",
@@ -20,9 +23,18 @@ def stop(message: str, status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
-def known_names(kind: str, given: list[str] | None, known: list[str]) -> list[str]:
+def known_names(kind: str, names: list[str] | None, known: list[str]) -> list[str]:
     """What was given, all of it known; everything where nothing was given."""
-    for name in given or []:
+    for name in names or []:
         if name not in known:
             stop(f"unknown {kind} {name!r}, expected one of {', '.join(known)}", USAGE)
-    return given or known
+    return names or known
+
+
+@contextlib.contextmanager
+def interruptible(told: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C ends the command with one line, which says what was interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop(f"interrupted {told()}", INTERRUPTED)

@@ -55,12 +55,12 @@ def compare(
     for call in calls:
         if call.stage not in stages:
             continue
-        found = comparison.compare(first, second, call)
-        if isinstance(found, str):
-            typer.echo(f"{call.stage:16} {found}")
+        rows = comparison.compare(first, second, call)
+        if isinstance(rows, str):
+            typer.echo(f"{call.stage:16} {rows}")
             continue
         compared += 1
-        for line in found:
+        for line in rows:
             apart = line.apart(tolerance)
             where = f" at {line.index}: {line.a:.9g} and {line.b:.9g}" if line.largest else ""
             typer.echo(

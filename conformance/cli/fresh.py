@@ -69,7 +69,7 @@ class Workshop:
         from rich.console import Console
         from rich.progress import Progress
 
-        make, found = making(rows).make, []
+        make, cases = making(rows).make, []
         for number, row in enumerate(rows):
             folder, started = self.folder / str(number), time.monotonic()
             folder.mkdir()
@@ -80,5 +80,5 @@ class Workshop:
             typer.echo(f"made {len(made.cases)} cases of {row.name} in {seconds:.0f} s")
             for line in made.left_out:
                 typer.echo(f"  left out, {line}")
-            found += made.cases
-        return found
+            cases += made.cases
+        return cases

@@ -53,13 +53,13 @@ def identify(
         items += [i for c in made for i in c.items()]
     wrong = False
     for told in [row.name for row in given if dialect or not unclaimed(row, implementation.capabilities)]:
-        found = run(implementation, told, rows, items, dtype)
-        for line in found.raised[:3]:
+        identity = run(implementation, told, rows, items, dtype)
+        for line in identity.raised[:3]:
             typer.echo(f"{implementation.name}, told {told}, {dtype}: raised in {line}")
-        if not found.items:
+        if not identity.items:
             stop(f"{implementation.name} claims, or answers, none of the separating cases of {told} in {dtype}", USAGE)
-        for line in words.lines(implementation.name, dtype, found, rows, verbose):
+        for line in words.lines(implementation.name, dtype, identity, rows, verbose):
             typer.echo(line)
-        wrong = wrong or not found.as_told
+        wrong = wrong or not identity.as_told
     if wrong:
         raise typer.Exit(FAILED)

@@ -32,19 +32,19 @@ def report(
     try:
         merged = read.merge(runs)
         figures = read.read_selftest(selftest, merged[0].header.corpus) if selftest else None
-        found = summary(merged, figures)
+        content = summary(merged, figures)
     except (read.ReportError, CaseError) as error:
         stop(str(error), USAGE)
     try:
         if markdown:
-            atomic.write(markdown, text.markdown(found))
+            atomic.write(markdown, text.markdown(content))
         if html:
             try:
                 from conformance.report.page import page
             except ImportError as error:
                 stop(f"the page needs plotly: pip install 'mhc-conformance[report]' ({error})", SETUP)
-            atomic.write(html, page(found))
+            atomic.write(html, page(content))
     except OSError as error:
         stop(f"can't be written: {error}", USAGE)
     if not html and not markdown:
-        typer.echo(text.markdown(found), nl=False)
+        typer.echo(text.markdown(content), nl=False)

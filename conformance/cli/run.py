@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, app, interruptible, known_names, stop
 from conformance.cli.fresh import HELP, Workshop, dialects_given, making
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def _search(
 
 
 @app.command()
+@interruptible(lambda: "while cases were prepared or a report was written")
 def run(
     impl: Annotated[
         list[str] | None, typer.Option(help="A registered name, module:attribute or exec:COMMAND; repeatable.")
@@ -91,17 +92,23 @@ def run(
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 2,
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one item.")] = 300.0,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Hand over what isn't claimed too: it must be refused.")
+        bool,
+        typer.Option(
+            "--probe",
+            help="Also run items that the implementation does not claim; it must refuse them or get them right.",
+        ),
     ] = False,
     search: Annotated[float, typer.Option(min=0, help="Draw fresh cases for so many seconds instead.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
-    found: Annotated[Path, typer.Option(help="Where a search writes what fails.")] = Path("found.safetensors"),
+    seed: Annotated[int, typer.Option(help="The seed of --search.")] = 0,
+    found: Annotated[Path, typer.Option(help="File for the smallest case that fails.")] = Path("found.safetensors"),
     listing: Annotated[bool, typer.Option("--list", help="Only print what would run, an item a line.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every reason to skip an item.")] = False,
     progress: Annotated[bool, typer.Option(help="A live line, on a terminal.")] = True,
 ) -> None:
     """Run the golden cases on implementations and judge every output and gradient.
 
-    Exit status: 0 all passed, 1 something failed, 2 usage, 3 an implementation could not be set up.
+    Exit status: 0 all passed, 1 something failed, 2 usage, 3 an implementation could not be set up,
+    130 it was interrupted.
     """
     from conformance.cases.case import DTYPES, CaseError, load_case
     from conformance.cases.corpus import load_corpus
@@ -179,12 +186,13 @@ def run(
         stop("no implementation is installed: " + "; ".join(f"{k}: {v}" for k, v in left.items()), SETUP)
     for name, reason in left.items():
         typer.echo(f"left out: {name} ({reason})")
-    report = terminal.TerminalReport(len(items) * len(chosen), live=progress and sys.stdout.isatty())
+    total = len(items) * len(chosen)
+    report = terminal.TerminalReport(total, live=progress and sys.stdout.isatty(), verbose=verbose)
     crossed = Agreement(items)
     outcomes: list[Any] = []
     broken: tuple[str, int] | None = None
     try:
-        with report:
+        with interruptible(lambda: f"after {len(outcomes)} of {total} items; no report is written"), report:
             for outcome in run_items(chosen, items, jobs, stop_early, time_limit, probe):
                 crossed.add(outcome)
                 outcomes.append(outcome)

@@ -6,22 +6,17 @@ error that says which, and the next call starts new ones.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import IO, Any
+from typing import Any, cast
 
+from conformance.implementations.child import Deadline, PythonChild, end_all
 from conformance.interface import Arrays, Result, SetupError
 from conformance.mesh import MARK, Member, Mesh, cropped, filled, refuse_indivisible
 
+SERVE = "conformance.implementations.member:serve"
 START = 120.0  # seconds for the processes to meet, each of which imports a framework first
 LINGER = 2.0  # seconds in which the others may report the same, or a process end that has hung up
 
@@ -32,26 +27,6 @@ class GroupError(RuntimeError):
 
 class CallError(RuntimeError):
     """All processes failed alike, so that none waits for another: they go on with the next call."""
-
-
-@dataclass
-class _Process:
-    rank: int
-    process: subprocess.Popen[bytes]
-    connection: Connection
-    alive: int
-    errors: IO[bytes]
-
-    def died(self) -> str:
-        """How it ended, and the last line it wrote."""
-        try:
-            status = self.process.wait(LINGER)
-        except subprocess.TimeoutExpired:
-            return "closed its connection without ending"
-        how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        self.errors.seek(0)
-        said = self.errors.read().decode(errors="replace").strip().splitlines()
-        return f"{how}{': ' + said[-1][:200] if said else ''}"
 
 
 class GroupImplementation:
@@ -70,7 +45,7 @@ class GroupImplementation:
     def __init__(self, reference: str, mesh: Mesh, processes: int, limit: float):
         self.name = f"{reference}{MARK}{mesh}"
         self._reference, self._mesh, self._count, self._limit = reference, mesh, processes, limit
-        self._processes: list[_Process] = []
+        self._processes: list[PythonChild] = []
         try:
             self.capabilities = self._start()
         except (GroupError, CallError, NotImplementedError, OSError) as error:
@@ -102,12 +77,11 @@ class GroupImplementation:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        for rank in range(self._count):
-            self._processes.append(_spawn(rank))
-        for one in self._processes:
-            member = Member(self._mesh, one.rank, self._count, address, self._limit)
-            with contextlib.suppress(BrokenPipeError):  # it died: the exchange says how
-                one.connection.send((self._reference, member))
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        for _ in range(self._count):
+            self._processes.append(PythonChild(SERVE, kept="12", environment=environment))
+        for rank, process in enumerate(self._processes):
+            process.send((self._reference, Member(self._mesh, rank, self._count, address, self._limit)))
         return self._exchange(None, "while the processes met", max(START, self._limit))
 
     def _exchange(self, call: Any, when: str, limit: float) -> Any:
@@ -118,28 +92,28 @@ class GroupImplementation:
             CallError: all failed alike.
             NotImplementedError: all of them refuse.
         """
-        for one in self._processes if call is not None else ():
-            with contextlib.suppress(BrokenPipeError):
-                one.connection.send(call)
+        for process in self._processes if call is not None else ():
+            process.send(call)
         answers: dict[int, tuple[str, Any]] = {}
-        deadline = time.monotonic() + limit
+        deadline = Deadline(limit)
         while len(answers) < self._count:
-            waiting = {one.connection: one for one in self._processes if one.rank not in answers}
-            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            waiting = {p.connection: rank for rank, p in enumerate(self._processes) if rank not in answers}
+            ready = wait(list(waiting), timeout=deadline.left)
             if not ready:
                 problem = self._failure(answers, alone=True)
-                late = ", ".join(str(one.rank) for one in waiting.values())
+                late = ", ".join(map(str, waiting.values()))
                 raise GroupError(problem or f"no answer {when} from process {late} of {self._count} in {limit:g} s")
             for connection in ready:
-                one = waiting[connection]  # type: ignore[index]
+                rank = waiting[cast(Connection, connection)]
                 try:
-                    answers[one.rank] = one.connection.recv()
-                except (EOFError, ConnectionError):
-                    died = f"process {one.rank} of {self._count} {one.died()} {when}; the others were ended"
+                    answers[rank] = self._processes[rank].receive()
+                except EOFError:
+                    death = self._processes[rank].death(LINGER) or "closed its connection without ending"
+                    died = f"process {rank} of {self._count} {death} {when}; the others were ended"
                     also = self._failure(answers)
                     raise GroupError(f"{died} ({also})" if also else died) from None
             if any(kind != "done" for kind, _ in answers.values()):
-                deadline = min(deadline, time.monotonic() + LINGER)
+                deadline.advance(LINGER)
         if all(answer[0] == "error" and answer == answers[0] for answer in answers.values()):
             raise CallError(f"all {self._count} processes: {answers[0][1]}")
         problem = self._failure(answers)
@@ -162,28 +136,8 @@ class GroupImplementation:
 
     def _stop(self) -> None:
         processes, self._processes = self._processes, []
-        for one in processes:
-            one.process.kill()
-        for one in processes:
-            one.process.wait()
-            one.connection.close()
-            os.close(one.alive)
-            one.errors.close()
+        end_all(processes)
 
     def __del__(self) -> None:
         if hasattr(self, "_processes"):
             self._stop()
-
-
-def _spawn(rank: int) -> _Process:
-    ours, theirs = socket.socketpair()
-    watched, alive = os.pipe()
-    errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed when the process is ended)
-    command = [sys.executable, "-m", "conformance.implementations.member", str(theirs.fileno()), str(watched)]
-    with theirs:
-        process = subprocess.Popen(
-            command, pass_fds=(theirs.fileno(), watched), stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
-            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
-        )  # fmt: skip
-    os.close(watched)
-    return _Process(rank, process, Connection(ours.detach()), alive, errors)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import selectors
 import shlex
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from conformance.cases.case import CaseError, read_metadata, read_tensors
+from conformance.implementations.child import Child, Deadline
 from conformance.implementations.greeting import PROTOCOL, ProgramError, read_answer, read_greeting
 from conformance.implementations.registry import EXEC
 from conformance.interface import Arrays, Result, SetupError
@@ -32,6 +31,7 @@ from conformance.stages import HEAD_WEIGHTS, LAYER_WEIGHTS
 RESULT = "mhc-conformance-result/1"
 LONGEST_LINE = 1 << 20
 LARGEST_FILE = 1 << 28  # bytes; a result of the corpus has less than 1 MiB
+LINGER = 2.0  # seconds in which a program ends that has closed its standard output
 
 
 class ProgramImplementation:
@@ -48,7 +48,7 @@ class ProgramImplementation:
     def __init__(self, command: str, limit: float):
         self._command, self._limit = shlex.split(command), limit
         self._folder = tempfile.TemporaryDirectory(prefix="mhc-conformance-")
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
         self._calls = 0
         if not self._command:
             raise SetupError(f"{EXEC}: expected a command after it, got none")
@@ -71,7 +71,8 @@ class ProgramImplementation:
         try:
             if self._process is None:
                 self._start()
-            answer = read_answer(self._exchange(request))
+            assert self._process is not None
+            answer = read_answer(self._exchange(self._process, request))
             if answer.id != name:
                 raise ProgramError(f"expected an answer to case {name!r}, got one to {answer.id!r}")
             if answer.status == "refused":
@@ -106,74 +107,52 @@ class ProgramImplementation:
     # The process
 
     def _start(self) -> bytes:
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
-            start_new_session=True,
-        )  # fmt: skip
-        if hasattr(resource, "prlimit"):  # Linux; set from here, since a fork may not run code of ours
-            resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
-        os.set_blocking(self._process.stdout.fileno(), False)  # type: ignore[union-attr]
-        os.set_blocking(self._process.stderr.fileno(), False)  # type: ignore[union-attr]
-        return self._exchange({"protocol": PROTOCOL})
+        self._process = Child(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, kept="2", largest=LARGEST_FILE
+        )
+        return self._exchange(self._process, {"protocol": PROTOCOL})
 
     def _stop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            for stream in (process.stdin, process.stdout, process.stderr):
-                with contextlib.suppress(OSError):
-                    stream.close()  # type: ignore[union-attr]
+            process.end()
 
     def __del__(self) -> None:
         if hasattr(self, "_process"):
             self._stop()
 
-    def _exchange(self, request: dict[str, Any]) -> bytes:
-        process = self._process
-        assert process is not None and process.stdin is not None
+    def _exchange(self, process: Child, request: dict[str, Any]) -> bytes:
+        assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died: reading says how
             process.stdin.write(json.dumps(request).encode() + b"\n")
         return self._line(process)
 
-    def _line(self, process: subprocess.Popen[bytes]) -> bytes:
-        """The next line of standard output; standard error is drained, its end kept for the message."""
-        deadline, found, errors = time.monotonic() + self._limit, b"", b""
+    def _line(self, process: Child) -> bytes:
+        """The next line of standard output."""
+        assert process.stdout is not None
+        deadline, text = Deadline(self._limit), b""
         with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ, "out")  # type: ignore[arg-type]
-            selector.register(process.stderr, selectors.EVENT_READ, "err")  # type: ignore[arg-type]
-            while b"\n" not in found:
-                left = deadline - time.monotonic()
-                if left <= 0:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while b"\n" not in text:
+                if not selector.select(deadline.left):
                     raise ProgramError(f"no answer within {self._limit:g} s")
-                for key, _ in selector.select(left):
-                    chunk = os.read(key.fd, 1 << 16)
-                    if not chunk:
-                        selector.unregister(key.fileobj)
-                        if key.data == "out":
-                            raise ProgramError(self._death(process, errors))
-                    elif key.data == "out":
-                        found += chunk
-                    else:
-                        errors = (errors + chunk)[-2000:]
-                if len(found) > LONGEST_LINE:
-                    raise ProgramError(f"expected a line of at most {LONGEST_LINE} bytes, got {_shown(found)}")
-        line, _, rest = found.partition(b"\n")
+                chunk = os.read(process.stdout.fileno(), 1 << 16)
+                if not chunk:
+                    raise ProgramError(self._death(process))
+                text += chunk
+                if len(text) > LONGEST_LINE:
+                    raise ProgramError(f"expected a line of at most {LONGEST_LINE} bytes, got {_shown(text)}")
+        line, _, rest = text.partition(b"\n")
         if rest:
             raise ProgramError(f"expected one line for one request, got more: {_shown(rest)}")
         return line
 
-    def _death(self, process: subprocess.Popen[bytes], errors: bytes) -> str:
-        try:
-            status = process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
+    def _death(self, process: Child) -> str:
+        death = process.death(LINGER)
+        if death is None:
             return "closed its standard output without an answer"
-        how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        said = errors.decode(errors="replace").strip().splitlines()
-        if status == -signal.SIGXFSZ:
-            how += f" (it wrote a file of more than {LARGEST_FILE} bytes)"
-        return f"{how} without an answer{': ' + said[-1][:200] if said else ''}"
+        size = f" (it wrote a file of more than {LARGEST_FILE} bytes)" if death.status == -signal.SIGXFSZ else ""
+        return death.told(f"{size} without an answer")
 
 
 def _shown(text: bytes) -> str:

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import itertools
-import multiprocessing
-import os
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
-from conformance.cases.case import Case, CaseError, Item, load_case
-from conformance.implementations.registry import load
+from conformance.cases.case import CaseError, Item
+from conformance.implementations.child import Deadline, PythonChild, end_all
 from conformance.interface import SetupError
-from conformance.judge.item import Outcome, order, run_item
+from conformance.judge.item import Outcome, order
 from conformance.judge.rule import Check
 
 POLL = 0.5  # seconds between looks at whether a second worker pays by now
 SHARED = 20.0  # seconds of work left from which it does
 GRACE = 10.0  # seconds by which an implementation's own time limit comes first
-COLLECTED = 32  # items between two collections of garbage
-
+LEAVE = 5.0  # seconds for workers that have no more to do to leave
 
 Key = tuple[str, str, str]
 """Path of the case, stage and variant of an item."""
@@ -56,17 +48,20 @@ def run(
     """
     by_key = {(str(i.case.path), i.stage, i.variant.name): i for i in order(items)}
     tasks = [_Task(reference, deque(by_key)) for reference in references]
-    context = multiprocessing.get_context("spawn")
     active: dict[Connection, _Worker] = {}
+    leaving: list[_Worker] = []
     try:
         while True:
             while len(active) < max(1, jobs):
                 task = _next_task(tasks, [worker.task for worker in active.values()])
                 if task is None:
                     break
-                worker = _Worker(context, task, limit, probe, backwards=any(w.task is task for w in active.values()))
+                worker = _Worker(task, limit, probe, backwards=any(w.task is task for w in active.values()))
                 active[worker.connection] = worker
             if not active:
+                deadline = Deadline(LEAVE)
+                for worker in leaving:
+                    worker.process.death(deadline.left)
                 return
             for worker in active.values():
                 worker.end_if_late()
@@ -74,14 +69,13 @@ def run(
                 worker = active[cast(Connection, ready)]
                 outcome = worker.receive(by_key)
                 if worker.finished:
-                    del active[worker.connection]
+                    leaving.append(active.pop(worker.connection))
                 if outcome:
                     yield outcome
                     if stop_early and outcome.failed:
                         return
     finally:
-        for worker in active.values():
-            worker.process.kill()
+        end_all(worker.process for worker in (*active.values(), *leaving))
 
 
 @dataclass
@@ -111,23 +105,25 @@ def _next_task(tasks: list[_Task], running: list[_Task]) -> _Task | None:
 class _Worker:
     """A process that runs one implementation, an item at a time, from either end of the task's queue."""
 
-    def __init__(self, context: Any, task: _Task, limit: float, probe: bool, backwards: bool):
+    def __init__(self, task: _Task, limit: float, probe: bool, backwards: bool):
         self.task, self.limit, self.backwards = task, limit, backwards
-        self.since, self.late = time.monotonic(), False
+        self.deadline: Deadline | None = None
+        self.late = False
         self.name = task.reference
         self.current: Key | None = None
         self.finished = False
-        # A pipe, not a queue: what was sent is there even when the process dies in the next instruction.
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(task.reference, other, limit, probe), daemon=True)
-        self.process.start()
-        other.close()
+        self.process = PythonChild("conformance.judge.worker:work")
+        self.process.send((task.reference, limit, probe))
+
+    @property
+    def connection(self) -> Connection:
+        return self.process.connection
 
     def receive(self, items: dict[Key, Item]) -> Outcome | None:
         """Takes what the process sent and hands it its next item."""
         try:
-            kind, content = self.connection.recv()
-        except (EOFError, ConnectionError):
+            kind, content = self.process.receive()
+        except EOFError:
             return self._died(items)
         if kind == "setup":
             raise SetupError(content)
@@ -143,56 +139,28 @@ class _Worker:
             self.task.seconds += outcome.seconds
         queue = self.task.queue
         self.current = (queue.pop() if self.backwards else queue.popleft()) if queue else None
-        self.since = time.monotonic()
-        with contextlib.suppress(ConnectionError):  # it died between two items: the next receive() finds out
-            self.connection.send(self.current)
+        self.deadline = Deadline(self.limit + GRACE)
+        self.process.send(self.current)
         self.finished = self.current is None
         return outcome
 
     def end_if_late(self) -> None:
         """Ends the process where its item takes longer than the limit; `receive` then finds it dead."""
-        if self.current is not None and not self.late and time.monotonic() - self.since > self.limit + GRACE:
+        if self.current is not None and not self.late and self.deadline is not None and not self.deadline.left:
             self.late = True
-            self.process.kill()
+            self.process.end()
 
     def _died(self, items: dict[Key, Item]) -> Outcome:
         self.finished = True
-        self.process.join()
+        death = self.process.death(LEAVE)
+        status = death.status if death else "unknown"
         if self.current is None:
-            raise SetupError(f"{self.name}: its process died with status {self.process.exitcode} outside any case")
+            raise SetupError(f"{self.name}: its process died with status {status} outside any case")
         item = items[self.current]
-        message = f"the process died with status {self.process.exitcode}"
+        message = f"the process died with status {status}"
         if self.late:
             message = f"no result within {self.limit + GRACE:g} s: its process was ended"
         return Outcome(
             self.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect,
             [Check("-", "errored", np.inf, message=message)], reference=self.task.reference,
         )  # fmt: skip
-
-
-def _work(reference: str, connection: Connection, limit: float, probe: bool) -> None:
-    """The worker process: says that it is ready, then runs the items it is handed until it is handed none."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
-        implementation = load(reference, limit)
-    except SetupError as error:
-        connection.send(("setup", str(error)))
-        return
-    gc.disable()  # tracing makes millions of small objects: a fifth of the time went into looking at them
-    gc.freeze()
-    connection.send(("ready", implementation.name))
-    cases: dict[str, Case] = {}
-    for count in itertools.count(1):
-        key = connection.recv()
-        if key is None:
-            return
-        path, stage, variant = key
-        try:
-            case = cases.get(path) or cases.setdefault(path, load_case(Path(path)))
-            item = next(i for i in case.items() if i.stage == stage and i.variant.name == variant)
-            connection.send(("done", run_item(implementation, item, probe)))
-        except CaseError as error:
-            connection.send(("case", str(error)))
-            return
-        if count % COLLECTED == 0:
-            gc.collect()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from conformance.oracle.build import Draft, build
 from conformance.oracle.evaluate import evaluate
 from conformance.oracle.families import wishes
 from conformance.oracle.floats import FloatArithmetic
+from conformance.oracle.pool import processes
 from conformance.oracle.residual import axes
 from conformance.oracle.style import Style, ensemble
 
@@ -224,8 +224,7 @@ def regenerate(target: Path, jobs: int = 2, check: bool = False, progress: Calla
     """
     ids = case_ids()
     made: dict[str, bytes] = {}
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs) as pool:
+    with processes(jobs) as pool:
         for done, (name, content) in enumerate(pool.imap_unordered(_make, range(len(ids)), chunksize=4), 1):
             made[f"{name}.safetensors"] = content
             if progress:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import multiprocessing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from conformance.oracle.balls import PrecisionExhausted
 from conformance.oracle.build import Wish, build
 from conformance.oracle.families import wishes_of
 from conformance.oracle.generate import complete
+from conformance.oracle.pool import processes
 
 QUICK = (("smoke", ""), ("generic", "n4"), ("closed-gate", ""), ("closed-gate", "post-18"), ("big-eps", ""))
 """Families and labels that a quick run takes."""
@@ -108,8 +108,7 @@ def make(
     made = Made()
     jobs = min(jobs, WORKERS, len(wishes))
     paths = [folder / f"{'-'.join(part for part in (w.family, w.label) if part)}.safetensors" for w in wishes]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs) if jobs > 1 else _Alone() as pool:
+    with processes(jobs) if jobs > 1 else _Alone() as pool:
         notes = pool.imap(_write, list(zip(wishes, paths, strict=True)))
         for done, (path, lines) in enumerate(zip(paths, notes, strict=True), 1):
             made.left_out += lines

@@ -6,15 +6,17 @@ implementation set up, and compiled, anew.
 
 from __future__ import annotations
 
-import multiprocessing
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
 
 import numpy as np
 
 from conformance.cases.case import Item
 from conformance.cases.corpus import load_corpus
+from conformance.implementations.child import PythonChild, end_all
 from conformance.implementations.registry import load
 from conformance.interface import Implementation, SetupError, describe
 from conformance.judge.item import refusal
@@ -23,6 +25,7 @@ PER_TOKEN = ("x", "y", "embedding", "logits", "post", "H")
 OUTPUTS_PER_TOKEN = ("out", "u", "pre", "post", "H")
 QUESTIONS = ("called twice", "token alone", "batch split", "set up anew")
 FAMILIES = ("generic", "wide", "big")
+LINGER = 5.0  # seconds in which a process ends that has hung up
 TOKENS = 2  # of each item, that are run alone
 
 
@@ -140,21 +143,47 @@ def _look(bits: Bits, item: Item, whole: Arrays, parts: list[Part]) -> None:
                 bits.add(item, tensor, whole[tensor][place], value)
 
 
-def _measure(task: tuple[str, float, int]) -> BitwiseReport | str:
+def work(connection: Connection) -> None:
+    """The process of one implementation: takes what `measure` takes, and sends the report, or why there is none."""
     try:
-        return measure(*task)
+        connection.send(measure(*connection.recv()))
     except SetupError as error:
-        return str(error)
+        connection.send(str(error))
 
 
 def measure_all(references: Sequence[str], limit: float, most: int, jobs: int) -> Iterator[BitwiseReport]:
-    """Each implementation in a process of its own.
+    """Each implementation in a process of its own, ``jobs`` at a time, in the order in which they are named.
 
     Raises:
-        SetupError: one can't be set up.
+        SetupError: one can't be set up, or its process died.
     """
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
-        for found in pool.imap(_measure, [(reference, limit, most) for reference in references]):
-            if isinstance(found, str):
-                raise SetupError(found)
-            yield found
+    queue = deque(enumerate(references))
+    children: dict[Connection, tuple[int, PythonChild]] = {}
+    reports: dict[int, BitwiseReport] = {}
+    try:
+        for following in range(len(references)):
+            while following not in reports:
+                while queue and len(children) < jobs:
+                    number, reference = queue.popleft()
+                    child = PythonChild("conformance.questions.bitwise:work")
+                    child.send((reference, limit, most))
+                    children[child.connection] = number, child
+                for connection in wait(list(children)):
+                    number, child = children.pop(cast(Connection, connection))
+                    reports[number] = _report(references[number], child)
+            yield reports.pop(following)
+    finally:
+        end_all(child for _, child in children.values())
+
+
+def _report(reference: str, child: PythonChild) -> BitwiseReport:
+    """The report that a process has sent."""
+    try:
+        report = child.receive()
+    except EOFError:
+        raise SetupError(f"{reference}: its process {child.death(LINGER)} before it had answered") from None
+    finally:
+        child.end()
+    if isinstance(report, str):
+        raise SetupError(report)
+    return report

@@ -72,20 +72,20 @@ def calls(
     case = build(wish)
     wide = "float64" if dtype == "float64" else "float32"
     kept = dtype if row["coefficients"] == "activation" else wide
-    given = dict(case.tensors)
+    tensors = dict(case.tensors)
     # gates of order 1, and a matrix that is nearly doubly stochastic: post's own inputs, from no implementation
-    given["post"] = 2 / (1 + np.exp(-given["y"][..., :1] * np.ones(streams)))
-    mixed = np.exp(np.resize(given["logits"], (*lead, streams, streams)))
+    tensors["post"] = 2 / (1 + np.exp(-tensors["y"][..., :1] * np.ones(streams)))
+    mixed = np.exp(np.resize(tensors["logits"], (*lead, streams, streams)))
     for axis in (-1, -2) * 10:
         mixed = mixed / mixed.sum(axis, keepdims=True)
-    given["H"] = np.broadcast_to(np.eye(streams), mixed.shape) if row["residual"] == "identity" else mixed
+    tensors["H"] = np.broadcast_to(np.eye(streams), mixed.shape) if row["residual"] == "identity" else mixed
     dtypes = {ACTIVATION: dtype, COEFFICIENT: kept}
     for stage in ORDER:
         if stage not in case.stages:
             continue
         entry = case.stages[stage]
-        inputs = {k: _cast(given[k], dtypes.get(STAGES[stage].inputs[k], wide)) for k in entry["inputs"]}
-        inputs.update({k: _cast(given[k], wide) for k in entry["weights"]})
+        inputs = {k: _cast(tensors[k], dtypes.get(STAGES[stage].inputs[k], wide)) for k in entry["inputs"]}
+        inputs.update({k: _cast(tensors[k], wide) for k in entry["weights"]})
         roles = STAGES[stage].outputs
         cotangents = {k: _cast(v, dtypes.get(roles[k], wide)) for k, v in case.cotangents[stage].items()}
         config = {**case.parameters, "dialect": dialect.told, **entry["options"]}
@@ -98,7 +98,7 @@ def _cast(value: np.ndarray, dtype: str) -> np.ndarray:
 
 def compare(a: Implementation, b: Implementation, call: Call) -> list[Row] | str:
     """A row for each tensor that both return, or why there is none."""
-    found = []
+    results = []
     for implementation in (a, b):
         claimed = implementation.capabilities
         reason = "" if call.stage in claimed.stages else f"stage {call.stage} not claimed"
@@ -108,15 +108,15 @@ def compare(a: Implementation, b: Implementation, call: Call) -> list[Row] | str
         if dtype not in claimed.dtypes_of(call.stage) and "logits" not in call.inputs:
             return f"this dtype is not claimed by {implementation.name}"
         try:
-            given = {k: v.copy() for k, v in call.inputs.items()}
+            inputs = {k: v.copy() for k, v in call.inputs.items()}
             cotangents = {k: v.copy() for k, v in call.cotangents.items()} if claimed.gradients else None
-            outputs, gradients = implementation.call(call.stage, given, call.config, cotangents)
+            outputs, gradients = implementation.call(call.stage, inputs, call.config, cotangents)
         except NotImplementedError as error:
             return f"refused by {implementation.name}: {error}"
         except Exception as error:
             return f"raised in {implementation.name}: {describe(error)}"
-        found.append({**outputs, **{f"d/{k}": v for k, v in gradients.items()}})
-    first, second = found
+        results.append({**outputs, **{f"d/{k}": v for k, v in gradients.items()}})
+    first, second = results
     coarsest = max((_epsilon(v.dtype) for v in call.inputs.values()), default=0.0)
     return [_row(k, first[k], second[k], _scale(k, first), coarsest) for k in first if k in second]
 

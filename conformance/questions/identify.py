@@ -109,10 +109,10 @@ def separating(items: Sequence[Item], told: Mapping[str, Any], dtype: str) -> li
         and not item.variant.secondary
         and all(item.case.parameters[name] == value for name, value in told.items())
     ]
-    found = [item for item in mine if item.variant.x == dtype]
-    if dtype in ("float32", "float64") and not any(item.stage == "stack" for item in found):
-        found += [_in_dtype(item, dtype) for item in mine if item.stage == "stack"][:1]
-    return found
+    chosen = [item for item in mine if item.variant.x == dtype]
+    if dtype in ("float32", "float64") and not any(item.stage == "stack" for item in chosen):
+        chosen += [_in_dtype(item, dtype) for item in mine if item.stage == "stack"][:1]
+    return chosen
 
 
 class _Loose(Item):
@@ -153,67 +153,67 @@ def identify(
     """
     dtype = dtype or (items[0].variant.x if items else "float32")
     records, raised = run(implementation, separating(items, rows[told], dtype))
-    found = Identity(told, [], items=len(records), raised=raised)
-    found.infinite = [(r.item.case.id, r.stage, tensor) for r in records for tensor in r.infinite]
+    identity = Identity(told, [], items=len(records), raised=raised)
+    identity.infinite = [(r.item.case.id, r.stage, tensor) for r in records for tensor in r.infinite]
     records = [r for r in records if r.outputs]
     if not records:
-        return found
-    found.known = relevant({(r.stage, tensor) for r in records for tensor in r.outputs})
+        return identity
+    identity.known = relevant({(r.stage, tensor) for r in records for tensor in r.outputs})
     same_weights = {name: p for name, p in rows.items() if p["residual"] == rows[told]["residual"]}
-    functions = Functions(told, same_weights, found.known)
+    functions = Functions(told, same_weights, identity.known)
     plain = functions.of_rows()
     extreme = [r for r in records if r.item.case.family == EXTREME]
     records = [r for r in records if r.item.case.family != EXTREME] or extreme
-    _compare(found, functions, plain, Ranking(records))
-    _hold_to(found, Ranking(extreme))
-    if not found.matches:
-        found.rounded = precision.rounded(records, plain)
-    elif told in found.dialects:
+    _compare(identity, functions, plain, Ranking(records))
+    _hold_to(identity, Ranking(extreme))
+    if not identity.matches:
+        identity.rounded = precision.rounded(records, plain)
+    elif told in identity.dialects:
         missed = [(r.item.case.id, r.stage, tensor) for r in records for tensor in r.gradients]
-        found.gradients = sorted(missed, key=lambda entry: STAGES.index(entry[1]))
-        found.configured = configured(implementation, told, rows[told], items, dtype)
-    found.precision = precision.words(records, found.nearest.candidate)
-    return found
+        identity.gradients = sorted(missed, key=lambda entry: STAGES.index(entry[1]))
+        identity.configured = configured(implementation, told, rows[told], items, dtype)
+    identity.precision = precision.words(records, identity.nearest.candidate)
+    return identity
 
 
-def _compare(found: Identity, functions: Functions, plain: Sequence[Candidate], ranking: Ranking) -> None:
+def _compare(identity: Identity, functions: Functions, plain: Sequence[Candidate], ranking: Ranking) -> None:
     """Fills in the answers: rows and the told row's changes, then every row's changes, then pairs."""
     told = plain[0]
     ranking.order_by(told)
     own, others = functions.by_weights(plain)
-    near = [*own, *functions.with_one_change([found.told]), *others]
+    near = [*own, *functions.with_one_change([identity.told]), *others]
     every = near
-    found.answers = ranking.nearest(near)
-    if not found.matches:
+    identity.answers = ranking.nearest(near)
+    if not identity.matches:
         every = [*near, *functions.with_one_change(c.dialect for c in plain[1:])]
-        found.answers = ranking.nearest(every)
-    if not found.matches:
-        found.answers = _best(_pairs(functions, ranking, plain), found.answers)[:RANKED]
-    if not found.matches:
-        found.answers = ranking.nearest_or(told, found.answers)
-    matched = [found.nearest.candidate] if found.matches else []
+        identity.answers = ranking.nearest(every)
+    if not identity.matches:
+        identity.answers = _best(_pairs(functions, ranking, plain), identity.answers)[:RANKED]
+    if not identity.matches:
+        identity.answers = ranking.nearest_or(told, identity.answers)
+    matched = [identity.nearest.candidate] if identity.matches else []
     for stage in STAGES:
         ran = [index for index, record in enumerate(ranking.records) if record.stage == stage]
         if ran:
             tried = [told, *matched] if matched else near if stage == "stack" else every
-            found.by_stage[stage] = ranking.nearest_or(told, ranking.nearest(tried, ran), ran)[0]
+            identity.by_stage[stage] = ranking.nearest_or(told, ranking.nearest(tried, ran), ran)[0]
 
 
-def _hold_to(found: Identity, extreme: Ranking) -> None:
+def _hold_to(identity: Identity, extreme: Ranking) -> None:
     """Puts the matches first that hold for extreme logits too, and says where not even the first of them does.
 
     Logits of 100 and more tell a limit of the logits. But what underflows in float32 doesn't in the float64 of the
     candidates, and where the told row clips, its bound is too narrow for one that doesn't: a function that is right
     otherwise is not given up for them.
     """
-    each = [extreme.answer(answer.candidate, range(len(extreme.records))) for answer in found.matches]
+    each = [extreme.answer(answer.candidate, range(len(extreme.records))) for answer in identity.matches]
     if not each:
         return
     order = sorted(range(len(each)), key=lambda i: max(1.0, each[i].ratio))
-    found.answers[: len(each)] = [found.answers[i] for i in order]
+    identity.answers[: len(each)] = [identity.answers[i] for i in order]
     first = each[order[0]]
     if first.ratio > (NEAR if first.candidate.changes else 1):
-        found.extreme = first.where
+        identity.extreme = first.where
 
 
 def _best(*lists: list[Answer]) -> list[Answer]:

@@ -113,10 +113,10 @@ def search(
     dtypes = [d for d in dtypes if any(d in claimed.dtypes_of(stage) for stage in stages)]
     if not dialects or not stages or not dtypes:
         raise ValueError(f"{implementation.name} claims none of these dialects, stages and dtypes together")
-    found, started, round_ = Found(), time.monotonic(), 0
+    result, started, round_ = Found(), time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="mhc-conformance-") as folder:
         path = Path(folder) / "case.safetensors"
-        while found.content is None and time.monotonic() - started < seconds:
+        while result.content is None and time.monotonic() - started < seconds:
 
             @hypothesis.seed(f"{seed}/{round_}")
             @settings(
@@ -125,17 +125,17 @@ def search(
             )  # fmt: skip
             @given(wishes(dialects, stages, dtypes))
             def judged(wish: Wish) -> None:
-                if found.content is None and time.monotonic() - started > seconds:
+                if result.content is None and time.monotonic() - started > seconds:
                     return
                 content = _made(wish)
                 case = content and _loaded(path, content)
                 outcome = case and _outcome(implementation, case)
                 if not outcome or outcome.skipped:
-                    found.rejected += 1
+                    result.rejected += 1
                     hypothesis.reject()
-                found.drawn += 1
+                result.drawn += 1
                 if outcome.failed:
-                    found.content, found.outcome, found.why = content, outcome, _words(wish)
+                    result.content, result.outcome, result.why = content, outcome, _words(wish)
                     raise AssertionError("fails")
 
             try:
@@ -145,7 +145,7 @@ def search(
             except Unsatisfiable:
                 pass
             round_ += 1
-    return found
+    return result
 
 
 def _made(wish: Wish) -> bytes | None:

@@ -8,35 +8,35 @@ from typing import Any
 MOST = 10
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(content: dict[str, Any]) -> str:
     """Implementation by dtype: worst fraction of a bound, or failed checks; then the first failures."""
     verdicts: Counter[str] = Counter()
-    for cell in found["cells"]:
+    for cell in content["cells"]:
         verdicts.update(cell["verdicts"])
-    dtypes = [d for d in ("float64", "float32", "bfloat16", "float16") if any(c["x"] == d for c in found["cells"])]
+    dtypes = [d for d in ("float64", "float32", "bfloat16", "float16") if any(c["x"] == d for c in content["cells"])]
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "nothing checked"
-    lines = [f"**mHC conformance**, corpus `{found['corpus'][:12]}`: {counts}", ""]
+    lines = [f"**mHC conformance**, corpus `{content['corpus'][:12]}`: {counts}", ""]
     lines += [f"| implementation | {' | '.join(dtypes)} |", "|---|" + "---|" * len(dtypes)]
-    for name in dict.fromkeys(c["implementation"] for c in found["cells"]):
-        row = [_cell([c for c in found["cells"] if c["implementation"] == name and c["x"] == d]) for d in dtypes]
+    for name in dict.fromkeys(c["implementation"] for c in content["cells"]):
+        row = [_cell([c for c in content["cells"] if c["implementation"] == name and c["x"] == d]) for d in dtypes]
         lines.append(f"| {name} | {' | '.join(row)} |")
-    lines += [""] if found["failures"] else []
-    for check in found["failures"][:MOST]:
+    lines += [""] if content["failures"] else []
+    for check in content["failures"][:MOST]:
         figure = "" if not check.get("worst") else f", {_ratio(check['ratio'])} times the bound"
         lines.append(
             f"* {check['implementation']}: {check['case']}, {check['stage']}, {check['variant']}, `{check['tensor']}`: "
             f"{check['verdict']}{figure} {check['message']}".rstrip()
         )
         lines.append(f"  `{check.get('reproduce', '')}`")
-    more = len(found["failures"]) + found["hidden"] - MOST
+    more = len(content["failures"]) + content["hidden"] - MOST
     if more > 0:
         lines.append(f"* and {more} more")
-    if found["selftest"]:
-        problems = len(found["selftest"]["problems"])
+    if content["selftest"]:
+        problems = len(content["selftest"]["problems"])
         lines += [
             "",
-            f"Self-test: {len(found['selftest']['mutants'])} mutants, {problems} problems. "
-            f"{found['selftest']['honest']}",
+            f"Self-test: {len(content['selftest']['mutants'])} mutants, {problems} problems. "
+            f"{content['selftest']['honest']}",
         ]
     return "\n".join(lines).rstrip() + "\n"
 

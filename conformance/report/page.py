@@ -13,12 +13,12 @@ from plotly.offline import get_plotlyjs
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def page(found: dict[str, Any]) -> str:
+def page(content: dict[str, Any]) -> str:
     """The page for a merged report (`summary.summary`)."""
-    data = json.dumps(_finite(found), ensure_ascii=True).replace("<", "\\u003c").replace("&", "\\u0026")
+    data = json.dumps(_finite(content), ensure_ascii=True).replace("<", "\\u003c").replace("&", "\\u0026")
     text = TEMPLATE.read_text(encoding="utf-8")
     script = get_plotlyjs().replace("</script", "<\\/script")
-    parts = {"@TITLE@": html.escape(f"mHC conformance {found['corpus'][:12]}"), "@DATA@": data, "@PLOTLY@": script}
+    parts = {"@TITLE@": html.escape(f"mHC conformance {content['corpus'][:12]}"), "@DATA@": data, "@PLOTLY@": script}
     for mark, value in parts.items():
         head, _, tail = text.partition(mark)
         text = head + value + tail

@@ -54,14 +54,14 @@ def table(runs: Sequence[Run], entries: Sequence[Known]) -> str:
 
 def _outcomes(runs: Sequence[Run]) -> list[Outcome]:
     """The items that ran, with the checks as the files have them."""
-    found: dict[tuple[str, ...], Outcome] = {}
+    outcomes: dict[tuple[str, ...], Outcome] = {}
     for run in runs:
         for line in run.checks:
             key = (*line.item, line.x, line.dialect)
             ratio = math.inf if line.ratio is None else line.ratio
             check = Check(line.tensor, line.verdict, ratio, message=line.message)
-            found.setdefault(key, Outcome(*key)).checks.append(check)
-    return list(found.values())
+            outcomes.setdefault(key, Outcome(*key)).checks.append(check)
+    return list(outcomes.values())
 
 
 def _row(row: str, outcomes: Sequence[Outcome], known: set[int], about: dict[str, dict[str, Any]]) -> list[str]:
@@ -72,8 +72,8 @@ def _row(row: str, outcomes: Sequence[Outcome], known: set[int], about: dict[str
     lines = [_empty(row, f"{part}: not in these runs") for part in named if part not in software.values()]
     if "read" in grounds and not named:
         lines.append(_empty(row, f"read, not run: {grounds['read']}, {grounds['date']}"))
-    for name, what in software.items():
-        lines.append(_figures(row, what, name, [o for o in outcomes if o.implementation == name], known))
+    for name, description in software.items():
+        lines.append(_figures(row, description, name, [o for o in outcomes if o.implementation == name], known))
     return lines
 
 
@@ -91,7 +91,7 @@ def _figures(row: str, software: str, name: str, outcomes: Sequence[Outcome], kn
     passing = [(check.ratio, o, check.tensor) for o in outcomes for check in o.checks if check.verdict in GOOD]
     worst = "-"
     if passing:
-        ratio, where, tensor = max(passing, key=lambda one: one[0])
+        ratio, where, tensor = max(passing, key=lambda figure: figure[0])
         worst = f"{ratio:.2f}: {where.case}, {where.stage}, {tensor}, {where.x}"
     counts = (str(len(outcomes)), str(len(failed) - excused), str(excused))
     return _line(row, software, name, " ".join(stages), " ".join(dtypes), *counts, worst)

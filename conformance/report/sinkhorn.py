@@ -32,10 +32,10 @@ def convergence(case: Case) -> dict[str, Any] | None:
     logits = logits_of(case)
     if logits is None or not logits.size:
         return None
-    found: dict[str, Any] = {"rows": [], "columns": [], "iterations": []}
+    distances: dict[str, Any] = {"rows": [], "columns": [], "iterations": []}
     for count in range(1, case.parameters["iterations"] + 1):
         H, _ = residual.sinkhorn(logits, {**case.parameters, "iterations": count}, Quick())
-        found["rows"].append(float(np.abs(H.sum(-1) - 1).max()))
-        found["columns"].append(float(np.abs(H.sum(-2) - 1).max()))
-        found["iterations"].append(count)
-    return found
+        distances["rows"].append(float(np.abs(H.sum(-1) - 1).max()))
+        distances["columns"].append(float(np.abs(H.sum(-2) - 1).max()))
+        distances["iterations"].append(count)
+    return distances

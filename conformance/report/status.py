@@ -57,8 +57,8 @@ def status(cases: Iterable[Case]) -> str:
     contracts = sorted({i.variant.contract for c in cases for i in c.items()})
     lines += [f"| dialect | {' | '.join(contracts)} |", "|---|" + "---|" * len(contracts)]
     for dialect in dict.fromkeys(c.dialect for c in cases):
-        found = Counter(i.variant.contract for c in cases if c.dialect == dialect for i in c.items())
-        lines.append(f"| {dialect} | {' | '.join(str(found[k]) if found[k] else '-' for k in contracts)} |")
+        items = Counter(i.variant.contract for c in cases if c.dialect == dialect for i in c.items())
+        lines.append(f"| {dialect} | {' | '.join(str(items[k]) if items[k] else '-' for k in contracts)} |")
     lines += ["", "## Clauses of the specification", "", "| clause | about | cases |", "|---|---|---|"]
     by_clause = Counter(c.clause for c in cases)
     for clause, about in CLAUSES.items():
@@ -72,7 +72,7 @@ def grounds() -> str:
     """A Markdown table of the rows: the software that ran under each, or what was read of it and when."""
     lines = ["| row | software that was run as it is | what was read, and when |", "|---|---|---|"]
     for name in dialect_names():
-        found = evidence(name)
-        read = f"{found['read']} ({found['date']})" if "read" in found else "-"
-        lines.append(f"| `{name}` | {found.get('ran', '**read**')} | {read} |")
+        source = evidence(name)
+        read = f"{source['read']} ({source['date']})" if "read" in source else "-"
+        lines.append(f"| `{name}` | {source.get('ran', '**read**')} | {read} |")
     return "\n".join(lines) + "\n"

@@ -66,5 +66,5 @@ def _pictures(failures: Sequence[CheckLine], corpus: str) -> dict[str, Any]:
     if corpus != corpus_hash():
         return {}
     wanted = {check.case for check in failures}
-    found = {case.id: convergence(case) for case in load_corpus() if case.id in wanted}
-    return {name: picture for name, picture in found.items() if picture}
+    pictures = {case.id: convergence(case) for case in load_corpus() if case.id in wanted}
+    return {name: picture for name, picture in pictures.items() if picture}

@@ -17,14 +17,23 @@ from conformance.judge.known import Known
 from conformance.stages import STAGES
 
 MOST_FAILURES = 40
+UNCLAIMED = "not claimed"
+"""The end of a reason to skip what `Capabilities` leaves out."""
 
 
 class TerminalReport:
-    """Collects outcomes; shows them."""
+    """Collects outcomes and prints them.
 
-    def __init__(self, expected: int, live: bool, console: Console | None = None):
+    Args:
+        expected: how many outcomes there will be.
+        live: whether a line says how far the run is.
+        verbose: whether every reason to skip an item is printed.
+    """
+
+    def __init__(self, expected: int, live: bool, console: Console | None = None, verbose: bool = False):
         self.console = console or Console(width=None if sys.stdout.isatty() else 140)
         self.expected, self.outcomes = expected, []
+        self._verbose = verbose
         self.crossed: list[str] = []
         self.known: list[tuple[Known, int]] = []
         self._live = Live(console=self.console, refresh_per_second=4, transient=True) if live else None
@@ -52,9 +61,7 @@ class TerminalReport:
         self.console.print(self.table())
         for line in self.crossed:
             self._line(line)
-        skipped = Counter((o.implementation, o.skipped) for o in self.outcomes if o.skipped)
-        for (name, reason), count in sorted(skipped.items()):
-            self._line(f"skipped: {name}: {count} x {reason}")
+        self._skipped()
         for entry, count in self.known:
             self._line(f"known: {entry.implementation}: {count} items: {entry.why} ({entry.version}; {entry.source})")
         for outcome in failures[:MOST_FAILURES]:
@@ -66,6 +73,18 @@ class TerminalReport:
         ran = sum(not o.skipped for o in self.outcomes)
         known = f", {sum(count for _, count in self.known)} failed as known" if self.known else ""
         self.console.print(f"{ran} items ran, {len(failures)} failed{known}; checks: {counts}", highlight=False)
+
+    def _skipped(self) -> None:
+        """A line for each reason to skip an item; without `verbose`, one line for all that isn't claimed."""
+        reasons = Counter((o.implementation, o.skipped) for o in self.outcomes if o.skipped)
+        unclaimed: Counter[str] = Counter()
+        for (name, reason), count in sorted(reasons.items()):
+            if reason.endswith(UNCLAIMED) and not self._verbose:
+                unclaimed[name] += count
+            else:
+                self._line(f"skipped: {name}: {count} x {reason}")
+        for name, count in unclaimed.items():
+            self._line(f"skipped: {name}: {count} items that it doesn't claim (--verbose names each reason)")
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import multiprocessing.pool
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from conformance.cases.case import Item
 from conformance.cases.corpus import load_corpus
 from conformance.implementations.wrapping import wrap
 from conformance.judge.item import Outcome, run_item
+from conformance.oracle.pool import processes
 from conformance.selftest.honest import variant
 from conformance.selftest.mutants import MUTANTS
 from conformance.selftest.plain import Plain
@@ -72,13 +72,13 @@ def measure_mutant(number: int, quick: bool) -> dict[str, Figures]:
     """Figures by dtype of mutant ``number``."""
     mutant, plain = MUTANTS[number](), wrap(Plain())
     wrapped = wrap(mutant)
-    found = {dtype: Figures() for dtype in DTYPES}
+    by_dtype = {dtype: Figures() for dtype in DTYPES}
     for item in items_of_mutants(quick):
-        outcome, figures = run_item(wrapped, item), found[item.variant.x]
+        outcome, figures = run_item(wrapped, item), by_dtype[item.variant.x]
         figures.add(item, outcome, FACTOR)
         if item.variant.x in mutant.blind:
             figures.same_bits &= _same_bits(outcome, run_item(plain, item))
-    return found
+    return by_dtype
 
 
 def _same_bits(a: Outcome, b: Outcome) -> bool:
@@ -87,13 +87,13 @@ def _same_bits(a: Outcome, b: Outcome) -> bool:
 
 def measure_honest(seed: int) -> Figures:
     """Figures of honest variant ``seed`` over every item of the corpus that it claims."""
-    implementation, found = wrap(variant(seed)), Figures()
+    implementation, figures = wrap(variant(seed)), Figures()
     for case in load_corpus():
         for item in case.items():
             outcome = run_item(implementation, item)
             if not outcome.skipped:
-                found.add(item, outcome, 1.0)
-    return found
+                figures.add(item, outcome, 1.0)
+    return figures
 
 
 @dataclass
@@ -144,12 +144,12 @@ def measure(
     """Runs mutants (by number) and honest variants (by seed) in ``jobs`` processes."""
     findings = Findings(quick)
     tasks: list[Task] = [("mutant", k, quick) for k in mutants] + [("honest", k, quick) for k in seeds]
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for done, (task, found) in enumerate(_unordered(pool, tasks), 1):
-            if isinstance(found, Figures):
-                findings.honest[task[1]] = found
+    with processes(jobs) as pool:
+        for done, (task, figures) in enumerate(_unordered(pool, tasks), 1):
+            if isinstance(figures, Figures):
+                findings.honest[task[1]] = figures
             else:
-                findings.mutants[task[1]] = found
+                findings.mutants[task[1]] = figures
             progress(done, len(tasks))
     return findings
 

@@ -57,24 +57,24 @@ class NotTransposedBack(Mutant):
 class OwnPre(Mutant):
     """Single pass with its own pre."""
 
-    def reads_with(self, pre: Tensor, given: Values, c: Any) -> Tensor:
-        return pre if c.pre_from == "own" else pre + 0 * given["carried"]
+    def reads_with(self, pre: Tensor, values: Values, c: Any) -> Tensor:
+        return pre if c.pre_from == "own" else pre + 0 * values["carried"]
 
 
 class CarriedGradientCut(Mutant):
     """Gradient of the carried pre cut."""
 
-    def reads_with(self, pre: Tensor, given: Values, c: Any) -> Tensor:
-        found = super().reads_with(pre, given, c)
-        return found.detach() if c.pre_from == "previous" else found
+    def reads_with(self, pre: Tensor, values: Values, c: Any) -> Tensor:
+        result = super().reads_with(pre, values, c)
+        return result.detach() if c.pre_from == "previous" else result
 
 
 class NarrowCarried(Mutant):
     """Carried pre in bfloat16."""
 
-    def reads_with(self, pre: Tensor, given: Values, c: Any) -> Tensor:
-        found = super().reads_with(pre, given, c)
-        return found.to(torch.bfloat16).to(found.dtype) if c.pre_from == "previous" else found
+    def reads_with(self, pre: Tensor, values: Values, c: Any) -> Tensor:
+        result = super().reads_with(pre, values, c)
+        return result.to(torch.bfloat16).to(result.dtype) if c.pre_from == "previous" else result
 
 
 class StartsWithAll(Mutant):
@@ -93,16 +93,16 @@ class StaleContext(Mutant):
 
     def context(self, x: Tensor, post: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
         key = (x.shape, x.dtype, post.dtype)
-        found = self._kept.get(key, (post, H))
+        result = self._kept.get(key, (post, H))
         self._kept[key] = (post.detach(), H.detach())
-        return found
+        return result
 
 
 class ChangesItsInput(Mutant):
     """In-place change of x."""
 
     def gates(self, x: Tensor, weights: Values, c: Any) -> tuple[Tensor, Tensor, Tensor]:
-        found = super().gates(x, weights, c)
+        result = super().gates(x, weights, c)
         if x.is_leaf:
             x.data.mul_(0.5)
-        return found
+        return result

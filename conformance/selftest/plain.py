@@ -170,17 +170,17 @@ class Plain(ResidualMatrix):
         """post and H as the second half of the layer finds them."""
         return post, H
 
-    def one_layer(self, x: Tensor, weights: Values, given: Values, c: Any) -> Values:
+    def one_layer(self, x: Tensor, weights: Values, values: Values, c: Any) -> Values:
         pre, post, H = self.gates(x, weights, c)
         post, H = self.context(x, post, H)
-        u = branch.norm_fn(given)(self.pre_mix(x, self.reads_with(pre, given, c)))
-        y, routed = branch.call(c.branch, given, u)
+        u = branch.norm_fn(values)(self.pre_mix(x, self.reads_with(pre, values, c)))
+        y, routed = branch.call(c.branch, values, u)
         handed = {"pre": self.hands_on(pre)} if c.pre_from == "previous" else {}
         return {"out": self.post_mix(y, x, post, H, c), **handed, **routed}
 
-    def reads_with(self, pre: Tensor, given: Values, c: Any) -> Tensor:
+    def reads_with(self, pre: Tensor, values: Values, c: Any) -> Tensor:
         """The gates that u is read with: the site's own, or those of the site before."""
-        return given["carried"] if c.pre_from == "previous" else pre
+        return values["carried"] if c.pre_from == "previous" else pre
 
     def hands_on(self, pre: Tensor) -> Tensor:
         return pre
@@ -264,8 +264,8 @@ class Plain(ResidualMatrix):
             x = self._expanded(v, c)
             state = {"out": x, **({"pre": self.one_hot(x)} if c.pre_from == "previous" else {})}
             for index in range(c.layers):
-                given = {**v, "carried": state["pre"]} if "pre" in state else v
-                state = self.one_layer(state["out"], {k: value[index] for k, value in w.items()}, given, c)
+                constants = {**v, "carried": state["pre"]} if "pre" in state else v
+                state = self.one_layer(state["out"], {k: value[index] for k, value in w.items()}, constants, c)
             return {"out": self.reduced(state["out"], c.reduce, state.get("pre"), c)}
 
         return self._run("stack", body, inputs, {**config, "branch": "mlp_dense"}, cotangents)
@@ -280,15 +280,15 @@ class Plain(ResidualMatrix):
         c = SimpleNamespace(**config)
 
         def whole(values: Values) -> Values:
-            given, weights = branch.split(values)
-            named = next(given[k] for k in PER_TOKEN if k in given)
+            constants, weights = branch.split(values)
+            named = next(constants[k] for k in PER_TOKEN if k in constants)
             if not self.choice.tokens or not named.shape[1]:
-                return body(given, weights, c)
+                return body(constants, weights, c)
             order = self._token_order(named.shape[1])
             back = torch.argsort(order)
-            moved = {k: v[:, order] if k in PER_TOKEN else v for k, v in given.items()}
-            found = body(moved, weights, c)
-            return {k: v[:, back] if k in OUTPUTS_PER_TOKEN else v for k, v in found.items()}
+            moved = {k: v[:, order] if k in PER_TOKEN else v for k, v in constants.items()}
+            outputs = body(moved, weights, c)
+            return {k: v[:, back] if k in OUTPUTS_PER_TOKEN else v for k, v in outputs.items()}
 
         return vector_jacobian(stage, whole, inputs, cotangents)
 

@@ -67,7 +67,7 @@ def markdown(findings: Findings) -> str:
 
 def as_json(findings: Findings) -> str:
     """The same for `report`: corpus, mutants with their figures by dtype, reasons, and a line on the honest side."""
-    found = {
+    content = {
         "format": SELFTEST_FORMAT,
         "corpus": corpus_hash(),
         "quick": findings.quick,
@@ -85,4 +85,4 @@ def as_json(findings: Findings) -> str:
         "honest": honest_line(findings) if findings.honest else "",
         "problems": [*findings.survivors, *findings.false_alarms],
     }
-    return json.dumps(found, indent=1) + "\n"
+    return json.dumps(content, indent=1) + "\n"

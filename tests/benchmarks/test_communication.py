@@ -13,7 +13,7 @@ from hlo.collectives import collectives  # noqa: E402
 from hlo.communication import SiteSize, surplus  # noqa: E402
 from hlo.text import parse  # noqa: E402
 
-from jax_impl import MHCConfig, functional, post, pre, reduce, sharding  # noqa: E402
+from jax_impl import MHCConfig, functional, post, pre, projections, reduce, sharding  # noqa: E402
 
 BATCH, SEQ, DIM = 8, 16, 128
 DIALECTS = ["paper", "maxtext", "mhc-lite", "hunyuan-v4", "megatron", "transformer-engine", "xing-4", "deepseek-v4.1"]
@@ -42,7 +42,7 @@ def compiled(config: MHCConfig, mesh: Any, backward: bool, dtype: Any = jnp.bflo
 
     def plain(streams: Any, weights: Any) -> Any:
         x, carried = streams if passes else (streams, None)
-        u, context, handed = pre(x, weights, config, carried)
+        u, context, handed = pre(x, weights, config, carried, shards=sharding.current())
         out = post(jnp.tanh(u), context)
         return (out, handed) if passes else out
 
@@ -111,13 +111,13 @@ def test_two_single_pass_sites_send_twice_as_much_and_the_reduction_one_sum(size
     def both(streams: Any, weights: Any) -> Any:
         x, carried = streams
         for _ in range(2):
-            u, context, carried = pre(x, weights, config, carried)
+            u, context, carried = pre(x, weights, config, carried, shards=sharding.current())
             x = post(jnp.tanh(u), context)
         return x, carried
 
     def collapsed(streams: Any, weights: Any) -> Any:
         x, carried = both(streams, weights)
-        return functional.expand(reduce(x, "carried", carried), config.streams), carried
+        return functional.expand(reduce(x, "carried", carried, shards=sharding.current()), config.streams), carried
 
     need = site(config, mesh)
     for backward in (False, True):
@@ -134,15 +134,15 @@ def test_the_check_sees_a_flattened_contraction(monkeypatch):
 
     def flat(phi: Any, x: Any, precision: Any) -> Any:
         joined = x.reshape(*x.shape[:-2], -1).astype(jnp.float32)
-        return jnp.einsum("fm,...f->m...", phi.reshape(-1, phi.shape[-1]), joined, precision=functional.HIGHEST)
+        return jnp.einsum("fm,...f->m...", phi.reshape(-1, phi.shape[-1]), joined, precision="highest")
 
     config = MHCConfig.from_dialect("deepseek-v4", streams=4, dim=DIM)
     mesh = sharding.make_mesh(data=2, tensor=4)
-    whole = lambda function, x, *weights: function(x, *weights, add=lambda value: value)  # noqa: E731
-    monkeypatch.setattr(sharding, "over_shards", whole)  # XLA's partitioner alone, which can't flatten a part
+    whole = lambda shards, function, x, *weights: function(x, *weights, add=lambda value: value)  # noqa: E731
+    monkeypatch.setattr(sharding.MeshShards, "over_parts", whole)  # XLA's partitioner alone, which can't flatten a part
     for planted in (False, True):
         if planted:
-            monkeypatch.setattr(functional, "_contract", flat)
+            monkeypatch.setattr(projections, "_contract", flat)
         found = collectives(parse(compiled(config, mesh, False)))
         problems = surplus(found, site(config, mesh), mesh.shape, backward=False)
         moving = [line for line in problems if "all-gather" in line or "all-to-all" in line or "permute" in line]
@@ -155,7 +155,7 @@ def test_the_check_sees_a_second_reduction():
     mesh = sharding.make_mesh(tensor=8)
 
     def twice(x: Any, weights: Any) -> Any:
-        u, context, _ = pre(x, weights, config)
+        u, context, _ = pre(x, weights, config, shards=sharding.current())
         total = jnp.square(jax.lax.optimization_barrier((u, x))[1].astype(jnp.float32)).sum((-2, -1))
         return post(u * total[..., None].astype(u.dtype), context)
 

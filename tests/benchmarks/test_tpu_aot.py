@@ -21,7 +21,7 @@ from hlo.communication import SiteSize, surplus
 from hlo.traffic import total
 from tpu_aot import SHAPES, Program, compiled, measure, measure_model, recorded
 
-from jax_impl import functional, sharding
+from jax_impl import projections, sharding
 
 SMALL, MIDDLE, LARGE = SHAPES
 UNITS = [
@@ -93,11 +93,11 @@ def test_a_flattened_contraction_is_caught(monkeypatch):
         joined = x.reshape(*x.shape[:-2], -1).astype("float32")
         return tpu_aot.jnp.einsum("fm,...f->m...", phi.reshape(-1, phi.shape[-1]), joined, precision="highest")
 
-    whole = lambda function, x, *weights: function(x, *weights, add=lambda value: value)  # noqa: E731
-    monkeypatch.setattr(sharding, "over_shards", whole)  # XLA's partitioner alone, which can't flatten a part
+    whole = lambda shards, function, x, *weights: function(x, *weights, add=lambda value: value)  # noqa: E731
+    monkeypatch.setattr(sharding.MeshShards, "over_parts", whole)  # XLA's partitioner alone, which can't flatten a part
     for planted in (False, True):
         if planted:
-            monkeypatch.setattr(functional, "_contract", flat)
+            monkeypatch.setattr(projections, "_contract", flat)
         found = problems(Program("v5e", 8, "deepseek-v4", SMALL, "forward"))
         assert any(f"not needed: {kind}" in line for line in found for kind in MOVING) == planted, found
 

@@ -66,7 +66,7 @@ def layer(config: MHCConfig) -> ManifoldConstrainedHyperConnections:
 def loss(module: Any, x: Any, weight: Any) -> Any:
     if isinstance(module, HyperHead):
         return jnp.sum(jnp.sin(module(x)) * weight[..., 0, :])
-    carried = one_hot(x) if module.config.pre_from == "previous" else None
+    carried = module.one_hot(x) if module.config.pre_from == "previous" else None
     out, _ = module(jnp.tanh, lambda inputs: jnp.sin(inputs), x, HyperConnectionType.MLP_DENSE, carried=carried)
     return jnp.sum(out * weight)
 
@@ -193,7 +193,7 @@ class SinglePass(nnx.Module):
 
 def chain_loss(module: Any, x: Any, carried: Any, weight: Any) -> Any:
     x, carried = module(x, carried)
-    return jnp.sum(jnp.sin(reduce(x, "carried", carried)) * weight[..., 0, :])
+    return jnp.sum(jnp.sin(reduce(x, "carried", carried, shards=sharding.current())) * weight[..., 0, :])
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
@@ -234,7 +234,7 @@ class SinglePassStack(nnx.Module):
 
 
 def whole_stack_loss(module: Any, x: Any, weight: Any) -> Any:
-    return chain_loss(module, x, one_hot(x), weight)
+    return chain_loss(module, x, one_hot(x, shards=sharding.current()), weight)
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])

@@ -31,7 +31,7 @@ from tests.torch_impl.sharded_processes import (
     make,
     whole,
 )
-from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, functional
+from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, functional, projections
 from torch_impl import sharding as sharded
 from torch_impl.shards import TensorShards
 
@@ -117,7 +117,8 @@ def replaced(target, name, value):
 def a_norm_rounded_before_the_projection_is_summed_first(mesh: DeviceMesh) -> None:
     """With float64 as the wide dtype float32 is a narrow one, whose errors stay visible."""
     share = TensorShards.share
-    with replaced(functional, "wide_dtype", lambda dtype: torch.float64):
+    wider = lambda dtype: torch.float64  # noqa: E731
+    with replaced(functional, "wide_dtype", wider), replaced(projections, "wide_dtype", wider):
         module = make("maxtext", dtype=torch.float32)
         assert_small(errors(module, mesh, dtype=torch.float32), 1e-5)
         if mesh["tensor"].size() > 1:

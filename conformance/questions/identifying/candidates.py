@@ -287,12 +287,12 @@ def _of_layer(p: Parameters) -> Iterator[Change]:
 
 def differences(of: Parameters, to: Parameters, known: Collection[str]) -> list[str]:
     """What one row has another value of than another, among what is known, in words."""
-    found = []
+    words = []
     for name in of:
         if name in known and name not in STRUCTURE and of[name] != to[name]:
             origin = ", Sinkhorn's eps" if name == "norm_eps" and of[name] == to["eps"] else ""
-            found.append(f"{name} {_shown(of[name])}{origin}, not {_shown(to[name])}")
-    return found
+            words.append(f"{name} {_shown(of[name])}{origin}, not {_shown(to[name])}")
+    return words
 
 
 def _shown(value: Any) -> str:

@@ -43,7 +43,7 @@ STRUCTURE: dict[str, Any] = {
 """What a layer does beside the parameters of its dialect."""
 
 
-def evaluate(stage: str, given: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
+def evaluate(stage: str, values: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
     """The outputs of one stage.
 
     Args:
@@ -52,7 +52,7 @@ def evaluate(stage: str, given: Arrays, p: Parameters, options: Mapping[str, Any
         options: the stage's.
     """
     with np.errstate(all="ignore"):
-        return _STAGES[stage](given, p, options)
+        return _STAGES[stage](values, p, options)
 
 
 # Norm and projection
@@ -95,11 +95,11 @@ def coefficients(x: Array, weights: Arrays, p: Parameters) -> dict[str, Array]:
     normed = normalise(x, weights.get("mhc_norm.scale"), p)
     z = {k: logits(k, normed, weights, p) for k in PROJECTIONS if f"{k}_alpha" in weights}
     post = np.ones_like(z["post"]) if p["post_gate"] == "1" else p["post_scale"] * sigmoid(z["post"]) + p["post_eps"]
-    found = {"pre": sigmoid(z["pre"]) + p["pre_eps"], "post": post}
+    gates = {"pre": sigmoid(z["pre"]) + p["pre_eps"], "post": post}
     if "res" not in z:
-        return {**found, "H": np.broadcast_to(np.eye(n), (*x.shape[:-2], n, n))}
+        return {**gates, "H": np.broadcast_to(np.eye(n), (*x.shape[:-2], n, n))}
     shape = z["res"].shape if p["residual"] == "permutations" else (*x.shape[:-2], n, n)
-    return {**found, "H": matrix(z["res"].reshape(shape), p)}
+    return {**gates, "H": matrix(z["res"].reshape(shape), p)}
 
 
 # The residual matrix
@@ -201,46 +201,46 @@ def reduce(x: Array, how: str, carried: Array | None, p: Parameters) -> Array:
     return np.mean(x, -2) if wanted == "mean" else np.sum(x, -2)
 
 
-def _layer(given: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
-    out, own = layer(given["x"], given, given.get("carried"), p)
+def _layer(values: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
+    out, own = layer(values["x"], values, values.get("carried"), p)
     return {"out": out, "pre": own}
 
 
-def _stack(given: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
-    embedding, shared = given["embedding"], ("embedding", "norm_scale", "branch_scale")
+def _stack(values: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
+    embedding, shared = values["embedding"], ("embedding", "norm_scale", "branch_scale")
     x = np.repeat(embedding[..., None, :], p["streams"], -2)  # [..., n, C]
     carried = np.ones(x.shape[:-1]) if p["first_carried"] == "all streams" else one_hot(x)
     for index in range(options["layers"]):
-        weights = {k: v if k in shared else v[index] for k, v in given.items()}
+        weights = {k: v if k in shared else v[index] for k, v in values.items()}
         x, carried = layer(x, weights, carried, p)
     return {"out": reduce(x, options["reduce"], carried, p)}
 
 
-def _head(given: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
-    x = given["x"]
+def _head(values: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
+    x = values["x"]
     eps = p["norm_eps"] if p["head_norm_eps"] is None else p["head_norm_eps"]
     normed = normalise(x, None, {**p, "norm_eps": eps})
-    scale, bias = given["head_scale"], given["head_base"]
+    scale, bias = values["head_scale"], values["head_base"]
     bias = scale * bias if p["alpha"] == "on the bias too" else bias
-    gates = sigmoid(scale * (normed @ given["head_fn"]) + bias) + (
+    gates = sigmoid(scale * (normed @ values["head_fn"]) + bias) + (
         p["pre_eps"] if p["head_eps"] is None else p["head_eps"]
     )
     return {"out": np.sum(gates[..., None] * x, -2)}
 
 
-def _pre(given: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
-    own = coefficients(given["x"], {k: v for k, v in given.items() if not k.startswith("res_")}, p)["pre"]
-    return {"u": read(given["x"], own, given.get("carried"), p), "pre": own}
+def _pre(values: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
+    own = coefficients(values["x"], {k: v for k, v in values.items() if not k.startswith("res_")}, p)["pre"]
+    return {"u": read(values["x"], own, values.get("carried"), p), "pre": own}
 
 
 _STAGES: dict[str, Callable[[Arrays, Parameters, Mapping[str, Any]], dict[str, Array]]] = {
-    "residual_matrix": lambda given, p, _: {"H": matrix(given["logits"], p)},
-    "coefficients": lambda given, p, _: coefficients(given["x"], given, p),
+    "residual_matrix": lambda values, p, _: {"H": matrix(values["logits"], p)},
+    "coefficients": lambda values, p, _: coefficients(values["x"], values, p),
     "pre": _pre,
-    "post": lambda given, p, _: {"out": mix(given["y"], given["x"], given["post"], given["H"], p)},
+    "post": lambda values, p, _: {"out": mix(values["y"], values["x"], values["post"], values["H"], p)},
     "layer": _layer,
     "stack": _stack,
-    "reduce": lambda given, p, options: {"out": reduce(given["x"], options["how"], given.get("carried"), p)},
+    "reduce": lambda values, p, options: {"out": reduce(values["x"], options["how"], values.get("carried"), p)},
     "head": _head,
 }
 STAGES = tuple(_STAGES)

@@ -51,10 +51,10 @@ class Ranking:
 
     def answer(self, candidate: Candidate, indices: Iterable[int]) -> Answer:
         """The distance of a candidate on some of the records."""
-        found = Answer(candidate)
+        answer = Answer(candidate)
         for index in indices:
-            _include(found, self.records[index].item, self.distances(candidate, index))
-        return found
+            _include(answer, self.records[index].item, self.distances(candidate, index))
+        return answer
 
     def nearest(self, candidates: Sequence[Candidate], indices: Sequence[int] | None = None) -> list[Answer]:
         """All candidates that match, and of the others at least the nearest `RANKED` in all, nearest first.
@@ -63,17 +63,17 @@ class Ranking:
         """
         order = range(len(self.records)) if indices is None else indices
         heap = [(0.0, position, 0, Answer(candidate)) for position, candidate in enumerate(candidates)]
-        found: list[tuple[float, int, Answer]] = []
+        complete: list[tuple[float, int, Answer]] = []
         while heap:
             ratio, position, seen, answer = heapq.heappop(heap)
-            if ratio > 1 and len(found) >= RANKED:
+            if ratio > 1 and len(complete) >= RANKED:
                 break
             if seen == len(order):
-                found.append((max(1.0, ratio), position, answer))
+                complete.append((max(1.0, ratio), position, answer))
                 continue
             _include(answer, self.records[order[seen]].item, self.distances(answer.candidate, order[seen]))
             heapq.heappush(heap, (answer.ratio, position, seen + 1, answer))
-        return [answer for _, _, answer in sorted(found, key=lambda entry: entry[:2])]
+        return [answer for _, _, answer in sorted(complete, key=lambda entry: entry[:2])]
 
     def nearest_or(
         self, told: Candidate, answers: Sequence[Answer], indices: Sequence[int] | None = None

@@ -16,7 +16,7 @@ LISTED = 6
 
 
 def lines(
-    name: str, dtype: str, found: Identity, rows: Mapping[str, Mapping[str, Any]], verbose: bool
+    name: str, dtype: str, identity: Identity, rows: Mapping[str, Mapping[str, Any]], verbose: bool
 ) -> Iterator[str]:
     """The answer for one implementation and one dialect that it was told; the first line says it all.
 
@@ -24,47 +24,47 @@ def lines(
         rows: all dialects' parameters.
         verbose: name the nearest candidates with their distances too.
     """
-    start = f"{name}, told {found.told}, {dtype}:"
-    if not found.answers:
-        yield f"{start} returns nothing that can be compared ({found.items} items)"
-        yield from _not_finite(found)
+    start = f"{name}, told {identity.told}, {dtype}:"
+    if not identity.answers:
+        yield f"{start} returns nothing that can be compared ({identity.items} items)"
+        yield from _not_finite(identity)
         return
-    nearest = found.nearest
+    nearest = identity.nearest
     verb = "computes" if nearest.ratio <= 1 else "computes none of the dialects; nearest"
-    yield f"{start} {verb} {nearest.candidate.words} ({nearest.ratio:.3g} of the bound, {found.items} items)"
-    yield from _differs(found, rows)
+    yield f"{start} {verb} {nearest.candidate.words} ({nearest.ratio:.3g} of the bound, {identity.items} items)"
+    yield from _differs(identity, rows)
     if nearest.ratio <= 1:
-        yield from _same(found, rows, verbose)
+        yield from _same(identity, rows, verbose)
     else:
-        yield from _rounded(found, dtype)
-    if found.extreme:
-        yield f"  but not where logits are so large that exp overflows or vanishes: {found.extreme}"
-    if found.configured:
-        yield f"  but where its configuration sets the eps apart (cases big-eps-*), {found.configured}"
-    if found.gradients:
-        case, stage, tensor = found.gradients[0]
-        count = f"{len(found.gradients)} miss their bounds, first {tensor} of {case}, {stage}"
+        yield from _rounded(identity, dtype)
+    if identity.extreme:
+        yield f"  but not where logits are so large that exp overflows or vanishes: {identity.extreme}"
+    if identity.configured:
+        yield f"  but where its configuration sets the eps apart (cases big-eps-*), {identity.configured}"
+    if identity.gradients:
+        case, stage, tensor = identity.gradients[0]
+        count = f"{len(identity.gradients)} miss their bounds, first {tensor} of {case}, {stage}"
         yield f"  but its gradients are not this function's: {count}"
-    yield from _by_stage(found)
+    yield from _by_stage(identity)
     yield from _read(nearest.candidate)
-    yield from _not_finite(found)
-    if found.precision:
-        yield f"  precision: {found.precision}"
+    yield from _not_finite(identity)
+    if identity.precision:
+        yield f"  precision: {identity.precision}"
     if verbose:
-        yield from (f"    {a.ratio:9.3g}  {_named(a.candidate)} ({a.where})" for a in found.answers)
+        yield from (f"    {a.ratio:9.3g}  {_named(a.candidate)} ({a.where})" for a in identity.answers)
 
 
-def _differs(found: Identity, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _differs(identity: Identity, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """What the nearest candidate's row has another value of than the told one."""
-    candidate = found.nearest.candidate
-    others = differences(rows[candidate.dialect], rows[found.told], found.known)
-    if candidate.dialect != found.told and others:
-        yield f"  {candidate.dialect} differs from {found.told}, which it was told: {'; '.join(others)}"
+    candidate = identity.nearest.candidate
+    others = differences(rows[candidate.dialect], rows[identity.told], identity.known)
+    if candidate.dialect != identity.told and others:
+        yield f"  {candidate.dialect} differs from {identity.told}, which it was told: {'; '.join(others)}"
 
 
-def _same(found: Identity, rows: Mapping[str, Mapping[str, Any]], verbose: bool) -> Iterator[str]:
+def _same(identity: Identity, rows: Mapping[str, Mapping[str, Any]], verbose: bool) -> Iterator[str]:
     """Rows that are the same function, and candidates that its outputs can't be told from."""
-    nearest, *others = found.matches
+    nearest, *others = identity.matches
     row = rows[nearest.candidate.dialect]
     layers = [name for name in nearest.candidate.same if same_layer(rows[name], row)]
     if layers and not nearest.candidate.changes:
@@ -83,10 +83,10 @@ def _same(found: Identity, rows: Mapping[str, Mapping[str, Any]], verbose: bool)
         yield f"  these cases would look the same with: {_listed(changed)}"
 
 
-def _by_stage(found: Identity) -> Iterator[str]:
+def _by_stage(identity: Identity) -> Iterator[str]:
     """The nearest function of each stage, where they aren't all the same: the stages that are right show the way."""
     stages: dict[str, list[str]] = {}
-    for stage, answer in found.by_stage.items():
+    for stage, answer in identity.by_stage.items():
         far = f"none, nearest {answer.candidate.words} ({answer.ratio:.3g} of the bound)"
         stages.setdefault(answer.candidate.words if answer.ratio <= 1 else far, []).append(stage)
     if len(stages) > 1:
@@ -94,10 +94,12 @@ def _by_stage(found: Identity) -> Iterator[str]:
         yield f"  stage by stage: {'; '.join(said)}"
 
 
-def _rounded(found: Identity, dtype: str) -> Iterator[str]:
+def _rounded(identity: Identity, dtype: str) -> Iterator[str]:
     """Rows that differ by no more than roundings do, where nothing matches."""
-    if found.rounded:
-        names = [f"{name} (within {error:.2g} of an output's largest value)" for name, error in found.rounded.items()]
+    if identity.rounded:
+        names = [
+            f"{name} (within {error:.2g} of an output's largest value)" for name, error in identity.rounded.items()
+        ]
         narrow = "bfloat16 or TF32" if dtype in ("float32", "float64") else dtype
         yield f"  it may be {_listed(names)} with a step in {narrow} where the dialect has none"
 
@@ -108,11 +110,11 @@ def _read(candidate: Candidate) -> Iterator[str]:
         yield f"  {candidate.dialect} was read, not run: {source['read']} ({source['date']})"
 
 
-def _not_finite(found: Identity) -> Iterator[str]:
-    if found.infinite:
-        case, stage, tensor = found.infinite[0]
+def _not_finite(identity: Identity) -> Iterator[str]:
+    if identity.infinite:
+        case, stage, tensor = identity.infinite[0]
         hint = "; is the maximum subtracted before exp?" if case.startswith("overflow") and tensor == "H" else ""
-        yield f"  not finite, and left out: {len(found.infinite)} outputs, first {tensor} of {case}, {stage}{hint}"
+        yield f"  not finite, and left out: {len(identity.infinite)} outputs, first {tensor} of {case}, {stage}{hint}"
 
 
 def _is_read(dialect: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import threading
 import time
 from pathlib import Path
@@ -41,11 +42,13 @@ def children() -> set[int]:
 def _nothing_left():
     before = children()
     yield
-    assert not {pid for pid in children() - before if b"adapters.member" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    assert not {
+        pid for pid in children() - before if b"implementations.member" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    }
 
 
 def call(implementation: Any) -> Any:
-    return implementation.pre({"x": np.ones((2, 2, 2, 4), np.float32)}, PAPER, None)
+    return implementation.call("pre", {"x": np.ones((2, 2, 2, 4), np.float32)}, PAPER, None)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +173,8 @@ def test_a_killed_process_of_a_framework_ends_the_others_within_a_minute(name):
     inputs = {k: np.ones(v, np.float32) for k, v in {**weights, "x": (2, 2, 2, 4)}.items()}
     first = implementation.call("pre", inputs, config, None)[0]["u"]
     assert isinstance(implementation, group.GroupImplementation)
-    victim = implementation._processes[1].process
-    timer = threading.Timer(0.3, victim.kill)
+    victim = implementation._processes[1].pid
+    timer = threading.Timer(0.3, os.kill, (victim, signal.SIGKILL))
     timer.start()
     started = time.monotonic()
     said = r"process 1 of 2 died of SIGKILL.* in pre; the others were ended|process 0 of 2: \w+Error: .*"

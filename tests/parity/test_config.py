@@ -1,11 +1,16 @@
-"""Every dialect is accepted, every combination that no layer can have is refused."""
+"""Every dialect is accepted, every combination that no layer can have is refused; the same in both packages."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import inspect
+import re
+
 import pytest
 
-from torch_impl import MHCConfig
-from torch_impl.config import dialects
+from tests.parity.signatures import PACKAGES, ROOT
+from tests.parity.tables import DIALECTS
 
 INVALID = [
     ({"streams": 0}, "streams must be an integer of at least 1"),
@@ -54,33 +59,61 @@ INVALID = [
 
 
 @pytest.mark.parametrize("changes, said", INVALID)
-def test_an_invalid_combination_is_refused_by_name(changes, said):
+def test_an_invalid_combination_is_refused_by_name(backend, unchecked, changes, said):
     with pytest.raises(ValueError, match=said):
-        MHCConfig(**{"streams": 4, "dim": 8, **changes})
+        backend.package.MHCConfig(**{"streams": 4, "dim": 8, **changes})
 
 
-def test_defaults_are_the_paper():
-    assert MHCConfig(streams=4, dim=8) == MHCConfig.from_dialect("paper", streams=4, dim=8)
+def test_defaults_are_the_paper(backend):
+    assert backend.package.MHCConfig(streams=4, dim=8) == backend.package.MHCConfig.from_dialect(
+        "paper", streams=4, dim=8
+    )
 
 
-def test_what_is_not_given_follows_from_what_is():
+def test_a_parameter_that_is_left_out_follows_from_the_others(backend):
     """The softmax is along the axis that comes first, and a single-pass stack reduces with what it carried."""
     for order, softmax in (("rows-first", "rows"), ("columns-first", "columns")):
-        assert MHCConfig(streams=4, dim=8, order=order).softmax == softmax
-    assert MHCConfig(streams=4, dim=8, pre_from="previous").reduce == "carried"
-    assert MHCConfig(streams=4, dim=8, coefficients="activation").mixing == "activation"
-    assert MHCConfig(streams=4, dim=8, residual="identity").mix == "identity"
+        assert backend.package.MHCConfig(streams=4, dim=8, order=order).softmax == softmax
+    assert backend.package.MHCConfig(streams=4, dim=8, pre_from="previous").reduce == "carried"
+    assert backend.package.MHCConfig(streams=4, dim=8, coefficients="activation").mixing == "activation"
+    assert backend.package.MHCConfig(streams=4, dim=8, residual="identity").mix == "identity"
 
 
-@pytest.mark.parametrize("name", dialects())
-def test_every_dialect_is_a_configuration_and_survives_its_own_parameters(name):
-    config = MHCConfig.from_dialect(name, streams=4, dim=8)
-    assert MHCConfig.from_parameters(config.parameters()) == config
-    assert hash(config) == hash(MHCConfig.from_parameters(config.parameters()))
+@pytest.mark.parametrize("name", DIALECTS)
+def test_every_dialect_is_a_configuration_and_survives_its_own_parameters(backend, name):
+    config = backend.package.MHCConfig.from_dialect(name, streams=4, dim=8)
+    assert backend.package.MHCConfig.from_parameters(config.parameters()) == config
+    assert hash(config) == hash(backend.package.MHCConfig.from_parameters(config.parameters()))
 
 
-def test_unknown_dialects_and_parameters_are_named():
+def test_unknown_dialects_and_parameters_are_named(backend):
     with pytest.raises(ValueError, match=r"dialect must be one of paper.*got 'nobody'"):
-        MHCConfig.from_dialect("nobody", streams=4, dim=8)
+        backend.package.MHCConfig.from_dialect("nobody", streams=4, dim=8)
     with pytest.raises(ValueError, match=r"unknown \['typo'\]"):
-        MHCConfig.from_dialect("paper", streams=4, dim=8, typo=1)
+        backend.package.MHCConfig.from_dialect("paper", streams=4, dim=8, typo=1)
+
+
+def test_both_packages_hold_the_same_text():
+    """Tables, defaults, rules, properties and their documentation: neither file may be changed alone."""
+    for module in ("config.py", "version.py"):
+        texts = {package: (ROOT / package / module).read_text() for package in PACKAGES}
+        assert texts["jax_impl"] == texts["torch_impl"], module
+    texts = {p: (ROOT / p / "metadata.py").read_text().replace(f"from {p}.", "from ") for p in PACKAGES}
+    assert texts["jax_impl"] == texts["torch_impl"], "metadata.py"
+
+
+def test_every_parameter_is_documented_in_its_own_entry(backend):
+    """A field's entry names the values that it may have, and its own None."""
+    config = backend.package.MHCConfig
+    text = inspect.getdoc(config) or ""
+    arguments = text.partition("Args:\n")[2].partition("\n\n")[0]
+    entries = dict(re.findall(r"^    (\w+): ((?:.*\n?)(?:^        .*\n?)*)", arguments, re.M))
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    assert list(entries) == list(fields)
+    choices = importlib.import_module(f"{backend.package.__name__}.config").CHOICES
+    for name, entry in entries.items():
+        said = " ".join(entry.split())
+        missing = [value for value in choices.get(name, ()) if f'``"{value}"``' not in said]
+        assert not missing, f"{name}: {missing} missing from {said!r}"
+        if "None" in str(fields[name].type):
+            assert "None" in said, name

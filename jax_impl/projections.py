@@ -1,0 +1,256 @@
+"""From the streams to the coefficients of a site: norm, projections, gates and residual matrix. In short::
+
+    z = scale * (rms_norm(x) @ phi) + shift                     # [..., m], m = n + n + n*n: pre, post and H together
+    pre = sigmoid(z[:n]) + pre_eps                              # [..., n]
+    post = post_scale * sigmoid(z[n : 2 * n]) + post_eps        # [..., n]
+    H = residual_matrix(z[2 * n :])                             # [..., n, n]
+
+Shapes at line ends are those of `functional`. Tokens come last, ``[m, ...]`` and ``[n, n, ...]``, until coefficients
+are done, since a TPU pads the last axis to 128.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float
+
+from jax_impl.config import MHCConfig
+from jax_impl.residual import HIGHEST, check_shape, residual_matrix, tokens_first, tokens_last, wide_dtype
+
+Weights = Mapping[str, Array]
+COEFFICIENTS = "mhc_coefficients"
+"""The name, for policies of `jax.checkpoint`, of small values that cost a pass over x or a collective to make again:
+projections, sum of squares, pre, post and H, 49 numbers a token at n = 4."""
+
+
+@runtime_checkable
+class Shards(Protocol):
+    """How arrays lie on many devices: whole to the functions here, and in parts in `over_parts` alone.
+
+    x, u, y, φ and the norm weight are split along dim, x, u and y along tokens too; all the rest is whole over dim.
+    """
+
+    def activation(self, value: Array, *, streams: bool = True) -> Array:
+        """x ``[..., streams, dim]``, or one stream ``[..., dim]``, laid out in its parts."""
+        ...
+
+    def gates(self, value: Array) -> Array:
+        """Gates ``[..., streams]`` laid out in their parts, each whole over dim."""
+        ...
+
+    def over_parts(self, function: Callable[..., Array], x: Array, held: list[Array], shared: list[Array]) -> Array:
+        """``function`` on each device's part of x and of the weights.
+
+        Args:
+            function: takes a part of x, of ``held`` and of ``shared``, and ``add``, which sums a value over the parts
+                of dim; returns ``[m, *leading axes of x]``.
+            x: ``[..., streams, dim]``.
+            held: weights ``[streams, dim, ...]``, split along dim.
+            shared: weights that every device has.
+
+        Raises:
+            ValueError: an axis can't be shared out evenly.
+        """
+        ...
+
+
+def _coefficient_dtype(x: Array, config: MHCConfig) -> jnp.dtype:
+    return x.dtype if config.coefficients == "activation" else wide_dtype(x.dtype)
+
+
+def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Checks that these weights are there, in these shapes.
+
+    Raises:
+        ValueError: one is missing or has another shape; it names it.
+    """
+    for name, shape in shapes.items():
+        if name not in weights:
+            raise ValueError(f"weights must have {name} {list(shape)}, got {sorted(weights)}")
+        if weights[name].shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(weights[name].shape)}")
+
+
+def weight_shapes(config: MHCConfig) -> dict[str, tuple[int, ...]]:
+    """Name and in-memory shape of each weight of the layer."""
+    n, dim, columns = config.streams, config.dim, config.residual_columns
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.norm_weight:
+        shapes["mhc_norm.scale"] = (n, dim)
+    for kind in ("pre", "post"):
+        shapes |= {f"{kind}_alpha": (n, dim, n), f"{kind}_alpha_scale": (1,), f"{kind}_beta": (n,)}
+    if columns:
+        beta = (n, n) if config.residual == "sinkhorn" else (columns,)
+        shapes |= {"res_alpha": (n, dim, columns), "res_alpha_scale": (1,), "res_beta": beta}
+    return shapes
+
+
+def head_shapes(config: MHCConfig) -> dict[str, tuple[int, ...]]:
+    """Name and in-memory shape of each weight of the head."""
+    n = config.streams
+    return {"head_fn": (n, config.dim, n), "head_base": (n,), "head_scale": (1,)}
+
+
+def rms_norm(
+    x: Float[Array, "... streams dim"], scale: Float[Array, "streams dim"] | None, config: MHCConfig
+) -> Float[Array, "... streams dim"]:
+    """Divides x by its root mean square across streams and dim together, times ``scale`` (docs/mathematics.md,
+    "Forward").
+
+    Args:
+        x: ``[..., streams, dim]``.
+        scale: ``[streams, dim]``, the norm weight, or None for a dialect without one.
+
+    Returns:
+        float32 (float64 for float64), rounded to x's dtype where the coefficients are kept in it.
+    """
+    squares = jnp.square(x.astype(wide_dtype(x.dtype)))  # [..., n, dim]
+    return _normed(x, jnp.mean(squares, axis=(-2, -1), keepdims=True), scale, config)  # mean [..., 1, 1]
+
+
+def _normed(x: Array, mean: Array, scale: Array | None, config: MHCConfig) -> Array:
+    """x over the root of its mean square, times ``scale``, in the dtype of the coefficients."""
+    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
+    normed = _over_rms(x.astype(wide), mean, config)
+    if scale is not None:
+        normed = normed * scale.astype(dtype).astype(wide)
+    return normed.astype(dtype)
+
+
+def _over_rms(value: Array, mean: Array, config: MHCConfig) -> Array:
+    """``value`` over the root of the mean square, with eps where the configuration has it."""
+    if config.norm_eps_position == "mean":
+        return value * jax.lax.rsqrt(mean + config.norm_eps)
+    empty = mean == 0  # the root's slope is infinite there; the norm's is 1 / eps
+    root = jnp.where(empty, 0, jnp.sqrt(jnp.where(empty, 1, mean)))
+    return value / (root + config.norm_eps)
+
+
+def _kept(value: Array) -> Array:
+    return checkpoint_name(value, COEFFICIENTS)
+
+
+def _contract(phi: Array, x: Array, precision: jax.lax.PrecisionLike) -> Array:
+    """``[m, ...]``: (streams, dim) contracted at once, accumulated in float32 or wider.
+
+    Never by way of ``[..., n*C]``: a flattened axis can't be sharded as dim is, and x would be gathered.
+    """
+    wide = wide_dtype(x.dtype)
+    return jnp.einsum(
+        "ncm,...nc->m...",
+        phi.astype(wide),
+        x.astype(wide),
+        precision=HIGHEST if precision is None else precision,
+        preferred_element_type=wide,
+    )
+
+
+def logits(
+    x: Array,
+    weights: Weights,
+    names: Sequence[tuple[str, str, str]],
+    norm: Array | None,
+    config: MHCConfig,
+    precision: jax.lax.PrecisionLike,
+    shards: Shards | None,
+) -> list[Array]:
+    """``scale * (normed x @ phi) + shift`` of every ``(phi, scale, shift)``, tokens last ``[m, ...]``, wide."""
+    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
+
+    def rounded(value: Array) -> Array:
+        """Held wide from here on, so that gradients are added up before they are rounded."""
+        return value.astype(dtype).astype(wide)
+
+    phis, scales, shifts = ([rounded(weights[name]) for name in part] for part in zip(*names, strict=True))
+    widths = [phi.shape[-1] for phi in phis]
+    scale = jnp.concatenate([jnp.broadcast_to(value, width) for value, width in zip(scales, widths, strict=True)])
+    phi = jnp.concatenate(phis, axis=-1)  # [n, dim, m]
+    shift = jnp.concatenate([value.reshape(-1) for value in shifts])  # [m], as scale
+    norms = [] if norm is None else [rounded(norm)]  # [n, dim]
+
+    def of_part(x: Array, held: list[Array], shared: list[Array], add: Callable[[Array], Array]) -> Array:
+        phi, *norms = held
+        h = _projected(x, phi, norms[0] if norms else None, config, precision, add)  # [m, ...]
+        scale, shift = (value.reshape(-1, *(1,) * (h.ndim - 1)) for value in shared)  # [m] -> [m, 1, ...]
+        return scale * h + shift
+
+    held, shared = [phi, *norms], [scale, shift]
+    z = shards.over_parts(of_part, x, held, shared) if shards else of_part(x, held, shared, lambda value: value)
+    return jnp.split(z, list(itertools.accumulate(widths))[:-1])
+
+
+def _projected(
+    x: Array,
+    phi: Array,
+    norm: Array | None,
+    config: MHCConfig,
+    precision: jax.lax.PrecisionLike,
+    add: Callable[[Array], Array],
+) -> Array:
+    """The normed streams times phi, ``[m, ...]``, from this device's part of dim; ``add`` sums over the parts.
+
+    The norm's division comes after the product, so that partial sums of both are added up at once, m + 1 numbers a
+    token. Where the norm's output is rounded to a narrow dtype (``coefficients="activation"``) the division has to
+    come first, and the norm's sum and the projections are added up one after the other.
+    """
+    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
+    squares = jnp.square(x.astype(wide)).sum((-2, -1))  # [..., n, dim] -> [...]
+    count = config.streams * config.dim
+    if dtype == wide:
+        phi = phi if norm is None else phi * norm[..., None]  # [n, dim, m] * [n, dim, 1]
+        sums = _kept(add(jnp.concatenate([_contract(phi, x, precision), squares[None]])))  # [m + 1, ...]
+        return _over_rms(sums[:-1], sums[-1] / count, config)
+    mean = _kept(add(squares)) / count
+    normed = _normed(x, mean[..., None, None], norm, config)  # [..., n, dim]
+    return _kept(add(_contract(phi, normed, precision)).astype(dtype)).astype(wide)
+
+
+def coefficients(
+    x: Float[Array, "... streams dim"],
+    weights: Weights,
+    config: MHCConfig,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    shards: Shards | None = None,
+) -> tuple[Float[Array, "... streams"], Float[Array, "... streams"], Float[Array, "... streams streams"]]:
+    """Computes pre, post and H of every token (docs/mathematics.md, "Forward").
+
+    They and the sums that they come from carry the name `COEFFICIENTS` for `jax.checkpoint`.
+
+    Args:
+        x: ``[..., streams, dim]``.
+        weights: in the shapes of `weight_shapes`.
+        precision: of the projections; None means HIGHEST.
+        shards: where x and the weights lie. Their parts add ``m + 1`` numbers a token once, for m columns of all
+            projections together; twice (m, then 1) where the coefficients are kept in an x.dtype narrower than float32.
+
+    Returns:
+        pre ``[..., streams]``, post ``[..., streams]`` and H ``[..., streams, streams]``, in the dtype of the
+        coefficients (docs/mathematics.md, "Precision").
+
+    Raises:
+        ValueError: x or a weight of another shape than the configuration's.
+    """
+    n = config.streams
+    check_shape("x", x, (n, config.dim))
+    check_weights(weights, weight_shapes(config))
+    dtype = _coefficient_dtype(x, config)
+    kinds = ("pre", "post", "res") if config.residual_columns else ("pre", "post")
+    names = [(f"{kind}_alpha", f"{kind}_alpha_scale", f"{kind}_beta") for kind in kinds]
+    z = logits(x, weights, names, weights.get("mhc_norm.scale"), config, precision, shards)
+    pre = (jax.nn.sigmoid(z[0]) + config.pre_eps).astype(dtype)  # [n, ...]
+    post = (config.post_scale * jax.nn.sigmoid(z[1]) + config.post_eps).astype(dtype)  # [n, ...]
+    pre, post = tokens_first(_kept(pre), 1), tokens_first(_kept(post), 1)  # [..., n]
+    if config.residual == "identity":
+        return pre, post, jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*x.shape[:-2], n, n))
+    res = z[2].astype(dtype) if config.matrix == "activation" else z[2]  # [n*n or n!, ...]
+    res = tokens_first(res.reshape(n, n, *res.shape[1:]), 2) if config.residual == "sinkhorn" else tokens_first(res, 1)
+    H = tokens_last(residual_matrix(res, config).astype(dtype), 2)  # [..., n, n] -> [n, n, ...]
+    return pre, post, tokens_first(_kept(H), 2)  # [..., n, n]

@@ -1,0 +1,213 @@
+"""From the streams to the coefficients of a site: norm, projections, gates and residual matrix. In short::
+
+    z = scale * (rms_norm(x) @ phi) + shift                     # [..., m], m = n + n + n*n: pre, post and H together
+    pre = sigmoid(z[:n]) + pre_eps                              # [..., n]
+    post = post_scale * sigmoid(z[n : 2 * n]) + post_eps        # [..., n]
+    H = residual_matrix(z[2 * n :])                             # [..., n, n]
+
+Shapes at line ends are those of `functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from torch_impl.config import MHCConfig
+from torch_impl.residual import check_shape, residual_matrix, wide_dtype
+
+Weights = Mapping[str, Tensor]
+SHARDED = ("mhc_norm.scale", "pre_alpha", "post_alpha", "res_alpha", "head_fn")  # [streams, dim, ...]: split with dim
+
+
+@runtime_checkable
+class Shards(Protocol):
+    """The shards of dim, one a process: x, u, y, φ and the norm weight are split, all the rest is whole on each.
+
+    Inside the layer a whole value has a whole cotangent on every shard, and both functions keep that so: a sum over
+    dim is made whole by `add`, and a whole value is used on a part of dim through `share` alone.
+    """
+
+    @property
+    def count(self) -> int:
+        """Number of shards; each has ``config.dim // count``."""
+        ...
+
+    def add(self, partial: Tensor) -> Tensor:
+        """The sum over the shards; each shard's cotangent is the sum's own, unchanged."""
+        ...
+
+    def share(self, value: Tensor) -> Tensor:
+        """The value as it is; its cotangent is the sum of the shards' cotangents."""
+        ...
+
+
+def _coefficient_dtype(x: Tensor, config: MHCConfig) -> torch.dtype:
+    return x.dtype if config.coefficients == "activation" else wide_dtype(x.dtype)
+
+
+def local_dim(config: MHCConfig, shards: Shards | None) -> int:
+    """The width of this shard's part of dim."""
+    return config.dim // shards.count if shards else config.dim
+
+
+def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], dim: int) -> None:
+    """Checks that these weights are there, in these shapes, ``dim`` of them where dim is split.
+
+    Raises:
+        ValueError: one is missing or has another shape; it names it.
+    """
+    for name, whole in shapes.items():
+        shape = (whole[0], dim, *whole[2:]) if name in SHARDED else whole
+        if name not in weights:
+            raise ValueError(f"weights must have {name} {list(shape)}, got {sorted(weights)}")
+        if tuple(weights[name].shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(weights[name].shape)}")
+
+
+def weight_shapes(config: MHCConfig) -> dict[str, tuple[int, ...]]:
+    """Name and in-memory shape of each weight of the layer."""
+    n, dim = config.streams, config.dim
+    shapes: dict[str, tuple[int, ...]] = {"mhc_norm.scale": (n, dim)} if config.norm_weight else {}
+    beta = {"pre": (n,), "post": (n,), "res": (n, n) if config.residual == "sinkhorn" else (config.residual_columns,)}
+    columns = {"pre": n, "post": n, "res": config.residual_columns}
+    for kind in ("pre", "post", "res"):
+        if columns[kind]:
+            shapes[f"{kind}_alpha"] = (n, dim, columns[kind])
+            shapes[f"{kind}_alpha_scale"] = (1,)
+            shapes[f"{kind}_beta"] = beta[kind]
+    return shapes
+
+
+def head_shapes(config: MHCConfig) -> dict[str, tuple[int, ...]]:
+    """Name and in-memory shape of each weight of the head."""
+    n = config.streams
+    return {"head_fn": (n, config.dim, n), "head_base": (n,), "head_scale": (1,)}
+
+
+def rms_norm(
+    x: Float[Tensor, "... streams dim"], scale: Float[Tensor, "streams dim"] | None, config: MHCConfig
+) -> Float[Tensor, "... streams dim"]:
+    """Divides x by its root mean square across streams and dim together, times ``scale`` (docs/mathematics.md,
+    "Forward").
+
+    Args:
+        x: ``[..., streams, dim]``.
+        scale: ``[streams, dim]``, the norm weight, or None for a dialect without one.
+
+    Returns:
+        float32 (float64 for float64), rounded to x's dtype where the coefficients are kept in it.
+    """
+    squares = x.to(wide_dtype(x.dtype)).square()  # [..., n, dim]
+    return _normed(x, squares.mean((-2, -1), keepdim=True), scale, config)  # mean [..., 1, 1]
+
+
+def _normed(x: Tensor, mean: Tensor, scale: Tensor | None, config: MHCConfig) -> Tensor:
+    """x over the root of its mean square, times ``scale``, in the dtype of the coefficients."""
+    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
+    normed = _over_rms(x.to(wide), mean, config)
+    if scale is not None:
+        normed = normed * scale.to(dtype).to(wide)
+    return normed.to(dtype)
+
+
+def _over_rms(value: Tensor, mean: Tensor, config: MHCConfig) -> Tensor:
+    """``value`` over the root of the mean square, with eps where the configuration has it."""
+    if config.norm_eps_position == "mean":
+        return value / (mean + config.norm_eps).sqrt()
+    empty = mean == 0  # the root's slope is infinite there; the norm's is 1 / eps
+    root = torch.where(empty, 0.0, torch.where(empty, 1.0, mean).sqrt())
+    return value / (root + config.norm_eps)
+
+
+def _contract(phi: Tensor, x: Tensor) -> Tensor:
+    """``[..., m]``: (streams, dim) contracted at once, accumulated in float32 or wider."""
+    wide = wide_dtype(x.dtype)
+    return torch.einsum("...nc,ncm->...m", x.to(wide), phi.to(wide))
+
+
+def logits(
+    x: Tensor,
+    weights: Weights,
+    names: Sequence[tuple[str, str, str]],
+    norm: Tensor | None,
+    config: MHCConfig,
+    shards: Shards | None,
+) -> tuple[Tensor, ...]:
+    """``scale * (normed x @ phi) + shift`` of every ``(phi, scale, shift)``, ``[..., m]``, wide."""
+    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
+
+    def rounded(value: Tensor) -> Tensor:
+        """Held wide from here on, so that gradients are added up before they are rounded."""
+        return value.to(dtype).to(wide)
+
+    phis, scales, shifts = ([rounded(weights[name]) for name in part] for part in zip(*names, strict=True))
+    widths = [phi.shape[-1] for phi in phis]
+    scale = torch.cat([value.expand(width) for value, width in zip(scales, widths, strict=True)])  # [m]
+    phi = torch.cat(phis, -1)  # [n, dim, m]
+    shift = torch.cat([value.reshape(-1) for value in shifts])  # [m]
+    h = _projected(x, phi, None if norm is None else rounded(norm), config, shards)  # [..., m]
+    return (scale * h + shift).split(widths, -1)
+
+
+def _projected(x: Tensor, phi: Tensor, norm: Tensor | None, config: MHCConfig, shards: Shards | None) -> Tensor:
+    """The normed streams times phi, ``[..., m]``, from this shard's part of dim.
+
+    The norm's division comes after the product, so that partial sums of both are added up at once, m + 1 numbers a
+    token. Where the norm's output is rounded to a narrow dtype (``coefficients="activation"``) the division has to
+    come first, and the norm's sum and the projections are added up one after the other.
+    """
+    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
+    squares = x.to(wide).square().sum((-2, -1))  # [..., n, dim] -> [...]
+    count = config.streams * config.dim
+    if dtype == wide:
+        phi = phi if norm is None else phi * norm.unsqueeze(-1)  # [n, dim, m] * [n, dim, 1]
+        sums = torch.cat([_contract(phi, x), squares.unsqueeze(-1)], -1)  # [..., m + 1]
+        sums = shards.add(sums) if shards else sums
+        return _over_rms(sums[..., :-1], sums[..., -1:] / count, config)
+    mean = (shards.add(squares) if shards else squares)[..., None, None] / count  # [..., 1, 1]
+    h = _contract(phi, _normed(x, shards.share(mean) if shards else mean, norm, config))  # [..., m]
+    return (shards.add(h) if shards else h).to(dtype).to(wide)
+
+
+def coefficients(
+    x: Float[Tensor, "... streams dim"], weights: Weights, config: MHCConfig, *, shards: Shards | None = None
+) -> tuple[Float[Tensor, "... streams"], Float[Tensor, "... streams"], Float[Tensor, "... streams streams"]]:
+    """Computes pre, post and H of every token (docs/mathematics.md, "Forward").
+
+    Args:
+        x: ``[..., streams, dim]``.
+        weights: in the shapes of `weight_shapes`.
+        shards: the shards of dim. They add ``m + 1`` numbers a token once, for m columns of all projections
+            together; twice (1, then m) where the coefficients are kept in an x.dtype narrower than float32, since the
+            normed x is rounded there before it is projected. The results are whole on every shard, and so must their
+            cotangents be: a result that is used on a part of dim goes through `Shards.share` first.
+
+    Returns:
+        pre ``[..., streams]``, post ``[..., streams]`` and H ``[..., streams, streams]``, in the dtype of the
+        coefficients (docs/mathematics.md, "Precision").
+
+    Raises:
+        ValueError: x or a weight of another shape than the configuration's.
+    """
+    n, dim = config.streams, local_dim(config, shards)
+    check_shape("x", x, (n, dim))
+    check_weights(weights, weight_shapes(config), dim)
+    dtype = _coefficient_dtype(x, config)
+    with torch.autocast(x.device.type, enabled=False):
+        kinds = ("pre", "post", "res") if config.residual_columns else ("pre", "post")
+        names = [(f"{kind}_alpha", f"{kind}_alpha_scale", f"{kind}_beta") for kind in kinds]
+        z = logits(x, weights, names, weights.get("mhc_norm.scale"), config, shards)
+        pre = (torch.sigmoid(z[0]) + config.pre_eps).to(dtype)  # [..., n]
+        post = (config.post_scale * torch.sigmoid(z[1]) + config.post_eps).to(dtype)  # [..., n]
+        if config.residual == "identity":
+            H = torch.eye(n, dtype=dtype, device=x.device).expand(*x.shape[:-2], n, n)  # [..., n, n]
+        else:
+            res = z[2].to(dtype) if config.matrix == "activation" else z[2]  # [..., n*n or n!]
+            res = res.unflatten(-1, (n, n)) if config.residual == "sinkhorn" else res  # [..., n, n]
+            H = residual_matrix(res, config).to(dtype)  # [..., n, n]
+    return pre, post, H
