@@ -15,7 +15,7 @@ from conformance.files.problems import shown
 from conformance.files.reading import Scalar
 from conformance.stages import BRANCHES, STAGES, head_shapes, layer_shapes, residual_columns
 
-DTYPES = {
+DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

@@ -1,4 +1,4 @@
-"""What a program of its own process says, as records: its greeting and its answers (CONTRACT.md)."""
+"""What a program of its own process says, as records: its greeting and its answers (docs/contract.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A program of its own process as an implementation: ``--impl 'exec:./program arguments'`` (CONTRACT.md).
+"""A program of its own process as an implementation: ``--impl 'exec:./program arguments'`` (docs/contract.md).
 
 Each call writes one safetensors file, sends one JSON line that names it, and reads the file that the program wrote.
 What a program does wrong is an exception here and a verdict in the suite; it is started again for the next call.

@@ -1,7 +1,7 @@
 """Compares implementations with one another on the same item, by the rule that holds against the oracle.
 
-Two conforming results are apart by at most the sum of what each may be from the true value, so a figure above 1
-says that they can't both conform. The figure is measured on the arrays themselves, not added up from both errors.
+Each of two conforming results is within its bound of the true value, so that they differ by at most twice the bound: a
+figure above 1 says that they can't both conform. It is measured on the arrays, not added up from both errors.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import numpy as np
 
 from conformance.cases.case import Item
 from conformance.judge.item import Outcome
-from conformance.judge.rule import allowance
-
-Key = tuple[str, str, str]
+from conformance.judge.rule import allowance, wide
 
 
 @dataclass
@@ -34,24 +32,22 @@ class Pair:
 
 
 def distance(item: Item, tensor: str, a: np.ndarray, b: np.ndarray) -> float:
-    """|a - b| beyond both last roundings, as a fraction of both bounds; for one tensor of one item."""
-    expected = item.expected[tensor]
-    if not expected.size:
-        return 0.0
-    parts = item.magnitude(tensor) if tensor.startswith("d/") else None
-    apart = np.abs(a.astype(np.float64) - b.astype(np.float64))
-    beyond = float((apart - 2 * allowance(a.dtype, item.variant.contract, expected, parts)).max(initial=0.0))
+    """|a - b| beyond the last roundings of both, as a fraction of twice the bound; for one tensor of one item."""
+    magnitude = item.magnitude(tensor) if tensor.startswith("d/") else None
+    allowed = allowance(a.dtype, item.variant.contract, item.expected[tensor], magnitude)
+    excess = float((np.abs(wide(a) - wide(b)) - 2 * allowed).max(initial=0.0))
     bound = 2 * item.bounds[tensor].bound
-    return beyond / bound if bound > 0 else (np.inf if beyond > 0 else 0.0)
+    return excess / bound if bound > 0 else (np.inf if excess > 0 else 0.0)
 
 
 class Agreement:
     """Takes outcomes as they come and keeps the worst figure of each pair of implementations."""
 
     def __init__(self, items: Iterable[Item]):
-        self._items = {(i.case.id, i.stage, i.variant.name): i for i in items}
-        self._seen: dict[Key, dict[str, dict[str, np.ndarray]]] = {}
-        self.pairs: dict[frozenset[str], Pair] = {}  # whichever of the two came first
+        self._items = {(item.case.id, item.stage, item.variant.name): item for item in items}
+        self._seen: dict[tuple[str, str, str], dict[str, dict[str, np.ndarray]]] = {}
+        self.pairs: dict[frozenset[str], Pair] = {}
+        """By both names, since their order among the outcomes of an item may differ from item to item."""
 
     def add(self, outcome: Outcome) -> None:
         """Compares with every implementation that ran this item before; takes the arrays out of the outcome."""
@@ -70,7 +66,7 @@ class Agreement:
 
     def lines(self, names: Iterable[str]) -> list[str]:
         """A line for each pair, in the order of ``names``."""
-        lines = []
+        lines: list[str] = []
         for a, b in combinations(names, 2):
             pair = self.pairs.get(frozenset((a, b)))
             if pair:

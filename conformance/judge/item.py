@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from conformance.interface import Capabilities, Implementation, describe
 from conformance.judge.rule import GOOD, Check, check_item
 from conformance.judge.stochasticity import check_stochasticity
 from conformance.stages import relevant
+
+MESSAGE = 500
+"""Characters of an exception that are kept."""
 
 
 @dataclass
@@ -28,16 +31,16 @@ class Outcome:
     variant: str
     x: str
     dialect: str
-    checks: list[Check] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list[Check])
     skipped: str = ""
     reference: str = ""
     """What ``--impl`` was given: a registered name or ``module:attribute``."""
     file: str = ""
     """The case's file where it isn't one of the corpus."""
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict[str, Any])
     """The implementation's device, description and settings, read in the process that ran it."""
     seconds: float = 0.0
-    values: dict[str, np.ndarray] = field(default_factory=dict)
+    values: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     """The arrays that were judged by their figures, for comparing implementations with one another."""
 
     @property
@@ -67,8 +70,7 @@ def refusal(item: Item, claimed: Capabilities) -> str:
         return f"dialect {case.dialect} not claimed"
     if variant.x not in claimed.dtypes_of(item.stage):
         return f"{variant.x} not claimed"
-    wide = "float64" if variant.x == "float64" else "float32"
-    kind = "float32" if variant.weights in (wide, "float32") else "x"
+    kind = "float32" if variant.weights in ("float64", "float32") else "x"
     if case.stages[item.stage].weights and kind not in claimed.weights_of(item.stage):
         return f"weights in {variant.weights} not claimed"
     if "tf32" in claimed.contracts and variant.name + "-tf32" in case.bounds[item.stage]:
@@ -107,7 +109,7 @@ def run_item(implementation: Implementation, item: Item, probe: bool = False) ->
 
 
 def _probe(implementation: Implementation, item: Item, outcome: Outcome) -> None:
-    """What isn't claimed, accepted and wrong, gets a verdict of its own."""
+    """Calls it with an item that it doesn't claim. One that it accepts and gets wrong has a verdict of its own."""
     reason, outcome.skipped = outcome.skipped, ""
     _call(implementation, item, outcome)
     failed, outcome.checks, outcome.values = outcome.failed, [], {}
@@ -115,43 +117,63 @@ def _probe(implementation: Implementation, item: Item, outcome: Outcome) -> None
         outcome.skipped = f"{reason}, and refused"
     elif not failed:
         outcome.skipped = f"{reason}, yet right"
-    for check in failed if not outcome.skipped else ():
-        check.message = f"{reason}, yet accepted: {check.verdict} {check.message}".rstrip()
-        check.verdict = "unsupported-not-refused"
-        outcome.checks.append(check)
+    else:
+        for check in failed:
+            check.message = f"{reason}, yet accepted: {check.verdict} {check.message}".rstrip()
+            check.verdict = "unsupported-not-refused"
+        outcome.checks = failed
 
 
 def _call(implementation: Implementation, item: Item, outcome: Outcome) -> None:
     """Calls the stage and fills in the verdicts."""
     claimed = implementation.capabilities
     inputs, cotangents = item.inputs(), item.cotangents() if claimed.gradients else None
-    before = {k: v.tobytes() for k, v in inputs.items()}
+    before = {name: array.tobytes() for name, array in inputs.items()}
     started = time.perf_counter()
     try:
-        outputs, gradients = implementation.call(item.stage, inputs, item.config, cotangents)
-        if not isinstance(outputs, Mapping) or not isinstance(gradients, Mapping):
-            kinds = f"{type(outputs).__name__} and {type(gradients).__name__}"
-            raise TypeError(f"expected two mappings, outputs and gradients, got {kinds}")
+        outputs, gradients = _mappings(implementation.call(item.stage, dict(inputs), item.config, cotangents))
     except NotImplementedError as error:
         outcome.skipped = f"refused: {describe(error)}"
         return
     except Exception as error:
-        outcome.checks.append(Check("-", "errored", np.inf, message=describe(error)[:500]))
+        outcome.checks = [Check("-", "errored", np.inf, message=describe(error)[:MESSAGE])]
         return
     finally:
         outcome.seconds = time.perf_counter() - started
     outcome.checks = check_item(item, outputs, gradients, claimed)
-    judged = {**outputs, **{f"d/{k}": v for k, v in gradients.items()}}
-    outcome.values = {check.tensor: judged[check.tensor] for check in outcome.checks if check.worst}
-    if "H" in outputs:
-        stochastic = check_stochasticity(item, outputs["H"])
-        if stochastic:
-            outcome.checks.append(stochastic)
-    changed = [k for k, v in inputs.items() if v.tobytes() != before[k]]
-    if changed:
-        outcome.checks.append(Check(changed[0], "failed", np.inf, message=f"changed its input {changed[0]}"))
+    returned = {**outputs, **{f"d/{name}": gradient for name, gradient in gradients.items()}}
+    outcome.values = {check.tensor: returned[check.tensor] for check in outcome.checks if check.worst}
+    stochastic = check_stochasticity(item, outputs.get("H"))
+    if stochastic:
+        outcome.checks.append(stochastic)
+    for name, array in inputs.items():
+        if array.tobytes() != before[name]:
+            outcome.checks.append(Check(name, "failed", np.inf, message=f"changed its input {name}"))
+
+
+def _mappings(result: tuple[object, object]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Outputs and gradients.
+
+    Raises:
+        TypeError: one is no mapping.
+        ValueError: there aren't two.
+    """
+    outputs, gradients = result
+    if _is_mapping(outputs) and _is_mapping(gradients):
+        return outputs, gradients
+    kinds = f"{type(outputs).__name__} and {type(gradients).__name__}"
+    raise TypeError(f"expected two mappings, outputs and gradients, got {kinds}")
+
+
+def _is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
 
 
 def order(items: Iterable[Item]) -> list[Item]:
-    """Items that one compiled graph serves next to one another."""
-    return sorted(items, key=lambda i: (i.stage, str(relevant(i.stage, i.config)), i.variant.name, i.case.id))
+    """The items, those that one compiled graph serves one after the other."""
+    return sorted(items, key=_graph)
+
+
+def _graph(item: Item) -> tuple[str, str, str, str]:
+    """What a compiled graph depends on, then the case."""
+    return item.stage, str(relevant(item.stage, item.config)), item.variant.name, item.case.id

@@ -1,20 +1,34 @@
-"""The comparison rule and the verdicts (conformance.md, "The bound" and "Verdicts")."""
+"""The comparison rule and the verdicts (docs/bound.md, "The bound" and "Verdicts")."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from conformance.cases.case import DTYPES, Item
+from conformance.interface import Capabilities
 
-UNIT_ROUNDOFF = {DTYPES["bfloat16"]: 2.0**-8, DTYPES["float16"]: 2.0**-11}
+UNIT_ROUNDOFF: dict[np.dtype, float] = {
+    DTYPES["float64"]: 2.0**-53,
+    DTYPES["float32"]: 2.0**-24,
+    DTYPES["bfloat16"]: 2.0**-8,
+    DTYPES["float16"]: 2.0**-11,
+}
+NARROW = (DTYPES["bfloat16"], DTYPES["float16"])
+"""The last rounding to these is allowed on top of the bound; the bound of a wider dtype holds it already."""
+SLACK = 1.01
+"""The unit roundoff is relative to the rounded value, the allowance to the true one."""
 ABSOLUTE = {DTYPES["float16"]: 2.0**-25}
+"""Half of the smallest subnormal number, where it is large enough to matter."""
 PARTS = 3.0
 """Separately rounded parts of a gradient: their magnitudes count three times."""
 MARGINAL = 0.5
+"""A ratio above this is reported."""
+WORST = 4
+"""Elements that a check names."""
 EDGES = (0.0, 1e-3, 1e-2, 1e-1, 0.5, 1.0, 2.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 """Bins of the errors of a tensor that failed, in units of its bound; the last is open."""
 GOOD = ("passed", "marginal")
@@ -35,28 +49,43 @@ class Check:
     error: float = 0.0
     bound: float = 0.0
     message: str = ""
-    worst: list[dict[str, Any]] = field(default_factory=list)
-    histogram: list[int] = field(default_factory=list)
+    worst: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    histogram: list[int] = field(default_factory=list[int])
     """Elements by error in units of the bound (`EDGES`), of a tensor that failed."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+def is_array(value: object) -> TypeGuard[np.ndarray]:
+    """Whether it is a NumPy array, of any dtype."""
+    return isinstance(value, np.ndarray)
+
+
+def wide(array: np.ndarray) -> np.ndarray:
+    """The same numbers in float64, which holds those of every narrower dtype."""
+    return np.asarray(array, np.float64)
+
+
+def verdict_of(ratio: float) -> str:
+    """The verdict on an error that is this fraction of what is allowed."""
+    return "failed" if ratio > 1 else "marginal" if ratio > MARGINAL else "passed"
+
+
 def allowance(dtype: np.dtype, contract: str, expected: np.ndarray, magnitude: np.ndarray | None) -> np.ndarray:
-    """What the last rounding to ``dtype`` may cost, elementwise; 0 where the bound already has that precision."""
-    roundoff = UNIT_ROUNDOFF.get(dtype, 0.0)
-    if contract == "float64" and dtype == DTYPES["float32"]:  # float32 weights under a float64 x
-        roundoff = 2.0**-24
-    if not roundoff:
+    """How far the last rounding to ``dtype`` may move each element; 0 where the bound has that precision already."""
+    narrower = contract == "float64" and dtype == DTYPES["float32"]  # a gradient of float32 weights under a float64 x
+    if dtype not in NARROW and not narrower:
         return np.zeros_like(expected)
-    size = np.abs(expected) if magnitude is None else PARTS * magnitude
-    return 1.01 * roundoff * size + ABSOLUTE.get(dtype, 0.0) * (1 if magnitude is None else PARTS)
+    absolute = ABSOLUTE.get(dtype, 0.0)
+    if magnitude is None:
+        return SLACK * UNIT_ROUNDOFF[dtype] * np.abs(expected) + absolute
+    return SLACK * UNIT_ROUNDOFF[dtype] * (PARTS * magnitude) + PARTS * absolute
 
 
-def compare(
+def check_tensor(
     tensor: str,
-    actual: Any,
+    actual: object,
     expected: np.ndarray,
     dtype: np.dtype,
     contract: str,
@@ -75,64 +104,72 @@ def compare(
         magnitude: sums of magnitudes of a gradient's parts, where there are several.
         inputs: to recognise an output that is one of them.
     """
-    if not isinstance(actual, np.ndarray):
+    if not is_array(actual):
         return Check(tensor, "wrong-dtype", message=f"expected a NumPy array, got {type(actual).__name__}")
     if actual.shape != expected.shape:
         return Check(tensor, "wrong-shape", message=f"expected {list(expected.shape)}, got {list(actual.shape)}")
     if actual.dtype != dtype:
         return Check(tensor, "wrong-dtype", message=f"expected {dtype}, got {actual.dtype}")
-    value = actual.astype(np.float64)
-    if not np.isfinite(value).all():
-        where = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
-        return Check(tensor, "non-finite", message=f"first at {list(where)}: {value[where]}")
+    value = wide(actual)
+    infinite = np.argwhere(~np.isfinite(value))  # [elements, axes]
+    if len(infinite):
+        index = tuple(infinite[0].tolist())
+        return Check(tensor, "non-finite", message=f"first at {list(index)}: {value[index]}")
     if expected.size == 0:
         return Check(tensor, "passed", bound=bound)
     error = np.abs(value - expected)
     excess = np.maximum(0.0, error - allowance(dtype, contract, expected, magnitude))
-    largest = float(excess.max())
-    ratio = largest / bound if bound > 0 else (np.inf if largest > 0 else 0.0)
-    order = np.argsort(excess, axis=None)[::-1][:4]
-    worst = [
-        {"index": [int(i) for i in index], "actual": float(value[index]), "expected": float(expected[index]),
-         "error": float(error[index])}
-        for index in (np.unravel_index(k, expected.shape) for k in order)
-    ]  # fmt: skip
-    verdict = "failed" if ratio > 1 else "marginal" if ratio > MARGINAL else "passed"
-    check = Check(tensor, verdict, ratio, float(error.max()), bound, worst=worst)
-    if verdict == "failed":
-        units = excess / bound if bound > 0 else np.where(excess > 0, np.inf, 0.0)
-        check.histogram = [int(k) for k in np.bincount(np.digitize(units, EDGES).ravel() - 1, minlength=len(EDGES))]
-        if not value.any():
-            check.verdict, check.message = "mistrusted", "all zeros where the expected values are not"
-        for name, given in inputs.items():
-            if given.shape == value.shape and np.array_equal(given.astype(np.float64), value):
-                check.verdict, check.message = "mistrusted", f"equal to the input {name}, where the expected is not"
+    units = excess / bound if bound > 0 else np.where(excess > 0, np.inf, 0.0)
+    ratio = float(units.max())
+    check = Check(tensor, verdict_of(ratio), ratio, float(error.max()), bound)
+    largest: list[int] = np.argsort(excess, axis=None)[::-1][:WORST].tolist()
+    for k in largest:
+        index = tuple(map(int, np.unravel_index(k, excess.shape)))
+        row = {"actual": float(value[index]), "expected": float(expected[index]), "error": float(error[index])}
+        check.worst.append({"index": list(index), **row})
+    if check.verdict == "failed":
+        bins = np.digitize(units, EDGES).ravel() - 1
+        check.histogram = np.bincount(bins, minlength=len(EDGES)).tolist()
+        _mistrust(check, value, inputs)
     return check
 
 
-def check_item(item: Item, outputs: Mapping[str, Any], gradients: Mapping[str, Any], claimed: Any) -> list[Check]:
-    """Every expected tensor of an item; ``claimed`` are the implementation's capabilities."""
-    inputs, checks = item.inputs(), []
-    partial = claimed.outputs.get(item.stage)
-    for tensor, expected in item.expected.items():
-        gradient = tensor.startswith("d/")
-        name = tensor.removeprefix("d/")
-        if gradient and (not claimed.gradients or partial is not None):
-            continue
-        if not gradient and partial is not None and name not in partial:
-            continue
-        found = (gradients if gradient else outputs).get(name)
-        if found is None:
+def _mistrust(check: Check, value: np.ndarray, inputs: Mapping[str, np.ndarray]) -> None:
+    """Changes the verdict on a failed tensor that looks like a mistake of the harness: nothing written, or an input."""
+    if not value.any():
+        check.verdict, check.message = "mistrusted", "all zeros where the expected values are not"
+    for name, array in inputs.items():
+        if np.array_equal(wide(array), value):
+            check.verdict, check.message = "mistrusted", f"equal to the input {name}, where the expected is not"
+
+
+def check_item(
+    item: Item, outputs: Mapping[str, Any], gradients: Mapping[str, Any], claimed: Capabilities
+) -> list[Check]:
+    """A check for every expected tensor of an item that the implementation claims to return."""
+    inputs = item.inputs()
+    checks: list[Check] = []
+    for tensor, expected in _returned(item, claimed).items():
+        gradient, name = tensor.startswith("d/"), tensor.removeprefix("d/")
+        actual = (gradients if gradient else outputs).get(name)
+        if actual is None:
             checks.append(Check(tensor, "wrong-shape", message=f"expected {list(expected.shape)}, got nothing"))
             continue
         dtype = inputs[name].dtype if gradient else item.output_dtype(name)
         bound = item.bounds[tensor].bound
-        parts = item.magnitude(tensor) if gradient else None
-        check = compare(tensor, found, expected, dtype, item.variant.contract, bound, parts, inputs)
-        hint = closed_gate(item, check, inputs)
-        check.message = f"{check.message}; {hint}" if check.message and hint else check.message or hint
+        magnitude = item.magnitude(tensor) if gradient else None
+        check = check_tensor(tensor, actual, expected, dtype, item.variant.contract, bound, magnitude, inputs)
+        check.message = "; ".join(filter(None, (check.message, closed_gate(item, check, inputs))))
         checks.append(check)
     return checks
+
+
+def _returned(item: Item, claimed: Capabilities) -> dict[str, np.ndarray]:
+    """The expected tensors that an implementation claims to return: gradients only where it returns every output."""
+    outputs = claimed.outputs.get(item.stage)
+    if outputs is not None:
+        return {tensor: expected for tensor, expected in item.expected.items() if tensor in outputs}
+    return {k: expected for k, expected in item.expected.items() if claimed.gradients or not k.startswith("d/")}
 
 
 def closed_gate(item: Item, check: Check, inputs: Mapping[str, np.ndarray]) -> str:
@@ -148,12 +185,13 @@ def closed_gate(item: Item, check: Check, inputs: Mapping[str, np.ndarray]) -> s
     rounding = -53 if item.variant.x == "float64" else -24
     reach = 1.0
     if check.tensor in ("u", "out"):
-        reach = max(1.0, float(np.abs(inputs["x"].astype(np.float64)).sum(-2).max()))  # [batch, seq, n, C]
+        streams = np.abs(wide(inputs["x"])).sum(-2)  # [batch, seq, n, C] -> [batch, seq, C]
+        reach = max(1.0, float(streams.max()))
     if item.stage == "layer" and check.tensor == "out":
-        reach *= float(np.abs(inputs["norm_scale"].astype(np.float64) * inputs["branch_scale"]).max())
-    if check.ratio * check.bound > 2.0**rounding * reach:
+        reach *= float(np.abs(wide(inputs["norm_scale"]) * wide(inputs["branch_scale"])).max())
+    if not check.ratio * check.bound <= 2.0**rounding * reach:  # NaN under a bound of 0, which says nothing of the size
         return ""
     return (
         f"a gate is off by less than 2^{rounding}: if the other families pass, the sigmoid keeps no relative accuracy "
-        'where the gate is closed, for instance (1 + tanh(z/2))/2 (CONTRACT.md, "A closed gate")'
+        'where the gate is closed, for instance (1 + tanh(z/2))/2 (docs/contract.md, "A closed gate")'
     )

@@ -1,4 +1,4 @@
-"""Whether H is as doubly stochastic as its own iterations make it (conformance.md, "Stochasticity of H")."""
+"""Whether H is as doubly stochastic as its own iterations make it (docs/bound.md, "Stochasticity of H")."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import math
 
 import numpy as np
 
-from conformance.cases.case import DTYPES, Item
-from conformance.judge.rule import Check
+from conformance.cases.case import Item
+from conformance.judge.rule import UNIT_ROUNDOFF, Check, is_array, verdict_of, wide
 
-ROUNDOFF = {
-    DTYPES["float64"]: 2.0**-53,
-    DTYPES["float32"]: 2.0**-24,
-    DTYPES["bfloat16"]: 2.0**-8,
-    DTYPES["float16"]: 2.0**-11,
-}
+TENSOR = "H stochastic"
+"""The name of this check, and of the bound that a case may have for it."""
 
 
 def check_stochasticity(item: Item, H: object) -> Check | None:
@@ -23,36 +19,39 @@ def check_stochasticity(item: Item, H: object) -> Check | None:
     Along the axis that is normalised last, each sum must agree with the oracle's to (n + 2) u. (With a guard that sum
     isn't exactly 1.) Where no eps guards the sums, an implementation may work on logarithms, whose exponentials don't
     keep a sum that well: there the case has a bound of its own. Along the other axis a sum may differ by n times the
-    bound of H. Under ``permutations`` each sum runs over all n! weights of one softmax, so that (n! + 2) u takes its
-    place, on both axes.
+    bound of H more. Under ``permutations`` each sum runs over all n! weights of one softmax, so that (n! + 2) u takes
+    its place, on both axes.
     """
-    residual = item.case.parameters["residual"]
-    if residual == "identity" or not isinstance(H, np.ndarray):
+    residual, expected = item.case.parameters["residual"], item.expected.get("H")
+    if residual == "identity" or expected is None or not is_array(H):
         return None
-    expected = item.expected["H"]
-    if H.shape != expected.shape or H.dtype not in ROUNDOFF or not H.size:
+    if H.shape != expected.shape or H.dtype not in UNIT_ROUNDOFF or not H.size:
         return None
-    value = H.astype(np.float64)
-    n, u = H.shape[-1], ROUNDOFF[H.dtype]
-    terms = math.factorial(n) if residual == "permutations" else n
+    value = wide(H)
     if not np.isfinite(value).all():
-        return Check("H stochastic", "non-finite", message="an entry isn't finite")
-    if value.min() < 0:
-        return Check(
-            "H stochastic", "failed", np.inf, float(-value.min()), 0.0, f"an entry is negative: {value.min():g}"
-        )
+        return Check(TENSOR, "non-finite", message="an entry isn't finite")
+    least = float(value.min())
+    if least < 0:
+        return Check(TENSOR, "failed", np.inf, -least, 0.0, f"an entry is negative: {least:g}")
+    tight, loose = _allowed(item, H.dtype)
     last = -2 if item.case.parameters["order"] == "rows-first" else -1
-    rounding = (terms + 2) * u + n * ROUNDOFF[DTYPES["float64"]] / 2  # the stored entries are rounded themselves
-    if "H stochastic" in item.bounds:
-        rounding = max(rounding, item.bounds["H stochastic"].bound)
-    worst = Check("H stochastic", "passed", bound=rounding)
-    for axis in (-1, -2):
-        tight = residual == "permutations" or axis == last
-        allowed = max(rounding, 0.0 if tight else n * item.bounds["H"].bound + rounding)
-        both = np.concatenate([value, -expected], axis)  # added exactly: the check must not round in float64
-        error = max(abs(math.fsum(row)) for row in np.moveaxis(both, axis, -1).reshape(-1, 2 * n))
-        if error / allowed > worst.ratio:
-            verdict = "failed" if error > allowed else "marginal" if error > allowed / 2 else "passed"
-            name = "rows" if axis == -1 else "columns"
-            worst = Check("H stochastic", verdict, error / allowed, error, allowed, f"sums of the {name}")
+    worst = Check(TENSOR, "passed", bound=tight)
+    for axis, name in ((-1, "rows"), (-2, "columns")):
+        allowed = tight if axis == last or residual == "permutations" else loose
+        both = np.concatenate([value, -expected], axis)  # [..., n, 2n] or [..., 2n, n]
+        error = float(np.abs(np.apply_along_axis(math.fsum, axis, both)).max())  # the check itself must not round
+        ratio = error / allowed
+        if ratio > worst.ratio:
+            worst = Check(TENSOR, verdict_of(ratio), ratio, error, allowed, f"sums of the {name}")
     return worst
+
+
+def _allowed(item: Item, dtype: np.dtype) -> tuple[float, float]:
+    """How far a sum may be from the oracle's along the axis that is normalised last, and along the other one."""
+    n = item.case.parameters["streams"]
+    terms = math.factorial(n) if item.case.parameters["residual"] == "permutations" else n
+    stored = n * 2.0**-54  # the oracle's entries, at most 1, are rounded to float64 themselves
+    tight = (terms + 2) * UNIT_ROUNDOFF[dtype] + stored
+    if TENSOR in item.bounds:
+        tight = max(tight, item.bounds[TENSOR].bound)
+    return tight, tight + n * item.bounds["H"].bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,11 @@ def case_ids() -> list[str]:
     if repeated:
         raise ValueError(f"case ids must be unique, these are not: {sorted(repeated)}")
     return ids
+
+
+def family_names() -> list[str]:
+    """The families, in their order."""
+    return list(dict.fromkeys(wish.family for wish in _WISHES))
 
 
 def complete(case: Draft) -> bytes:
@@ -210,7 +215,13 @@ def _make(index: int) -> tuple[str, bytes]:
 _WISHES = list(wishes())
 
 
-def regenerate(target: Path, jobs: int = 2, check: bool = False, progress: Callable[[int, int], None] | None = None):
+def regenerate(
+    target: Path,
+    jobs: int = 2,
+    check: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    families: Collection[str] = (),
+) -> list[str]:
     """Rewrites the corpus in ``target`` and says what changed.
 
     Args:
@@ -218,17 +229,27 @@ def regenerate(target: Path, jobs: int = 2, check: bool = False, progress: Calla
         jobs: worker processes.
         check: only compare, write nothing.
         progress: called with (done, all) after each case.
+        families: only compare the cases of these, and nothing that others have; needs ``check``.
 
     Returns:
         One line for each file added, removed or changed (with the largest difference).
+
+    Raises:
+        ValueError: families are given without ``check``, or one of them is unknown.
     """
-    ids = case_ids()
+    unknown = sorted(set(families) - set(family_names()))
+    if unknown or (families and not check):
+        raise ValueError(f"expected families of {', '.join(family_names())}, and check, got {', '.join(families)}")
+    case_ids()
+    indices = [k for k, wish in enumerate(_WISHES) if not families or wish.family in families]
     made: dict[str, bytes] = {}
     with processes(jobs) as pool:
-        for done, (name, content) in enumerate(pool.imap_unordered(_make, range(len(ids)), chunksize=4), 1):
+        for done, (name, content) in enumerate(pool.imap_unordered(_make, indices, chunksize=4), 1):
             made[f"{name}.safetensors"] = content
             if progress:
-                progress(done, len(ids))
+                progress(done, len(indices))
+    if families:
+        return _differences(target, made)
     files = {
         name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         for name, content in sorted(made.items())
@@ -249,6 +270,17 @@ def regenerate(target: Path, jobs: int = 2, check: bool = False, progress: Calla
             path.unlink()
         else:
             atomic.write(path, content)
+    return changes
+
+
+def _differences(target: Path, made: Mapping[str, bytes]) -> list[str]:
+    """One line for each file that isn't what was made."""
+    changes = []
+    for name, content in sorted(made.items()):
+        path = target / name
+        before = path.read_bytes() if path.exists() else None
+        if before != content:
+            changes.append(_change(name, before, content))
     return changes
 
 

@@ -10,7 +10,7 @@ import pytest
 import conformance
 from conformance.cases.case import CaseError
 from conformance.judge.item import Outcome
-from conformance.judge.known import FORMAT, judge, load_known
+from conformance.judge.known import FORMAT, Judged, Known, judge, load_known
 from conformance.judge.rule import Check
 
 ENTRY = {"implementation": "a", "version": "a 1", "why": "because", "source": "a.py", "cases": ["smoke-*"]}
@@ -78,6 +78,100 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
     with pytest.raises(CaseError, match=said) as caught:
         load_known(path)
     assert "\n" not in str(caught.value)
+
+
+def known(**changes):
+    return Known(**{"implementation": "a", "version": "a 1", "why": "because", "source": "a.py", "cases": ("smoke-*",),
+                    **changes})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "about"),
+    [
+        ({}, True),
+        ({"implementation": "b"}, False),
+        ({"implementation": "?"}, False),  # a name, and no glob
+        ({"cases": ("smoke-paper-2",)}, True),
+        ({"cases": ("generic-*",)}, False),
+        ({"cases": ("generic-*", "smoke-paper-?")}, True),
+        ({"cases": ("SMOKE-*",)}, False),
+        ({"cases": ("smoke",)}, False),
+        ({"cases": ()}, False),
+        ({"stage": "residual_matrix"}, True),
+        ({"stage": "residual_*"}, True),
+        ({"stage": "Residual_*"}, False),
+        ({"stage": "layer"}, False),
+        ({"variant": "float32-*"}, True),
+        ({"variant": "FLOAT32-*"}, False),
+        ({"variant": "bfloat16-*"}, False),
+    ],
+)
+def test_which_items_an_entry_is_about(changes, about):
+    assert known(**changes).concerns(outcome()) is about
+
+
+def test_what_was_skipped_no_entry_is_about():
+    skipped = outcome()
+    skipped.skipped = "stage layer not claimed"
+    assert not known().concerns(skipped)
+    assert judge([skipped], [known()]).stale == ["known result 1 (a, smoke-*) matches nothing that ran"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor", "verdict", "covered"),
+    [
+        ({}, "H", "failed", True),
+        ({}, "H", "errored", False),
+        ({}, "H", "marginal", False),
+        ({"verdicts": ("errored", "non-finite")}, "H", "non-finite", True),
+        ({"verdicts": ("errored", "non-finite")}, "H", "failed", False),
+        ({"tensors": ("d/*",)}, "d/logits", "failed", True),
+        ({"tensors": ("d/*",)}, "H", "failed", False),
+        ({"tensors": ("H", "pre")}, "pre", "failed", True),
+        ({"tensors": ("h",)}, "H", "failed", False),
+        ({"tensors": ()}, "H", "failed", False),
+    ],
+)
+def test_which_checks_an_entry_covers(changes, tensor, verdict, covered):
+    assert known(**changes).covers(Check(tensor, verdict)) is covered
+
+
+def test_a_known_item_is_filed_under_the_first_entry_about_it():
+    both = outcome(verdicts=("failed", "failed"))
+    first, second = known(tensors=("d/*",)), known(tensors=("H",))
+    judged = judge([both, both], [known(implementation="b"), first, second])
+    assert judged.known == {1: [both, both]} and judged.unknown == [] and judged.stale == []
+
+
+def test_every_failing_check_must_be_covered_and_what_passes_need_not():
+    mixed = outcome(verdicts=("failed", "marginal"))
+    assert judge([mixed], [known(tensors=("H",))]).known == {0: [mixed]}
+    worse = outcome(verdicts=("failed", "errored"))
+    judged = judge([worse], [known()])
+    assert (judged.known, judged.unknown, judged.stale) == ({}, [worse], [])
+
+
+def test_a_failure_that_no_entry_is_about_is_unknown():
+    other = outcome(name="b")
+    assert judge([other], []).unknown == [other] and judge([other], [known()]).unknown == [other]
+    assert judge([outcome(verdicts=("passed",))], []) == Judged()
+
+
+def test_what_is_said_of_an_entry_that_no_longer_holds():
+    passes, fails = outcome(verdicts=("passed",)), outcome(case="smoke-glm-5")
+    entry = known(cases=("smoke-*", "other"), verdicts=("failed", "errored"))
+    judged = judge([passes, fails], [known(implementation="b"), entry, known(cases=("nothing",))])
+    assert judged.stale == [
+        "known result 2 (a, smoke-*, other) says failed, errored, but smoke-paper-2 did not fail so",
+        "known result 3 (a, nothing) matches nothing that ran",
+    ]
+    assert judged.known == {1: [fails]}
+
+
+def test_an_entry_is_read_whole(tmp_path):
+    (entry,) = entries(tmp_path, {"verdicts": ["errored"], "tensors": ["H"], "stage": "layer", "variant": "float16-*"})
+    assert entry == known(verdicts=("errored",), tensors=("H",), stage="layer", variant="float16-*")
+    assert entries(tmp_path, {}) == [known(verdicts=("failed",), tensors=("*",), stage="*", variant="*")]
 
 
 def test_the_peers_list_is_well_formed_and_says_why():

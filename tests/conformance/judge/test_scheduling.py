@@ -1,0 +1,345 @@
+"""Which worker gets which item, and what becomes of one that fails, dies or hangs; here no worker is a process."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from conformance.cases.case import CaseError
+from conformance.interface import SetupError
+from conformance.judge import run as runner
+from conformance.judge import worker
+from conformance.judge.item import Outcome
+from conformance.judge.rule import Check
+from tests.conformance.judge.made import made
+
+ITEMS = [made(case=name, path=f"{name}.safetensors") for name in ("c", "a", "b")]
+KEYS = {item.case.id: (f"{item.case.id}.safetensors", "reduce", "float32-float32") for item in ITEMS}
+"""They are run in the order a, b, c."""
+
+
+def outcome(key, seconds=1.0, verdict="passed"):
+    name = key[0].removesuffix(".safetensors")
+    return Outcome("mine", name, "reduce", key[2], "float32", "paper", [Check("out", verdict)], seconds=seconds)
+
+
+@dataclass
+class Workers:
+    """Makes workers that answer at once: for each reference a reply to an item's key, or "die", or "hang"."""
+
+    replies: dict[str, Any] = field(default_factory=dict)
+    made: list[Any] = field(default_factory=list)
+
+    def __call__(self, function):
+        assert function == "conformance.judge.worker:work"
+        self.made.append(Worker(self))
+        return self.made[-1]
+
+    @property
+    def log(self):
+        """For each worker its implementation and the items that it was handed."""
+        return [(w.settings[0], "".join(key[0][0] if key else "." for key in w.handed)) for w in self.made]
+
+
+class Worker:
+    def __init__(self, workers):
+        self.workers = workers
+        self.connection, self.far = Pipe()
+        self.settings: Any = None
+        self.handed: list[Any] = []
+        self.over = False
+        self.patience: list[float] = []
+        self.ended = 0
+
+    def send(self, message):
+        if self.settings is None:
+            self.settings = message
+            return self.reply(self.workers.replies.get(message[0], {}).get("start", ("ready", f"name of {message[0]}")))
+        self.handed.append(message)
+        if message is not None:
+            reply = self.workers.replies.get(self.settings[0], {}).get(message[0][0], 1.0)
+            self.reply(("done", outcome(message, reply)) if isinstance(reply, float) else reply)
+        return None
+
+    def reply(self, message):
+        if message == "die":
+            self.far.close()
+        elif message != "hang":
+            self.far.send(("done", outcome(self.handed[-1], verdict="failed")) if message == "fail" else message)
+
+    def receive(self):
+        return self.connection.recv()
+
+    def end(self):
+        self.over = True
+        self.far.close()
+
+    def death(self, seconds):
+        self.patience.append(seconds)
+        return SimpleNamespace(status=9) if self.workers.replies.get("status", 9) else None
+
+    def _hang_up(self):
+        pass
+
+    def _join(self):
+        self.ended += 1
+
+
+class Clock:
+    """Takes the place of a deadline, and of time: all of its seconds are left for ever."""
+
+    asked: list[float]  # one for each test
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.asked.append(seconds)
+
+    @property
+    def left(self):
+        return self.seconds
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    workers = Workers()
+    monkeypatch.setattr(runner, "PythonChild", workers)
+    monkeypatch.setattr(Clock, "asked", [], raising=False)
+    monkeypatch.setattr(runner, "Deadline", Clock)
+    monkeypatch.setattr(runner, "POLL", 0.01)
+    return workers
+
+
+def run(*references, **options):
+    return list(runner.run(references, ITEMS, **options))
+
+
+def test_every_item_of_every_implementation_is_run_once_in_order(workers):
+    outcomes = run("x", "y", jobs=1)
+    assert [(o.reference, o.case) for o in outcomes] == [(r, c) for r in "xy" for c in "abc"]
+    assert workers.log == [("x", "abc."), ("y", "abc.")]
+    assert workers.made[0].handed == [KEYS["a"], KEYS["b"], KEYS["c"], None]
+    assert [w.settings for w in workers.made] == [("x", 300.0, False), ("y", 300.0, False)]
+    assert [w.ended for w in workers.made] == [1, 1] and not any(w.over for w in workers.made)
+
+
+def test_the_limit_and_the_probe_are_handed_on(workers):
+    run("x", jobs=1, limit=7.0, probe=True)
+    assert workers.made[0].settings == ("x", 7.0, True)
+    assert Clock.asked == [17.0, 17.0, 17.0, 17.0, 5.0]  # 10 s more for each item; 5 s to leave
+    assert workers.made[0].patience == [5.0]
+
+
+@pytest.mark.parametrize(("jobs", "at_first"), [(0, ["x"]), (1, ["x"]), (2, ["x", "y"]), (3, ["x", "y", "z"])])
+def test_so_many_workers_at_a_time(workers, jobs, at_first):
+    outcomes = runner.run(["x", "y", "z"], ITEMS, jobs=jobs)
+    next(outcomes)
+    assert [w.settings[0] for w in workers.made] == at_first
+    assert len(list(outcomes)) == 8 and len(workers.made) == 3
+
+
+def test_two_workers_unless_something_else_is_said(workers):
+    outcomes = runner.run(["x", "y", "z"], ITEMS)
+    next(outcomes)
+    assert len(workers.made) == 2
+
+
+def test_a_second_worker_takes_items_from_the_other_end(workers):
+    workers.replies["x"] = {"a": 7.0}  # which makes 21 s for c, d and e
+    items = [made(case=name, path=f"{name}.safetensors") for name in "abcde"]
+    outcomes = list(runner.run(["x"], items, jobs=2))
+    assert sorted(o.case for o in outcomes) == list("abcde")
+    assert workers.log == [("x", "abcd."), ("x", "e.")]
+
+
+def test_it_does_not_where_little_is_left(workers):
+    workers.replies["x"] = {"a": 20.0}
+    run("x", jobs=2)
+    assert workers.log == [("x", "abc.")]
+
+
+def task(name, queue="", ran=0, seconds=0.0):
+    return runner._Task(name, deque((letter, "", "") for letter in queue), ran, seconds)
+
+
+def test_work_that_is_left_is_reckoned_by_the_pace_so_far():
+    assert task("x", "abc", 2, 10.0).left == 15.0
+    assert task("x", "abc").left == 0.0 and task("x", "", 3, 6.0).left == 0.0
+    fresh = runner._Task("x", deque())
+    assert (fresh.ran, fresh.seconds) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "running", "chosen"),
+    [
+        ([], [], None),
+        ([task("x", "ab"), task("y", "ab")], [], 0),
+        ([task("x", "ab"), task("y", "ab")], [0], 1),
+        ([task("x"), task("y", "ab")], [], 1),
+        ([task("x", "ab"), task("y")], [0], None),
+        ([task("x", "ab", 1, 10.0)], [0], None),  # 20 s
+        ([task("x", "ab", 1, 10.5)], [0], 0),
+        ([task("x", "ab", 1, 11.0), task("y", "ab", 1, 12.0), task("z", "ab", 1, 10.5)], [0, 1, 2], 1),
+        ([task("x", "ab", 1, 99.0), task("y", "ab")], [0], 1),  # one without any comes first
+        ([task("x", "", 1, 99.0), task("y", "ab", 1, 11.0)], [0, 1], 1),
+    ],
+)
+def test_who_gets_the_next_worker(tasks, running, chosen):
+    expected = None if chosen is None else tasks[chosen]
+    assert runner._next_task(tasks, [tasks[number] for number in running]) is expected
+
+
+def test_a_run_may_stop_at_the_first_failure(workers):
+    workers.replies["x"] = {"b": "fail"}
+    assert [o.case for o in run("x", "y", jobs=1, stop_early=True)] == ["a", "b"]
+    assert [w.ended for w in workers.made] == [1]
+    assert [o.case for o in run("x", jobs=1)] == ["a", "b", "c"]
+
+
+def test_workers_are_ended_where_a_run_is_given_up(workers):
+    outcomes = runner.run(["x", "y"], ITEMS, jobs=2)
+    next(outcomes)
+    outcomes.close()  # type: ignore[attr-defined]
+    assert [w.ended for w in workers.made] == [1, 1]
+
+
+@pytest.mark.parametrize(("kind", "error"), [("setup", SetupError), ("case", CaseError)])
+def test_what_a_worker_cannot_do_is_raised(workers, kind, error):
+    workers.replies["x"] = {"start": (kind, "no such thing")}
+    with pytest.raises(error, match=r"^no such thing$"):
+        run("x")
+    assert workers.made[0].ended == 1
+
+
+def test_a_worker_that_dies_loses_one_item_and_another_goes_on(workers):
+    workers.replies["x"] = {"b": "die"}
+    outcomes = run("x", jobs=1)
+    assert [(o.case, o.checks[0].verdict) for o in outcomes] == [("a", "passed"), ("b", "errored"), ("c", "passed")]
+    (check,) = outcomes[1].checks
+    assert check == Check("-", "errored", float("inf"), message="the process died with status 9")
+    lost = outcomes[1]
+    assert (lost.implementation, lost.reference, lost.stage, lost.variant) == (
+        "name of x", "x", "reduce", "float32-float32",
+    )  # fmt: skip
+    assert (lost.x, lost.dialect, lost.skipped) == ("float32", "paper", "")
+    assert workers.log == [("x", "ab"), ("x", "c.")] and workers.made[0].patience == [5.0, 5.0]
+    assert [w.ended for w in workers.made] == [1, 1]
+
+
+def test_a_worker_whose_status_is_not_known(workers):
+    workers.replies |= {"x": {"b": "die"}, "status": 0}
+    assert run("x", jobs=1)[1].checks[0].message == "the process died with status unknown"
+
+
+def test_a_worker_that_dies_before_its_first_item_cannot_be_set_up(workers):
+    workers.replies["x"] = {"start": "die"}
+    with pytest.raises(SetupError, match=r"^x: its process died with status 9 outside any case$"):
+        run("x", jobs=1)
+
+
+def test_a_worker_that_hangs_is_ended_once_its_time_is_over(workers, monkeypatch):
+    workers.replies["x"] = {"b": "hang"}
+    monkeypatch.setattr(runner, "GRACE", -2.0)
+    outcomes = run("x", jobs=1, limit=2.0)
+    assert [(o.case, o.checks[0].verdict) for o in outcomes] == [("a", "passed"), ("b", "errored"), ("c", "passed")]
+    assert outcomes[1].checks[0].message == "no result within 0 s: its process was ended"
+    assert workers.made[0].over and workers.log == [("x", "ab"), ("x", "c.")]
+
+
+def test_one_that_has_time_left_is_waited_for(workers, monkeypatch):
+    workers.replies["x"] = {"b": "hang"}
+    looks = []
+
+    def wait(connections, timeout):
+        looks.append(timeout)
+        if len(looks) == 5:  # it answers at last
+            workers.made[0].far.send(("done", outcome(KEYS["b"])))
+        return [c for c in connections if c.poll()]
+
+    monkeypatch.setattr(runner, "wait", wait)
+    assert [o.checks[0].verdict for o in run("x", jobs=1)] == ["passed"] * 3
+    assert set(looks) == {0.01} and not workers.made[0].over
+
+
+# ------------------------------------------------------------------------------------------------- the worker itself
+
+
+class Connection:
+    """The worker's end: it receives what is given here, and keeps what is sent."""
+
+    def __init__(self, *messages):
+        self.messages, self.sent = list(messages), []
+
+    def recv(self):
+        return self.messages.pop(0)
+
+    def send(self, message):
+        self.sent.append(message)
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Runs the worker's function in this process, on an implementation that is called "mine"."""
+    seen = SimpleNamespace(loaded=[], read=[], run=[], garbage=[])
+    garbage = SimpleNamespace(**{k: lambda k=k: seen.garbage.append(k) for k in ("disable", "freeze", "collect")})
+    monkeypatch.setattr(worker, "gc", garbage)
+    monkeypatch.setattr(worker, "COLLECTED", 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def load(reference, limit):
+        seen.loaded.append((reference, limit))
+        if reference == "absent":
+            raise SetupError("no such implementation")
+        return SimpleNamespace(name="mine")
+
+    def load_case(path):
+        seen.read.append(str(path))
+        if path.stem == "broken":
+            raise CaseError("no such case")
+        return SimpleNamespace(items=lambda: [made("head"), made(variant="float64-float64"), *ITEMS])
+
+    def run_item(implementation, item, probe):
+        seen.run.append((implementation.name, item.case.id, item.stage, item.variant.name, probe))
+        return "outcome"
+
+    monkeypatch.setattr(worker, "load", load)
+    monkeypatch.setattr(worker, "load_case", load_case)
+    monkeypatch.setattr(worker, "run_item", run_item)
+
+    def run(*messages):
+        connection = Connection(*messages)
+        worker.work(connection)  # type: ignore[arg-type]
+        assert connection.messages == []
+        return connection.sent, seen
+
+    return run
+
+
+def test_a_worker_runs_what_it_is_handed_until_it_is_handed_none(work):
+    sent, seen = work(("ref", 3.0, True), KEYS["c"], KEYS["c"], ("other.safetensors", "head", "float32-float32"), None)
+    assert sent == [("ready", "mine")] + [("done", "outcome")] * 3
+    assert seen.loaded == [("ref", 3.0)]
+    assert seen.read == ["c.safetensors", "other.safetensors"]  # each case once
+    item = ("mine", "c", "reduce", "float32-float32", True)
+    assert seen.run == [item, item, ("mine", "made", "head", "float32-float32", True)]
+    assert seen.garbage == ["disable", "freeze", "collect"]
+    assert worker.os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_number_of_threads_that_is_given_stays(work, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    work(("ref", 3.0, False), None)
+    assert worker.os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def test_a_worker_that_cannot_set_up_says_so_and_leaves(work):
+    assert work(("absent", 3.0, False))[0] == [("setup", "no such implementation")]
+
+
+def test_a_worker_that_meets_a_broken_case_says_so_and_leaves(work):
+    sent, _ = work(("ref", 3.0, False), ("broken.safetensors", "head", "float32-float32"))
+    assert sent == [("ready", "mine"), ("case", "no such case")]

@@ -1,0 +1,166 @@
+"""A report is read whole or refused in one line, with files of a few lines that are written out here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from conformance.report.files import FORMAT, write_jsonl
+from conformance.report.read import SELFTEST_FORMAT, ReportError, merge, read_run, read_selftest
+from tests.conformance.judge.made import Answers, array, claims, made
+
+CORPUS = "a" * 64
+HEADER = {"kind": "header", "format": FORMAT, "corpus": CORPUS, "implementations": {"mine": {"device": "cpu"}}}
+ITEM = {"implementation": "mine", "case": "smoke", "stage": "reduce", "variant": "float32-float32", "x": "float32",
+        "dialect": "paper", "seconds": 0.5}  # fmt: skip
+CHECK = {"kind": "check", **ITEM, "tensor": "out", "verdict": "passed", "ratio": 0.25, "error": 0.5, "bound": 2.0,
+         "message": ""}  # fmt: skip
+SKIP = {"kind": "skip", **ITEM, "stage": "head", "reason": "stage head not claimed"}
+
+
+def footer(lines):
+    return {"kind": "footer", "lines": lines, "failed": 0}
+
+
+def written(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_a_whole_report(tmp_path):
+    gradient = {**CHECK, "tensor": "d/x", "verdict": "failed", "ratio": None, "message": "why"}
+    path = written(tmp_path / "run.jsonl", HEADER, CHECK, SKIP, gradient, footer(3))
+    run = read_run(path)
+    assert run.path == path and run.header.corpus == CORPUS
+    assert run.header.implementations == {"mine": {"device": "cpu"}}
+    figures = [tuple(getattr(c, k) for k in ("implementation", "case", "stage", "variant", "x", "dialect", "tensor",
+                                           "verdict", "ratio", "message")) for c in run.checks]  # fmt: skip
+    item = ("mine", "smoke", "reduce", "float32-float32", "float32", "paper")
+    assert figures == [(*item, "out", "passed", 0.25, ""), (*item, "d/x", "failed", None, "why")]
+    assert [(s.stage, s.reason) for s in run.skips] == [("head", "stage head not claimed")]
+
+
+def test_a_report_of_nothing(tmp_path):
+    run = read_run(written(tmp_path / "run.jsonl", HEADER, footer(0)))
+    assert (run.checks, run.skips) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([], id="empty"),
+        pytest.param([HEADER], id="only a header"),
+        pytest.param([footer(0)], id="only a footer"),
+        pytest.param([CHECK, footer(0)], id="no header"),
+        pytest.param([CHECK, HEADER, footer(1)], id="a header that isn't first"),
+        pytest.param([{**HEADER, "format": "mhc-conformance-report/2"}, footer(0)], id="another format"),
+        pytest.param([{k: v for k, v in HEADER.items() if k != "format"}, footer(0)], id="no format"),
+        pytest.param([{k: v for k, v in HEADER.items() if k != "corpus"}, footer(0)], id="no corpus"),
+        pytest.param([{**HEADER, "corpus": 3}, footer(0)], id="a corpus that is no text"),
+        pytest.param([HEADER, CHECK], id="no footer"),
+        pytest.param([HEADER, CHECK, CHECK, footer(1)], id="a footer that counts too few"),
+        pytest.param([HEADER, CHECK, footer(2)], id="a footer that counts too many"),
+        pytest.param([HEADER, CHECK, {"kind": "footer"}], id="a footer without a count"),
+        pytest.param([HEADER, footer(1), CHECK], id="a footer that isn't last"),
+        pytest.param([HEADER, "{", footer(1)], id="not JSON"),
+        pytest.param([HEADER, CHECK, '{"kind": "foo'], id="cut off in a line"),
+        pytest.param([HEADER, [], footer(1)], id="not an object"),
+        pytest.param([HEADER, {**CHECK, "kind": "other"}, footer(1)], id="another kind"),
+        pytest.param([HEADER, ITEM, footer(1)], id="no kind"),
+        *(
+            pytest.param([HEADER, {k: v for k, v in CHECK.items() if k != lacks}, footer(1)], id=f"no {lacks}")
+            for lacks in ("implementation", "case", "stage", "variant", "x", "dialect", "tensor", "verdict", "ratio",
+                          "message")
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_not_whole_is_refused_in_one_line_that_names_the_file(tmp_path, rows):
+    path = written(tmp_path / "run.jsonl", *rows)
+    with pytest.raises(ReportError) as caught:
+        read_run(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_line_that_is_cut_off_is_told_by_its_number(tmp_path):
+    path = written(tmp_path / "run.jsonl", HEADER, CHECK, CHECK)
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ReportError, match=r"line 3\b.*cut off\?"):
+        read_run(path)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe{}"], ids=["absent", "not UTF-8"])
+def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "run.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ReportError) as caught:
+        read_run(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_reports_of_one_corpus_are_merged_in_their_order(tmp_path):
+    first = written(tmp_path / "a.jsonl", HEADER, CHECK, {**CHECK, "tensor": "d/x"}, footer(2))
+    others = [{**CHECK, "implementation": "other"}, {**CHECK, "case": "wide"}, {**CHECK, "stage": "head"},
+              {**CHECK, "variant": "float64-float64"}]  # fmt: skip
+    second = written(tmp_path / "b.jsonl", HEADER, *others, footer(4))
+    assert [run.path for run in merge([second, first])] == [second, first]
+    assert len(merge([first])) == 1
+
+
+def test_an_item_that_is_in_two_reports_is_refused_with_both_files(tmp_path):
+    first = written(tmp_path / "a.jsonl", HEADER, CHECK, footer(1))
+    second = written(tmp_path / "b.jsonl", HEADER, {**CHECK, "tensor": "d/x"}, footer(1))
+    with pytest.raises(ReportError) as caught:
+        merge([first, second])
+    assert str(caught.value).startswith(f"{second} and {first} both have mine, smoke, reduce, float32-float32")
+    skips = written(tmp_path / "c.jsonl", HEADER, {**SKIP, "stage": "reduce"}, footer(1))
+    assert len(merge([first, skips])) == 2  # what one run skips another may run
+
+
+def test_reports_of_two_corpora_are_refused_with_both(tmp_path):
+    first = written(tmp_path / "a.jsonl", HEADER, footer(0))
+    second = written(tmp_path / "b.jsonl", {**HEADER, "corpus": "b" * 64}, footer(0))
+    with pytest.raises(ReportError) as caught:
+        merge([first, second])
+    assert str(caught.value) == (
+        f"reports of different corpora: {first} has {'a' * 64}, {second} has {'b' * 64}"
+    )  # fmt: skip
+
+
+SELFTEST = {"format": SELFTEST_FORMAT, "corpus": CORPUS, "mutants": [], "honest": "none failed", "problems": []}
+
+
+def test_a_selftest_of_the_same_corpus(tmp_path):
+    path = written(tmp_path / "selftest.json", SELFTEST)
+    assert read_selftest(path, CORPUS).honest == "none failed"
+    with pytest.raises(ReportError) as caught:
+        read_selftest(path, "b" * 64)
+    assert "b" * 64 in str(caught.value) and CORPUS in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", {**SELFTEST, "format": "other"}, {"corpus": CORPUS}, None])
+def test_another_file_in_its_place_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "selftest.json"
+    if content is not None:
+        written(path, content)
+    with pytest.raises(ReportError) as caught:
+        read_selftest(path, CORPUS)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_a_run_writes_is_what_is_read(tmp_path):
+    from conformance.judge.item import run_item
+
+    wrong = Answers({"out": array([[[4.0]]], "float32")}, name="wrong")
+    refuses = Answers(capabilities=claims(stages=frozenset()), name="refuses")
+    exact = made(bounds={"out": 0.0})
+    outcomes = [run_item(wrong, made()), run_item(wrong, exact), run_item(refuses, made())]
+    path = tmp_path / "run.jsonl"
+    write_jsonl(path, outcomes)
+    run = read_run(path)
+    assert [(c.implementation, c.verdict, c.ratio) for c in run.checks] == [
+        ("wrong", "failed", 4.0),
+        ("wrong", "failed", None),  # a bound of 0 has no ratio
+    ]
+    assert [(s.implementation, s.reason) for s in run.skips] == [("refuses", "stage reduce not claimed")]
