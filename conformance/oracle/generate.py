@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from conformance.cases.case import CaseError, read_tensors
 from conformance.files import atomic
+from conformance.oracle.arithmetic import Arithmetic, Array
 from conformance.oracle.balls import BallArithmetic, certified
 from conformance.oracle.build import Draft, build
 from conformance.oracle.evaluate import evaluate
@@ -27,7 +28,7 @@ from conformance.oracle.style import Style, ensemble
 CASE_FORMAT, MANIFEST_FORMAT = "mhc-conformance-case/1", "mhc-conformance-manifest/1"
 GATES = ("pre", "post", "H")
 K_FLOAT32, K_ROUNDED = 32.0, 4.0
-"""Multiples of the honest error: K_ROUNDED where narrow intermediates dominate it (conformance.md, "The bound")."""
+"""Multiples of the honest error: K_ROUNDED where narrow intermediates dominate it (docs/bound.md, "The bound")."""
 K_STACK = 8.0
 """For a stack under a narrow x: streams are stored between its sites, and a rounding that flips there moves all that
 follows by a whole unit. At 4 released code (vllm's mhc_pre_delayed_torch, two sites in bfloat16) came to 1.15."""
@@ -50,19 +51,16 @@ def family_names() -> list[str]:
 
 
 def complete(case: Draft) -> bytes:
-    """One case as the bytes of its file."""
+    """Completes a case with expected values and bounds; returns the bytes of its file."""
     _inputs_from_oracle(case)
     tensors: dict[str, np.ndarray] = {}
     bounds: dict[str, Any] = {}
     for stage, entry in case.stages.items():
-        given = {k: case.tensors[k] for k in (*entry["inputs"], *entry["weights"])}
+        inputs = {k: case.tensors[k] for k in (*entry["inputs"], *entry["weights"])}
         cotangents = case.cotangents[stage]
         routed = {k: v for k, v in cotangents.items() if k not in ("load_balance_loss", "moe_bias_updates")}
 
-        def run(A: Any, stage: str = stage, given: Any = given, routed: Any = routed, entry: Any = entry) -> Any:
-            found = evaluate(stage, given, routed, case.parameters, entry["options"], A)
-            return {k: v for k, v in found.items() if case.gradients or "/" not in k}
-
+        run = _evaluation(case, stage, inputs, routed)
         expected = certified(lambda run=run: run(BallArithmetic()), f"{case.id}, stage {stage}")
         for name, value in expected.items():
             kind, _, tensor = name.rpartition("/")
@@ -90,6 +88,18 @@ def complete(case: Draft) -> bytes:
     return canonical_bytes(ordered, metadata)
 
 
+def _evaluation(
+    case: Draft, stage: str, inputs: dict[str, np.ndarray], cotangents: dict[str, np.ndarray]
+) -> Callable[[Arithmetic], dict[str, Array]]:
+    """The stage as a function of the arithmetic; without gradients if the case has none."""
+
+    def run(A: Arithmetic) -> dict[str, Array]:
+        values = evaluate(stage, inputs, cotangents, case.parameters, case.stages[stage]["options"], A)
+        return {k: v for k, v in values.items() if case.gradients or "/" not in k}
+
+    return run
+
+
 def canonical_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
     """safetensors bytes that depend on the content alone: the header is written again, with sorted keys."""
     raw = save(tensors, metadata=None)
@@ -101,7 +111,7 @@ def canonical_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) ->
 
 
 def _stored(name: str, case: Draft) -> np.ndarray:
-    """x-like inputs as bfloat16 where they fit, everything else as float32."""
+    """An input as it is stored: those like x in bfloat16 if their values fit, all others in float32."""
     value = case.tensors[name].astype(np.float32)
     narrow = value.astype(ml_dtypes.bfloat16)
     fits = np.array_equal(narrow.astype(np.float32), value) and any(
@@ -111,21 +121,21 @@ def _stored(name: str, case: Draft) -> np.ndarray:
 
 
 def _inputs_from_oracle(case: Draft) -> None:
-    """post's own inputs are the oracle's gates and H for this x, rounded to the grid of the coefficients."""
+    """Sets post's own inputs to the oracle's gates and H for this x, rounded to the grid of the coefficients."""
     if "post" not in case.stages or "H" in case.tensors:
         return
     weights = case.stages["coefficients"]["weights"]
-    given = {"x": case.tensors["x"], **{k: case.tensors[k] for k in weights}}
+    inputs = {"x": case.tensors["x"], **{k: case.tensors[k] for k in weights}}
     cotangents = case.cotangents["coefficients"]
-    found = certified(
+    gates = certified(
         lambda: {
             k: v
-            for k, v in evaluate("coefficients", given, cotangents, case.parameters, {}, BallArithmetic()).items()
+            for k, v in evaluate("coefficients", inputs, cotangents, case.parameters, {}, BallArithmetic()).items()
             if k in ("post", "H")
         },
         f"{case.id}, inputs of post",
     )
-    for name, value in found.items():
+    for name, value in gates.items():
         value = value.astype(np.float32)
         if case.parameters["coefficients"] == "activation":
             value = value.astype(ml_dtypes.bfloat16).astype(np.float32)
@@ -133,7 +143,9 @@ def _inputs_from_oracle(case: Draft) -> None:
         case.tensors[name] = value
 
 
-def _bounds(case: Draft, stage: str, expected: dict[str, np.ndarray], run: Callable[[Any], Any]) -> dict[str, Any]:
+def _bounds(
+    case: Draft, stage: str, expected: dict[str, np.ndarray], run: Callable[[Arithmetic], dict[str, Array]]
+) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     measured: dict[tuple[str, str | None], tuple[dict[str, float], bool]] = {}
     last_axis = axes(case.parameters)[1] if case.parameters["guard"] == "none" else None
@@ -175,7 +187,7 @@ def _row(name: str, expected: np.ndarray, honest: float, factor: float, contract
 
 def _honest(
     expected: dict[str, np.ndarray],
-    run: Callable[[Any], Any],
+    run: Callable[[Arithmetic], dict[str, Array]],
     contract: str,
     narrow: str | None,
     last_axis: int | None,
@@ -183,21 +195,21 @@ def _honest(
     """Largest error of the ensemble for each output and gradient, and whether narrow roundings took part.
 
     Args:
-        last_axis: the axis of H whose sums are measured on dual potentials; None where there are none.
+        last_axis: the axis of H whose sums are measured on dual potentials; None if none are used.
     """
     tensors = [name for name in expected if not name.startswith("m/")]
     worst = dict.fromkeys(tensors, 0.0)
     rounded = False
     for style in ensemble():
         arithmetic = FloatArithmetic(style, contract, narrow)
-        found = run(arithmetic)
+        values = run(arithmetic)
         rounded |= arithmetic.rounded
         if style.potentials and "H" in worst and last_axis is not None:
             # The exponential of a logarithm keeps no sum to (n + 2) u: what remains is measured.
-            sums = (found["H"].astype(np.float64) - expected["H"]).sum(last_axis)
+            sums = (values["H"].astype(np.float64) - expected["H"]).sum(last_axis)
             worst[SUMS] = max(worst.get(SUMS, 0.0), float(np.max(np.abs(sums), initial=0.0)))
         for name in tensors:
-            error = np.abs(found[name].astype(np.float64) - expected[name])
+            error = np.abs(values[name].astype(np.float64) - expected[name])
             if not np.isfinite(error).all():
                 raise ValueError(f"{name} isn't finite in {contract}, {narrow or 'wide'}, {style}")
             worst[name] = max(worst[name], float(np.max(error, initial=0.0)))

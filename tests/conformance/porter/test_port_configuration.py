@@ -34,8 +34,8 @@ from tests.conformance.porter.test_port_packing import deepseek, transformers
 from tests.conformance.porter.test_port_properties import directory, examples
 
 NAMES = {
-    "deepseek": lambda found: deepseek(found, STREAMS, DIM),
-    "transformers": lambda found: transformers(found, STREAMS, DIM),
+    "deepseek": lambda by_site: deepseek(by_site, STREAMS, DIM),
+    "transformers": lambda by_site: transformers(by_site, STREAMS, DIM),
 }
 LINE = "set      normalization_layer_epsilon: {} in MaxText's configuration (YAML or command line)"
 
@@ -353,8 +353,8 @@ def test_a_target_with_the_settings_that_are_printed_computes_what_the_verdict_i
     text = ",".join([row, *(f"{key}={value}" for key, value in change.items()), f"reduce={reduce}"])
     norm = p["norm_weight"] and layout in NORMED
     with directory() as home:
-        found = random_sites(1, 3, 2, layers=1, residual=p["residual"], norm=norm)
-        source = write_canonical(home / "source.safetensors", found, text)
+        by_site = random_sites(1, 3, 2, layers=1, residual=p["residual"], norm=norm)
+        source = write_canonical(home / "source.safetensors", by_site, text)
         target = home / ("out" if layout in ("maxtext",) else "out.gguf" if layout == "gguf" else "out.safetensors")
         report = port(source, target, Options(to=layout, dry_run=True, allow_approximate=True))
         base, *_ = report.target_dialect.split(",")
@@ -393,9 +393,9 @@ def test_a_configuration_as_transformers_writes_it_has_nothing_unknown(kind):
     )
     software = rows.configuration(row)
     assert configuration.unknown_keys(config, software) == []
-    found = configuration.values(config, software)
-    assert {k: v for k, v in found.items() if k != "streams"}.items() <= dialects.parse(row).items(), found
-    assert found["streams"] == 4
+    values = configuration.values(config, software)
+    assert {k: v for k, v in values.items() if k != "streams"}.items() <= dialects.parse(row).items(), values
+    assert values["streams"] == 4
 
 
 def test_settings_inside_of_a_text_configuration_count(tmp_path):

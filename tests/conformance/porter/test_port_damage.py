@@ -113,6 +113,6 @@ def test_json_has_all_of_it(tmp_path):
     sites = model(dtype="bfloat16")
     sites["layers.0.ffn"]["pre_alpha_scale"][:] = 0
     source = write_canonical(tmp_path / "source.safetensors", sites, DIALECT)
-    found = json.loads(call("inspect", source, "--json").stdout)
-    assert found["odd"] == inspect(source).odd and len(found["odd"]) == 2
-    assert found["assumed"] is False and found["problem"] == ""
+    inspection = json.loads(call("inspect", source, "--json").stdout)
+    assert inspection["odd"] == inspect(source).odd and len(inspection["odd"]) == 2
+    assert inspection["assumed"] is False and inspection["problem"] == ""

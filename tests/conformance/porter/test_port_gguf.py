@@ -93,8 +93,13 @@ def keys(path: Path) -> dict[str, Any]:
 def test_the_architecture_and_the_keys_tell_the_dialect(tmp_path, architecture, dialect):
     eps = {"deepseek-v4": 1e-6, "deepseek-v4.1": 1e-20, "glm-5": 1e-5, "xing-4": 1e-6}[dialect]
     path = model(tmp_path / "m.gguf", architecture, 0, keys={"attention.layer_norm_rms_epsilon": eps})
-    found = inspect(path)
-    assert (found.dialect, found.told_by, found.layout, found.storage) == (dialect, "from its keys", "gguf", "gguf")
+    inspection = inspect(path)
+    assert (inspection.dialect, inspection.told_by, inspection.layout, inspection.storage) == (
+        dialect,
+        "from its keys",
+        "gguf",
+        "gguf",
+    )
     other = {"hyper_connection.sinkhorn_iterations": 7, "hyper_connection.epsilon": 3e-5,
              "attention.layer_norm_rms_epsilon": 2e-4}  # fmt: skip
     changed = inspect(model(tmp_path / "other.gguf", architecture, 0, keys=other)).dialect
@@ -103,11 +108,11 @@ def test_the_architecture_and_the_keys_tell_the_dialect(tmp_path, architecture, 
 
 
 def test_hunyuan_s_one_epsilon_is_that_of_both_gates_and_its_magnitude_is_post_scale(tmp_path):
-    told = {"hyper_connection.magnitude": 1.5, "hyper_connection.epsilon": 2e-6,
+    settings = {"hyper_connection.magnitude": 1.5, "hyper_connection.epsilon": 2e-6,
             "attention.layer_norm_rms_epsilon": 1e-5}  # fmt: skip
-    found = inspect(model(tmp_path / "m.gguf", "hyv4", 0, keys=told))
-    assert (found.residual, found.streams, found.dim) == ("identity", STREAMS, DIM)
-    assert found.dialect == "hunyuan-v4,pre_eps=2e-06,post_scale=1.5,post_eps=2e-06"
+    inspection = inspect(model(tmp_path / "m.gguf", "hyv4", 0, keys=settings))
+    assert (inspection.residual, inspection.streams, inspection.dim) == ("identity", STREAMS, DIM)
+    assert inspection.dialect == "hunyuan-v4,pre_eps=2e-06,post_scale=1.5,post_eps=2e-06"
 
 
 @pytest.mark.parametrize("dialect, residual, head", [
@@ -120,13 +125,13 @@ def test_a_file_states_the_dialect_of_its_source(tmp_path, dialect, residual, he
     sites = random_sites(1, STREAMS, DIM, residual=residual, head=head)
     report = port(write_canonical(tmp_path / "s.safetensors", sites, dialect), tmp_path / "t.gguf", Options(to="gguf"))
     assert (report.verdict, report.target_dialect, report.settings) == ("exact", dialect, {})
-    found, name = keys(tmp_path / "t.gguf"), architectures[dialect]
-    assert found["general.architecture"] == name
-    assert (found[f"{name}.hyper_connection.count"], found[f"{name}.block_count"]) == (STREAMS, 2)
-    assert found[f"{name}.embedding_length"] == DIM
-    assert np.float32(found[f"{name}.hyper_connection.epsilon"]) == np.float32(1e-6)
-    assert (f"{name}.hyper_connection.sinkhorn_iterations" in found) == (residual == "sinkhorn")
-    assert (f"{name}.hyper_connection.magnitude" in found) == (dialect == "hunyuan-v4")
+    written, name = keys(tmp_path / "t.gguf"), architectures[dialect]
+    assert written["general.architecture"] == name
+    assert (written[f"{name}.hyper_connection.count"], written[f"{name}.block_count"]) == (STREAMS, 2)
+    assert written[f"{name}.embedding_length"] == DIM
+    assert np.float32(written[f"{name}.hyper_connection.epsilon"]) == np.float32(1e-6)
+    assert (f"{name}.hyper_connection.sinkhorn_iterations" in written) == (residual == "sinkhorn")
+    assert (f"{name}.hyper_connection.magnitude" in written) == (dialect == "hunyuan-v4")
     read = inspect(tmp_path / "t.gguf")
     assert (read.dialect, read.told_by) == (dialect, "from its keys")
     assert port(tmp_path / "t.gguf", tmp_path / "back.safetensors", Options(to="canonical")).verdict == "exact"
@@ -134,8 +139,8 @@ def test_a_file_states_the_dialect_of_its_source(tmp_path, dialect, residual, he
 
 def test_configured_values_are_carried_in_the_keys(tmp_path):
     sites = random_sites(12, STREAMS, DIM, head=True)
-    told = "deepseek-v4,norm_eps=2e-5,eps=3e-6,pre_eps=3e-6,iterations=7"
-    source = write_canonical(tmp_path / "s.safetensors", sites, told)
+    dialect = "deepseek-v4,norm_eps=2e-5,eps=3e-6,pre_eps=3e-6,iterations=7"
+    source = write_canonical(tmp_path / "s.safetensors", sites, dialect)
     report = port(source, tmp_path / "t.gguf", Options(to="gguf"))
     assert (report.verdict, report.settings) == ("exact", {})  # nothing is left to set
     read = inspect(tmp_path / "t.gguf")
@@ -147,8 +152,8 @@ def test_configured_values_are_carried_in_the_keys(tmp_path):
 
 def test_blocks_beyond_the_model_s_own_are_for_multi_token_prediction(tmp_path):
     path = model(tmp_path / "m.gguf", ahead=2)
-    found = inspect(path)
-    assert found.layers == {
+    inspection = inspect(path)
+    assert inspection.layers == {
         "layers.attention": [0, 1], "layers.ffn": [0, 1], "mtp.attention": [0, 1], "mtp.ffn": [0, 1],
         "mtp.head": [0, 1],
     }  # fmt: skip
@@ -326,8 +331,12 @@ def split(path: Path) -> list[Path]:
 def test_a_split_model_is_read_as_one(tmp_path):
     parts = split(tmp_path / "whole.gguf")
     for path in (*parts, tmp_path):
-        found = inspect(path)
-        assert (found.files, found.layers, found.head) == (2, {"layers.attention": [0, 1], "layers.ffn": [0, 1]}, True)
+        inspection = inspect(path)
+        assert (inspection.files, inspection.layers, inspection.head) == (
+            2,
+            {"layers.attention": [0, 1], "layers.ffn": [0, 1]},
+            True,
+        )
     source = write_canonical(tmp_path / "s.safetensors", random_sites(9, STREAMS, DIM, head=True), "deepseek-v4")
     with pytest.raises(PortError, match="put it together first"):
         port(source, tmp_path / "t.gguf", Options(to="gguf", into=parts[0]))
@@ -418,9 +427,9 @@ def test_more_blocks_ahead_than_there_are_is_refused(tmp_path):
 def test_an_architecture_that_is_not_known_takes_no_tensors(tmp_path):
     path = model(tmp_path / "m.gguf", "qwen4exp", ahead=0)
     source = write_canonical(tmp_path / "s.safetensors", random_sites(10, STREAMS, DIM, head=True), "deepseek-v4")
-    for told in (None, "deepseek-v4"):
+    for dialect in (None, "deepseek-v4"):
         with pytest.raises(PortError, match="qwen4exp"):
-            port(source, tmp_path / "t.gguf", Options(to="gguf", into=path, to_dialect=told, allow_partial=True))
+            port(source, tmp_path / "t.gguf", Options(to="gguf", into=path, to_dialect=dialect, allow_partial=True))
     assert not (tmp_path / "t.gguf").exists()
 
 

@@ -113,9 +113,11 @@ def test_an_eps_is_the_one_that_float32_holds(tmp_path, eps):
     dialect = f"deepseek-v4,norm_eps={eps}"
     made = write_canonical(tmp_path / "s.safetensors", random_sites(1, STREAMS, DIM, head=True), dialect)
     port(made, tmp_path / "t.gguf", Options(to="gguf"))
-    found = inspect(tmp_path / "t.gguf")
-    assert not found.assumed and not found.problem and not [line for line in found.odd if "noted" in line]
-    assert np.float32(float(found.dialect.partition("norm_eps=")[2])) == np.float32(eps)
+    inspection = inspect(tmp_path / "t.gguf")
+    assert (
+        not inspection.assumed and not inspection.problem and not [line for line in inspection.odd if "noted" in line]
+    )
+    assert np.float32(float(inspection.dialect.partition("norm_eps=")[2])) == np.float32(eps)
 
 
 def test_a_key_that_was_changed_after_the_port_is_what_the_software_runs(tmp_path):
@@ -125,6 +127,6 @@ def test_a_key_that_was_changed_after_the_port_is_what_the_software_runs(tmp_pat
     field = reader.fields["deepseek4.hyper_connection.sinkhorn_iterations"]
     field.parts[field.data[0]][0] = 3
     reader.data.flush()
-    found = inspect(tmp_path / "t.gguf")
-    assert found.dialect == "deepseek-v4,iterations=3"
-    assert any("a port noted iterations = 20" in line for line in found.odd), found.odd
+    inspection = inspect(tmp_path / "t.gguf")
+    assert inspection.dialect == "deepseek-v4,iterations=3"
+    assert any("a port noted iterations = 20" in line for line in inspection.odd), inspection.odd

@@ -181,9 +181,9 @@ def test_maxtext_s_own_counts_are_read_unless_they_are_scaled():
 
 
 def test_megatron_s_arguments_are_held_to_the_tensors(tmp_path):
-    found = sites(3, False)
+    by_site = sites(3, False)
     tensors = {}
-    for layer, kind, weights in bodies(found):
+    for layer, kind, weights in bodies(by_site):
         prefix = f"decoder.layers.{layer}.{'self_attention' if kind == 'attention' else 'mlp'}_hyper_connection."
         tensors |= {
             f"{prefix}mapping_proj.weight": _joined(weights, "_alpha").T,

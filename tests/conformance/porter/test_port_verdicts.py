@@ -46,12 +46,12 @@ def assert_nothing_written(directory):
 def deviations(sites, after, source, target, x):
     """For each site how far H, u and out are apart, by the formulas of porter_data: as the report has it."""
     p, q = dialects.parse(source), dialects.parse(target)
-    found = {}
+    measured = {}
     for site, weights in sites.items():
         first, second = layer(x, weights, p), layer(x, after[site], q)
         apart = {k: np.max(np.abs(first[k] - second[k])) for k in first}
-        found[site] = {k: v if k == "H" else v / np.max(np.abs(first[k])) for k, v in apart.items()}
-    return found
+        measured[site] = {k: v if k == "H" else v / np.max(np.abs(first[k])) for k, v in apart.items()}
+    return measured
 
 
 def assert_measured(report, sites, after, source, target):
@@ -65,12 +65,12 @@ def assert_measured(report, sites, after, source, target):
 
 def transposed(sites):
     """Sites whose residual logits are those of the transpose of H, for Sinkhorn."""
-    found = {}
+    by_site = {}
     for site, weights in sites.items():
         alpha, n = weights["res_alpha"], len(weights["pre_beta"])
         alpha = alpha.reshape(-1, n, n).swapaxes(1, 2).reshape(alpha.shape)
-        found[site] = {**weights, "res_alpha": alpha, "res_beta": weights["res_beta"].T}
-    return found
+        by_site[site] = {**weights, "res_alpha": alpha, "res_beta": weights["res_beta"].T}
+    return by_site
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_refusal_leaves_what_was_there(tmp_path, form):
 @pytest.mark.parametrize("scale", [100, 1000, 10_000])
 @pytest.mark.parametrize("dialect", ["paper", V4, "megatron", "transformer-engine"])
 def test_large_logits_are_copied_exactly(ported, dialect, scale):
-    """Logits up to 1e4 give finite results (mathematics.md, "Overflow")."""
+    """Logits up to 1e4 give finite results (docs/mathematics.md, "Overflow")."""
     sites = random_sites(12, STREAMS, DIM)
     for weights in sites.values():
         weights["res_beta"] = (weights["res_beta"] * scale / 2).astype(np.float32)

@@ -146,8 +146,8 @@ def test_each_wrapper_is_skipped_at_each_place(tmp_path, wrapper, place, layout)
     assert not wrapped.keys() & plain.keys()
     source, said = write(tmp_path, "file", wrapped), next(iter(wrapped))
     assert_whole(source, tmp_path / "there.safetensors", dialect, sites, len(plain), said)
-    found = inspect(source)
-    assert (found.tensors, found.odd) == (len(plain), []), said
+    inspection = inspect(source)
+    assert (inspection.tensors, inspection.odd) == (len(plain), []), said
 
 
 @pytest.mark.parametrize("form", FORMS)
