@@ -120,6 +120,7 @@ class ProgramImplementation:
     def __del__(self) -> None:
         if hasattr(self, "_process"):
             self._stop()
+            self._folder.cleanup()
 
     def _exchange(self, process: Child, request: dict[str, Any]) -> bytes:
         assert process.stdin is not None
