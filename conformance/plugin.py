@@ -37,9 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks golden items with their implementation, and loads each, so that a wrong name is one error and no more."""
-    golden = [item for item in items if isinstance(item, pytest.Function) and item.module.__name__ == GOLDEN]
+    golden = [
+        item for item in items if isinstance(item, pytest.Function) and getattr(item.module, "__name__", "") == GOLDEN
+    ]
     for item in golden:
-        item.user_properties.append((PROPERTY, item.callspec.id.removeprefix(f"{item.callspec.params['item'].id}-")))
+        case: Any = item.callspec.params["item"]
+        item.user_properties.append((PROPERTY, item.callspec.id.removeprefix(f"{case.id}-")))
     if not _is_worker(config):
         _load(config, [item.nodeid for item in golden])
 

@@ -19,7 +19,7 @@ Array = np.ndarray
 Scalar = Any
 """One element of such an array. NumPy's types don't know ``arb`` as an operand, so this can't be narrower."""
 Parameters = Mapping[str, Any]
-"""A dialect's parameters, with ``streams`` (mathematics.md, "Dialects")."""
+"""A dialect's parameters, with ``streams`` (docs/mathematics.md, "Dialects")."""
 Pullback = Callable[[Array], Array]
 """Maps the cotangent of a value to the cotangent of its argument."""
 

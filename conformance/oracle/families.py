@@ -1,4 +1,4 @@
-"""The case families of the golden corpus (conformance.md, "Case families")."""
+"""The case families of the golden corpus (docs/bound.md, "Case families")."""
 
 from __future__ import annotations
 

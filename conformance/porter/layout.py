@@ -332,7 +332,7 @@ def _explain(layout: Layout, site: SiteKey, shapes: Mapping[str, tuple[int, ...]
     shapes_of_4 = canonical_shapes(site, 4, 1, "sinkhorn", True)
     width = sum(shapes_of_4[p][-1] for p in wide.parts)
     return (
-        f"no number of streams explains {wide.name} {list(shapes[wide.name])} beside "
+        f"no number of streams explains {wide.name} {list(shapes[wide.name])} with "
         + ", ".join(f"{k} {list(v)}" for k, v in shapes.items() if k != wide.name)
         + (f" (n = 4 would have {width} columns)" if not site.head else "")
     )

@@ -18,7 +18,7 @@ WRAPPERS = (
     "base_model.model", "modules_to_save.default", "ema_model", "model_state_dict", "state_dict",
 )  # fmt: skip
 """torch.compile, activation checkpointing, FSDP, Lightning, PaddleFleet, data parallelism, PEFT, averaged models, and
-the keys of training checkpoints (mathematics.md, "More names in use")."""
+the keys of training checkpoints (docs/mathematics.md, "More names in use")."""
 MODELS = ("ema_model", "model_state_dict", "state_dict")
 """The wrappers that can stand before a second model in the same file."""
 LANGUAGE_MODEL = "language_model"

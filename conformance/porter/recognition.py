@@ -192,7 +192,7 @@ def unplaced(checkpoint: Checkpoint, layout: Layout | None, stray: list[str], kn
             best = score, candidate, list(proposed)
     _, named, options = best
     which = " ".join(["--from", named.name if named else "LAYOUT", *(f"--from-names '{text}'" for text in options)])
-    advice = f"say what they are with {which}" if options else f"no row of {layout.name if layout else 'a layout'} fits"
+    advice = f"name their sites with {which}" if options else f"no row of {layout.name if layout else 'a layout'} fits"
     kinds = [text.partition("=")[0] for text in options]
     if len({*kinds}) < len(kinds):  # an option names one prefix for each kind
         advice = (

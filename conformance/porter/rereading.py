@@ -76,7 +76,7 @@ def _check_used(layout: Layout, prefixes: Mapping[SiteKey, Mapping[str, str]]) -
         sites = [site for site in prefixes if (site.group, site.kind) == key]
         if not sites:
             written = ", ".join(map(str, list(prefixes)[:4])) + (", …" if len(prefixes) > 4 else "")
-            raise PortError(f"{option} names nothing: what is written is {written}")
+            raise PortError(f"{option} names nothing: the sites that are written are {written}")
         for site in sites:
             elsewhere = [name for name in prefixes[site].values() if not name.startswith(layout.prefix(site))]
             if elsewhere:

@@ -125,7 +125,10 @@ def _leaving_open(target: KnownDialect, model: Model, config: Mapping[str, Any],
         parameters |= {name: nearer[name] for name in names}
     values = {**configuration.described(parameters, target.base, model.streams), **software.requires}
     named = ", ".join(f"{key} {value}" for key, value in configuration.inherited(config).items())
-    remark = f"the target's configuration names files that aren't read ({named}): what must be set is open there"
+    remark = (
+        f"the target's configuration names files that aren't read ({named}): "
+        "the settings that it leaves to them must be made there"
+    )
     return replace(
         target, parameters=parameters, left_open={key: values[key] for key in keys if key in values},
         remarks=(*target.remarks, remark),

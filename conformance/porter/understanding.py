@@ -155,7 +155,7 @@ def _differing(checkpoint: Checkpoint, recognised: Recognised, base: str) -> str
             name = next(iter(recognised.sites[site].values()))
             return (
                 f"{checkpoint.tensors[name].file}: {name} has n = {n}, C = {width} ({kind}), "
-                f"and {first} has n = {streams}, C = {dim} ({residual}): all sites must be alike"
+                f"and {first} has n = {streams}, C = {dim} ({residual}): all sites must have the same sizes"
             )
     noted = notes.sizes_noted(checkpoint, recognised.layout.keeps_dialect)
     if any(noted[key] != size for key, size in (("streams", streams), ("dim", dim)) if key in noted):

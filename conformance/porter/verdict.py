@@ -76,7 +76,7 @@ def derive(
     """The verdict on porting weights of one dialect to another.
 
     Args:
-        source, target: all parameters (mathematics.md, "Dialects").
+        source, target: all parameters (docs/mathematics.md, "Dialects").
         streams: n; with a single stream order and mix make no difference.
         narrowed: the narrower dtype that the weights are stored in, if they are.
         head: whether a head is ported; if None, one is ported if one of the dialects reduces by a head.

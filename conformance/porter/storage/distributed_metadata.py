@@ -210,7 +210,7 @@ def _entry(name: str, value: _OfTensor, places: Mapping[tuple[int, ...], _Record
 
 def _chunk(name: str, chunk: Any, places: Mapping[tuple[int, ...], _Record]) -> Chunk:
     if not isinstance(chunk, _Record):
-        raise PortError(f"{name}: has a chunk that is none")
+        raise PortError(f"{name}: has a chunk that isn't described as one")
     offsets, shape = _sizes(chunk.get("offsets"), name), _sizes(chunk.get("sizes"), name)
     info = places.get(offsets)
     if info is None:
@@ -226,7 +226,7 @@ def _chunk(name: str, chunk: Any, places: Mapping[tuple[int, ...], _Record]) -> 
 
 def _sizes(value: Any, name: str) -> tuple[int, ...]:
     if not is_tuple(value) or not all(type(n) is int and 0 <= n < 2**63 for n in value) or len(value) > 64:
-        raise PortError(f"{name}: has a shape that is none")
+        raise PortError(f"{name}: has no shape of whole numbers")
     return value
 
 

@@ -96,8 +96,8 @@ class OfModules(View):
         if depth:
             if not shape or shape[0] != depth:
                 raise PortError(
-                    f"{tensor.file}: {tensor.name} must have {depth} layers along its first axis, as the parameters "
-                    f"beside it, got {list(shape)}"
+                    f"{tensor.file}: {tensor.name} must have {depth} layers along its first axis, as its site's other "
+                    f"parameters have, got {list(shape)}"
                 )
             shape = shape[1:]
         if row in MERGED and len(shape) == (2 if row in NORM.values() else 3):

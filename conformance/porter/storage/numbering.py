@@ -83,7 +83,7 @@ def check_whole(path: Path) -> None:
     if numbered and numbered[2] > 1:
         raise Incomplete(
             f"{path}: is shard {numbered[1]} of {numbered[2]} by its name, so only a part of a checkpoint: name the "
-            f"directory; what is a whole has no such number in its name"
+            f"directory, or rename a file that is a whole checkpoint"
         )
 
 

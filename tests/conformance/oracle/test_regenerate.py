@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_a_record_that_says_nothing_is_a_change_of_everything(content, monkeypat
 
 def test_a_byte_of_a_source_is_a_change(monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "RECORD", tmp_path / "made_with.json")
-    copies = [shutil.copy(path, tmp_path / f"{k}-{path.name}") for k, path in enumerate(sources.sources())]
+    copies = [Path(shutil.copy(path, tmp_path / f"{k}-{path.name}")) for k, path in enumerate(sources.sources())]
     monkeypatch.setattr(sources, "sources", lambda: copies)
     sources.record()
     assert sources.changed() == []

@@ -1,4 +1,4 @@
-"""The suite's bound on fresh data: K times the largest error of the honest ensemble (conformance.md, "The bound")."""
+"""The suite's bound on fresh data: K times the largest error of the honest ensemble (docs/bound.md, "The bound")."""
 
 from __future__ import annotations
 

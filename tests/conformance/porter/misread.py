@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.conformance.porter.layout_rows import MAXTEXT, bodies, deepseek, transformers
 from tests.conformance.porter.porter_data import random_sites
-from tests.conformance.porter.test_port_packing import MAXTEXT, bodies, deepseek, transformers
 
 STREAMS, DIM = 4, 8
 Tensors = dict[str, np.ndarray]

@@ -1,7 +1,7 @@
 """Random hyper-connections for the porter's tests: drawn, written as canonical files, read back from any layout.
 
 Sites are a dictionary ``{"layers.0.attention": {"pre_alpha": array, …}, …, "head": {…}}`` of canonical names and flat
-shapes. The layer itself is here once more, in plain NumPy after mathematics.md, to check what the porter measures.
+shapes. The layer itself is here once more, in plain NumPy after docs/mathematics.md, to check what the porter measures.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def largest_error(actual, exact):
 
 
 def sinkhorn(logits, p):
-    """H ``[…, n, n]`` of the logits, as mathematics.md writes it."""
+    """H ``[…, n, n]`` of the logits, as docs/mathematics.md writes it."""
     axes = {"rows": -1, "columns": -2}
     first, second = (-1, -2) if p["order"] == "rows-first" else (-2, -1)
     if p["logit_limit"] is not None:

@@ -105,7 +105,7 @@ def test_layers_that_differ_in_n_are_said_and_the_rest_is_still_inspected(tmp_pa
     sites["layers.1.ffn"] = other["layers.1.ffn"]
     source = write_canonical(tmp_path / "source.safetensors", sites, "deepseek-v4,reduce=none")
     (line,) = inspect(source).odd
-    assert "n = 2, C = 32" in line and "n = 4, C = 16" in line and line.endswith("all sites must be alike")
+    assert "n = 2, C = 32" in line and "n = 4, C = 16" in line and line.endswith("all sites must have the same sizes")
     assert call("port", source, tmp_path / "x", "--to", "deepseek").exit_code == 2
 
 

@@ -13,10 +13,10 @@ import gguf
 
 from conformance.porter.inspection import inspect
 from conformance.porter.port import Options, port
+from tests.conformance.porter.layout_rows import deepseek
 from tests.conformance.porter.misread import DIM, STREAMS, sites, wrapped, write_model
 from tests.conformance.porter.porter_data import random_sites, write_canonical
 from tests.conformance.porter.small_checkpoint import call, refuses
-from tests.conformance.porter.test_port_packing import deepseek
 
 KEYS = {"hyper_connection.count": STREAMS, "hyper_connection.sinkhorn_iterations": 20, "hyper_connection.epsilon": 1e-6,
         "attention.layer_norm_rms_epsilon": 1e-6, "block_count": 2, "embedding_length": DIM}  # fmt: skip

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from conformance.porter.errors import PortError
 from conformance.porter.port import Options, Refused, port
+from tests.conformance.porter.layout_rows import deepseek, transformers
 from tests.conformance.porter.misread import (
     DIM,
     GLM5,
@@ -28,7 +29,6 @@ from tests.conformance.porter.misread import (
 )
 from tests.conformance.porter.porter_data import differences, read_sites, read_tensors, write_canonical
 from tests.conformance.porter.small_checkpoint import call, refuses
-from tests.conformance.porter.test_port_packing import deepseek, transformers
 
 NOTHING_SAYS_SO = re.compile(r"exact if the source is (\S+): nothing says so")
 

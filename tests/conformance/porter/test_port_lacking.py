@@ -20,6 +20,7 @@ from conformance.porter.errors import PortError
 from conformance.porter.layouts import layouts
 from conformance.porter.port import Options, port
 from conformance.porter.storage.stacks import Stacks
+from tests.conformance.porter.layout_rows import deepseek, transformers
 from tests.conformance.porter.misread import (
     DIM,
     MISREAD,
@@ -34,7 +35,6 @@ from tests.conformance.porter.misread import (
     write_tree,
 )
 from tests.conformance.porter.porter_data import HEADED, differences, random_sites, read_sites, write_canonical
-from tests.conformance.porter.test_port_packing import deepseek, transformers
 from tests.conformance.porter.test_port_properties import directory, examples
 from tests.conformance.porter.test_port_wrapped import FLAT, model_of, tensors_in
 

@@ -12,9 +12,9 @@ from conformance.cases import dialects as rows
 from conformance.porter import configuration, parts
 from conformance.porter.errors import PortError
 from conformance.porter.port import Options, port
+from tests.conformance.porter.layout_rows import bodies, deepseek
 from tests.conformance.porter.misread import DIM, STREAMS, V4, sites, write_model
 from tests.conformance.porter.small_checkpoint import call, refuses
-from tests.conformance.porter.test_port_packing import bodies, deepseek
 
 MAXTEXT = rows.configuration("maxtext")
 

@@ -123,7 +123,7 @@ def agree(theirs, weights, flat):
     second: dict[str, Any] = dict(zip(names, (*(g.numpy() for g in ours), u.numpy()), strict=True))
     bounds.within(expected.ratios(second) | whole.ratios({"out": out}), "torch_impl")
     if DEVICE == "cuda":
-        return  # TF32 there (PEERS.md): the bounds are another contract's
+        return  # TF32 there (docs/peers.md): the bounds are another contract's
     bounds.within(expected.ratios(first) | whole.ratios({"out": liger_out}), "liger-kernel")
     bounds.within(expected.ratios(second, against=first), "torch_impl against liger-kernel")
     bounds.within(whole.ratios({"out": out}, against={"out": liger_out}), "torch_impl against liger-kernel")

@@ -78,7 +78,7 @@ def test_prefixes_that_are_found_again_are_taken(name, options):
         ("maxtext", ("attention=a//{layer}/",), "empty key"),
         ("maxtext", ("attention=p/decoder/layers_{layer}/mhc_mlp/", "ffn=p/decoder/layers_{layer}/mhc_attention/"),
          "there twice|would be read as"),
-        ("liger", ("site=x.",), "site=x. names nothing: what is written is layers.0.attention"),
+        ("liger", ("site=x.",), "site=x. names nothing: the sites that are written are layers.0.attention"),
         ("deepseek", ("head=x.",), "names nothing"),
     ],
 )  # fmt: skip
