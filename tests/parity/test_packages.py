@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 
 import pytest
 
@@ -34,6 +35,8 @@ def printed(code, **options):
 
 @pytest.mark.parametrize("package, module", MISSING)
 def test_an_import_without_the_framework_names_the_extra(package, module):
+    if module == "flax" and not find_spec("jax"):
+        pytest.skip("JAX isn't installed, and is missed before Flax")
     said = printed(BLOCKED.format(package=package, module=module))
     needs = {"jax_impl": "JAX and Flax", "torch_impl": "PyTorch"}[package]
     extra = package.partition("_")[0]

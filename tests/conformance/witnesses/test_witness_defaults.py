@@ -100,6 +100,8 @@ def test_vllm(dialect, model):
     same(dialect, {"post_scale": float(re.findall(r"self\.hc_post_alpha = (\S+)", source)[0])})
 
 
+# Its configuration sets a name that the installed transformers calls by another.
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning")
 def test_nemo_automodel():
     adapter = needed("nemo-automodel", "nemo_automodel_adapter")
     configuration = load(adapter.PACKAGE, adapter.CONFIG, adapter.NEEDED).DeepseekV41TextConfig()
