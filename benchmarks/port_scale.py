@@ -5,7 +5,7 @@ after imports and a small warm-up, it counts what `port` reads by the kernel's o
 process's peak resident memory (VmHWM), and times `port` against copying the same tensors with safetensors alone,
 both with their files in the page cache and synced to disk at the end, in turn, several times.
 
-    python benchmarks/port_scale.py [--rounds 15] [--json FILE] [--write conformance/PORTING.md] [--keep DIR]
+    python benchmarks/port_scale.py [--rounds 15] [--json FILE] [--write docs/porting.md] [--keep DIR]
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def main() -> int:
     if arguments.json:
         atomic.write(arguments.json, json.dumps(result, indent=1) + "\n")
     if arguments.write:
-        document.rewrite(arguments.write, "scale", f"```\n{text}```\n")
+        document.rewrite(arguments.write, "scale", f"```text\n{text}```\n")
     return int(failed)
 
 

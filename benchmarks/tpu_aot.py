@@ -15,7 +15,7 @@ both of one device, next to the floor of the mathematics: 3n + 2 forward, 5n + 3
 four times both; what checkpointing computes again isn't part of it. Where a device's part of x is small, arrays stay in
 on-chip memory and less than the floor is moved.
 
-    python benchmarks/tpu_aot.py [--only 'v5e/*/both'] [--json FILE] [--write README.md]
+    python benchmarks/tpu_aot.py [--only 'v5e/*/both'] [--json FILE] [--write docs/tpu.md]
 """
 
 from __future__ import annotations

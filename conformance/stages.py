@@ -2,7 +2,7 @@
 
 One table that the oracle, the case files and the comparison share. Dtype roles are resolved per variant:
 ``x`` is the dtype of the activations, ``weights`` that of the parameters, ``coefficients`` that of the
-gates and of H (mathematics.md, "Precision").
+gates and of H (docs/mathematics.md, "Precision").
 """
 
 from __future__ import annotations

@@ -1,44 +1,31 @@
-"""The golden cases as pytest items: ``pytest --pyargs conformance.test_golden -k 'generic and bfloat16'``.
+"""The golden cases as pytest items: ``pytest --pyargs conformance.test_golden --mhc-impl mine:Mine -k bfloat16``.
 
-``MHC_CONFORMANCE_IMPL`` names the implementations, separated by commas; without it ours, eagerly, as far as their
-frameworks are installed.
+``--mhc-impl``, ``MHC_CONFORMANCE_IMPL`` or the setting ``mhc_impl`` name the implementations; without them ours run,
+eagerly, as far as their frameworks are installed. `conformance.plugin` has the option and refuses what can't be loaded.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import Any
 
 import pytest
 
 from conformance.cases.corpus import load_corpus
-from conformance.implementations.registry import load, missing_modules
-from conformance.interface import Implementation
-from conformance.judge.item import order, refusal, run_item
-
-
-def _names() -> list[str]:
-    given = os.environ.get("MHC_CONFORMANCE_IMPL", "")
-    return [n for n in given.split(",") if n] or [n for n in ("jax", "torch") if not missing_modules(n)]
-
-
-@functools.cache
-def _implementation(name: str) -> Implementation:
-    return load(name)
-
+from conformance.implementations.asked import asked, loaded
+from conformance.judge.item import order, run_item
 
 ITEMS = order(item for case in load_corpus() for item in case.items())
 
 
-@pytest.mark.parametrize("name", _names())
-@pytest.mark.parametrize("item", ITEMS, ids=lambda item: item.id)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize("item", ITEMS, ids=lambda item: item.id)
+    metafunc.parametrize("name", asked(metafunc.config))
+
+
 def test_golden(item: Any, name: str) -> None:
-    implementation = _implementation(name)
-    reason = refusal(item, implementation.capabilities)
-    if reason:
-        pytest.skip(reason)
-    outcome = run_item(implementation, item)
+    outcome = run_item(loaded(name), item)
+    if outcome.skipped:
+        pytest.skip(outcome.skipped)
     lines = [
         f"{c.tensor}: {c.verdict}, {c.ratio:.3g} x {c.bound:.3g} {c.message} {c.worst[:1]}" for c in outcome.failed
     ]

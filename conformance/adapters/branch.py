@@ -1,6 +1,6 @@
 """The sub-layer of the layer and stack cases, and the shapes in memory: the same for every framework.
 
-Only operators are used, so that NumPy, JAX, PyTorch and mlx arrays all pass through. It is public (CONTRACT.md).
+Only operators are used, so that NumPy, JAX, PyTorch and mlx arrays all pass through. It is public (docs/contract.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What adapters in mlx share: arrays to mlx and back, and vector-Jacobian products on its CPU device.
 
-It is public (CONTRACT.md), and imports no implementation.
+It is public (docs/contract.md), and imports no implementation.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ suite's stages of them::
     y, _   = branch(norm(opened["u"]))
     out    = mix(values | {"y": y} | opened, config)
 
-It is public (CONTRACT.md), and imports no implementation.
+It is public (docs/contract.md), and imports no implementation.
 """
 
 from __future__ import annotations

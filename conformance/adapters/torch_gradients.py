@@ -1,6 +1,6 @@
 """What adapters in PyTorch share: arrays to tensors and back, and vector-Jacobian products by autograd.
 
-It is public (CONTRACT.md), and imports no implementation::
+It is public (docs/contract.md), and imports no implementation::
 
     def residual_matrix(self, inputs, config, cotangents):
         return vector_jacobian("residual_matrix", lambda values: {"H": mine(values["logits"])}, inputs, cotangents)

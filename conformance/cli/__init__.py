@@ -40,7 +40,7 @@ __all__ = [
 def main() -> None:
     """Runs a command; where the package's own fixtures are broken any command ends with one line about them."""
     try:
-        app()
+        app(prog_name="mhc-conformance")
     except ValueError as error:
         from conformance.files.places import CaseError
 

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
+
+import conformance
 
 FAILED, USAGE, SETUP = 1, 2, 3
 INTERRUPTED = 130  # 128 and SIGINT, as a shell has it
 
 app = typer.Typer(
-    help="Conformance of mHC implementations to certified golden values, and ports of their weights.",
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mhc-conformance {conformance.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Conformance of mHC implementations to certified golden values, and ports of their weights."""
 
 
 def stop(message: str, status: int) -> NoReturn:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from conformance.cli.app import FAILED, SETUP, USAGE, app, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
 
 fixtures_app = typer.Typer(
     help="The golden corpus: verify it, regenerate it.", no_args_is_help=True, rich_markup_mode=None
@@ -40,9 +40,23 @@ def regenerate(
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where something would change.")] = False,
     frozen: Annotated[bool, typer.Option("--frozen", help="Write, and exit 1 where something changed.")] = False,
+    family: Annotated[
+        list[str] | None, typer.Option(help="Check only the cases of this family; repeatable, with --check.")
+    ] = None,
+    sample: Annotated[
+        bool,
+        typer.Option(
+            "--sample",
+            help="Check some families, or all where the oracle isn't the one that made the corpus; with --check.",
+        ),
+    ] = False,
 ) -> None:
     """Rewrite the corpus from the oracle and print what changed."""
+    if ((family or sample) and not check) or (family and sample):
+        stop("--family and --sample only check a part of the corpus: give one of them, with --check", USAGE)
     try:
+        from conformance.oracle import sources
+        from conformance.oracle.generate import family_names
         from conformance.oracle.generate import regenerate as generate
     except ImportError as error:
         stop(f"regenerating needs the extra 'regenerate': pip install 'mhc-conformance[regenerate]' ({error})", SETUP)
@@ -51,10 +65,21 @@ def regenerate(
 
     from conformance.cases.corpus import fixtures
 
+    families = known_names("family", family, family_names()) if family else []
+    if sample:
+        changed = sources.changed()
+        families = [] if changed else list(sources.SAMPLE)
+        if changed:
+            typer.echo(f"not what the corpus was made with: {', '.join(changed)}; all of it is made again")
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("cases", total=None)
-        changes = generate(fixtures() / "golden", jobs, check, lambda k, n: bar.update(task, completed=k, total=n))
+        changes = generate(
+            fixtures() / "golden", jobs, check, lambda k, n: bar.update(task, completed=k, total=n), families
+        )
+    if not check:
+        sources.record()
     for line in changes:
         typer.echo(line)
-    typer.echo(f"{len(changes)} files {'would change' if check else 'changed'}")
+    what = "would change" if check else "changed"
+    typer.echo(f"{len(changes)} files {what} ({', '.join(families) or 'all families'})")
     raise typer.Exit(FAILED if (check or frozen) and changes else 0)

@@ -1,4 +1,4 @@
-"""``mhc-conformance inspect``."""
+"""The command ``mhc-conformance inspect``."""
 
 from __future__ import annotations
 
@@ -17,57 +17,68 @@ if TYPE_CHECKING:
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint: safetensors, torch files, GGUF or an Orbax tree.")],
-    layout: Annotated[str | None, typer.Option("--from", help="Its layout; recognised where it isn't given.")] = None,
+    path: Annotated[
+        Path, typer.Argument(help="The checkpoint to inspect: safetensors, torch files, GGUF or an Orbax tree.")
+    ],
+    layout: Annotated[
+        str | None, typer.Option("--from", help="The checkpoint's layout. Default: it is recognised.")
+    ] = None,
     from_names: Annotated[
         list[str] | None,
-        typer.Option(help="Prefix of its tensors, attention=layers.{layer}.mhc_attn.; also ffn=, head=, site="),
+        typer.Option(
+            help="Prefix of the checkpoint's tensors, attention=layers.{layer}.mhc_attn.; also ffn=, head=, site="
+        ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="Its model's configuration: JSON, or MaxText's YAML; else the config.json beside it."),
+        typer.Option(
+            help="The model's configuration: JSON, or MaxText's YAML. Default: the config.json beside the checkpoint."
+        ),
     ] = None,
-    machine: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    machine: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """What a checkpoint holds of hyper-connections: layout, sites, sizes, dtypes, fitting dialects, what is odd.
+    """Show the hyper-connections of a checkpoint: layout, sites, sizes, dtypes, fitting dialects and oddities.
 
-    Only headers and mHC tensors are read. Exit status: 0; 2 where it can't be read, no layout fits or several do; 3
-    where a package is missing; 5 for a model that computes something else; 7 where no name that is there has a place.
+    Only headers and mHC tensors are read. Exit status: 0; 2 if it can't be read, or no layout fits or several do; 3
+    if a package is missing; 5 if the model computes another function; 7 if no layout has the tensors' names.
     """
     from conformance.porter.errors import PortError
     from conformance.porter.inspection import inspect as look
 
     try:
-        found = look(path, layout, prefixes(from_names or []), config)
+        inspection = look(path, layout, prefixes(from_names or []), config)
     except PortError as error:
         stop(str(error), error.status)
     if machine:
-        typer.echo(json.dumps(found.as_dict(), indent=1))
+        typer.echo(json.dumps(inspection.as_dict(), indent=1))
         return
-    sites = ", ".join(f"{kind} in {len(numbers)} layers" for kind, numbers in found.layers.items()) or "one module"
+    _show(inspection)
+
+
+def _show(inspection: Inspection) -> None:
+    files = f"{inspection.files} file{'s' if inspection.files > 1 else ''}"
+    axes = "".join(f" along axis {axis}" for axis in inspection.scan_axes)
+    stacked = f", layers {inspection.stacked}{axes}" if inspection.stacked else ""
+    sites = ", ".join(f"{kind} in {len(numbers)} layers" for kind, numbers in inspection.layers.items()) or "one module"
+    norm = f"{'a' if inspection.norm_weight else 'no'} norm weight"
+    megabytes, dtypes = inspection.bytes / 1e6, ", ".join(inspection.dtypes)
     rows = {
-        "layout": f"{found.layout}, {found.storage} in {found.files} file{'s' if found.files > 1 else ''}"
-        + (
-            f", layers {found.stacked}{''.join(f' along axis {axis}' for axis in found.scan_axes)}"
-            if found.stacked
-            else ""
-        ),
-        "sites": f"{found.sites}: {sites}{', a head' if found.head else ''}",
-        "sizes": f"n = {found.streams}, C = {found.dim}, residual {found.residual}, "
-        f"{'a' if found.norm_weight else 'no'} norm weight",
-        "tensors": f"{found.tensors} of {found.all_tensors}, {found.bytes / 1e6:.3f} MB, {', '.join(found.dtypes)}",
-        "dialect": _dialect(found),
-        "fitting": ", ".join(found.dialects) or "none",
+        "layout": f"{inspection.layout}, {inspection.storage} in {files}{stacked}",
+        "sites": f"{inspection.sites}: {sites}{', a head' if inspection.head else ''}",
+        "sizes": f"n = {inspection.streams}, C = {inspection.dim}, residual {inspection.residual}, {norm}",
+        "tensors": f"{inspection.tensors} of {inspection.all_tensors}, {megabytes:.3f} MB, {dtypes}",
+        "dialect": _dialect(inspection),
+        "fitting": ", ".join(inspection.dialects) or "none",
     }
     for name, text in rows.items():
         typer.echo(f"{name:8} {text}")
-    for line in found.odd:
+    for line in inspection.odd:
         typer.echo(f"odd      {line}")
 
 
-def _dialect(found: Inspection) -> str:
-    if found.problem:
-        return f"not known: {found.problem}"
-    if found.assumed:
-        return f"{found.dialect}, an assumption ({found.told_by}): nothing says so"
-    return f"{found.dialect} ({found.told_by})"
+def _dialect(inspection: Inspection) -> str:
+    if inspection.problem:
+        return f"not known: {inspection.problem}"
+    if inspection.assumed:
+        return f"{inspection.dialect}, an assumption ({inspection.told_by}): nothing says so"
+    return f"{inspection.dialect} ({inspection.told_by})"

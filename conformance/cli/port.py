@@ -1,18 +1,21 @@
-"""``mhc-conformance port``."""
+"""The command ``mhc-conformance port``."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from conformance.cli.app import USAGE, app, stop
 
 if TYPE_CHECKING:
-    from conformance.porter.port import PortReport
+    import numpy as np
+
+    from conformance.porter.port import Options, PortReport
 
 
 @app.command()
@@ -21,64 +24,74 @@ def port(
     target: Annotated[
         Path | None,
         typer.Argument(
-            help="What to write: NAME.safetensors, NAME.pt, NAME.gguf, or a directory (of shards, or an Orbax tree)."
+            help="The checkpoint to write: NAME.safetensors, NAME.pt, NAME.gguf, or a directory (shards, or Orbax)."
         ),
     ] = None,
     to: Annotated[str, typer.Option("--to", help="The target's layout.")] = "",
     source_layout: Annotated[
-        str | None, typer.Option("--from", help="The source's layout; recognised where it isn't given.")
+        str | None, typer.Option("--from", help="The source's layout. Default: it is recognised.")
     ] = None,
     dialect: Annotated[
         str | None,
-        typer.Option(help="The source's dialect, NAME[,key=value…]; else its metadata, config.json or layout says."),
+        typer.Option(
+            help="The source's dialect, NAME[,key=value…]. Default: as its metadata, config.json or layout says."
+        ),
     ] = None,
     to_dialect: Annotated[
         str | None,
         typer.Option(
-            help="The target's, NAME[,key=value…]; else what the target's own software computes, with what it takes "
-            "from its configuration set to the source's."
+            help="The target's dialect, NAME[,key=value…]. Default: as the target's own software computes, with its "
+            "configuration set to the source's values."
         ),
     ] = None,
     assume: Annotated[
-        bool, typer.Option("--assume", help="Take the layout's own dialect where nothing says which one the source is.")
+        bool, typer.Option("--assume", help="Assume the layout's own dialect if nothing says which one the source is.")
     ] = False,
     config: Annotated[
         Path | None,
-        typer.Option(help="The source's configuration: JSON, or MaxText's YAML; else the config.json beside it."),
+        typer.Option(help="The source's configuration: JSON, or MaxText's YAML. Default: the config.json beside it."),
     ] = None,
     to_config: Annotated[
-        Path | None, typer.Option(help="The target's configuration, which says what the target computes.")
+        Path | None,
+        typer.Option(help="The target's configuration, which states the function that the target computes."),
     ] = None,
     allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Port the rest where hyper-connections are missing or have no name.")
+        bool,
+        typer.Option(
+            "--allow-partial", help="Port the rest if hyper-connections are missing, or have names that no layout has."
+        ),
     ] = False,
-    dtype: Annotated[str | None, typer.Option(help="Store weights in this dtype; else each keeps its own.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Store weights in this dtype. Default: each keeps its own.")] = None,
     allow_approximate: Annotated[
-        bool, typer.Option("--allow-approximate", help="Write though the target computes another function.")
+        bool, typer.Option("--allow-approximate", help="Write even if the target computes another function.")
     ] = False,
     into: Annotated[
         Path | None,
         typer.Option(
-            help="Put the tensors into this safetensors directory, a new shard and a new index; or a GGUF file, whose "
-            "copy with them is written to TARGET."
+            help="Add the tensors to this safetensors directory, as a new shard with a new index; or to a copy of this "
+            "GGUF file, which is written to TARGET."
         ),
     ] = None,
-    verify: Annotated[int, typer.Option(min=1, help="Probe tokens to evaluate source and target on.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the probes.")] = 0,
+    verify: Annotated[
+        int, typer.Option(min=1, help="Number of probe tokens on which source and target are evaluated.")
+    ] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the probe tokens.")] = 0,
     activations: Annotated[
-        Path | None, typer.Option(help="A .npy or .safetensors file of streams [..., n, C] to evaluate on too.")
+        Path | None,
+        typer.Option(help="A .npy or .safetensors file of streams [..., n, C] on which they are evaluated too."),
     ] = None,
     norm_weight: Annotated[
         Path | None,
-        typer.Option(help="Divide φ by this checkpoint's norm weights, for a target that has them."),
+        typer.Option(help="A checkpoint with norm weights for a target that has them; φ is divided by them."),
     ] = None,
     stacks: Annotated[
         str,
         typer.Option(
-            help="MaxText: layers (scanned), unscanned, dense_layers:3,moe_layers or unscanned:3,scanned_blocks/2."
+            help="MaxText's stacks: layers (scanned), unscanned, dense_layers:3,moe_layers or "
+            "unscanned:3,scanned_blocks/2."
         ),
     ] = "layers",
-    scan_axis: Annotated[int, typer.Option(min=0, max=1, help="MaxText: param_scan_axis.")] = 1,
+    scan_axis: Annotated[int, typer.Option(min=0, max=1, help="MaxText's param_scan_axis.")] = 1,
     names: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,35 +99,37 @@ def port(
         ),
     ] = None,
     from_names: Annotated[
-        list[str] | None, typer.Option(help="The same of the source's, where its layout doesn't know them.")
+        list[str] | None, typer.Option(help="Prefix of the source's tensors, if its layout doesn't know them.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that exists.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read names and shapes, print the plan.")] = False,
-    read_back: Annotated[
-        bool, typer.Option("--read-back", help="Read the target again before it takes its place, and compare.")
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read names and shapes and print the plan; write nothing.")
     ] = False,
-    machine: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="A line a site.")] = False,
+    read_back: Annotated[
+        bool,
+        typer.Option("--read-back", help="Read the target again before it takes its place, and compare every bit."),
+    ] = False,
+    machine: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print a line for each site.")] = False,
 ) -> None:
     """Port the hyper-connections of a checkpoint to another layout and dialect, and say how exact the result is.
 
-    Exit status: 0 written; 4 approximate, and not allowed; 5 impossible; 6 nothing says what the source computes; 7
-    hyper-connections are missing, or have names that nobody knows; 2 a broken source, or a target in the way; 3 a
-    package is missing; 1 what was measured contradicts the verdict. Nothing is written but for 0.
+    Exit status: 0 written; 4 approximate, and not allowed; 5 impossible; 6 nothing says which function the source
+    computes; 7 hyper-connections are missing, or have names that no layout has; 2 a broken source, or a target in the
+    way; 3 a package is missing; 1 the measurement contradicts the verdict. Nothing is written unless it is 0.
     """
     from conformance.porter.errors import Ambiguous, PortError
     from conformance.porter.port import Options, Refused
-    from conformance.porter.port import port as move
     from conformance.porter.storage.stacks import Stacks
 
     if not to:
         stop("--to must name the target's layout: " + ", ".join(_layouts()), USAGE)
     if into is not None and target is not None and to != "gguf":
         if target.resolve() != into.resolve():
-            stop(f"--into takes the tensors, {target} would too: name one of them", USAGE)
+            stop(f"--into takes the tensors, and so would {target}: name one of them", USAGE)
         target = None
     try:
-        given = Options(
+        options = Options(
             to=to, source_layout=source_layout, dialect=dialect, to_dialect=to_dialect, dtype=dtype,
             assume=assume, config=config, to_config=to_config, allow_partial=allow_partial,
             allow_approximate=allow_approximate, into=into, verify=verify, seed=seed,
@@ -123,13 +138,13 @@ def port(
             source_names=prefixes(from_names or []), overwrite=overwrite, dry_run=dry_run, read_back=read_back,
         )  # fmt: skip
         try:
-            report = _run(move, source, target, given)
+            report = _run(source, target, options)
         except Ambiguous as error:
             if not (sys.stdin.isatty() and sys.stderr.isatty()):
                 raise
             typer.echo(f"mhc-conformance: {error}", err=True)
             chosen = typer.prompt(f"the source's layout ({', '.join(error.fits)})", err=True)
-            report = _run(move, source, target, _with(given, source_layout=chosen))
+            report = _run(source, target, dataclasses.replace(options, source_layout=chosen))
     except Refused as error:
         _show(error.report, machine, verbose, dry_run)
         stop(str(error), error.status)
@@ -138,19 +153,20 @@ def port(
     _show(report, machine, verbose, dry_run)
 
 
-def _with(options: Any, **changes: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(options, **changes)
-
-
-def _run(move: Any, source: Path, target: Path | None, options: Any) -> PortReport:
+def _run(source: Path, target: Path | None, options: Options) -> PortReport:
+    """Ports with a progress bar on standard error."""
     from rich.console import Console
     from rich.progress import Progress
 
+    from conformance.porter.port import port as move
+
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("sites", total=None)
-        return move(source, target, options, lambda done, total: bar.update(task, completed=done, total=total))
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return move(source, target, options, show)
 
 
 def _layouts() -> list[str]:
@@ -159,47 +175,47 @@ def _layouts() -> list[str]:
     return list(layouts())
 
 
-def prefixes(given: list[str]) -> dict[str, str]:
+def prefixes(texts: list[str]) -> dict[str, str]:
     """Prefixes of tensors by kind of site, from ``attention=…``, ``ffn=…``, ``head=…`` and ``site=…``.
 
     Raises:
-        PortError: a text is none of these, or gives a kind another prefix than a text before it, has a control
-            character in it, or a layer's number that what stands beside it would run into.
+        PortError: a text has another form, names a kind a second time, or has a control character in it; or a letter
+            or a digit stands directly beside the layer's number.
     """
     import re
     import unicodedata
 
     from conformance.porter.errors import PortError
 
-    found: dict[str, str] = {}
-    for text in given:
+    by_kind: dict[str, str] = {}
+    for text in texts:
         kind, equals, template = text.partition("=")
         numbers = {"attention": 1, "ffn": 1, "head": 0, "site": 0}.get(kind)
         if not equals or template.count("{layer}") != numbers:
             raise PortError(
-                f"names must be attention=…{{layer}}…, ffn=…{{layer}}…, head=… or site=… (a module on its own), a "
-                f"prefix for each, got {text!r}"
+                f"--names takes KIND=PREFIX, with KIND one of attention, ffn (PREFIX must contain {{layer}}), head, "
+                f"site (a single module); got {text!r}"
             )
-        if kind in found:
+        if kind in by_kind:
             raise PortError(
-                f"names of {kind} are given twice, {found[kind]!r} and {template!r}: one prefix for each kind"
+                f"--names has two prefixes for {kind}, {by_kind[kind]!r} and {template!r}: give one for each kind"
             )
         if any(unicodedata.category(character).startswith("C") for character in template):
             raise PortError(f"a prefix must have no control characters in it, got {text!r}")
         if numbers and (not re.search(r"\{layer\}[^A-Za-z0-9{]", template) or re.search(r"[0-9]\{layer\}", template)):
             raise PortError(
-                f"what follows {{layer}} in a prefix must start with . / or _, so that the number ends there, and no "
-                f"digit may stand before it, got {text!r}"
+                f"in a prefix, {{layer}} must be followed by . / or _, so that the number ends there, and no digit may "
+                f"stand before it; got {text!r}"
             )
-        found[kind] = template
-    return found
+        by_kind[kind] = template
+    return by_kind
 
 
-def _activations(path: Path) -> Any:
-    """Streams from a file: the array of a .npy, all tensors of a safetensors file.
+def _activations(path: Path) -> np.ndarray:
+    """Reads streams from a file: the array of a .npy file, or all tensors of a safetensors file.
 
     Raises:
-        PortError: it can't be read, or has no streams in it.
+        PortError: the file can't be read, or has no streams in it.
     """
     import numpy as np
 
@@ -220,7 +236,7 @@ def _activations(path: Path) -> Any:
             raise PortError(f"{path}: must hold {', '.join(DTYPES)}, got {value.dtype}")
         if value.ndim < 2 or value.shape[-2:] != values[0].shape[-2:] or not np.isfinite(value).all():
             raise PortError(
-                f"{path}: must hold finite streams [..., n, C], all of one n and C, got {list(value.shape)}"
+                f"{path}: must hold finite streams [..., n, C], all with the same n and C, got {list(value.shape)}"
             )
     if not values:
         raise PortError(f"{path}: has no tensors")
@@ -254,6 +270,6 @@ def _show(report: PortReport, machine: bool, verbose: bool, dry_run: bool = Fals
             f"written  {report.written}, {len(report.tensors)} tensors{', read back' if report.read_back else ''}"
         )
     elif dry_run:
-        typer.echo("plan     nothing is written by a dry run; what would be:")
+        typer.echo("plan     a dry run writes nothing; a port would write:")
         for name, (shape, kind) in report.tensors.items():
             typer.echo(f"  {name} {shape} {kind}")

@@ -1,4 +1,4 @@
-"""``mhc-conformance verdicts``."""
+"""The command ``mhc-conformance verdicts``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from conformance.cli.fresh import HELP, dialects_given
 @app.command()
 def verdicts(
     source: Annotated[str | None, typer.Argument(help=f"{HELP}.")] = None,
-    target: Annotated[str | None, typer.Argument(help="Another: say what differs, and what a port would be.")] = None,
+    target: Annotated[
+        str | None, typer.Argument(help="A second dialect: explain a port from the first to this one.")
+    ] = None,
     write: Annotated[
         Path | None,
-        typer.Option(help="Put the table, and that of the layouts, between their markers in this Markdown file."),
+        typer.Option(help="Write the tables of verdicts and of layouts between their markers in this Markdown file."),
     ] = None,
 ) -> None:
-    """What a port between two dialects is: exact, exact to rounding, approximate or impossible.
+    """Say what a port between two dialects is: exact, exact to rounding, approximate or impossible.
 
-    Without dialects the table of all pairs; an approximate one has the deviation of out that a made-up site shows.
+    Without dialects, print the table of all pairs. An approximate port has the deviation of out on a made-up site.
     """
     from conformance.files import document
     from conformance.porter import table

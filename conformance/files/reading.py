@@ -26,6 +26,7 @@ Scalar = bool | int | float | str | None
 """What stands for itself in JSON."""
 LARGEST = 1 << 24
 """Bytes of a document, or of a line of one, unless its reader says otherwise; the largest of ours has 120,000."""
+LONGEST_REASON = 300
 DEEPEST = 32
 """Objects and lists in one another, where a record leaves open what a value is."""
 
@@ -137,8 +138,8 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def reason(error: BaseException) -> str:
-    """Why a file can't be read or written, without its name."""
-    return str(getattr(error, "strerror", None) or error)
+    """Why a file can't be read or written, without its name; a library's own words are cut where they are long."""
+    return str(getattr(error, "strerror", None) or error)[:LONGEST_REASON]
 
 
 def too_deep(value: Any, most: int = DEEPEST) -> bool:

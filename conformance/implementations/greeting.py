@@ -1,4 +1,4 @@
-"""What a program of its own process says, as records: its greeting and its answers (CONTRACT.md)."""
+"""What a program of its own process says, as records: its greeting and its answers (docs/contract.md)."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def read_greeting(line: bytes) -> tuple[str, Capabilities]:
     place = f"its greeting {_begins(line)}"
     protocol = _PROTOCOL.decode(line, place).protocol
     if protocol != PROTOCOL:
-        raise ProgramError(f"expected protocol {PROTOCOL!r}, got {protocol!r}")
+        raise ProgramError(f"expected protocol {PROTOCOL!r}, got {shown(protocol)}")
     greeting = _GREETING.decode(line, place)
     unknown = sorted({*greeting.capabilities.stages, *greeting.capabilities.outputs} - set(STAGES))
     if unknown:
-        raise ProgramError(f"capabilities: stages must be among {', '.join(STAGES)}, got {', '.join(unknown)}")
+        raise ProgramError(f"capabilities: stages must be among {', '.join(STAGES)}, got {shown(unknown[0])}")
     return greeting.name, _capabilities(greeting.capabilities)
 
 

@@ -1,4 +1,4 @@
-"""A program of its own process as an implementation: ``--impl 'exec:./program arguments'`` (CONTRACT.md).
+"""A program of its own process as an implementation: ``--impl 'exec:./program arguments'`` (docs/contract.md).
 
 Each call writes one safetensors file, sends one JSON line that names it, and reads the file that the program wrote.
 What a program does wrong is an exception here and a verdict in the suite; it is started again for the next call.
@@ -11,9 +11,11 @@ import json
 import os
 import selectors
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,8 @@ class ProgramImplementation:
 
     def __init__(self, command: str, limit: float):
         self._command, self._limit = shlex.split(command), limit
-        self._folder = tempfile.TemporaryDirectory(prefix="mhc-conformance-")
+        self._folder = Path(tempfile.mkdtemp(prefix="mhc-conformance-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # also where it is never closed
         self._process: Child | None = None
         self._calls = 0
         if not self._command:
@@ -62,7 +65,7 @@ class ProgramImplementation:
         """The stage in the program (`Implementation.call`)."""
         self._calls += 1
         name = str(self._calls)
-        given, written = (Path(self._folder.name) / f"{name}.{kind}" for kind in ("input", "output"))
+        given, written = (self._folder / f"{name}.{kind}" for kind in ("input", "output"))
         weights = {*LAYER_WEIGHTS, *HEAD_WEIGHTS}
         tensors = {f"{'weight' if k in weights else 'input'}/{k}": np.ascontiguousarray(v) for k, v in inputs.items()}
         tensors.update({f"cotangent/{k}": np.ascontiguousarray(v) for k, v in (cotangents or {}).items()})
@@ -84,7 +87,7 @@ class ProgramImplementation:
             self._stop()
             raise
         finally:
-            for path in Path(self._folder.name).iterdir():
+            for path in self._folder.iterdir():
                 path.unlink()
 
     def _read(self, path: Path, name: str, inputs: Arrays) -> Result:

@@ -7,17 +7,23 @@ carries a proved error with each value.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import flint
 import numpy as np
 
+from conformance.oracle.arithmetic import Array, Parameters
 from conformance.oracle.style import Style
 
-Array = Any
 FIRST_PRECISION, LAST_PRECISION = 256, 4096
+
+_EXP = np.frompyfunc(lambda a: a.exp(), 1, 1)
+_LOG = np.frompyfunc(lambda a: a.log(), 1, 1)
+_SQRT = np.frompyfunc(lambda a: a.sqrt(), 1, 1)
+_SIGMOID = np.frompyfunc(lambda a: 1 / (1 + (-a).exp()), 1, 1)
+_IS_ZERO = np.frompyfunc(lambda a: a.is_zero(), 1, 1)
 
 
 class PrecisionExhausted(ArithmeticError):
@@ -50,11 +56,21 @@ class BallArithmetic:
         balls[:] = [flint.arb(float(v)) for v in flat]
         return balls.reshape(np.shape(values))
 
-    exp = staticmethod(np.frompyfunc(lambda a: a.exp(), 1, 1))
-    log = staticmethod(np.frompyfunc(lambda a: a.log(), 1, 1))
-    sqrt = staticmethod(np.frompyfunc(lambda a: a.sqrt(), 1, 1))
-    sigmoid = staticmethod(np.frompyfunc(lambda a: 1 / (1 + (-a).exp()), 1, 1))
-    is_zero = staticmethod(np.frompyfunc(lambda a: a.is_zero(), 1, 1))
+    @staticmethod
+    def exp(a: Array) -> Array:
+        return _EXP(a)
+
+    @staticmethod
+    def log(a: Array) -> Array:
+        return _LOG(a)
+
+    @staticmethod
+    def sqrt(a: Array) -> Array:
+        return _SQRT(a)
+
+    @staticmethod
+    def is_zero(a: Array) -> Array:
+        return _IS_ZERO(a)
 
     def sum(self, a: Array, axis: int) -> Array:
         if a.shape[axis] == 0:
@@ -72,7 +88,7 @@ class BallArithmetic:
 
     @staticmethod
     def maximum_along(a: Array, axis: int) -> Array:
-        """A shift: any value gives the same result, so the midpoints decide, exactly."""
+        """The entry with the largest midpoint. It is only a shift: every value would give the same result."""
         if a.size == 0:
             return np.expand_dims(np.empty(np.delete(a.shape, axis), dtype=object), axis)
         index = np.argmax(_midpoints(a), axis=axis)
@@ -95,13 +111,13 @@ class BallArithmetic:
 
     @staticmethod
     def first_equal(a: Array, largest: Array, axis: int) -> np.ndarray:
-        """Where ``a`` is what `maximum_along` chose."""
+        """True at the entries of ``a`` that `maximum_along` chose."""
         if a.size == 0:
             return np.zeros(a.shape, bool)
         index = np.expand_dims(np.argmax(_midpoints(a), axis=axis), axis)
-        found = np.zeros(a.shape, bool)
-        np.put_along_axis(found, index, True, axis)
-        return found
+        chosen = np.zeros(a.shape, bool)
+        np.put_along_axis(chosen, index, True, axis)
+        return chosen
 
     def sum_exp(self, level: Array, axis: int) -> Array:
         return np.expand_dims(self.sum(self.exp(level), axis), axis)
@@ -120,7 +136,7 @@ class BallArithmetic:
     def sum_in_activation(self, a: Array, axis: int) -> Array:
         return self.sum(a, axis)
 
-    def of_matrix(self, p: Mapping[str, Any]) -> BallArithmetic:
+    def of_matrix(self, p: Parameters) -> BallArithmetic:
         del p
         return self
 
@@ -129,7 +145,7 @@ class BallArithmetic:
 
     def sigmoid_and_rest(self, z: Array) -> tuple[Array, Array]:
         """sigmoid(z) and 1 - sigmoid(z)."""
-        s = self.sigmoid(z)
+        s = _SIGMOID(z)
         return s, self.constant(1) - s
 
     @staticmethod
@@ -160,7 +176,7 @@ def _side(value: flint.arb, limit: flint.arb) -> int:
 
 
 def _midpoints(a: Array) -> np.ndarray:
-    """Midpoints as floats; only used to choose a shift, never stored."""
+    """The midpoints as floats; they only choose a shift and are never stored."""
     return np.asarray(np.frompyfunc(float, 1, 1)(a)).astype(np.float64)
 
 
@@ -185,13 +201,16 @@ def _exact_to_float(point: flint.arb) -> float:
 
 
 def to_float64(a: Array) -> np.ndarray:
-    """Correctly rounded float64 of every element; `NotRounded` where the balls are too wide."""
+    """The correctly rounded float64 of every element; raises `NotRounded` if a ball is too wide."""
     flat = np.asarray(a, dtype=object).reshape(-1)
     return np.array([_rounded(v) for v in flat], dtype=np.float64).reshape(np.shape(a))
 
 
-def certified(evaluate: Callable[[], dict[str, Array]], what: str) -> dict[str, np.ndarray]:
+def certified(evaluate: Callable[[], dict[str, Array]], label: str) -> dict[str, np.ndarray]:
     """Evaluates at rising precision until every ball rounds to one float64.
+
+    Args:
+        label: names the values in the error's message.
 
     Raises:
         PrecisionExhausted: at `LAST_PRECISION` bits some value is still undecided.
@@ -206,7 +225,7 @@ def certified(evaluate: Callable[[], dict[str, Array]], what: str) -> dict[str, 
             except NotRounded as error:
                 if precision >= LAST_PRECISION:
                     raise PrecisionExhausted(
-                        f"{what}: undecided at {LAST_PRECISION} bits, the largest working precision: {error}"
+                        f"{label}: undecided at {LAST_PRECISION} bits, the largest working precision: {error}"
                     ) from error
             precision *= 2
     finally:

@@ -22,7 +22,7 @@ PER_STREAM = (1, 0.25, 4, 0.5, 2, 1, 0.125, 1)
 
 @dataclass
 class Draft:
-    """Everything a case file holds except what the oracle adds."""
+    """The contents of a case file before the oracle adds expected values and bounds."""
 
     id: str
     family: str
@@ -44,7 +44,7 @@ class Draft:
 
 @dataclass
 class Wish:
-    """What a family asks for; the rest has the generic values.
+    """The values that a family asks for; all others are generic.
 
     Attributes:
         dialect: the row's name, of which ids and data are made.
@@ -92,7 +92,7 @@ def _float32(values: np.ndarray) -> np.ndarray:
 
 
 def stream_scales(streams: int) -> np.ndarray:
-    """Powers of two that set the streams apart; beyond 8 the same pattern, times other powers."""
+    """Powers of two that tell the streams from each other; beyond 8 the pattern repeats with other factors."""
     index = np.arange(streams)
     repeat = index // len(PER_STREAM) % 5
     return np.take(PER_STREAM, index % len(PER_STREAM)) * np.take([1, 0.5, 2, 0.25, 4], repeat)
@@ -105,24 +105,24 @@ def layer_weights(wish: Wish, p: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if p["residual"] == "identity":
         del columns["res"]
     snap = _float32 if wish.fine else data.shared_grid
-    found: dict[str, np.ndarray] = {}
+    weights: dict[str, np.ndarray] = {}
     for k, m in columns.items():
-        found[f"{k}_alpha"] = snap(data.normal(f"{wish.id}/{k}_alpha", (width, m)) * (LOGIT_SCALE / math.sqrt(width)))
-        found[f"{k}_alpha_scale"] = data.shared_grid(np.array([{"pre": 0.9, "post": -1.3, "res": 1.7}[k]]))
+        weights[f"{k}_alpha"] = snap(data.normal(f"{wish.id}/{k}_alpha", (width, m)) * (LOGIT_SCALE / math.sqrt(width)))
+        weights[f"{k}_alpha_scale"] = data.shared_grid(np.array([{"pre": 0.9, "post": -1.3, "res": 1.7}[k]]))
         shape = (n, n) if k == "res" and p["residual"] == "sinkhorn" else (m,)
-        found[f"{k}_beta"] = data.shared_grid(data.normal(f"{wish.id}/{k}_beta", shape))
+        weights[f"{k}_beta"] = data.shared_grid(data.normal(f"{wish.id}/{k}_beta", shape))
     if p["norm_weight"]:
-        found["mhc_norm.scale"] = data.powers_of_two(f"{wish.id}/norm", (width,), -1, 1)
+        weights["mhc_norm.scale"] = data.powers_of_two(f"{wish.id}/norm", (width,), -1, 1)
     for name, value in wish.weights.items():
-        if name in found:
-            found[name] = data.shared_grid(np.broadcast_to(np.asarray(value), found[name].shape))
+        if name in weights:
+            weights[name] = data.shared_grid(np.broadcast_to(np.asarray(value), weights[name].shape))
     if wish.layers:
-        found = {k: np.stack([_vary(wish, k, v, index) for index in range(wish.layers)]) for k, v in found.items()}
-    return found
+        weights = {k: np.stack([_vary(wish, k, v, index) for index in range(wish.layers)]) for k, v in weights.items()}
+    return weights
 
 
 def _vary(wish: Wish, name: str, value: np.ndarray, index: int) -> np.ndarray:
-    """The weights of layer ``index``: the same scales, other numbers."""
+    """The weights of layer ``index``: they have the same scales and other numbers."""
     alike = name in wish.weights and np.ndim(wish.weights[name]) == 0  # one number, asked for in every layer
     if name.endswith("_alpha_scale") or name == "mhc_norm.scale" or alike:
         return value
@@ -144,7 +144,7 @@ def build(wish: Wish) -> Draft:
     x = snap(data.normal(f"{label}/x", (*wish.lead, n, p["dim"])) * per_stream * scale * wish.x_scale)
     matrix = (math.factorial(n),) if p["residual"] == "permutations" else (n, n)
     to_coefficients = data.shared_grid if p["coefficients"] == "activation" else _float32
-    made: dict[str, np.ndarray] = {
+    tensors: dict[str, np.ndarray] = {
         "x": x,
         "embedding": snap(data.normal(f"{label}/embedding", (*wish.lead, p["dim"])) * wish.x_scale),
         "y": snap(data.normal(f"{label}/y", (*wish.lead, p["dim"])) * wish.x_scale),
@@ -159,14 +159,16 @@ def build(wish: Wish) -> Draft:
         # All of float32's bits: where it is cast to a narrow dtype on its way, that shows.
         "carried": _float32(data.uniform(f"{label}/carried", (*wish.lead, n), 2**20, 20 * 2**20) / 2**24),
     }
-    made.update(wish.tensors)
-    made.update(layer_weights(wish, p))
+    tensors.update(wish.tensors)
+    tensors.update(layer_weights(wish, p))
     head = {
         "head_fn": snap(data.normal(f"{label}/head_fn", (width, n)) * (LOGIT_SCALE / math.sqrt(width))),
         "head_base": data.shared_grid(data.normal(f"{label}/head_base", (n,))),
         "head_scale": data.shared_grid(np.array([1.3])),
     }
-    made.update({k: data.shared_grid(np.asarray(wish.weights[k])) if k in wish.weights else v for k, v in head.items()})
+    tensors.update(
+        {k: data.shared_grid(np.asarray(wish.weights[k])) if k in wish.weights else v for k, v in head.items()}
+    )
 
     stages, cotangents = {}, {}
     outputs_shape = {
@@ -183,12 +185,12 @@ def build(wish: Wish) -> Draft:
         absent |= set() if single_pass else {"carried"}
         inputs = [k for k in spec.inputs if k not in absent]
         outputs = [k for k in spec.outputs if k not in absent and (single_pass or name == "coefficients" or k != "pre")]
-        weights = [k for k in spec.weights if k in made and (k in HEAD_WEIGHTS) == (name == "head")]
+        weights = [k for k in spec.weights if k in tensors and (k in HEAD_WEIGHTS) == (name == "head")]
         stages[name] = {"inputs": inputs, "weights": weights, "outputs": outputs, "options": options[name]}
         shapes = {}
         for output in outputs:
             if output in ("load_balance_loss", "moe_bias_updates"):
-                shapes[output] = made[output].shape
+                shapes[output] = tensors[output].shape
             elif output == "out":
                 tail = outputs_shape["out"].get(name, (p["dim"],))
                 tail = (n, p["dim"]) if options[name].get("reduce") == "none" else tail
@@ -201,7 +203,7 @@ def build(wish: Wish) -> Draft:
         variants += _variant("float32-float32", _wanted(wish, "float32-float32", names), p, True)
     return Draft(
         id=label, family=wish.family, why=wish.why, clause=wish.clause, dialect=row.told,
-        overrides={**row.overrides, **wish.overrides}, parameters=p, stages=stages, variants=variants, tensors=made,
+        overrides={**row.overrides, **wish.overrides}, parameters=p, stages=stages, variants=variants, tensors=tensors,
         cotangents=cotangents, layout=wish.layout, quick=wish.quick, exact=wish.exact, gradients=wish.gradients,
     )  # fmt: skip
 
@@ -211,7 +213,7 @@ def _wanted(wish: Wish, variant: str, stages: list[str]) -> list[str]:
 
 
 def _variant(name: str, stages: list[str], p: Mapping[str, Any], tf32: bool) -> list[dict[str, Any]]:
-    """The stages that a pair of dtypes tells something new about; none where nothing would be left."""
+    """The stages for which a pair of dtypes adds information; empty if there is none."""
     x, weights = name.split("-")
     narrow = x in ("bfloat16", "float16")
     secondary = weights != ("float64" if x == "float64" else "float32")

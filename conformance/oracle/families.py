@@ -1,4 +1,4 @@
-"""The case families of the golden corpus (conformance.md, "Case families")."""
+"""The case families of the golden corpus (docs/bound.md, "Case families")."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _of_row(name: str, parameters: dict[str, Any]) -> Iterator[Wish]:
 
 
 def _reductions(p: dict[str, Any]) -> list[Any]:
-    """``head`` where the dialect has one (MaxText may have either), and the plain reduction."""
+    """The reductions of a dialect: ``head`` if it has one (MaxText may have either), and the plain reduction."""
     how = p["reduce"] if p["reduce"] in ("sum", "mean", "carried") else "sum"
     with_head = p["reduce"] == "head" or p["head_norm_eps"] is not None
     return [("reduce", {"how": how}), *(["head"] if with_head else [])]
@@ -265,7 +265,7 @@ def _plumbing(name: str, p: dict[str, Any]) -> Iterator[Wish]:
 
 
 def _short_stacks(name: str) -> Iterator[Wish]:
-    """A few single-pass sites: where the first one reads, and the gradient through the carried pre, in every dtype."""
+    """A few single-pass sites, which show the first site's read and the gradient of the carried pre in every dtype."""
     for layers in (1, 2, 3):
         yield Wish("stack", "a chain of sites, each reading with the pre of the one before", "Single pass", name,
                    f"{layers}-sites", stages=[("stack", {"layers": layers, "reduce": "carried"})], layers=layers,
@@ -309,7 +309,7 @@ def _exact_mixing(name: str, p: dict[str, Any]) -> Wish:
 
 
 def _seen_in_every_dtype() -> Iterator[Wish]:
-    """What one published row has, on rows whose coefficients are float32: a mistake shows with x in bfloat16 too."""
+    """Features of a single published row, on rows with float32 coefficients, where x in bfloat16 shows mistakes too."""
     why, variants = "what one row has alone, where rounded coefficients don't hide it", (*F32, *NARROW)
     kinds: tuple[tuple[str, tuple[str, ...], dict[str, Any], dict[str, Any]], ...] = (
         (

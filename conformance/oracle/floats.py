@@ -1,19 +1,19 @@
-"""Rounded arithmetic for the honest ensemble: the same on every machine.
+"""Rounded arithmetic for the honest ensemble, with the same results on every machine.
 
-Only elementwise IEEE operations, sums in an explicit order and correctly rounded exp and log: no BLAS,
-no libm result that is kept unchecked, no framework.
+It uses only elementwise IEEE operations, sums in an explicit order and correctly rounded exp and log: no BLAS, no
+unchecked result of libm, no framework.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from conformance.oracle.arithmetic import Parameters
 from conformance.oracle.style import Style
 
 NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -200,24 +200,24 @@ class FloatArithmetic:
         with np.errstate(over="ignore"):
             return ordered_sum(a.astype(self.narrow), axis, self.style.order).astype(self.dtype)
 
-    def of_matrix(self, p: Mapping[str, Any]) -> FloatArithmetic:
+    def of_matrix(self, p: Parameters) -> FloatArithmetic:
         """The arithmetic of Sinkhorn's passes: rounded throughout where they are made in the activations' dtype."""
         if self.narrow is None or p["matrix"] == "float32":
             return self
-        found = copy.copy(self)
-        found.passes, found.separates = True, self.style.round_products
-        found.style = dataclasses.replace(self.style, log_domain=False, potentials=False)
+        changed = copy.copy(self)
+        changed.passes, changed.separates = True, self.style.round_products
+        changed.style = dataclasses.replace(self.style, log_domain=False, potentials=False)
         self.rounded = True
-        return found
+        return changed
 
     def round_matrix(self, a: np.ndarray) -> np.ndarray:
         return self._narrowed(a, self.passes)
 
     def wide(self) -> FloatArithmetic:
-        """The same with coefficients and mixing in the working precision."""
-        found = copy.copy(self)
-        found.acts = found.mixes = False
-        return found
+        """This arithmetic with coefficients and mixing in the working precision."""
+        changed = copy.copy(self)
+        changed.acts = changed.mixes = False
+        return changed
 
     def add_parts(self, parts: list[np.ndarray]) -> np.ndarray:
         total = np.zeros_like(parts[0])
@@ -227,7 +227,7 @@ class FloatArithmetic:
 
 
 class Quick(FloatArithmetic):
-    """float64 by NumPy's own elementary functions: near enough for telling dialects apart, and fast."""
+    """float64 with NumPy's own elementary functions, fast and exact enough to tell dialects from each other."""
 
     def __init__(self) -> None:
         super().__init__(Style(), "float64", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from conformance.cases.case import CaseError, read_tensors
 from conformance.files import atomic
+from conformance.oracle.arithmetic import Arithmetic, Array
 from conformance.oracle.balls import BallArithmetic, certified
 from conformance.oracle.build import Draft, build
 from conformance.oracle.evaluate import evaluate
@@ -27,7 +28,7 @@ from conformance.oracle.style import Style, ensemble
 CASE_FORMAT, MANIFEST_FORMAT = "mhc-conformance-case/1", "mhc-conformance-manifest/1"
 GATES = ("pre", "post", "H")
 K_FLOAT32, K_ROUNDED = 32.0, 4.0
-"""Multiples of the honest error: K_ROUNDED where narrow intermediates dominate it (conformance.md, "The bound")."""
+"""Multiples of the honest error: K_ROUNDED where narrow intermediates dominate it (docs/bound.md, "The bound")."""
 K_STACK = 8.0
 """For a stack under a narrow x: streams are stored between its sites, and a rounding that flips there moves all that
 follows by a whole unit. At 4 released code (vllm's mhc_pre_delayed_torch, two sites in bfloat16) came to 1.15."""
@@ -44,20 +45,22 @@ def case_ids() -> list[str]:
     return ids
 
 
+def family_names() -> list[str]:
+    """The families, in their order."""
+    return list(dict.fromkeys(wish.family for wish in _WISHES))
+
+
 def complete(case: Draft) -> bytes:
-    """One case as the bytes of its file."""
+    """Completes a case with expected values and bounds; returns the bytes of its file."""
     _inputs_from_oracle(case)
     tensors: dict[str, np.ndarray] = {}
     bounds: dict[str, Any] = {}
     for stage, entry in case.stages.items():
-        given = {k: case.tensors[k] for k in (*entry["inputs"], *entry["weights"])}
+        inputs = {k: case.tensors[k] for k in (*entry["inputs"], *entry["weights"])}
         cotangents = case.cotangents[stage]
         routed = {k: v for k, v in cotangents.items() if k not in ("load_balance_loss", "moe_bias_updates")}
 
-        def run(A: Any, stage: str = stage, given: Any = given, routed: Any = routed, entry: Any = entry) -> Any:
-            found = evaluate(stage, given, routed, case.parameters, entry["options"], A)
-            return {k: v for k, v in found.items() if case.gradients or "/" not in k}
-
+        run = _evaluation(case, stage, inputs, routed)
         expected = certified(lambda run=run: run(BallArithmetic()), f"{case.id}, stage {stage}")
         for name, value in expected.items():
             kind, _, tensor = name.rpartition("/")
@@ -85,6 +88,18 @@ def complete(case: Draft) -> bytes:
     return canonical_bytes(ordered, metadata)
 
 
+def _evaluation(
+    case: Draft, stage: str, inputs: dict[str, np.ndarray], cotangents: dict[str, np.ndarray]
+) -> Callable[[Arithmetic], dict[str, Array]]:
+    """The stage as a function of the arithmetic; without gradients if the case has none."""
+
+    def run(A: Arithmetic) -> dict[str, Array]:
+        values = evaluate(stage, inputs, cotangents, case.parameters, case.stages[stage]["options"], A)
+        return {k: v for k, v in values.items() if case.gradients or "/" not in k}
+
+    return run
+
+
 def canonical_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
     """safetensors bytes that depend on the content alone: the header is written again, with sorted keys."""
     raw = save(tensors, metadata=None)
@@ -96,7 +111,7 @@ def canonical_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) ->
 
 
 def _stored(name: str, case: Draft) -> np.ndarray:
-    """x-like inputs as bfloat16 where they fit, everything else as float32."""
+    """An input as it is stored: those like x in bfloat16 if their values fit, all others in float32."""
     value = case.tensors[name].astype(np.float32)
     narrow = value.astype(ml_dtypes.bfloat16)
     fits = np.array_equal(narrow.astype(np.float32), value) and any(
@@ -106,21 +121,21 @@ def _stored(name: str, case: Draft) -> np.ndarray:
 
 
 def _inputs_from_oracle(case: Draft) -> None:
-    """post's own inputs are the oracle's gates and H for this x, rounded to the grid of the coefficients."""
+    """Sets post's own inputs to the oracle's gates and H for this x, rounded to the grid of the coefficients."""
     if "post" not in case.stages or "H" in case.tensors:
         return
     weights = case.stages["coefficients"]["weights"]
-    given = {"x": case.tensors["x"], **{k: case.tensors[k] for k in weights}}
+    inputs = {"x": case.tensors["x"], **{k: case.tensors[k] for k in weights}}
     cotangents = case.cotangents["coefficients"]
-    found = certified(
+    gates = certified(
         lambda: {
             k: v
-            for k, v in evaluate("coefficients", given, cotangents, case.parameters, {}, BallArithmetic()).items()
+            for k, v in evaluate("coefficients", inputs, cotangents, case.parameters, {}, BallArithmetic()).items()
             if k in ("post", "H")
         },
         f"{case.id}, inputs of post",
     )
-    for name, value in found.items():
+    for name, value in gates.items():
         value = value.astype(np.float32)
         if case.parameters["coefficients"] == "activation":
             value = value.astype(ml_dtypes.bfloat16).astype(np.float32)
@@ -128,7 +143,9 @@ def _inputs_from_oracle(case: Draft) -> None:
         case.tensors[name] = value
 
 
-def _bounds(case: Draft, stage: str, expected: dict[str, np.ndarray], run: Callable[[Any], Any]) -> dict[str, Any]:
+def _bounds(
+    case: Draft, stage: str, expected: dict[str, np.ndarray], run: Callable[[Arithmetic], dict[str, Array]]
+) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     measured: dict[tuple[str, str | None], tuple[dict[str, float], bool]] = {}
     last_axis = axes(case.parameters)[1] if case.parameters["guard"] == "none" else None
@@ -170,7 +187,7 @@ def _row(name: str, expected: np.ndarray, honest: float, factor: float, contract
 
 def _honest(
     expected: dict[str, np.ndarray],
-    run: Callable[[Any], Any],
+    run: Callable[[Arithmetic], dict[str, Array]],
     contract: str,
     narrow: str | None,
     last_axis: int | None,
@@ -178,21 +195,21 @@ def _honest(
     """Largest error of the ensemble for each output and gradient, and whether narrow roundings took part.
 
     Args:
-        last_axis: the axis of H whose sums are measured on dual potentials; None where there are none.
+        last_axis: the axis of H whose sums are measured on dual potentials; None if none are used.
     """
     tensors = [name for name in expected if not name.startswith("m/")]
     worst = dict.fromkeys(tensors, 0.0)
     rounded = False
     for style in ensemble():
         arithmetic = FloatArithmetic(style, contract, narrow)
-        found = run(arithmetic)
+        values = run(arithmetic)
         rounded |= arithmetic.rounded
         if style.potentials and "H" in worst and last_axis is not None:
             # The exponential of a logarithm keeps no sum to (n + 2) u: what remains is measured.
-            sums = (found["H"].astype(np.float64) - expected["H"]).sum(last_axis)
+            sums = (values["H"].astype(np.float64) - expected["H"]).sum(last_axis)
             worst[SUMS] = max(worst.get(SUMS, 0.0), float(np.max(np.abs(sums), initial=0.0)))
         for name in tensors:
-            error = np.abs(found[name].astype(np.float64) - expected[name])
+            error = np.abs(values[name].astype(np.float64) - expected[name])
             if not np.isfinite(error).all():
                 raise ValueError(f"{name} isn't finite in {contract}, {narrow or 'wide'}, {style}")
             worst[name] = max(worst[name], float(np.max(error, initial=0.0)))
@@ -210,7 +227,13 @@ def _make(index: int) -> tuple[str, bytes]:
 _WISHES = list(wishes())
 
 
-def regenerate(target: Path, jobs: int = 2, check: bool = False, progress: Callable[[int, int], None] | None = None):
+def regenerate(
+    target: Path,
+    jobs: int = 2,
+    check: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    families: Collection[str] = (),
+) -> list[str]:
     """Rewrites the corpus in ``target`` and says what changed.
 
     Args:
@@ -218,17 +241,27 @@ def regenerate(target: Path, jobs: int = 2, check: bool = False, progress: Calla
         jobs: worker processes.
         check: only compare, write nothing.
         progress: called with (done, all) after each case.
+        families: only compare the cases of these, and nothing that others have; needs ``check``.
 
     Returns:
         One line for each file added, removed or changed (with the largest difference).
+
+    Raises:
+        ValueError: families are given without ``check``, or one of them is unknown.
     """
-    ids = case_ids()
+    unknown = sorted(set(families) - set(family_names()))
+    if unknown or (families and not check):
+        raise ValueError(f"expected families of {', '.join(family_names())}, and check, got {', '.join(families)}")
+    case_ids()
+    indices = [k for k, wish in enumerate(_WISHES) if not families or wish.family in families]
     made: dict[str, bytes] = {}
     with processes(jobs) as pool:
-        for done, (name, content) in enumerate(pool.imap_unordered(_make, range(len(ids)), chunksize=4), 1):
+        for done, (name, content) in enumerate(pool.imap_unordered(_make, indices, chunksize=4), 1):
             made[f"{name}.safetensors"] = content
             if progress:
-                progress(done, len(ids))
+                progress(done, len(indices))
+    if families:
+        return _differences(target, made)
     files = {
         name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         for name, content in sorted(made.items())
@@ -249,6 +282,17 @@ def regenerate(target: Path, jobs: int = 2, check: bool = False, progress: Calla
             path.unlink()
         else:
             atomic.write(path, content)
+    return changes
+
+
+def _differences(target: Path, made: Mapping[str, bytes]) -> list[str]:
+    """One line for each file that isn't what was made."""
+    changes = []
+    for name, content in sorted(made.items()):
+        path = target / name
+        before = path.read_bytes() if path.exists() else None
+        if before != content:
+            changes.append(_change(name, before, content))
     return changes
 
 

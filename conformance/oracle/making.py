@@ -1,7 +1,7 @@
-"""Cases made on the spot, for a row that the corpus has no cases of.
+"""Makes cases on the spot, for a row that the corpus has no cases of.
 
-They are made as the corpus is: true values from ball arithmetic, bounds from the honest ensemble. This needs the extra
-``regenerate`` (python-flint).
+They are made as the corpus is: true values come from ball arithmetic, bounds from the honest ensemble. This needs the
+extra ``regenerate`` (python-flint).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ NARROW = ("float16", "bfloat16")
 
 @dataclass
 class Made:
-    """What came of making cases.
+    """The cases that were made, and those that could not be made.
 
     Attributes:
         cases: those that were made, in the order of the families.
-        left_out: a line for each that wasn't, at least not in narrow dtypes, and why.
+        left_out: a line for each case that wasn't made, or not in every dtype; it gives the reason.
     """
 
     cases: list[Case] = field(default_factory=list)
@@ -51,13 +51,13 @@ def chosen(
     families: Collection[str] = (),
     quick: bool = False,
 ) -> list[Wish]:
-    """The cases that fit a row, with nothing in them that isn't asked for.
+    """The wishes that fit a row, without the stages and dtypes that aren't asked for.
 
     Args:
-        stages, dtypes: what is going to be run.
-        patterns: globs of which a case's id must match one, where there are any.
-        families: those that are asked for; empty for all.
-        quick: only `QUICK`.
+        stages, dtypes: those that are going to be run.
+        patterns: globs; a case's id must match one of them, if there are any.
+        families: the families that are asked for; empty for all.
+        quick: whether only `QUICK` is asked for.
     """
     wishes = [
         wish
@@ -70,7 +70,7 @@ def chosen(
 
 
 def _narrowed(wish: Wish, stages: Collection[str], dtypes: Collection[str]) -> Wish | None:
-    """The wish with these stages and dtypes alone: every other one would cost its evaluation. None where none is left.
+    """The wish with these stages and dtypes alone, because others would cost their evaluation; None if none is left.
 
     The stage post takes its inputs from the true coefficients, which therefore stay.
     """
@@ -120,7 +120,7 @@ def make(
 
 
 class _Alone:
-    """Stands in for a pool where one process is enough."""
+    """Stands in for a pool if one process is enough."""
 
     imap = staticmethod(map)
 
@@ -132,7 +132,7 @@ class _Alone:
 
 
 def _write(job: tuple[Wish, Path]) -> list[str]:
-    """Writes a case without the dtypes that the row overflows; a line for whatever was left out, and why."""
+    """Writes a case without the dtypes that the row overflows; returns a line for each that was left out."""
     wish, path = job
     try:
         case = build(wish)
@@ -149,10 +149,10 @@ def _write(job: tuple[Wish, Path]) -> list[str]:
     if not beyond:
         return []
     path.unlink(missing_ok=True)
-    rest = [variant for variant in wish.variants if variant not in beyond]
-    more = _write((dataclasses.replace(wish, variants=rest), path)) if rest else []
-    whole = [line for line in more if line.startswith(f"{wish.id}:")]
-    return whole or [f"{wish.id} in {', '.join(sorted(beyond))}: {reason}", *more]
+    remaining = [variant for variant in wish.variants if variant not in beyond]
+    of_the_rest = _write((dataclasses.replace(wish, variants=remaining), path)) if remaining else []
+    whole = [line for line in of_the_rest if line.startswith(f"{wish.id}:")]
+    return whole or [f"{wish.id} in {', '.join(sorted(beyond))}: {reason}", *of_the_rest]
 
 
 def _line(error: Exception) -> str:
@@ -161,12 +161,12 @@ def _line(error: Exception) -> str:
 
 def _beyond(case: Case) -> set[str]:
     """Variants in whose dtypes some true value is infinite: an honest implementation can't return it."""
-    found = set()
+    variants = set()
     for item in case.items():
         inputs = item.inputs()
         for tensor, value in item.expected.items():
             name = tensor.removeprefix("d/")
             dtype = inputs[name].dtype if tensor != name else item.output_dtype(name)
             if np.max(np.abs(value), initial=0.0) > float(ml_dtypes.finfo(dtype).max):
-                found.add(item.variant.name.removesuffix("-tf32"))
-    return found
+                variants.add(item.variant.name.removesuffix("-tf32"))
+    return variants

@@ -1,4 +1,4 @@
-"""The residual matrix and its vector-Jacobian product, in any arithmetic (mathematics.md, "The residual matrix").
+"""The residual matrix and its vector-Jacobian product, in any arithmetic (docs/mathematics.md, "The residual matrix").
 
 `passes` lists the axes in the order in which they are normalised. They run on P itself, on its logarithm, or on the
 logarithms of the scalings of rows and columns (the dual potentials): the same values in exact arithmetic.
@@ -7,13 +7,11 @@ logarithms of the scalings of rows and columns (the dual potentials): the same v
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-Array = Any
-Parameters = Mapping[str, Any]
+from conformance.oracle.arithmetic import Arithmetic, Array, Parameters, Pullback
+
 ROWS, COLUMNS = -1, -2
 """The axes of a pass over rows and over columns of ``[T, n, n]``."""
 AXES = {"rows": ROWS, "columns": COLUMNS}
@@ -28,23 +26,23 @@ def axes(p: Parameters) -> tuple[int, int]:
 
 def passes(p: Parameters) -> list[int]:
     """The axes of all passes after the start; a softmax over the axis normalised first takes the first one's place."""
-    every = list(axes(p)) * p["iterations"]
-    return every[1:] if AXES.get(p["softmax"]) == every[0] else every
+    normalised = list(axes(p)) * p["iterations"]
+    return normalised[1:] if AXES.get(p["softmax"]) == normalised[0] else normalised
 
 
-def residual_matrix(logits: Array, p: Parameters, A: Any):
+def residual_matrix(logits: Array, p: Parameters, A: Arithmetic) -> tuple[Array, Pullback]:
     """H ``[T, n, n]`` from its logits ``[T, n, n]`` (``[T, n!]`` for permutations)."""
     return permutations(logits, p["streams"], A) if p["residual"] == "permutations" else sinkhorn(logits, p, A)
 
 
-def softmax(logits: Array, axis: int, A: Any):
+def softmax(logits: Array, axis: int, A: Arithmetic) -> tuple[Array, Pullback]:
     """Softmax along ``axis``, shifted by the maximum; returns (value, its pullback)."""
     shifted = logits - A.maximum_along(logits, axis)
     e = A.exp(shifted)
     total = np.expand_dims(A.sum(e, axis), axis)
     q = A.round_matrix(A.exp(shifted - A.log(total)) if A.style.log_domain else e / total)
 
-    def pullback(g):
+    def pullback(g: Array) -> Array:
         if logits.shape[axis] == 1:  # one entry is always 1, exactly: no ball around 0
             return g * A.constant(0)
         return q * (g - np.expand_dims(A.sum(q * g, axis), axis))
@@ -52,7 +50,7 @@ def softmax(logits: Array, axis: int, A: Any):
     return q, pullback
 
 
-def permutations(logits: Array, streams: int, A: Any):
+def permutations(logits: Array, streams: int, A: Arithmetic) -> tuple[Array, Pullback]:
     """mHC-lite: a softmax over the n! permutation matrices, ``P[i, p(i)] = 1``."""
     table = list(itertools.permutations(range(streams)))
     q, softmax_pullback = softmax(logits, -1, A)
@@ -61,7 +59,7 @@ def permutations(logits: Array, streams: int, A: Any):
     for i, j in itertools.product(range(streams), repeat=2):
         value[:, i, j] = A.sum(q[:, [k for k, order in enumerate(table) if order[i] == j]], -1)
 
-    def pullback(g):
+    def pullback(g: Array) -> Array:
         g_q = np.empty_like(q)
         for k, order in enumerate(table):
             g_q[:, k] = A.sum(np.stack([g[:, i, order[i]] for i in range(streams)], -1), -1)
@@ -70,7 +68,7 @@ def permutations(logits: Array, streams: int, A: Any):
     return value, pullback
 
 
-def sinkhorn(logits: Array, p: Parameters, A: Any):
+def sinkhorn(logits: Array, p: Parameters, A: Arithmetic) -> tuple[Array, Pullback]:
     """The N iterations as written; returns H ``[T, n, n]`` and its pullback."""
     A = A.of_matrix(p)
     logits, limit_pullback = _limited(logits, p, A)
@@ -83,19 +81,19 @@ def sinkhorn(logits: Array, p: Parameters, A: Any):
     return value, lambda g: limit_pullback(pullback(g))
 
 
-def _limited(logits: Array, p: Parameters, A: Any):
-    """The logits clipped to the row's limit, where it has one."""
+def _limited(logits: Array, p: Parameters, A: Arithmetic) -> tuple[Array, Pullback]:
+    """The logits, clipped if the row has a limit."""
     if p["logit_limit"] is None:
         return logits, lambda g: g
     value, inside = A.clip(logits, A.constant(p["logit_limit"]))
     return value, lambda g: np.where(inside, g, A.constant(0))
 
 
-def _shifted(logits: Array, axis: int, A: Any):
+def _shifted(logits: Array, axis: int, A: Arithmetic) -> tuple[Array, Pullback]:
     """``logits - maximum``, and the pullback: the maximum's share goes to the entry that it is."""
     largest = A.maximum_along(logits, axis)
 
-    def pullback(g):
+    def pullback(g: Array) -> Array:
         if logits.shape[axis] == 1:  # one entry is its own maximum: exactly 0, no ball around it
             return g * A.constant(0)
         total = np.expand_dims(A.sum(g, axis), axis)
@@ -104,7 +102,7 @@ def _shifted(logits: Array, axis: int, A: Any):
     return logits - largest, pullback
 
 
-def _start(logits: Array, p: Parameters, A: Any):
+def _start(logits: Array, p: Parameters, A: Arithmetic) -> tuple[Array, Array | None, Pullback]:
     """P before the first pass, its logarithm, and the pullback from P's cotangent."""
     if p["softmax"] == "none":
         level, shift_pullback = _shifted(logits, axes(p)[0], A)
@@ -116,8 +114,8 @@ def _start(logits: Array, p: Parameters, A: Any):
     return value, None, lambda g: A.round_matrix(softmax_pullback(g))
 
 
-def _guarded(total: Array, p: Parameters, A: Any):
-    """The denominator, and where it depends on the sum (None: everywhere)."""
+def _guarded(total: Array, p: Parameters, A: Arithmetic) -> tuple[Array, Array | None]:
+    """The denominator, and a mask of the entries that depend on the sum (None: all do)."""
     if p["guard"] in ("add", "denominator"):
         return A.round_matrix(total + A.constant(p["eps"])), None
     if p["guard"] == "clip":
@@ -125,7 +123,7 @@ def _guarded(total: Array, p: Parameters, A: Any):
     return total, None
 
 
-def _on_values(logits: Array, p: Parameters, A: Any):
+def _on_values(logits: Array, p: Parameters, A: Arithmetic) -> tuple[Array, Pullback]:
     value, _, start_pullback = _start(logits, p, A)
     steps: list[tuple[int, Array, Array, Array | None]] = []
     for axis in passes(p):
@@ -134,7 +132,7 @@ def _on_values(logits: Array, p: Parameters, A: Any):
         value = A.round_matrix(value)
         steps.append((axis, value, denominator, active))
 
-    def pullback(g):
+    def pullback(g: Array) -> Array:
         for axis, after, denominator, active in reversed(steps):
             if A.separates:  # as differentiating a division makes them: two rounded parts, added
                 part = A.round_matrix(g / denominator)
@@ -150,12 +148,11 @@ def _on_values(logits: Array, p: Parameters, A: Any):
     return value, pullback
 
 
-def _on_logarithms(logits: Array, p: Parameters, A: Any):
+def _on_logarithms(logits: Array, p: Parameters, A: Arithmetic) -> tuple[Array, Pullback]:
     start, level, start_pullback = _start(logits, p, A)
-    plain = p["softmax"] != "none" and p["guard"] != "add"
-    softmax_axis = AXES.get(p["softmax"])
+    log_softmax_axis = None if p["guard"] == "add" else AXES.get(p["softmax"])
     if level is None:
-        level = A.log_softmax(logits, softmax_axis) if plain else A.log(start)
+        level = A.log(start) if log_softmax_axis is None else A.log_softmax(logits, log_softmax_axis)
     steps: list[tuple[int, Array, Array | None]] = []
     for axis in passes(p):
         denominator, active = _guarded(A.sum_exp(level, axis), p, A)
@@ -163,13 +160,13 @@ def _on_logarithms(logits: Array, p: Parameters, A: Any):
         steps.append((axis, level, active))
     value = A.exp(level)
 
-    def pullback(g):
+    def pullback(g: Array) -> Array:
         g = g * value
         for axis, after, active in reversed(steps):
             total = np.expand_dims(A.sum(g, axis), axis) * A.exp(after)
             g = g - (total if active is None else np.where(active, total, A.constant(0)))
-        if plain and softmax_axis is not None:  # of log-softmax
-            return g - start * np.expand_dims(A.sum(g, softmax_axis), softmax_axis)
+        if log_softmax_axis is not None:
+            return g - start * np.expand_dims(A.sum(g, log_softmax_axis), log_softmax_axis)
         if p["softmax"] == "none":
             return _shifted(logits, axes(p)[0], A)[1](g)
         return start_pullback(g / start)
@@ -177,13 +174,13 @@ def _on_logarithms(logits: Array, p: Parameters, A: Any):
     return value, pullback
 
 
-def _on_potentials(logits: Array, p: Parameters, A: Any):
+def _on_potentials(logits: Array, p: Parameters, A: Arithmetic) -> tuple[Array, Pullback]:
     """``H = exp(L + f + g)``; a pass over an axis sets its potential to ``-log sum exp(L + the other)`` there."""
-    softmax_axis, every = AXES.get(p["softmax"]), passes(p)
-    every = every if softmax_axis is None else [softmax_axis, *every]
+    softmax_axis, normalised = AXES.get(p["softmax"]), passes(p)
+    normalised = normalised if softmax_axis is None else [softmax_axis, *normalised]
     potential = {ROWS: A.constant(0), COLUMNS: A.constant(0)}
     steps: list[tuple[int, Array]] = []
-    for axis in every:
+    for axis in normalised:
         level = logits + potential[COLUMNS + ROWS - axis]
         largest = A.maximum_along(level, axis)
         total = A.sum_exp(level - largest, axis)
@@ -191,7 +188,7 @@ def _on_potentials(logits: Array, p: Parameters, A: Any):
         steps.append((axis, A.exp(level - largest) / total))
     value = A.exp(logits + potential[ROWS] + potential[COLUMNS])
 
-    def pullback(g):
+    def pullback(g: Array) -> Array:
         g_level = g * value
         g_logits = g_level
         pending = {axis: np.expand_dims(A.sum(g_level, axis), axis) for axis in (ROWS, COLUMNS)}

@@ -43,7 +43,7 @@ def _difference(logits: np.ndarray, iterations: int, eps: float) -> float:
 
 
 def relative(logits: np.ndarray, iterations: int) -> float:
-    """The same, as a multiple of the bound of H for these logits in float32."""
+    """`difference` as a multiple of the bound of H for these logits in float32."""
     return min(_difference(logits, iterations, eps) / _bound(logits, iterations, eps) for eps in (0.0, 1e-6))
 
 
@@ -56,8 +56,8 @@ def _bound(logits: np.ndarray, iterations: int, eps: float) -> float:
     true = residual.sinkhorn(logits[None], p, Quick())[0]
     honest = 0.0
     for style in ensemble():
-        found = residual.sinkhorn(logits[None].astype(np.float32), p, FloatArithmetic(style, "float32", None))[0]
-        honest = max(honest, float(np.abs(found.astype(np.float64) - true).max()))
+        rounded = residual.sinkhorn(logits[None].astype(np.float32), p, FloatArithmetic(style, "float32", None))[0]
+        honest = max(honest, float(np.abs(rounded.astype(np.float64) - true).max()))
     return K_FLOAT32 * max(honest, 2.0**-24)
 
 
@@ -88,14 +88,14 @@ def search(streams: int, iterations: int, seed: int = 0, restarts: int = 12, ste
 
 
 def main() -> None:
-    found = {}
+    slowest = {}
     for streams in (2, 3, 4, 8):
         for iterations in (10, 20):
             logits = search(streams, iterations)
-            found[f"n{streams}-N{iterations}"] = logits.tolist()
+            slowest[f"n{streams}-N{iterations}"] = logits.tolist()
             change, ratio = difference(logits, iterations), relative(logits, iterations)
             print(f"n={streams} N={iterations}: {change:.2e}, {ratio:.3g} times the bound", flush=True)
-    atomic.write(STORE, json.dumps(found, indent=1))
+    atomic.write(STORE, json.dumps(slowest, indent=1))
 
 
 if __name__ == "__main__":

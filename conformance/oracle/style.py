@@ -1,4 +1,10 @@
-"""Honest ways to evaluate the same layer: what a careful implementation is free to choose."""
+"""Honest ways to evaluate the same layer: the choices that are free to a careful implementation.
+
+`conformance.selftest.arithmetic.Choice` has a list of choices too, and several of them are these. The lists stay two.
+`Style` belongs to the formulas of the oracle, in NumPy, and its ensemble makes the bounds; `Choice` belongs to a layer
+in PyTorch that is derived by autograd, and its variants test the bounds. If one list were made from the other, a choice
+forgotten in the bounds would be forgotten in their test.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +15,12 @@ ORDERS = ("forward", "backward", "pairwise", "lanes4", "lanes8", "scattered")
 
 @dataclass(frozen=True)
 class Style:
-    """One honest evaluation. The value in exact arithmetic is the same for all of them.
+    """One honest evaluation; in exact arithmetic every style gives the same value.
 
     Attributes:
         order: order of summation, one of `ORDERS`.
-        log_domain: Sinkhorn and softmax on logarithms.
-        potentials: Sinkhorn on the logarithms of the scalings of rows and columns, where no eps guards a sum.
+        log_domain: Sinkhorn and softmax are evaluated on logarithms.
+        potentials: Sinkhorn is evaluated on the logarithms of the scalings of rows and columns, if no eps guards a sum.
         norm_after: the norm is divided out after the projection.
         reciprocal: a division is a multiplication by the reciprocal.
         round_logits: where coefficients are kept in the activations' dtype, the logits and their gradients are too.

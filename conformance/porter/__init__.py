@@ -1,4 +1,5 @@
-"""The porter: moves the weights of hyper-connections between frameworks, layouts and dialects (mathematics.md).
+"""The porter: moves the weights of hyper-connections between frameworks, layouts and dialects (docs/mathematics.md).
 
-`port.port` does it, `inspection.inspect` says what a checkpoint holds, `verdict.derive` what a port can be.
+`port.port` ports a checkpoint, `inspection.inspect` shows its hyper-connections, and `verdict.derive` says how exact a
+port can be.
 """

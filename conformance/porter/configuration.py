@@ -1,4 +1,4 @@
-"""What a model's configuration says of its hyper-connections, and which values a port carries from one to another."""
+"""Reads a model's configuration for its hyper-connections, and carries values from one configuration to another."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from conformance.porter import parts
 from conformance.porter.errors import PACKAGE, PortError
 from conformance.porter.parts import OURS
 from conformance.porter.storage.checkpoint import PORT_KEY
+from conformance.porter.untyped import is_mapping
 from conformance.porter.verdict import ROUNDED
 
 OTHERS = {
@@ -22,7 +23,7 @@ OTHERS = {
     "kimi_k3": "attention residuals, which weigh the outputs of all earlier layers",
     "inkling2": "attention residuals, which weigh the outputs of all earlier layers",
 }
-"""Starts of a ``model_type``, and what such a model computes in the place of this layer."""
+"""Starts of a ``model_type``, and the function that such a model computes instead of this layer."""
 
 
 COUNTS = {
@@ -34,70 +35,71 @@ OTHERWISE = {
     "num_layers": ("hybrid_layer_pattern", "hybrid_override_pattern"),
     "base_num_decoder_layers": ("global_parameter_scale",),
 }
-"""Settings beside which such a key counts something else: half-layers, or layers before they are scaled."""
+"""Settings that change the meaning of such a key: it then counts half-layers, or layers before they are scaled."""
 WIDTHS = {"config.json": "hidden_size", "Megatron's arguments": "hidden_size", "MaxText's": "base_emb_dim"}
 """Starts of a configuration's place, and the key of C there."""
 INHERITS = ("base_config", "model_name")
-"""Keys of MaxText that name files which are read too: that of a model after all others, and it wins."""
+"""Keys of MaxText that name further files of settings; the file of a model is read last, and its values count."""
 
 
 def model_types(config: Mapping[str, Any] | None) -> list[str]:
     """The ``model_type`` of a configuration and of its language model's part, as far as they are stated."""
-    found = [part.get("model_type") for part in parts.of_language(config)]
-    return [str(kind) for kind in found if kind is not None]
+    kinds = [part.get("model_type") for part in parts.of_language(config)]
+    return [str(kind) for kind in kinds if kind is not None]
 
 
 def other_function(config: Mapping[str, Any] | None) -> str:
-    """What such a model computes where it is known to be no hyper-connection of this kind; empty otherwise."""
+    """The other function that such a model is known to compute; empty if there is none."""
     for kind in model_types(config):
-        for start, what in OTHERS.items():
+        for start, function in OTHERS.items():
             if kind.startswith(start):
-                return f"model_type {kind} computes {what}"
+                return f"model_type {kind} computes {function}"
     return ""
 
 
 def layers_stated(config: Mapping[str, Any] | None) -> tuple[int, int]:
-    """How many layers a configuration states, and how many more for multi-token prediction; 0 where it doesn't."""
-    layers, more = (
+    """The numbers of layers and of layers for multi-token prediction that a configuration states; 0 if it doesn't."""
+    layers, ahead = (
         next((count for count in _counts(config, keys).values() if type(count) is int and count > 0), 0)
         for keys in COUNTS.values()
     )
-    return layers, more
+    return layers, ahead
 
 
 def _counts(config: Mapping[str, Any] | None, keys: tuple[str, ...]) -> dict[str, Any]:
-    held = parts.stated(config)
+    settings_there = parts.stated(config)
     return {
-        key: held[key]
+        key: settings_there[key]
         for key in keys
-        if key in held and all(held.get(other) in (None, 1) for other in OTHERWISE.get(key, ()))
+        if key in settings_there
+        and all(settings_there.get(alternative) in (None, 1) for alternative in OTHERWISE.get(key, ()))
     }
 
 
 def miscounting(config: Mapping[str, Any] | None) -> str:
-    """In words, numbers of layers that are none, or that contradict each other; empty where nothing is wrong."""
-    for what, keys in COUNTS.items():
-        found = _counts(config, keys)
-        odd = next((key for key, count in found.items() if type(count) is not int or count < 0), None)
-        if odd is not None:
-            return f"{odd} is {found[odd]!r}, and no model has so many {what}"
-        if len(set(found.values())) > 1:
-            return " and ".join(f"{key} is {count}" for key, count in found.items())
+    """The numbers of layers that are impossible or contradict each other, in words; empty if nothing is wrong."""
+    for label, keys in COUNTS.items():
+        counts = _counts(config, keys)
+        impossible = next((key for key, count in counts.items() if type(count) is not int or count < 0), None)
+        if impossible is not None:
+            return f"{impossible} is {counts[impossible]!r}, and no model has so many {label}"
+        if len(set(counts.values())) > 1:
+            return " and ".join(f"{key} is {count}" for key, count in counts.items())
     return ""
 
 
 def sizes_stated(config: Mapping[str, Any] | None, known: Configuration) -> dict[str, Any]:
     """n and C as a configuration states them, under their names."""
-    held = parts.stated(config)
+    settings_there = parts.stated(config)
     keys = {key: "n" for key, names in known.keys.items() if names == ("streams",)}
     keys |= {key: "C" for start, key in WIDTHS.items() if known.place.startswith(start)}
-    if held.get("global_parameter_scale", 1) != 1:
+    if settings_there.get("global_parameter_scale", 1) != 1:
         keys.pop("base_emb_dim", None)
-    return {name: held[key] for key, name in keys.items() if key in held}
+    return {name: settings_there[key] for key, name in keys.items() if key in settings_there}
 
 
 def unclear(config: Mapping[str, Any] | None, known: Configuration) -> str:
-    """In words, why a configuration's values can't be taken; empty where they can."""
+    """Why a configuration's values can't be taken, in words; empty if they can."""
     counted = tuple(key for keys in COUNTS.values() for key in keys)
     keys = (*known.keys, *known.requires, *WIDTHS.values(), *counted)
     return parts.not_understood(config) or parts.contradiction(config, keys) or miscounting(config)
@@ -111,66 +113,66 @@ def unknown_keys(config: Mapping[str, Any] | None, known: Configuration) -> list
 
 
 def contradicted(config: Mapping[str, Any] | None, known: Configuration) -> str:
-    """The switch that makes the software compute another row, with its value; empty where none does."""
-    held = parts.stated(config)
-    wrong = (key for key, value in known.requires.items() if key in held and held[key] != value)
-    return next((f"{key} is {held[key]}" for key in wrong), "")
+    """The switch that makes the software compute another row, with its value; empty if there is none."""
+    settings_there = parts.stated(config)
+    wrong = (key for key, value in known.requires.items() if key in settings_there and settings_there[key] != value)
+    return next((f"{key} is {settings_there[key]}" for key in wrong), "")
 
 
 def values(config: Mapping[str, Any] | None, known: Configuration) -> Parameters:
-    """The parameters that a configuration sets, and ``streams`` where it states n.
+    """The parameters that a configuration sets, and ``streams`` if it states n.
 
     Raises:
         PortError: two keys set one parameter differently.
     """
-    held, found, told_by = parts.stated(config), Parameters(), dict[str, str]()
+    settings_there, parameters_set, set_by = parts.stated(config), Parameters(), dict[str, str]()
     for key, parameters in known.keys.items():
-        if key not in held:
+        if key not in settings_there:
             continue
-        number = held[key]
+        number = settings_there[key]
         for name in parameters:
             value = -number if name.startswith("-") and isinstance(number, int | float) else number
             name = name.removeprefix("-")
-            if name in found and found[name] != value:
-                raise PortError(f"{told_by[name]} and {key} set {name} to {found[name]} and to {value}")
-            found[name], told_by[name] = value, key
-    return found
+            if name in parameters_set and parameters_set[name] != value:
+                raise PortError(f"{set_by[name]} and {key} set {name} to {parameters_set[name]} and to {value}")
+            parameters_set[name], set_by[name] = value, key
+    return parameters_set
 
 
 def inherited(config: Mapping[str, Any] | None) -> dict[str, str]:
     """The files of settings that a configuration of MaxText names, under the keys that name them."""
-    held = parts.stated(config)
-    return {key: str(held[key]) for key in INHERITS if held.get(key) not in (None, "", "default")}
+    settings_there = parts.stated(config)
+    return {key: str(settings_there[key]) for key in INHERITS if settings_there.get(key) not in (None, "", "default")}
 
 
 def left_open(config: Mapping[str, Any] | None, known: Configuration) -> list[str]:
-    """Keys of a row's software, and its switches, whose values a configuration leaves to files that it names.
+    """The keys and switches of a row's software whose values a configuration leaves to files that it names.
 
-    A file may be read before it, and then what it states itself counts, or after it, as MaxText reads that of a model
-    (maxtext 0.2.5, configs/pyconfig.py); then everything is open.
+    If such a file is read before the configuration, the configuration's own values count. MaxText reads a model's file
+    after it (maxtext 0.2.5, configs/pyconfig.py); then all values are open.
     """
-    held, named = parts.stated(config), inherited(config)
-    after = "model_name" in named and held.get("override_model_config") is not True
-    return [key for key in (*known.keys, *known.requires) if named and (after or key not in held)]
+    settings_there, named = parts.stated(config), inherited(config)
+    after = "model_name" in named and settings_there.get("override_model_config") is not True
+    return [key for key in (*known.keys, *known.requires) if named and (after or key not in settings_there)]
 
 
 def settings(parameters: Mapping[str, Any], base: str, only: Collection[str] | None = None) -> dict[str, Any]:
-    """For each key whose value isn't the row's own, what must be set for these parameters; the first key of each.
+    """The settings that these parameters need: each key whose value isn't the row's own; the first key of each.
 
     Args:
-        only: keys that there are, where they aren't all of the row's.
+        only: the keys that exist, if they aren't all of the row's.
     """
-    row, told = dialects.dialect_rows()[base], set[str]()
-    found: dict[str, Any] = _switches(base)
+    row, covered = dialects.dialect_rows()[base], set[str]()
+    needed: dict[str, Any] = _switches(base)
     for key, names in _keys(base, only).items():
         bare = [name.removeprefix("-") for name in names if name != "streams"]
-        if not bare or told >= {*names} or len({parameters[name] for name in bare}) > 1:
+        if not bare or covered >= {*names} or len({parameters[name] for name in bare}) > 1:
             continue
         value = parameters[bare[0]]
         if any(value != row[name] for name in bare) and value is not None:
-            found[key] = -value if names[0].startswith("-") else value
-        told |= {*names}
-    return found
+            needed[key] = -value if names[0].startswith("-") else value
+        covered |= {*names}
+    return needed
 
 
 def _keys(base: str, only: Collection[str] | None) -> dict[str, tuple[str, ...]]:
@@ -179,9 +181,9 @@ def _keys(base: str, only: Collection[str] | None) -> dict[str, tuple[str, ...]]
 
 
 def beyond(parameters: Mapping[str, Any], base: str, only: Collection[str] | None = None) -> list[str]:
-    """Parameters that the row's software can't be set to: it computes the row's own value, or another's.
+    """The parameters that the row's software can't be set to, because no key sets them.
 
-    Left out are those that only say where it is rounded, and what the tensors themselves tell.
+    Parameters that only say where values are rounded, and those that the tensors themselves tell, don't count.
     """
     wanted = {
         **dialects.dialect_rows()[base], **values(settings(parameters, base, only), dialects.configuration(base))
@@ -191,49 +193,51 @@ def beyond(parameters: Mapping[str, Any], base: str, only: Collection[str] | Non
 
 
 def _switches(base: str) -> dict[str, Any]:
-    """The switches that choose a row among those of its software, where they aren't off for it."""
-    own = dialects.configuration(base)
+    """The switches that are on for a row and tell it from the other rows of its software."""
+    software = dialects.configuration(base)
     others = [dialects.configuration(name) for name in dialects.dialect_names()]
-    rivals = [other.requires for other in others if other.place == own.place]
-    return {k: v for k, v in own.requires.items() if v and any(other.get(k) is False for other in rivals)}
+    rivals = [rival.requires for rival in others if rival.place == software.place]
+    return {k: v for k, v in software.requires.items() if v and any(rival.get(k) is False for rival in rivals)}
 
 
 def carried(parameters: Mapping[str, Any], base: str, only: Collection[str] | None = None) -> Parameters:
-    """The row ``base`` with the values of ``parameters`` wherever its software takes them from its configuration.
+    """The row ``base`` with those values of ``parameters`` that its software takes from its configuration.
 
-    A key that sets several parameters can carry one value: where the source's differ, the row's own stay; and so they
-    do where the software can't have the source's, such as an eps of 0 under a guard that adds it.
+    A key that sets several parameters has one value. If the source's values differ, or if the software can't have
+    them (such as an eps of 0 under a guard that adds it), the row's own values stay.
     """
-    found = dialects.dialect_rows()[base]
+    adjusted = dialects.dialect_rows()[base]
     for names in _keys(base, only).values():
         bare = [name.removeprefix("-") for name in names if name != "streams"]
         wanted = {parameters[name] for name in bare}
-        if len(wanted) == 1 and all((found[name] is None) == (parameters[name] is None) for name in bare):
-            candidate = found | dict.fromkeys(bare, wanted.pop())
+        if len(wanted) == 1 and all((adjusted[name] is None) == (parameters[name] is None) for name in bare):
+            candidate = adjusted | dict.fromkeys(bare, wanted.pop())
             with contextlib.suppress(dialects.DialectError):
                 dialects.check(candidate, base)
-                found = candidate
-    return found
+                adjusted = candidate
+    return adjusted
 
 
 def described(parameters: Mapping[str, Any], base: str, streams: int) -> dict[str, Any]:
     """Every key of the row's software with its value for these parameters, the first key of each parameter."""
-    found, told = dict[str, Any](), set[str]()
+    settings_there, covered = dict[str, Any](), set[str]()
     for key, names in dialects.configuration(base).keys.items():
         having = {**parameters, "streams": streams}
         wanted = {having[name.removeprefix("-")] for name in names}
-        if not told >= {*names} and len(wanted) == 1 and None not in wanted:
+        if not covered >= {*names} and len(wanted) == 1 and None not in wanted:
             value = wanted.pop()
-            found[key] = -value if names[0].startswith("-") else value
-            told |= {*names}
-    return found
+            settings_there[key] = -value if names[0].startswith("-") else value
+            covered |= {*names}
+    return settings_there
 
 
 def written(
     parameters: Mapping[str, Any], base: str, models: Mapping[str, str], sizes: Mapping[str, int]
 ) -> dict[str, Any]:
-    """A ``config.json`` that states a model's hyper-connections, and nothing else of it; empty where no software of the
-    row reads one, or where it couldn't state these parameters: it would be of another function.
+    """A ``config.json`` that states a model's hyper-connections and nothing else.
+
+    It is empty if no software of the row reads one, or if it can't state these parameters and so would describe
+    another function.
 
     Args:
         models: the layout's, for each ``model_type`` its row.
@@ -265,9 +269,9 @@ def read(path: Path) -> dict[str, Any]:
         content = json.loads(text, object_pairs_hook=_unrepeated) if path.suffix == ".json" else _yaml(text)
     except (ValueError, RecursionError) as error:
         raise PortError(f"{path}: expected JSON, or YAML where it ends in .yml, got {str(error)[:200]}") from error
-    if not isinstance(content, dict):
+    if not is_mapping(content):
         raise PortError(f"{path}: expected a mapping of settings, got {type(content).__name__}")
-    return content
+    return dict(content)
 
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""What a port does to the weights of a site, in float64, and how much of it the storage dtype rounds away."""
+"""Converts the weights of a site in float64, and measures how much the storage dtype rounds away."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -32,7 +33,7 @@ class Converted:
     weights: Weights
     rounding: float = 0.0
     underflows: int = 0
-    errors: dict[str, np.ndarray] = field(default_factory=dict)
+    errors: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
 
 
 def convert(
@@ -41,7 +42,7 @@ def convert(
     steps: tuple[str, ...],
     streams: int,
     residual: str,
-    dtype: np.dtype | None,
+    dtype: np.dtype[Any] | None,
     norm: np.ndarray | None = None,
 ) -> Converted:
     """The weights after the verdict's steps.
@@ -56,25 +57,27 @@ def convert(
         PortError: a value doesn't fit into the dtype.
     """
     kept = {name: value.dtype if dtype is None else dtype for name, value in weights.items()}
-    found = dict(weights)
+    changed = dict(weights)
     if not site.head:
         if "fold" in steps:
-            scale = found.pop(NORM).astype(np.float64)[:, None]
+            scale = changed.pop(NORM).astype(np.float64)[:, None]
             with np.errstate(over="ignore"):  # said below, with its place
-                found |= {k: found[k].astype(np.float64) * scale for k in ALPHAS if k in found}
+                changed |= {k: changed[k].astype(np.float64) * scale for k in ALPHAS if k in changed}
         if "unfold" in steps and norm is not None:
-            found |= {k: found[k].astype(np.float64) / norm.astype(np.float64)[:, None] for k in ALPHAS if k in found}
-            found, kept[NORM] = {NORM: norm, **found}, kept["pre_alpha"] if dtype is None else dtype
+            changed |= {
+                k: changed[k].astype(np.float64) / norm.astype(np.float64)[:, None] for k in ALPHAS if k in changed
+            }
+            changed, kept[NORM] = {NORM: norm, **changed}, kept["pre_alpha"] if dtype is None else dtype
         if "ones" in steps:
             kept[NORM] = kept["pre_alpha"]
-            found = {NORM: np.ones(found["pre_alpha"].shape[0], kept[NORM]), **found}
-        if "transpose" in steps and "res_alpha" in found:
+            changed = {NORM: np.ones(changed["pre_alpha"].shape[0], kept[NORM]), **changed}
+        if "transpose" in steps and "res_alpha" in changed:
             order = transposition(streams, residual)
-            found["res_alpha"] = found["res_alpha"][:, order]
-            beta = found["res_beta"]
-            found["res_beta"] = beta.T if residual == "sinkhorn" else beta[order]
+            changed["res_alpha"] = changed["res_alpha"][:, order]
+            beta = changed["res_beta"]
+            changed["res_beta"] = beta.T if residual == "sinkhorn" else beta[order]
     result = Converted({})
-    for name, value in found.items():
+    for name, value in changed.items():
         with np.errstate(over="ignore"):
             stored = value.astype(kept[name], copy=False)
         if stored is not weights.get(name):
@@ -104,6 +107,12 @@ def _unseen(
     return 0.0 if np.isin(mantissas, (0.0, 0.5)).all() else 2.0**-53
 
 
+def smallest_normal(dtype: np.dtype[Any]) -> float:
+    """The smallest positive normal number of a dtype."""
+    finfo: Any = ml_dtypes.finfo  # its attributes have no types
+    return float(finfo(dtype).smallest_normal)
+
+
 def transposition(streams: int, residual: str) -> list[int]:
     """Columns of the residual projection in the order that transposes H.
 
@@ -131,6 +140,6 @@ def _account(site: SiteKey, name: str, exact: np.ndarray, stored: np.ndarray, re
     if not error.any():
         return
     result.errors[name] = error
-    normal = size >= float(ml_dtypes.finfo(stored.dtype).smallest_normal)
+    normal = size >= smallest_normal(stored.dtype)
     result.underflows += int(np.count_nonzero(error[~normal]))
     result.rounding = max(result.rounding, float(np.max(error[normal] / size[normal], initial=0.0)))

@@ -18,7 +18,7 @@ from conformance.porter.verdict import APPROXIMATE, Reason, Verdict
 NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 TOKENS = 4
 ANOTHER_FUNCTION = Verdict((Reason(APPROXIMATE, ""),))
-"""What weights are compared under that aren't held to any bound."""
+"""The verdict for comparing weights that aren't held to any bound."""
 
 
 def signs(model: Model) -> Iterator[str]:
@@ -75,9 +75,9 @@ def _on_the_grid(value: np.ndarray) -> bool:
 
 
 def _narrow(model: Model) -> Iterator[str]:
-    """Sites in a narrow dtype, and what the rounding of float32 weights to it costs there.
+    """A line on how far the rounding of float32 weights to a narrow dtype moves the results of the sites in it.
 
-    The weights before are unknown: numbers are drawn that would have been rounded to these, and both are evaluated.
+    The weights before the rounding are unknown: numbers that round to these are drawn, and both are evaluated.
     """
     narrow = sorted({*model.dtypes} & {*NARROW})
     if not narrow:

@@ -9,7 +9,7 @@ or are under names that no layout has."""
 
 
 class PortError(Exception):
-    """What was expected, what came and what to do, in one line; it names the file and the tensor.
+    """An error whose one line names the file and the tensor, and says what was expected, what came and what to do.
 
     Attributes:
         status: the exit status of the command line.
@@ -21,7 +21,7 @@ class PortError(Exception):
 
 
 class Incomplete(PortError):
-    """Some of a checkpoint isn't there; what is there may be of use."""
+    """A part of a checkpoint is missing; the rest may be of use."""
 
 
 class Ambiguous(PortError):

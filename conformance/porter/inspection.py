@@ -1,4 +1,4 @@
-"""What a checkpoint holds of hyper-connections, and what is odd about it."""
+"""Inspects the hyper-connections of a checkpoint, and lists its oddities."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from conformance.porter import configuration, damage, dialects
 from conformance.porter import names as naming
-from conformance.porter.model import Model, understand
+from conformance.porter.model import Model
 from conformance.porter.storage.opening import open_checkpoint
+from conformance.porter.understanding import understand
 
 
 @dataclass
@@ -19,14 +20,14 @@ class Inspection:
 
     Attributes:
         layers: for each group (``layers``, ``mtp``) and kind of site, the layer numbers that have it.
-        tensors: mHC tensors; ``all_tensors`` counts the others too.
-        bytes: of the mHC tensors.
-        stacked: how scanned layers lie, empty where none is; ``scan_axes`` along which axes.
-        dialects: those whose weights look like these, the likeliest first.
-        dialect: the one that a port would take, and ``told_by`` why.
-        assumed: nothing says that it is that dialect.
+        tensors: the number of mHC tensors; ``all_tensors`` counts the others too.
+        bytes: the size of the mHC tensors.
+        stacked: how scanned layers are stacked, empty if none is; ``scan_axes`` lists the axes.
+        dialects: the dialects whose weights look like these, the likeliest first.
+        dialect: the dialect that a port would take, and ``told_by`` the reason.
+        assumed: whether that dialect is only an assumption.
         problem: why no dialect can be assumed; then there is no verdict on a port.
-        odd: a line for each thing that is unusual.
+        odd: a line for each oddity.
     """
 
     path: str
@@ -51,7 +52,7 @@ class Inspection:
     told_by: str
     assumed: bool = False
     problem: str = ""
-    odd: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list[str])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,14 +67,13 @@ def inspect(
     """Reads names, shapes and mHC tensors of the checkpoint at ``path``.
 
     Args:
-        layout: its layout, recognised where it isn't given.
+        layout: its layout; it is recognised if this is None.
         names: prefixes of its tensors that the layout doesn't know, under ``attention``, ``ffn`` and ``head``.
-
-        config: the configuration of its model, where it isn't the ``config.json`` beside it.
+        config: the configuration of its model; if this is None, the ``config.json`` in the same directory.
 
     Raises:
         Ambiguous: two layouts fit.
-        PortError: none does, or the checkpoint is broken.
+        PortError: no layout fits, or the checkpoint is broken.
     """
     with open_checkpoint(path) as checkpoint:
         if config is not None:
@@ -91,14 +91,14 @@ def inspect(
             bytes=model.nbytes, stacked=checkpoint.stacks,
             scan_axes=sorted(checkpoint.axes),
             dialects=dialects.fitting(model.layout, model.norm, model.residual),
-            dialect=dialects.described(model.parameters), told_by=model.told.by, assumed=model.told.assumed,
-            problem=model.told.problem, odd=_odd(model),
+            dialect=dialects.described(model.parameters), told_by=model.dialect.by, assumed=model.dialect.assumed,
+            problem=model.dialect.problem, odd=_odd(model),
         )  # fmt: skip
 
 
 def _odd(model: Model) -> list[str]:
-    found = [*([model.differing] if model.differing else []), *model.lacking(), *model.remarks()]
+    lines = [*([model.differing] if model.differing else []), *model.lacking(), *model.remarks()]
     aside = naming.plainly_ours(model.checkpoint.aside)
     if aside:
-        found.append(f"{len(aside)} tensors are left aside as an optimiser's, by their names: {min(aside)}, …")
-    return [*found, *damage.signs(model)]
+        lines.append(f"{len(aside)} tensors are left aside as an optimiser's, by their names: {min(aside)}, …")
+    return [*lines, *damage.signs(model)]

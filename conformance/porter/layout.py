@@ -1,4 +1,4 @@
-"""A checkpoint layout is a table: which file tensors a site has, what they pack, and under which names they lie.
+"""A checkpoint layout is a table of the tensors that a site has, of the weights in each, and of their names.
 
 Everything that reads or writes a layout is derived from its table (`Layout`); a file of `layouts/` holds one.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -29,10 +29,10 @@ class Packed:
     """One tensor of a site in the file.
 
     Attributes:
-        name: what follows the site's prefix.
+        name: the part of its name that follows the site's prefix.
         parts: the canonical weights in it, one after the other along its columns.
-        axes: how they lie, in letters: ``k`` the flat (streams, dim) axis, ``m`` the columns, ``1`` an axis of
-            length one; ``"i j"`` is the residual bias as a matrix where there is one; empty for a scalar.
+        axes: its axes in letters: ``k`` is the flat (streams, dim) axis, ``m`` the columns, ``1`` an axis of length
+            one; ``"i j"`` is the residual bias as a matrix if there is one; empty for a scalar.
         optional: whether a site may lack it.
     """
 
@@ -49,26 +49,26 @@ class Layout:
     Attributes:
         rows: the tensors of a hyper-connection; a row whose parts a residual kind lacks is absent there.
         head: the tensors of a head.
-        names: for ``(group, kind)`` the prefixes of a site's tensors: those that are recognised, the first one
+        names: for ``(group, kind)`` the prefixes of a site's tensors. All of them are read, and the first one is
             written. ``{layer}`` is its number; ``{any}`` stands for anything, ``{layers}`` for layers, blocks or h,
-            ``{attention}`` and ``{ffn}`` for a word that says so.
-        dialect: what its own software computes.
-        anchors: rows that by themselves show a site to be there; all of them where empty.
+            ``{attention}`` and ``{ffn}`` for a word that contains attention or ffn, or a synonym.
+        dialect: the dialect that its own software computes.
+        anchors: rows each of which shows that a site is there; if this is empty, every row does.
         flat: order of the flat axis: ``streams-first`` (i*C + c) or ``dim-first`` (c*n + i).
         norm: whether it has a norm weight: ``never``, ``optional`` or ``always``.
         residuals: kinds of residual matrix that it has a place for.
-        containers: the kinds of checkpoint (`storage`) that it is kept in; the first is written
-            where a path leaves it open.
-        dtype: the only one that its weights have; empty where they may have any.
-        company: whether other tensors than its own may lie under a site's prefix.
+        containers: the kinds of checkpoint (`storage`) that it is kept in; the first is written if the path leaves
+            the kind open.
+        dtype: the only dtype that its weights have; empty if they may have any.
+        company: whether tensors of other modules may have a site's prefix.
         paired: whether each layer of its models has both kinds of sites.
         stacked: whether layers may be scanned: stacked in one array (`storage.stacks`).
         keeps_dialect: whether its files state their dialect, and a port to it keeps the source's.
-        models: for each ``model_type`` of a ``config.json`` beside it, the dialect.
-        source: where its names come from.
-        leads: for a dialect how the names of its models start, where they aren't those that are written otherwise.
-        rank: where two layouts read the same from the same names and nothing tells them apart, the lower one is taken.
-        given: those of its prefixes that the user named.
+        models: the dialect of each ``model_type`` in a ``config.json``.
+        source: the document or program that its names come from.
+        leads: for a dialect the start of its models' names, if another prefix than the first one is written for it.
+        rank: if two layouts read the same weights from the same names, the one with the lower rank is taken.
+        named_by_user: the prefixes that the user named.
     """
 
     name: str
@@ -88,34 +88,34 @@ class Layout:
     paired: bool = True
     stacked: bool = False
     keeps_dialect: bool = False
-    models: Mapping[str, str] = field(default_factory=dict)
-    leads: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict[str, str])
+    leads: Mapping[str, str] = field(default_factory=dict[str, str])
     rank: int = 0
-    given: frozenset[str] = frozenset()
+    named_by_user: frozenset[str] = frozenset()
 
     def named(self, names: Mapping[str, str]) -> Layout:
-        """The same layout with other prefixes before its own, under ``attention``, ``ffn``, ``head`` and ``site``.
+        """The layout with these prefixes before its own, under ``attention``, ``ffn``, ``head`` and ``site``.
 
         Raises:
-            PortError: it has no head, and one is named.
+            PortError: a head is named, and the layout has none.
         """
         if not names:
             return self
-        found = dict(self.names)
+        prefixes = dict(self.names)
         for kind, template in names.items():
             if kind == "head" and not self.head:
                 raise PortError(f"the layout {self.name} has no head that could be named")
             key = {"head": ("", "head"), "site": ("", "")}.get(kind, ("layers", kind))
-            found[key] = (template, *found.get(key, ()))
-        return replace(self, names=found, given=frozenset(names.values()))
+            prefixes[key] = (template, *prefixes.get(key, ()))
+        return replace(self, names=prefixes, named_by_user=frozenset(names.values()))
 
     def of_dialect(self, name: str) -> Layout:
-        """The same layout, writing the names that models of a dialect have (`leads`)."""
+        """The layout for a dialect: it writes the names that the dialect's models have (`leads`)."""
         if name not in self.leads:
             return self
         lead = self.leads[name]
         names = {
-            key: tuple(sorted(templates, key=lambda t: (t not in self.given, not t.startswith(lead))))
+            key: tuple(sorted(templates, key=lambda t: (t not in self.named_by_user, not t.startswith(lead))))
             for key, templates in self.names.items()
         }
         return replace(self, names=names)
@@ -125,12 +125,12 @@ class Layout:
 
     @cached_property
     def endings(self) -> frozenset[str]:
-        """How the names of its tensors end: what follows the last placeholder."""
+        """The ends of its tensors' names, after the last placeholder."""
         return self._endings({})
 
     @cached_property
     def endings_of_anchors(self) -> frozenset[str]:
-        """The same of the rows that show a site to be there."""
+        """The ends of the names of those rows that show that a site is there."""
         return self._endings(dict.fromkeys(self.anchors))
 
     def _endings(self, only: Mapping[str, None]) -> frozenset[str]:
@@ -143,7 +143,7 @@ class Layout:
         )
 
     def template(self, site: SiteKey) -> str | None:
-        """The prefix that ``site`` is written under, before its number is put in; None where it has none."""
+        """The prefix that ``site`` is written under, before its number is put in; None if the layout has none."""
         templates = self.names.get((site.group, site.kind))
         return templates[0] if templates else None
 
@@ -160,36 +160,19 @@ class Layout:
             template = template.replace(token, text)
         return template.replace("{layer}", str(site.layer))
 
-    def locate(self, names: Iterable[str]) -> dict[SiteKey, dict[str, str]]:
-        """The sites among ``names``: for each, its rows and the tensors that hold them.
-
-        Raises:
-            PortError: one site is under two names, or two models are in one file.
-        """
-        return self._locator.locate(names)
-
-    def beside(
-        self, names: Collection[str], candidates: Iterable[str], sites: Mapping[SiteKey, Mapping[str, str]]
-    ) -> list[str]:
-        """Names that lie where the tensors of these sites do and are none of their rows (`locating.Locator.beside`)."""
-        return self._locator.beside(names, candidates, sites)
-
-    def count(self, names: Iterable[str]) -> int:
-        """How many sites have a tensor among ``names``, each once however often it is there."""
-        return self._locator.count(names)
-
     @cached_property
-    def _locator(self) -> Locator:
+    def locator(self) -> Locator:
+        """Finds the tensors of its sites among names."""
         return Locator(self)
 
     @property
     def separate_residual(self) -> bool:
-        """Whether the residual projection has tensors of its own, so that an identity is known by what isn't there."""
+        """Whether the residual projection has tensors of its own; they are absent if H is the identity."""
         return any(all(part.startswith("res_") for part in row.parts) for row in self.rows)
 
     @property
     def separator(self) -> str:
-        """What stands between the words of its names."""
+        """The character between the words of its names."""
         return "/" if self.containers[0] == "orbax" else "."
 
     def missing(self, site: SiteKey, rows: Mapping[str, str]) -> list[str]:
@@ -216,7 +199,7 @@ class Layout:
         Raises:
             PortError: no n explains the shapes.
         """
-        fits = []
+        fits: list[tuple[int, int, str]] = []
         rows = self.rows_of(site.kind)
         shapes = {k: tuple(v) for k, v in shapes.items()}
         wide = next(r for r in rows if r.name in shapes and "k" in r.axes.split() and r.axes != "k")
@@ -236,9 +219,9 @@ class Layout:
         return fits[0]
 
     def pack(self, site: SiteKey, weights: Weights, streams: int, dim: int, residual: str) -> dict[str, np.ndarray]:
-        """The rows of a site from its canonical weights; views of them where that is possible."""
+        """The rows of a site from its canonical weights, as views of them if possible."""
         shapes = {name: value.shape for name, value in weights.items()}
-        packed = {}
+        packed: dict[str, np.ndarray] = {}
         for row in _present(self, site, shapes):
             parts = [weights[p] for p in row.parts if p in weights]
             if "k" in row.axes.split():
@@ -255,7 +238,7 @@ class Layout:
     def unpack(
         self, site: SiteKey, tensors: Mapping[str, np.ndarray], streams: int, dim: int, residual: str
     ) -> Weights:
-        """The canonical weights of a site from its rows; views of them where that is possible."""
+        """The canonical weights of a site from its rows, as views of them if possible."""
         norm = any(row.axes == "k" and row.name in tensors for row in self.rows)
         shapes = canonical_shapes(site, streams, dim, residual, norm)
         weights: Weights = {}
@@ -323,7 +306,7 @@ def _restore(value: np.ndarray, streams: int, dim: int, flat: str) -> np.ndarray
 
 
 def _explain(layout: Layout, site: SiteKey, shapes: Mapping[str, tuple[int, ...]], wide: Packed, flat: int) -> str:
-    """Which tensor has the wrong shape, with what would have been right for the n that the others suggest."""
+    """The tensor that has the wrong shape, and the right shape for the n that the others suggest."""
     for row in layout.rows_of(site.kind):
         if row.name in shapes and len(shapes[row.name]) != len(row.axes.split()) and row.axes != "i j":
             return f"{row.name} must have {len(row.axes.split())} axes ({row.axes}), got {list(shapes[row.name])}"
@@ -349,7 +332,7 @@ def _explain(layout: Layout, site: SiteKey, shapes: Mapping[str, tuple[int, ...]
     shapes_of_4 = canonical_shapes(site, 4, 1, "sinkhorn", True)
     width = sum(shapes_of_4[p][-1] for p in wide.parts)
     return (
-        f"no number of streams explains {wide.name} {list(shapes[wide.name])} beside "
+        f"no number of streams explains {wide.name} {list(shapes[wide.name])} with "
         + ", ".join(f"{k} {list(v)}" for k, v in shapes.items() if k != wide.name)
         + (f" (n = 4 would have {width} columns)" if not site.head else "")
     )

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are a layout's: their names, whatever wrappers put into them, and what lies beside."""
+"""Finds the tensors of a layout's sites by their names, in spite of wrappers, and names that lie among them."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ PREFIXES = {
 
 @dataclass
 class Copy:
-    """Where a site is in a checkpoint.
+    """The place of a site in a checkpoint.
 
     Attributes:
-        given: whether the user named its prefix.
-        prefix: of its tensors, without wrappers.
-        model: what tells the model that it belongs to: the words for a whole model in its names, and what stands
+        named_by_user: whether the user named its prefix.
+        prefix: the prefix of its tensors, without wrappers.
+        model: the texts that tell one model from another: the words for a whole model in its names, and the text
             before the number of a layer.
-        rows: the names of its tensors.
+        rows: for each row the name of its tensor.
     """
 
-    given: bool
+    named_by_user: bool
     prefix: str
     model: tuple[str, str]
-    rows: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict[str, str])
 
 
 class Locator:
@@ -85,21 +85,21 @@ class Locator:
 
     def _copies(self, names: Iterable[str]) -> dict[SiteKey, Copy]:
         """Where each site is among ``names``."""
-        found: dict[SiteKey, dict[tuple[bool, str], Copy]] = {}
+        copies: dict[SiteKey, dict[tuple[bool, str], Copy]] = {}
         for name in names:
             place = self._placed(name)
             if place is None:
                 continue
             site, copy, row = place
-            rows = found.setdefault(site, {}).setdefault((copy.given, copy.prefix), copy).rows
+            rows = copies.setdefault(site, {}).setdefault((copy.named_by_user, copy.prefix), copy).rows
             if row in rows:
                 raise _twice(site, rows[row], name)
             rows[row] = name
         sites: dict[SiteKey, Copy] = {}
-        for site in sorted(found, key=lambda s: s.order):
-            candidates = [copy for copy in found[site].values() if self._anchored(site, copy.rows)]
-            if any(copy.given for copy in candidates):  # what the user names leaves no doubt
-                candidates = [copy for copy in candidates if copy.given]
+        for site in sorted(copies, key=lambda s: s.order):
+            candidates = [copy for copy in copies[site].values() if self._anchored(site, copy.rows)]
+            if any(copy.named_by_user for copy in candidates):  # what the user names leaves no doubt
+                candidates = [copy for copy in candidates if copy.named_by_user]
             if len(candidates) > 1:
                 first, second = (next(iter(copy.rows.values())) for copy in candidates[:2])
                 raise _twice(site, first, second)
@@ -110,21 +110,22 @@ class Locator:
 
     def _anchored(self, site: SiteKey, rows: Mapping[str, str]) -> bool:
         """Whether these rows by themselves show a site to be there."""
-        every = [row.name for row in self._layout.rows_of(site.kind)]
-        anchors = self._layout.anchors if self._layout.anchors and not site.head else every
+        rows_of_kind = [row.name for row in self._layout.rows_of(site.kind)]
+        anchors = self._layout.anchors if self._layout.anchors and not site.head else rows_of_kind
         return any(anchor in rows for anchor in anchors)
 
     def beside(
         self, names: Collection[str], candidates: Iterable[str], sites: Mapping[SiteKey, Mapping[str, str]]
     ) -> list[str]:
-        """Names that lie where a site's tensors do and are none of its rows; with a site whose anchors are lost.
+        """Names under a site's prefix that are none of its rows, and the rows of sites whose anchors are lost.
 
-        Such a tensor changes what the site computes, in a way that nobody here knows: a norm's weight, a scale, an
-        unmerged adapter. Where other modules lie there too (`company`) only what continues a row's name counts.
+        Such a tensor changes the function of the site in a way that isn't known here: it may be a norm's weight, a
+        scale, or an unmerged adapter. If other modules may have the prefix too (`company`), only names that continue
+        the name of a row count.
 
         Args:
-            names: of everything in the checkpoint.
-            candidates: those that end as a layout's do.
+            names: the names of all tensors in the checkpoint.
+            candidates: the names that end as a layout's do.
         """
         placed = {name for rows in sites.values() for name in rows.values()}
         prefixes: dict[str, SiteKey] = {}
@@ -134,28 +135,30 @@ class Locator:
             prefixes[spelled[: len(spelled) - len(row)]] = site
         prefixes.pop("", None)
         words = {re.split(r"\d+", prefix)[-1] for prefix in prefixes} - {"", ".", "/", "_"}
-        found = [name for name in naming.having(names, words) if self._lies_at(name, prefixes) and name not in placed]
+        lying_there = [
+            name for name in naming.having(names, words) if self._lies_at(name, prefixes) and name not in placed
+        ]
         lost: dict[tuple[SiteKey, str], list[str]] = {}
         for name in candidates if self._layout.anchors and sites else ():
             place = self._placed(name)
             if place and place[0] not in sites and place[0] != ALONE:
                 lost.setdefault((place[0], place[1].prefix), []).append(name)
-        for (site, _), held in lost.items():
+        for (site, _), tensors in lost.items():
             rows = self._layout.rows_of(site.kind)
             others = [row for row in rows if row.name not in self._layout.anchors and not row.optional]
-            found += held if len(held) >= len(others) else []
-        return list(dict.fromkeys(found))
+            lying_there += tensors if len(tensors) >= len(others) else []
+        return list(dict.fromkeys(lying_there))
 
     def _lies_at(self, name: str, prefixes: Mapping[str, SiteKey]) -> bool:
         for spelling in self._spellings(name):
             prefix = next((p for p in prefixes if spelling.startswith(p)), None)
             if prefix is None:
                 continue
-            rest = spelling[len(prefix) :]
+            ending = spelling[len(prefix) :]
             if not self._layout.company:
                 return True
             rows = self._layout.rows_of(prefixes[prefix].kind)
-            return any(rest.startswith((f"{row.name}.", f"{row.name}_", f"{row.name}/")) for row in rows)
+            return any(ending.startswith((f"{row.name}.", f"{row.name}_", f"{row.name}/")) for row in rows)
         return False
 
     def _spellings(self, name: str) -> list[str]:
@@ -166,13 +169,13 @@ class Locator:
         return list(dict.fromkeys((name, plain, naming.of_text(plain))))
 
     def _placed(self, name: str) -> tuple[SiteKey, Copy, str] | None:
-        """A name's site, where that is, and its row; None where the layout has none."""
+        """The site, its place and the row of a name; None if the layout has no such name."""
         spellings = self._spellings(name)
         for spelling in spellings:
             if not spelling.endswith(self._tails):
                 continue
             for group, kind, template, pattern in self._patterns:
-                if spelling == name and len(spellings) > 1 and template not in self._layout.given:
+                if spelling == name and len(spellings) > 1 and template not in self._layout.named_by_user:
                     continue  # a wrapper's word is no part of a prefix, unless the user names it
                 match = pattern.fullmatch(spelling)
                 if match:
@@ -180,27 +183,27 @@ class Locator:
                     site = SiteKey(group, None if layer is None else int(layer), kind)
                     lead = "" if layer is None else spelling[: match.start("layer")]
                     lead += naming.LANGUAGE_MODEL if lead and naming.LANGUAGE_MODEL in name else ""
-                    copy = Copy(template in self._layout.given, match["prefix"], (naming.model_of(name), lead))
+                    copy = Copy(template in self._layout.named_by_user, match["prefix"], (naming.model_of(name), lead))
                     return site, copy, match["row"]
         return None
 
 
 def _check_one_model(sites: Mapping[SiteKey, Copy]) -> None:
-    """Raises where sites are those of two models: under other leading wrappers, or lists of layers of other names.
+    """Refuses sites of two models, which have different wrappers in front, or layers under different names.
 
     Raises:
-        PortError: it names a tensor of each.
+        PortError: its message names a tensor of each model.
     """
     first: dict[str, Copy] = {}
     for site, copy in sites.items():
-        if copy.given or site == ALONE:
+        if copy.named_by_user or site == ALONE:
             continue
-        for key, own in (("words", copy.model[0]), (f"{site.group} lead", copy.model[1])):
-            if key.endswith("lead") and not own:
+        for key, lead_here in (("words", copy.model[0]), (f"{site.group} lead", copy.model[1])):
+            if key.endswith("lead") and not lead_here:
                 continue
-            other = first.setdefault(key, copy)
-            if own != other.model[key.endswith("lead")]:
-                names = [next(iter(c.rows.values())) for c in (other, copy)]
+            first_copy = first.setdefault(key, copy)
+            if lead_here != first_copy.model[key.endswith("lead")]:
+                names = [next(iter(c.rows.values())) for c in (first_copy, copy)]
                 raise PortError(
                     f"{names[0]} and {names[1]} seem to be of two models: keep the tensors of one, or name the "
                     f"prefixes of the one that counts with --from-names"

@@ -1,4 +1,4 @@
-"""What stands in a tensor's name beside its layout's own words, and which names are plainly hyper-connections'.
+"""Takes wrappers' words out of tensors' names, and tells the names that only hyper-connections have.
 
 Wrappers put a word of theirs somewhere into every name (``layers.0._orig_mod.attn_hc.fn``), NNX ends a variable in
 ``/value``, and trees write a list's index as a key (``decoder/layers/0/``). `plain` takes all of that out.
@@ -11,14 +11,16 @@ import re
 import weakref
 from collections.abc import Collection, Iterable, Mapping
 
+from conformance.porter.untyped import is_mapping
+
 WRAPPERS = (
     "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_fp32_params", "module",
     "base_model.model", "modules_to_save.default", "ema_model", "model_state_dict", "state_dict",
 )  # fmt: skip
 """torch.compile, activation checkpointing, FSDP, Lightning, PaddleFleet, data parallelism, PEFT, averaged models, and
-the keys of training checkpoints (mathematics.md, "More names in use")."""
+the keys of training checkpoints (docs/mathematics.md, "More names in use")."""
 MODELS = ("ema_model", "model_state_dict", "state_dict")
-"""Those of them that can stand before a second model in the same file."""
+"""The wrappers that can stand before a second model in the same file."""
 LANGUAGE_MODEL = "language_model"
 """The text part of a model with several: some layouts have it in their names."""
 _WORDS = "|".join(WRAPPERS).replace(".", "[./]").replace("default", r"\w+")  # an adapter may have any name
@@ -44,7 +46,7 @@ COMMON_ENDINGS = re.compile(
     r"(?:^|[._/])(?:m?hc|hyper_?connections?|hyper_?head)(?:_\w+)?[./](?:fn|base|scale|bias|phi|b|alpha|beta|norm_weight)$",
     re.IGNORECASE,
 )
-"""Common words that count where the module right before them says what they belong to."""
+"""Ends of names that count only if the module right before them is a hyper-connection by its name."""
 TELLING = ("hc", "yper", "_alpha", "_beta", "alpha_", "head_", "mapping_proj")
 """One of these is in every such name."""
 
@@ -63,25 +65,25 @@ def having(names: Collection[str], words: Iterable[str]) -> list[str]:
     text = _joined(names)
     if not text:  # a name of several lines
         return [name for name in names if any(word in name for word in words)]
-    found = set()
+    matching = set[str]()
     for word in words:
         at = text.find(word)
         while at >= 0:
             end = text.index("\n", at)
-            found.add(text[text.rindex("\n", 0, at) + 1 : end])
+            matching.add(text[text.rindex("\n", 0, at) + 1 : end])
             at = text.find(word, end)
-    return [name for name in names if name in found] if found else []
+    return [name for name in names if name in matching] if matching else []
 
 
 _TEXTS: weakref.WeakKeyDictionary[Collection[str], str] = weakref.WeakKeyDictionary()
 
 
 def _joined(names: Collection[str]) -> str:
-    """All names as one text, a line each; empty where a name has several lines.
+    """All names as one text with a line for each; empty if a name has several lines.
 
-    That of a checkpoint's tensors is kept as long as they are: it is searched several times.
+    The text of a checkpoint's tensors is kept as long as they are, because it is searched several times.
     """
-    kept = isinstance(names, Mapping) and getattr(names, "__hash__", None) is not None
+    kept = is_mapping(names) and getattr(names, "__hash__", None) is not None
     if kept and names in _TEXTS:
         return _TEXTS[names]
     text = "\n".join(["", *names, ""])
@@ -108,9 +110,9 @@ def model_of(name: str) -> str:
 
 
 def without_optimiser(names: Collection[str]) -> tuple[Collection[str], frozenset[str]]:
-    """The names that aren't an optimiser's, whose moments are named and shaped as the weights are; and the others.
+    """Splits names into those of weights and those of an optimiser, whose moments have the weights' names and shapes.
 
-    A name is an optimiser's where one of its keys says so. Where all are, none is taken away.
+    A name is an optimiser's if one of its keys says so. If all names are an optimiser's, none is taken away.
     """
     aside = frozenset(name for name in having(names, ("opt", "exp_avg", "momentum")) if _OPTIMISER.search(name))
     if not aside or len(aside) == len(names):
@@ -120,21 +122,21 @@ def without_optimiser(names: Collection[str]) -> tuple[Collection[str], frozense
 
 def plainly_ours(names: Collection[str]) -> list[str]:
     """Those names that only a hyper-connection's weight can have, whatever its layout."""
-    found = []
+    ours: list[str] = []
     for name in having(names, TELLING):
         bare = plain(name)
         if ENDINGS.search(bare) or COMMON_ENDINGS.search(bare):
-            found.append(name)
-    return found
+            ours.append(name)
+    return ours
 
 
 def proposal(names: Iterable[str], rows: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Values of ``--from-names`` that would give names a place, and the names to which each gives one.
+    """Values of ``--from-names`` that would give names a place, and the names that each value covers.
 
     Args:
-        rows: for each kind of site (``attention``, ``ffn``, ``head``, ``site``) what may follow a prefix.
+        rows: for each kind of site (``attention``, ``ffn``, ``head``, ``site``) the names that may follow a prefix.
     """
-    found: dict[str, list[str]] = {}
+    options: dict[str, list[str]] = {}
     for name in names:
         kind = _kind(name)
         longest_first = sorted(rows.get(kind, ()), key=len, reverse=True)
@@ -148,8 +150,8 @@ def proposal(names: Iterable[str], rows: Mapping[str, Iterable[str]]) -> dict[st
             prefix = f"{prefix[: last.start()]}{{layer}}{prefix[last.end() :]}"
         elif kind in ("attention", "ffn") or (kind == "site" and numbers):
             continue
-        found.setdefault(f"{kind}={prefix}", []).append(name)
-    return found
+        options.setdefault(f"{kind}={prefix}", []).append(name)
+    return options
 
 
 def _kind(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a port is told, and what it reports."""
+"""The options of a port, and its report."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from conformance.porter.storage.target import SHARD_BYTES
 from conformance.porter.verdict import EXACT
 
 MOST_PROBES = 4096
-"""Probe tokens: at n = 4 and C = 7168 they and what is computed of them fill some gigabytes, and a fault that a few
-tokens don't show isn't found by thousands."""
+"""The largest number of probe tokens. At n = 4 and C = 7168 the probes and their results fill some gigabytes, and
+thousands of tokens don't show a fault that a few don't show."""
 
 
 @dataclass(frozen=True)
@@ -25,29 +25,29 @@ class Options:
 
     Attributes:
         to: the target's layout.
-        source_layout: the source's; None to recognise it.
-        dialect: the source's; None for what the checkpoint says.
-        to_dialect: the target's; None for what the target's own software computes (for canonical: the source's) with
-            the values that it takes from its configuration set to the source's.
-        assume: take the layout's own dialect where nothing says which one the source is.
-        config: the source's configuration, where it isn't the ``config.json`` beside it.
-        to_config: the target's, which then says what the target computes.
-        allow_partial: port what has a place though hyper-connections are missing or have no place.
-        dtype: that weights are stored in; None keeps each one's.
-        allow_approximate: write even where the target computes another function.
-        into: an existing safetensors directory that takes the tensors in a new shard, or a GGUF file, a copy of which
-            has them.
-        verify: probe tokens that source and target are evaluated on, 1 to `MOST_PROBES`.
-        seed: of the probes.
-        activations: streams ``[..., n, C]`` to evaluate on too.
-        norm_weight: site's norm weights that φ is divided by, where the target has one and the source none.
+        source_layout: the source's layout; None to recognise it.
+        dialect: the source's dialect; None to take the one that the checkpoint states.
+        to_dialect: the target's dialect. If None, it is the row of the target's own software (for canonical: the
+            source's dialect), with the source's values wherever its configuration sets them.
+        assume: take the layout's own dialect if nothing says which one the source is.
+        config: the source's configuration, if it isn't the ``config.json`` in its directory.
+        to_config: the target's configuration, which then states the target's dialect.
+        allow_partial: port the rest if hyper-connections are missing or have no place.
+        dtype: the dtype that weights are stored in; None keeps each weight's own.
+        allow_approximate: write even if the target computes another function.
+        into: an existing safetensors directory that takes the tensors in a new shard, or a GGUF file that is copied
+            with the tensors in it.
+        verify: the number of probe tokens on which source and target are evaluated, 1 to `MOST_PROBES`.
+        seed: the seed of the probes.
+        activations: streams ``[..., n, C]`` on which they are evaluated too.
+        norm_weight: a checkpoint with norm weights; φ is divided by them if the target has one and the source none.
         stacks, scan_axis: how MaxText's layers are stacked.
-        source_names, names: prefixes of the source's and of the target's tensors where they aren't the layout's, under
+        source_names, names: prefixes of the source's and of the target's tensors if they aren't the layout's, under
             ``attention``, ``ffn`` and ``head``, with ``{layer}`` for the number.
         overwrite: replace a target that exists.
-        dry_run: read names and shapes, write nothing.
-        read_back: read what was written, before it takes its place, and compare every bit.
-        shard_bytes: largest shard of a directory.
+        dry_run: read names and shapes, and write nothing.
+        read_back: read the new files before they take their place, and compare every bit.
+        shard_bytes: the largest size of a directory's shard.
 
     Raises:
         PortError: ``verify`` is out of its bounds.
@@ -70,8 +70,8 @@ class Options:
     norm_weight: Path | None = None
     stacks: Stacks = field(default_factory=Stacks)
     scan_axis: int = 1
-    source_names: Mapping[str, str] = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=dict)
+    source_names: Mapping[str, str] = field(default_factory=dict[str, str])
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
     overwrite: bool = False
     dry_run: bool = False
     read_back: bool = False
@@ -87,19 +87,19 @@ class Options:
 
 @dataclass
 class PortReport:
-    """What was done, or would be.
+    """The result of a port, or of a dry run.
 
     Attributes:
-        verdict: its kind; `reason` says why.
-        assumed: the source's dialect is an assumption, and the verdict holds only if it is right.
-        ported_tensors, source_tensors: how many of the source's tensors are ported; the others are lost.
-        lacking: what the source should have and doesn't, a line each; the verdict is "partial" then.
-        settings: what must be set in the target's configuration, where ``settings_place`` says.
-        rounding: the largest relative rounding of a weight; ``underflows`` counts those that are too small for the
-            dtype's normal numbers and lost more.
+        verdict: the kind of the verdict; `reason` explains it.
+        assumed: whether the source's dialect is an assumption; the verdict then holds only if that is right.
+        ported_tensors, source_tensors: the numbers of tensors that are ported and that the source has.
+        lacking: a line for each part that the source should have and lacks; the verdict is "partial" then.
+        settings: the settings that the target's configuration needs; ``settings_place`` says where.
+        rounding: the largest relative rounding of a weight; ``underflows`` counts the weights that are too small for
+            the dtype's normal numbers and lost more.
         deviations: for each site the measured deviation of H, u and out (``head`` for a head).
-        tensors: name, shape and dtype of what is written, or by a dry run would be.
-        written: where; None for a dry run or a refusal.
+        tensors: name, shape and dtype of each tensor that is written, or that a port would write.
+        written: the path that was written; None for a dry run or a refusal.
     """
 
     source: str
@@ -120,27 +120,27 @@ class PortReport:
     verdict: str = EXACT
     reason: str = EXACT
     assumed: bool = False
-    lacking: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
+    lacking: list[str] = field(default_factory=list[str])
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
     settings_place: str = ""
-    notes: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list[str])
+    left_out: list[str] = field(default_factory=list[str])
     rounding: float = 0.0
     underflows: int = 0
     probes: int = 0
-    deviations: dict[str, dict[str, float]] = field(default_factory=dict)
-    tensors: dict[str, tuple[list[int], str]] = field(default_factory=dict)
+    deviations: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    tensors: dict[str, tuple[list[int], str]] = field(default_factory=dict[str, tuple[list[int], str]])
     written: str | None = None
     read_back: bool = False
 
     @property
     def largest(self) -> dict[str, float]:
         """The largest deviation of each quantity over all sites."""
-        found: dict[str, float] = {}
+        largest: dict[str, float] = {}
         for row in self.deviations.values():
             for name, value in row.items():
-                found[name] = max(found.get(name, 0.0), value)
-        return found
+                largest[name] = max(largest.get(name, 0.0), value)
+        return largest
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "largest": self.largest}
@@ -150,7 +150,7 @@ class Refused(PortError):
     """The verdict doesn't allow writing.
 
     Attributes:
-        report: what was measured.
+        report: the report with the measurements.
     """
 
     def __init__(self, message: str, status: int, report: PortReport):

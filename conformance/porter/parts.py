@@ -1,7 +1,7 @@
-"""The parts of a model's configuration: the whole, that of its language model, and those that aren't understood.
+"""The parts of a model's configuration: the whole, the language model's part, and parts that aren't understood.
 
-A ``config.json`` of a model that also sees or hears keeps the settings of its language model in a mapping of their
-own, and software differs in what it calls that mapping. What only the whole states holds for the part too.
+The ``config.json`` of a multi-modal model keeps the settings of its language model in a mapping of their own, and
+software differs in the name of that mapping. A setting that only the whole states holds for the part too.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from conformance.porter.untyped import is_mapping, is_sequence
+
 OURS = re.compile(
     r"(?:^|[_.-])m?hc(?:[_.-]|$)|sinkhorn|hyper[_.-]?connection|residual_streams|single_pass", re.IGNORECASE
 )
 """Keys that speak of hyper-connections, in whatever software."""
 TEXT = ("text_config", "llm_config", "language_config", "language_model_config")
-"""What the part of the language model is called."""
+"""The names of the language model's part."""
 ASIDE = re.compile(
     r"vision|visual|(?:^|_)vit(?:_|$)|image|video|audio|speech|voice|codec|projector|tokenizer|quantization",
     re.IGNORECASE,
 )
-"""Parts that are no language model's, and those that name tensors and set nothing of theirs."""
+"""Parts of other models, and parts that name tensors without setting anything of theirs."""
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 WORDS = {"true": True, "false": False}
 
@@ -37,37 +39,37 @@ def plain(value: Any) -> Any:
         return value
 
 
-def of_language(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The whole and then the parts of the language model in it, each with what it states itself."""
-    found: list[Mapping[str, Any]] = [config or {}]
-    for part in found:
-        found += [value for key, value in part.items() if key in TEXT and isinstance(value, Mapping)]
-    return found
+def of_language(config: Mapping[str, Any] | None) -> list[Mapping[Any, Any]]:
+    """The whole configuration and then the parts of the language model in it, each with its own settings."""
+    language_parts: list[Mapping[Any, Any]] = [config or {}]
+    for part in language_parts:
+        language_parts += [value for key, value in part.items() if key in TEXT and isinstance(value, Mapping)]
+    return language_parts
 
 
 def stated(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What holds for the language model: each key where it is stated last, numbers and switches as such.
+    """The settings that hold for the language model: for each key the innermost value, texts of numbers as numbers.
 
     A key that is null isn't stated.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for part in of_language(config):
-        found |= {key: plain(value) for key, value in part.items() if value is not None}
-    return found
+        settings |= {key: plain(value) for key, value in part.items() if value is not None}
+    return settings
 
 
 def contradiction(config: Mapping[str, Any] | None, keys: Mapping[str, Any] | tuple[str, ...]) -> str:
-    """In words, the first of the keys that two parts state differently; empty where none is."""
+    """The first of the keys that two parts state differently, in words; empty if there is none."""
     for key in keys:
         values = [plain(part[key]) for part in of_language(config) if part.get(key) is not None]
-        other = next((value for value in values[1:] if value != values[0]), None)
-        if other is not None:
-            return f"{key} is {values[0]} outside and {other} inside of the language model's part"
+        contradicting = next((value for value in values[1:] if value != values[0]), None)
+        if contradicting is not None:
+            return f"{key} is {values[0]} outside and {contradicting} inside of the language model's part"
     return ""
 
 
 def not_understood(config: Mapping[str, Any] | None) -> str:
-    """In words, the first part that may speak of this layer and isn't known to be the language model's."""
+    """The first part that may speak of this layer and isn't known to be the language model's, in words."""
     for part in of_language(config):
         for key, value in part.items():
             if key in TEXT:
@@ -81,13 +83,13 @@ def not_understood(config: Mapping[str, Any] | None) -> str:
     return ""
 
 
-def _mappings(place: str, value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _mappings(place: str, value: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     """Every mapping in a value, however deep, with its place."""
     waiting = [(place, value)]
     while waiting:
-        where, held = waiting.pop()
-        if isinstance(held, Mapping):
-            yield where, held
-            waiting += [(f"{where}.{k}", v) for k, v in held.items() if not ASIDE.search(str(k))]
-        elif isinstance(held, list):
-            waiting += [(f"{where}.{k}", v) for k, v in enumerate(held)]
+        where, node = waiting.pop()
+        if is_mapping(node):
+            yield where, node
+            waiting += [(f"{where}.{k}", v) for k, v in node.items() if not ASIDE.search(str(k))]
+        elif is_sequence(node):
+            waiting += [(f"{where}.{k}", v) for k, v in enumerate(node)]

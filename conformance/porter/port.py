@@ -1,7 +1,8 @@
-"""Moves the hyper-connections of one checkpoint into another layout and dialect, and proves what it cost."""
+"""Ports the hyper-connections of a checkpoint to another layout and dialect, and measures the result."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -9,19 +10,20 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conformance.porter import configuration, dialects
+from conformance.porter import configuration, notes
 from conformance.porter import plan as planning
 from conformance.porter.errors import CANNOT, REFUSED, UNKNOWN, Incomplete, PortError
 from conformance.porter.layouts import layout_named, layouts
-from conformance.porter.model import understand
 from conformance.porter.options import Options, PortReport, Refused
 from conformance.porter.plan import Plan
+from conformance.porter.probe import Projected
 from conformance.porter.storage import gguf_copy
 from conformance.porter.storage import target as storage
 from conformance.porter.storage.checkpoint import PORT_KEY
 from conformance.porter.storage.into import write_into
 from conformance.porter.storage.opening import open_checkpoint
 from conformance.porter.storage.stacks import Stacks
+from conformance.porter.understanding import understand
 from conformance.porter.verdict import APPROXIMATE, EXACT, IMPOSSIBLE, PARTIAL, ROUNDING, Verdict
 
 __all__ = ["Options", "PortReport", "Refused", "port", "settle"]
@@ -32,18 +34,18 @@ WORKERS = 2
 def port(
     source: Path, target: Path | None, options: Options, progress: Callable[[int, int], None] | None = None
 ) -> PortReport:
-    """Ports ``source`` to ``target`` (None where ``options.into`` takes the tensors).
+    """Ports ``source`` to ``target``, which is None if ``options.into`` takes the tensors.
 
     Args:
         progress: called with (sites done, sites).
 
     Returns:
-        The verdict, what was measured and what was written.
+        The verdict, the measurements and a list of the tensors that were written.
 
     Raises:
         Refused: the verdict is approximate and that isn't allowed (status 4), or impossible (5).
         PortError: the source is broken, the target is in the way or can't be written (2), a package is missing (3),
-            or what was measured contradicts the verdict (1). Nothing is written then.
+            or the measurement contradicts the verdict (1). Nothing is written then.
     """
     collecting = gc.isenabled()
     gc.disable()  # headers are hundreds of thousands of objects, none of them garbage: a tenth of the time
@@ -106,10 +108,10 @@ def _port(
             return report
         model.prepare()
         sink = plan.sink()
+        rows: list[Projected] = []
         with ThreadPoolExecutor(WORKERS) as pool:
             try:
-                work = pool.map(lambda site: plan.port_site(site, sink), plan.places)
-                rows = []
+                work = pool.map(functools.partial(plan.port_site, sink=sink), plan.places)
                 for done, (rounding, underflows, row) in enumerate(work, 1):
                     report.rounding = max(report.rounding, rounding)
                     report.underflows += underflows
@@ -144,10 +146,10 @@ def _port(
 
 
 def _check_replaceable(target: Path, kind: str, model: Path | None) -> None:
-    """Refuses to replace anything but a checkpoint with nothing in it but hyper-connections, and the model's copy.
+    """Refuses a target that holds more than hyper-connections and, for a copy, the tensors of its model.
 
     Raises:
-        PortError: it names what would be lost, or says why that isn't known.
+        PortError: its message names a tensor that would be lost, or says why that isn't known.
     """
     if not os.path.exists(target):
         return
@@ -156,32 +158,32 @@ def _check_replaceable(target: Path, kind: str, model: Path | None) -> None:
         if target.is_dir() and not any(target.iterdir()):
             return
         with open_checkpoint(target) as former:
-            held = set(former.tensors) | former.aside
+            lost = set(former.tensors) | former.aside
             for layout in layouts().values():
-                held -= {name for rows in layout.locate(former.tensors).values() for name in rows.values()}
-            if held and model is not None:
+                lost -= {name for rows in layout.locator.locate(former.tensors).values() for name in rows.values()}
+            if lost and model is not None:
                 with open_checkpoint(model) as copied:
-                    held -= set(copied.tensors)
+                    lost -= set(copied.tensors)
     except Incomplete as error:
         raise PortError(f"{target}: holds a part of a checkpoint, which would be lost: remove it first") from error
     except (PortError, OSError) as error:
         raise PortError(
             f"{target}: isn't known to hold nothing but hyper-connections, and would be lost: remove it first ({error})"
         ) from error
-    if held:
-        raise PortError(f"{target}: has {min(held)} in it, which would be lost: port --into it, or remove it first")
+    if lost:
+        raise PortError(f"{target}: has {min(lost)} in it, which would be lost: port --into it, or remove it first")
     if target.is_dir():
         storage.check_other_files(target)
 
 
 def _check_assumed(plan: Plan) -> None:
-    """Refuses a port of a dialect that nothing tells, unless the user takes the assumption.
+    """Refuses a port whose source dialect is an assumption, unless the user allows that.
 
     Raises:
-        Refused: it is one.
+        Refused: the dialect is an assumption, and that isn't allowed.
     """
     if plan.report.assumed and not plan.options.assume:
-        row = plan.model.told.base
+        row = plan.model.dialect.base
         raise Refused(
             f"nothing says that {plan.report.source} is {plan.report.source_dialect}: nothing is written without "
             f"--dialect {row}, if you know that it is, or --assume, which notes it as an assumption", UNKNOWN,
@@ -190,7 +192,7 @@ def _check_assumed(plan: Plan) -> None:
 
 
 def settle(report: PortReport, verdict: Verdict) -> None:
-    """The verdict after the measurement: a fold or a cast that rounded nothing was exact."""
+    """Sets the verdict after the measurement: a fold or a cast that rounded nothing was exact."""
     report.verdict, report.reason = verdict.kind, str(verdict)
     rounds = [r for r in verdict.reasons if r.kind == ROUNDING]
     if verdict.kind == ROUNDING and all(r.step for r in rounds) and not (report.rounding or report.underflows):
@@ -218,22 +220,22 @@ def _figures(largest: Mapping[str, float]) -> str:
 
 
 def _metadata(report: PortReport, plan: Plan, kind: str) -> dict[str, str]:
-    """What the target's own metadata says of this port."""
+    """The metadata that the target gets: the note of this port, and what its format needs."""
     noted = {
-        "format": dialects.PORT_FORMAT, "layout": plan.layout.name, "parameters": plan.parameters,
+        "format": notes.PORT_FORMAT, "layout": plan.layout.name, "parameters": plan.parameters,
         "streams": plan.model.streams, "dim": plan.model.dim, "source_layout": report.source_layout,
         "source_parameters": plan.model.parameters,
         "verdict": report.verdict, "reason": report.reason, "rounding": report.rounding,
         "probes": {"tokens": report.probes, "seed": plan.options.seed}, "deviation": report.largest,
-        "left_out": report.left_out, "source_row": plan.model.told.base, "row": plan.base, "assumed": report.assumed,
-        "lacking": report.lacking, "settings": report.settings, **dialects.counts(plan.places.values()),
+        "left_out": report.left_out, "source_row": plan.model.dialect.base, "row": plan.base, "assumed": report.assumed,
+        "lacking": report.lacking, "settings": report.settings, **notes.counts(plan.places.values()),
     }  # fmt: skip
-    found = {PORT_KEY: json.dumps(noted, sort_keys=True)}
+    note = {PORT_KEY: json.dumps(noted, sort_keys=True)}
     if plan.layout.keeps_dialect:
         sizes = {"streams": plan.model.streams, "dim": plan.model.dim}
         return {
-            "format": dialects.CANONICAL_FORMAT,
+            "format": notes.CANONICAL_FORMAT,
             "parameters": json.dumps({**plan.parameters, **sizes}, sort_keys=True),
-            **found,
+            **note,
         }
-    return found if kind in ("orbax", "torch", "gguf") else {"format": "pt", **found}
+    return note if kind in ("orbax", "torch", "gguf") else {"format": "pt", **note}

@@ -1,7 +1,7 @@
-"""Source and target weights evaluated side by side in float64: how far are H, u and out apart?
+"""Evaluates source and target weights in float64, and measures by how much H, u and out differ.
 
-In two steps, so that a checkpoint is read once and a site's projections aren't kept: `Probes.project` takes one site's
-weights to its logits, and `Probes.measure` the logits of all sites to deviations.
+This takes two steps, so that a checkpoint is read once and a site's projections aren't kept: `Probes.project` computes
+the logits of one site from its weights, and `Probes.measure` the deviations of all sites from their logits.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Float64(Quick):
     def sum(self, a: np.ndarray, axis: int) -> np.ndarray:
         return np.sum(a, axis)
 
-    def contract(self, a: np.ndarray, b: np.ndarray | None, projection: bool = False) -> np.ndarray:
-        return a if b is None else a @ b  # None is the identity
+    def contract(self, a: np.ndarray, b: np.ndarray, projection: bool = False) -> np.ndarray:
+        return a @ b
 
 
 def activations(tokens: int, streams: int, dim: int, seed: int) -> np.ndarray:
@@ -53,26 +53,26 @@ class Projected:
     """One site's logits on the probes, ``[tokens, columns]`` for each projection.
 
     Attributes:
-        source, target: by the weights as they came, and as the target's layout reads them back.
-        held: by the target's weights under the source's norm: what only the port can have moved.
-        moved: how far a logit may move for the roundings that the port made; 0 where it moved by no bit.
+        source, target: the logits of the source's weights, and of the target's as its layout reads them back.
+        under_source_norm: the logits of the target's weights under the source's norm, which only the port can move.
+        moved: how far the roundings of the port may move a logit; 0 if no logit moved by a bit.
     """
 
     site: SiteKey
     source: Logits
     target: Logits
-    held: Logits
+    under_source_norm: Logits
     moved: dict[str, float]
 
 
 @dataclass
 class Deviation:
-    """How far a site's values are apart before and after.
+    """The differences between a site's values before and after the port.
 
     Attributes:
-        measured: largest differences, as fractions of the largest value (of 1 for H).
-        allowed: what the verdict allows of them; empty where it says nothing (approximate).
-        logits: for each projection how far its logits moved and may move, under the source's norm.
+        measured: the largest differences, as fractions of the largest value (of 1 for H).
+        allowed: the differences that the verdict allows; empty if it says nothing about them (approximate).
+        logits: for each projection how far its logits moved and how far they may move, under the source's norm.
     """
 
     measured: dict[str, float]
@@ -80,7 +80,7 @@ class Deviation:
     logits: dict[str, tuple[float, float]]
 
     def contradicts(self) -> str:
-        """The first quantity that deviates more than the verdict allows, in words; empty where none does."""
+        """The first quantity that deviates more than the verdict allows, in words; empty if there is none."""
         for part, (moved, most) in self.logits.items():
             if not moved <= most:
                 return f"the logits of {part} move by {moved:.3g}, and the rounding of weights allows {most:.3g}"
@@ -96,7 +96,7 @@ class Probes:
 
     Attributes:
         x: ``[tokens, n, C]`` float64.
-        source, target: their parameters.
+        source, target: the parameters of the two dialects.
     """
 
     x: np.ndarray
@@ -109,39 +109,35 @@ class Probes:
         self._spaces = threading.local()
 
     def _normalised(self, rows: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
-        """The normalised probes ``[n*C, tokens]`` of each row; the same array where the norms are alike."""
-        found = [
-            np.ascontiguousarray(
-                formulas.normalise_and_project(self.x, None, {"unit": None}, p, Float64())[0]["unit"].T
-            )
-            for p in rows
-        ]
-        return [found[0]] * 2 if np.array_equal(found[0], found[1]) else found
+        """The normalised probes ``[n*C, tokens]`` of each row; both are one array if the norms are equal."""
+        flat = self.x.reshape(self.x.shape[0], -1)
+        units = [np.ascontiguousarray((flat / formulas.root_mean_square(flat, p, Float64())[0]).T) for p in rows]
+        return [units[0]] * 2 if np.array_equal(units[0], units[1]) else units
 
     def project(
         self, site: SiteKey, source: Mapping[str, np.ndarray], target: Mapping[str, np.ndarray], ported: Converted
     ) -> Projected:
-        """The logits of one site before and after.
+        """The logits of one site before and after the port.
 
         Args:
             source: canonical flat weights.
-            target: the same after the port, as read back; what has the same bits in both is computed once.
-            ported: what the port made of them, and the roundings of that.
+            target: the weights after the port, as read back; weights with the same bits are evaluated once.
+            ported: the converted weights, with their rounding errors.
         """
         wide = {name: self._wide("source", name, value) for name, value in source.items()}
         same = {name for name in source if name in target and _same(source[name], target[name])}
         after = {name: wide[name] if name in same else self._wide("target", name, v) for name, v in target.items()}
-        known = set()
+        known = set[str]()
         if site.head or _like_one(source.get(NORM), target.get(NORM)):
             known = {part for part, names in _names(site).items() if {*names} <= same}
         units = self._head_units if site.head else self._units
         first = self._logits(site, wide, units[0], {})
-        held = self._logits(site, after, units[0], {part: first[part] for part in known})
-        second = held if units[0] is units[1] else self._logits(site, after, units[1], {})
+        under_source_norm = self._logits(site, after, units[0], {part: first[part] for part in known})
+        second = under_source_norm if units[0] is units[1] else self._logits(site, after, units[1], {})
         moved = {part: 0.0 for part in first}
-        if not all(np.array_equal(first[part], held[part]) for part in first):
+        if not all(np.array_equal(first[part], under_source_norm[part]) for part in first):
             moved = self._reach(site, ported)
-        return Projected(site, first, second, held, moved)
+        return Projected(site, first, second, under_source_norm, moved)
 
     def _wide(self, which: str, name: str, value: np.ndarray) -> np.ndarray:
         """A weight in float64, in memory that the thread uses for every site: fresh pages cost more than products."""
@@ -153,14 +149,14 @@ class Probes:
         return space
 
     def _logits(self, site: SiteKey, weights: Mapping[str, np.ndarray], unit: np.ndarray, known: Logits) -> Logits:
-        """α h + b of each projection, but those that are known already: the same factors give the same product."""
-        found, normed = dict(known), None
+        """α h + b of each projection; logits that are known already are taken over, since equal factors give them."""
+        logits, normed = dict(known), None
         for part, (alpha, scale, beta) in _names(site).items():
-            if alpha in weights and part not in found:
+            if alpha in weights and part not in logits:
                 if normed is None:
                     normed = unit * weights[NORM][:, None] if NORM in weights and not site.head else unit
-                found[part] = weights[scale] * (weights[alpha].T @ normed).T + weights[beta].reshape(-1)
-        return found
+                logits[part] = weights[scale] * (weights[alpha].T @ normed).T + weights[beta].reshape(-1)
+        return logits
 
     def _reach(self, site: SiteKey, ported: Converted) -> dict[str, float]:
         """How far the roundings of the port can move a logit ``z = α (normed w φ) + b``, each taken at its worst.
@@ -172,8 +168,8 @@ class Probes:
         normed = np.abs((self._head_units if site.head else self._units)[0].T)
         e_w = ported.errors.get(NORM, 0.0)
         scaled = normed * weights[NORM] if NORM in weights and not site.head else normed
-        own = 64 * ROUNDOFF * np.sqrt(normed.shape[1])
-        found = {}
+        evaluation_error = 64 * ROUNDOFF * np.sqrt(normed.shape[1])
+        reached: dict[str, float] = {}
         for part, (alpha, scale, beta) in _names(site).items():
             if alpha not in weights:
                 continue
@@ -183,15 +179,15 @@ class Probes:
             whole = (scaled + normed * e_w) @ largest
             moved = weights[scale] * reach + ported.errors.get(scale, 0.0) * whole
             moved = moved + np.reshape(ported.errors.get(beta, 0.0), -1)
-            moved = moved + own * (weights[scale] * whole + weights[beta].reshape(-1))
-            found[part] = float(np.max(moved, initial=0.0))
-        return found
+            moved = moved + evaluation_error * (weights[scale] * whole + weights[beta].reshape(-1))
+            reached[part] = float(np.max(moved, initial=0.0))
+        return reached
 
     def measure(self, rows: Sequence[Projected], verdict: Verdict) -> list[Deviation]:
-        """How far each site's H, u and out (y = u: the branch is the identity) or a head's output are apart.
+        """The deviations of each site's H, u and out (y = u: the branch is the identity), or of a head's output.
 
         Args:
-            verdict: where it is approximate the functions differ, and only logits are held to anything.
+            verdict: if it is approximate, the functions differ, and only the logits have bounds.
 
         The bounds: a gate's slope is at most 1/4 of its scale; after N iterations log H has moved by at most 8N times
         its logits, since each log-sum-exp is 1-Lipschitz in the largest norm and row and column potentials take turns
@@ -201,23 +197,23 @@ class Probes:
         bodies = [row for row in rows if not row.site.head]
         before, after = self._matrices(bodies, "source"), self._matrices(bodies, "target")
         index = {id(row): k for k, row in enumerate(bodies)}
-        found = []
+        deviations: list[Deviation] = []
         for row in rows:
             if row.site.head:
-                found.append(self._compare_heads(row, approximate))
+                deviations.append(self._compare_heads(row, approximate))
             else:
                 k = index[id(row)]
-                found.append(self._compare(row, before[k], after[k], approximate))
-            found[-1].logits = self._logits_moved(row, "transpose" in verdict.steps)
-        return found
+                deviations.append(self._compare(row, before[k], after[k], approximate))
+            deviations[-1].logits = self._logits_moved(row, "transpose" in verdict.steps)
+        return deviations
 
     def _logits_moved(self, row: Projected, transposed: bool) -> dict[str, tuple[float, float]]:
-        found = {}
+        moves: dict[str, tuple[float, float]] = {}
         for part, logits in row.source.items():
             if part == "res" and transposed:
                 logits = logits[:, transposition(self.x.shape[1], self.source["residual"])]
-            found[part] = float(np.max(np.abs(row.held[part] - logits), initial=0.0)), row.moved[part]
-        return found
+            moves[part] = float(np.max(np.abs(row.under_source_norm[part] - logits), initial=0.0)), row.moved[part]
+        return moves
 
     def _matrices(self, rows: Sequence[Projected], which: str) -> np.ndarray:
         """H of all sites, ``[sites, tokens, n, n]``, mixing input (first) into output streams."""
@@ -230,25 +226,25 @@ class Probes:
         if p["residual"] == "sinkhorn":
             logits = logits.reshape(-1, n, n)
         with np.errstate(invalid="ignore"):  # 0 / 0 without a guard: the source isn't finite there either
-            H, _ = formulas.residual_matrix(logits, {**p, "streams": n}, Float64())
-        H = H.reshape(len(rows), tokens, n, n)
+            matrices, _ = formulas.residual_matrix(logits, {**p, "streams": n}, Float64())
+        H = matrices.reshape(len(rows), tokens, n, n)
         return H.swapaxes(-1, -2) if p["mix"] == "out-in" else H
 
     def _gate(self, logits: np.ndarray, slope: float, offset: float) -> np.ndarray:
         return formulas.gate(logits, np.float64(slope), np.float64(offset), Float64())[0]
 
-    def _compare(self, row: Projected, H: Any, other: Any, approximate: bool) -> Deviation:
-        """Where one dialect alone reads with the previous site's pre, this is its first site: it reads stream 0."""
-        values, first_site = [], np.eye(self.x.shape[1])[:1]
+    def _compare(self, row: Projected, H: np.ndarray, H_target: np.ndarray, approximate: bool) -> Deviation:
+        """The deviation of one site; if one dialect alone reads with a carried pre, it reads stream 0 here."""
+        values, first_site = list[tuple[np.ndarray, ...]](), np.eye(self.x.shape[1])[:1]
         read_alike = self.source["pre_from"] == self.target["pre_from"]
-        for logits, p, matrix in ((row.source, self.source, H), (row.target, self.target, other)):
-            own = read_alike or p["pre_from"] == "own"
-            pre = self._gate(logits["pre"], 1, p["pre_eps"]) if own else first_site
+        for logits, p, matrix in ((row.source, self.source, H), (row.target, self.target, H_target)):
+            reads_own = read_alike or p["pre_from"] == "own"
+            pre = self._gate(logits["pre"], 1, p["pre_eps"]) if reads_own else first_site
             post = self._gate(logits["post"], p["post_scale"], p["post_eps"])
             values.append((pre, post, matrix))
         if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*values, strict=True)):
             return Deviation(dict.fromkeys(("H", "u", "out"), 0.0), {}, {})
-        evaluated = []
+        evaluated: list[dict[str, np.ndarray]] = []
         for pre, post, matrix in values:
             u = (pre[:, None, :] @ self.x)[:, 0]
             evaluated.append(
@@ -291,15 +287,15 @@ def _names(site: SiteKey) -> dict[str, tuple[str, str, str]]:
 
 
 def _like_one(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    """Whether two norm weights are the same factor; none is a factor of 1."""
+    """Whether two norm weights are the same factor; a missing one is a factor of 1."""
     if a is None or b is None:
-        given = b if a is None else a
-        return given is None or bool(np.all(given == 1))
+        present = b if a is None else a
+        return present is None or bool(np.all(present == 1))
     return _same(a, b)
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays have the same bits; at once where they are the same memory."""
+    """Whether two arrays have the same bits; arrays in the same memory aren't compared."""
     if a.dtype == b.dtype and a.shape == b.shape and a.strides == b.strides and a.ctypes.data == b.ctypes.data:
         return True
     return a.dtype == b.dtype and np.array_equal(a, b)
@@ -312,7 +308,7 @@ def _size(value: np.ndarray) -> float:
 def _apart(a: np.ndarray, b: np.ndarray, size: float) -> float:
     """The largest difference, as a fraction of ``size`` or of the largest value.
 
-    Tokens where the source itself isn't finite say nothing; where only the target isn't, the difference is infinite.
+    Tokens for which the source itself isn't finite don't count; if only the target isn't, the difference is infinite.
     """
     finite = np.isfinite(a)
     if not np.isfinite(b[finite]).all():

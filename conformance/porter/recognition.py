@@ -1,4 +1,4 @@
-"""Which layout a checkpoint has: names, then shapes, and where several fit, what its ``config.json`` says."""
+"""Recognises the layout of a checkpoint by names, then by shapes, and if several fit by its ``config.json``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from conformance.porter import dialects
+from conformance.porter import configuration, notes
 from conformance.porter import names as naming
 from conformance.porter.errors import INCOMPLETE, Ambiguous, PortError
 from conformance.porter.layout import Layout
@@ -39,38 +39,38 @@ class Recognised:
         return sum(len(rows) for rows in self.sites.values())
 
     def weights(self) -> Any:
-        """Which tensor holds which weights, and how: alike for two layouts that read the same."""
-        held = {}
-        for site, found in self.sites.items():
+        """The weights and axes of each tensor; they are equal for two layouts that read the same weights."""
+        weights_held = {}
+        for site, names_of_rows in self.sites.items():
             rows = {row.name: row for row in self.layout.rows_of(site.kind)}
-            held[site] = {name: (rows[row].parts, rows[row].axes) for row, name in found.items()}
-        return held, self.sizes, self.layout.flat
+            weights_held[site] = {name: (rows[row].parts, rows[row].axes) for row, name in names_of_rows.items()}
+        return weights_held, self.sizes, self.layout.flat
 
 
-def recognise(checkpoint: Checkpoint, given: Layout | None, prefixes: Mapping[str, str]) -> Recognised:
+def recognise(checkpoint: Checkpoint, named: Layout | None, prefixes: Mapping[str, str]) -> Recognised:
     """The one layout that fits.
 
     Args:
-        given: the layout that the user names; all that are kept in such files where it is None.
-        prefixes: the user's own, under ``attention``, ``ffn``, ``head`` and ``site``.
+        named: the layout that the user names; if None, every layout that is kept in such files.
+        prefixes: the user's own prefixes, under ``attention``, ``ffn``, ``head`` and ``site``.
 
     Raises:
-        Ambiguous: several fit, and read other weights from the same tensors.
-        PortError: none does; it names the tensor that is missing or has another shape than it should.
+        Ambiguous: several layouts fit, and read different weights from the same tensors.
+        PortError: no layout fits; the message names the tensor that is missing or has the wrong shape.
     """
     considered = [
         layout.named(prefixes)
-        for layout in ([given] if given else layouts().values())
-        if checkpoint.kind in layout.containers and not ("head" in prefixes and not layout.head and not given)
+        for layout in ([named] if named else layouts().values())
+        if checkpoint.kind in layout.containers and not ("head" in prefixes and not layout.head and not named)
     ]
     names = candidates(checkpoint, considered)
     fits: list[Recognised] = []
     broken: list[tuple[tuple[int, bool], PortError]] = []
     for layout in considered:
         try:
-            sites = layout.locate(names)
+            sites = layout.locator.locate(names)
         except PortError as error:  # twice, or of two models: it counts where no other layout has more
-            broken.append(((layout.count(names), True), error))
+            broken.append(((layout.locator.count(names), True), error))
             continue
         if not sites:
             continue
@@ -80,12 +80,15 @@ def recognise(checkpoint: Checkpoint, given: Layout | None, prefixes: Mapping[st
             broken.append(((error.whole, False), error))
     fits = _likeliest(checkpoint, fits)
     if len(fits) > 1:
-        found = [fit.layout.name for fit in fits]
-        raise Ambiguous(f"{checkpoint.path}: fits the layouts {' and '.join(found)}: say which with --from", found)
+        fitting = [fit.layout.name for fit in fits]
+        raise Ambiguous(
+            f"{checkpoint.path}: fits the layouts {' and '.join(fitting)}: say which with --from",
+            fitting,
+        )
     if broken and (not fits or max(broken, key=_whole)[0] > (len(fits[0].sites), False)):
         raise max(broken, key=_whole)[1]
     if not fits:
-        raise _nothing(checkpoint, given)
+        raise _nothing(checkpoint, named)
     return fits[0]
 
 
@@ -132,39 +135,41 @@ def _sizes(checkpoint: Checkpoint, layout: Layout, sites: Rows) -> dict[SiteKey,
 
 
 def _likeliest(checkpoint: Checkpoint, fits: list[Recognised]) -> list[Recognised]:
-    """Of the layouts that fit, the one that is meant; several only where they read other weights."""
+    """The likeliest of the layouts that fit; several only if they read different weights."""
     if any(set(fit.sites) != {HEAD} for fit in fits):  # another one's head under its name, and nothing else
         fits = [fit for fit in fits if set(fit.sites) != {HEAD}]
     if len(fits) < 2:
         return fits
-    noted = dialects.note(checkpoint)
+    noted = notes.note(checkpoint)
     if noted and any(fit.layout.name == noted.layout for fit in fits):
         return [fit for fit in fits if fit.layout.name == noted.layout]
-    stated = dialects.model_types(checkpoint)
+    stated = {*configuration.model_types(checkpoint.config)}
     if any(stated & set(fit.layout.models) for fit in fits):
         fits = [fit for fit in fits if stated & set(fit.layout.models)]
     most = max(fit.tensors for fit in fits)
-    found: list[Recognised] = []
+    different: list[Recognised] = []
     for fit in sorted((fit for fit in fits if fit.tensors == most), key=lambda fit: fit.layout.rank):
-        if all(fit.weights() != other.weights() for other in found):
-            found.append(fit)
-    return found
+        if all(fit.weights() != kept.weights() for kept in different):
+            different.append(fit)
+    return different
 
 
-def _nothing(checkpoint: Checkpoint, given: Layout | None) -> PortError:
-    """Why no layout fits: nothing is there, or names that none has."""
+def _nothing(checkpoint: Checkpoint, named: Layout | None) -> PortError:
+    """The error for a checkpoint that no layout fits: it has no mHC tensors, or names that no layout has."""
     stray = naming.plainly_ours(checkpoint.tensors)
-    others = [o.name for o in layouts().values() if stray and checkpoint.kind in o.containers and o.locate(stray)]
-    if given and others:
+    others = [
+        o.name for o in layouts().values() if stray and checkpoint.kind in o.containers and o.locator.locate(stray)
+    ]
+    if named and others:
         return PortError(
-            f"{checkpoint.path}: has no tensors of the layout {given.name}, and the layout {others[0]} has names for "
+            f"{checkpoint.path}: has no tensors of the layout {named.name}, and the layout {others[0]} has names for "
             f"what is there: leave --from out, or say --from {others[0]}"
         )
     if stray:
-        return unplaced(checkpoint, given, stray)
-    if given:
+        return unplaced(checkpoint, named, stray)
+    if named:
         return PortError(
-            f"{checkpoint.path}: has no tensors of the layout {given.name}, among {len(checkpoint.tensors)}; leave "
+            f"{checkpoint.path}: has no tensors of the layout {named.name}, among {len(checkpoint.tensors)}; leave "
             f"--from out to have it recognised, or say under which prefixes they are with --from-names"
         )
     return PortError(
@@ -180,22 +185,24 @@ def unplaced(checkpoint: Checkpoint, layout: Layout | None, stray: list[str], kn
     best: tuple[tuple[int, bool], Layout | None, list[str]] = (0, False), layout, []
     for candidate in [layout] if layout else considered:
         rows = {kind: [row.name for row in candidate.rows_of(kind)] for kind in ("attention", "ffn", "head", "site")}
-        found = naming.proposal(stray, rows)
-        explained = sum(len(names) for names in found.values())
-        score = explained, _fits(checkpoint, candidate, found)
+        proposed = naming.proposal(stray, rows)
+        explained = sum(len(names) for names in proposed.values())
+        score = explained, _fits(checkpoint, candidate, proposed)
         if explained and score > best[0]:
-            best = score, candidate, list(found)
+            best = score, candidate, list(proposed)
     _, named, options = best
     which = " ".join(["--from", named.name if named else "LAYOUT", *(f"--from-names '{text}'" for text in options)])
-    what = f"say what they are with {which}" if options else f"no row of {layout.name if layout else 'a layout'} fits"
+    advice = f"name their sites with {which}" if options else f"no row of {layout.name if layout else 'a layout'} fits"
     kinds = [text.partition("=")[0] for text in options]
     if len({*kinds}) < len(kinds):  # an option names one prefix for each kind
-        what = f"they have several prefixes ({', '.join(options[:4])}), and --from-names takes one a kind: rename them"
-    some = ", ".join(stray[:3]) + (", …" if len(stray) > 3 else "")
-    rest = ", or port the rest with --allow-partial" if known else ""
+        advice = (
+            f"they have several prefixes ({', '.join(options[:4])}), and --from-names takes one a kind: rename them"
+        )
+    examples = ", ".join(stray[:3]) + (", …" if len(stray) > 3 else "")
+    or_partially = ", or port the rest with --allow-partial" if known else ""
     return PortError(
         f"{checkpoint.path}: {len(stray)} of {len(stray) + known} hyper-connection tensors belong to no site that is "
-        f"known, {some}: {what}{rest}", INCOMPLETE,
+        f"known, {examples}: {advice}{or_partially}", INCOMPLETE,
     )  # fmt: skip
 
 
@@ -206,7 +213,7 @@ def _fits(checkpoint: Checkpoint, layout: Layout, options: Iterable[str]) -> boo
         return False
     starts = tuple(prefix.partition("{")[0] for prefix in prefixes.values())
     try:
-        sites = layout.named(prefixes).locate(name for name in checkpoint.tensors if name.startswith(starts))
+        sites = layout.named(prefixes).locator.locate(name for name in checkpoint.tensors if name.startswith(starts))
         _sizes(checkpoint, layout, sites)
     except PortError:
         return False
@@ -222,10 +229,10 @@ def candidates(checkpoint: Checkpoint, considered: Iterable[Layout]) -> list[str
 
     tails = {name[-width:] for name in checkpoint.tensors}  # of tens of thousands of names there are few
     right = {tail for tail in tails if tail in long or tail.endswith(short)}
-    found = [name for name in checkpoint.tensors if name[-width:] in right]
+    matching = [name for name in checkpoint.tensors if name[-width:] in right]
     hidden = [(name, naming.plain(name)) for name in naming.wrapped(checkpoint.tensors)]
-    more = [name for name, bare in hidden if bare[-width:] in long or bare.endswith(short)]
-    return list(dict.fromkeys([*found, *more]))
+    hidden_matches = [name for name, bare in hidden if bare[-width:] in long or bare.endswith(short)]
+    return list(dict.fromkeys([*matching, *hidden_matches]))
 
 
 def _named(error: PortError, checkpoint: Checkpoint, rows: Mapping[str, str]) -> PortError:

@@ -1,4 +1,4 @@
-"""Whether a reader of the target's layout would find again what is about to be written, each weight in its place."""
+"""Checks that a reader of the target's layout will find every weight in its place, before it is written."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ KINDS = {("layers", "attention"): "attention", ("layers", "ffn"): "ffn", ("", "h
 def check(
     layout: Layout, prefixes: Mapping[SiteKey, Mapping[str, str]], tensors: Shapes, scanned: bool = False
 ) -> None:
-    """Raises where what would be written is lost to its reader, or read as something else.
+    """Refuses to write tensors that their reader would not find, or would read as others.
 
-    The reader is told the user's own prefixes (``--names``) as ``--from-names``. One that isn't told them may find
-    fewer sites, and none that is another.
+    A reader that gets the user's prefixes (``--names``) as ``--from-names`` must find all sites. A reader without them
+    may find fewer sites, but no wrong ones.
 
     Args:
         layout: the target's, with the user's prefixes.
         prefixes: for each site its rows and the names that they are written under, before layers are stacked.
-        tensors: name, shape and dtype of what is written, after that.
+        tensors: name, shape and dtype of each tensor that is written, after layers are stacked.
         scanned: whether layers are to be stacked.
 
     Raises:
-        PortError: it says what the reader would find.
+        PortError: its message says what the reader would find.
     """
     _check_used(layout, prefixes)
     if "orbax" in layout.containers:
@@ -45,64 +45,66 @@ def check(
     for site, rows in prefixes.items():
         for row, name in rows.items():
             meant[_bare(layout, name)] = site, row
-    told, found = _located(layout, shown)
-    if not told:
-        raise PortError(f"what would be written couldn't be read again: {found}: {_advice(layout)}")
+    with_prefixes, problem = _located(layout, shown)
+    if not with_prefixes:
+        raise PortError(f"what would be written couldn't be read again: {problem}: {_advice(layout)}")
     for name in shown:
-        place, read = meant.get(_bare(layout, name)), told.get(name)
+        place, read = meant.get(_bare(layout, name)), with_prefixes.get(name)
         if place is None or read != place:
             raise _misread(layout, name, place, read)
-    read_again = {site for site, _ in told.values()}
+    read_again = {site for site, _ in with_prefixes.values()}
     lost = [site for site in prefixes if site not in read_again]
     if lost:
         raise PortError(f"nothing would be written of {lost[0]}: {_advice(layout)}")
-    untold, _ = _located(layouts()[layout.name], shown)
-    for name, read in untold.items():
+    without_prefixes, _ = _located(layouts()[layout.name], shown)
+    for name, read in without_prefixes.items():
         if read != meant[_bare(layout, name)]:
             raise _misread(layout, name, meant[_bare(layout, name)], read)
 
 
 def _check_used(layout: Layout, prefixes: Mapping[SiteKey, Mapping[str, str]]) -> None:
-    """Raises for a prefix of the user's that nothing is written under.
+    """Refuses a prefix of the user's under which no tensor would be written.
 
     Raises:
-        PortError: it names the prefix.
+        PortError: its message names the prefix.
     """
     for key, templates in layout.names.items():
         template = templates[0]
-        if template not in layout.given or key not in KINDS:
+        if template not in layout.named_by_user or key not in KINDS:
             continue
         option = f"--names {KINDS[key]}={template}"
         sites = [site for site in prefixes if (site.group, site.kind) == key]
         if not sites:
-            there = ", ".join(map(str, list(prefixes)[:4])) + (", …" if len(prefixes) > 4 else "")
-            raise PortError(f"{option} names nothing: what is written is {there}")
+            written = ", ".join(map(str, list(prefixes)[:4])) + (", …" if len(prefixes) > 4 else "")
+            raise PortError(f"{option} names nothing: the sites that are written are {written}")
         for site in sites:
-            other = [name for name in prefixes[site].values() if not name.startswith(layout.prefix(site))]
-            if other:
-                raise PortError(f"{option}: the checkpoint that takes the tensors has {other[0]}: leave --names out")
+            elsewhere = [name for name in prefixes[site].values() if not name.startswith(layout.prefix(site))]
+            if elsewhere:
+                raise PortError(
+                    f"{option}: the checkpoint that takes the tensors has {elsewhere[0]}: leave --names out"
+                )
 
 
 def _check_tree(names: Iterable[str]) -> None:
-    """Raises where names can't be the leaves of one tree, which are its paths.
+    """Refuses names that can't be the paths of one tree's leaves.
 
     Raises:
         PortError: a leaf would hold others, or a key is empty.
     """
-    every = set(names)
-    for name in sorted(every):
+    paths = set(names)
+    for name in sorted(paths):
         keys = name.split("/")
-        above = next((up for k in range(1, len(keys)) if (up := "/".join(keys[:k])) in every), None)
+        above = next((up for k in range(1, len(keys)) if (up := "/".join(keys[:k])) in paths), None)
         if above or not all(keys):
-            what = f"{above} would be an array and hold {name}" if above else f"{name} would have an empty key"
-            raise PortError(f"{what}: give --names that are paths of their own in the tree")
+            reason = f"{above} would be an array and hold {name}" if above else f"{name} would have an empty key"
+            raise PortError(f"{reason}: give --names that are paths of their own in the tree")
 
 
 def _check_scanned(prefixes: Mapping[SiteKey, Mapping[str, str]]) -> None:
-    """Raises where layers have names that aren't known to be stacked.
+    """Refuses names of layers that no reader knows how to take out of a stack.
 
     Raises:
-        PortError: it says which names are.
+        PortError: its message says which names a reader knows.
     """
     for site, rows in prefixes.items():
         name = next(iter(rows.values()))
@@ -117,7 +119,7 @@ def _shown(layout: Layout, tensors: Shapes) -> list[str]:
     """The names of weights that a reader of such a checkpoint shows.
 
     Raises:
-        PortError: it takes some for an optimiser's, or can't take the stacks apart.
+        PortError: the reader takes some for an optimiser's, or can't split the stacks.
     """
     weights, aside = without_optimiser(tensors)
     kept = list(weights)
@@ -127,21 +129,21 @@ def _shown(layout: Layout, tensors: Shapes) -> list[str]:
         )
     if not layout.stacked:
         return kept
-    held = {name: Tensor(name, tuple(tensors[name][0]), tensors[name][1], 0, Path(layout.name)) for name in kept}
+    unread = {name: Tensor(name, tuple(tensors[name][0]), tensors[name][1], 0, Path(layout.name)) for name in kept}
     try:
-        return list(Unstacked(Checkpoint(Path(layout.name), layout.containers[0], held)).tensors)
+        return list(Unstacked(Checkpoint(Path(layout.name), layout.containers[0], unread)).tensors)
     except PortError as error:
         raise PortError(f"what would be written couldn't be read again: {error}") from error
 
 
 def _located(layout: Layout, shown: list[str]) -> tuple[dict[str, tuple[SiteKey, str]], str]:
-    """The site and the row of each name, as the layout reads them; and why it finds none."""
+    """The site and the row of each name, as the layout reads them; or the reason why it finds none."""
     try:
-        sites = layout.locate(shown)
+        sites = layout.locator.locate(shown)
     except PortError as error:
         return {}, str(error)
-    found = {name: (site, row) for site, rows in sites.items() for row, name in rows.items()}
-    return found, "" if found else f"its reader finds no site among {', '.join(shown[:3])}"
+    located = {name: (site, row) for site, rows in sites.items() for row, name in rows.items()}
+    return located, "" if located else f"its reader finds no site among {', '.join(shown[:3])}"
 
 
 def _bare(layout: Layout, name: str) -> str:
@@ -153,10 +155,10 @@ def _misread(
     layout: Layout, name: str, meant: tuple[SiteKey, str] | None, read: tuple[SiteKey, str] | None
 ) -> PortError:
     """The error for a tensor that isn't found again, or at another place."""
-    found = f"as {read[1]} of {read[0]}" if read else "as no site's"
+    where = f"as {read[1]} of {read[0]}" if read else "as no site's"
     is_ = f"it is {meant[1]} of {meant[0]}" if meant else "no such tensor is written"
-    return PortError(f"{name} would be read {found}, and {is_}: {_advice(layout)}")
+    return PortError(f"{name} would be read {where}, and {is_}: {_advice(layout)}")
 
 
 def _advice(layout: Layout) -> str:
-    return "choose other --names" if layout.given else f"that is a mistake of the porter's layout {layout.name}"
+    return "choose other --names" if layout.named_by_user else f"that is a mistake of the porter's layout {layout.name}"

@@ -1,4 +1,4 @@
-"""What a port between any two dialects is: derived, and measured on one made-up site, as a Markdown table."""
+"""Tables of the verdicts between all dialects, with a measurement on one made-up site, in Markdown."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def made_up(residual: str, norm: bool) -> Weights:
 
 def verdict(before: Parameters, after: Parameters) -> tuple[Verdict, float]:
     """The verdict between two rows, and the largest deviation of out that a port of `made_up` weights has."""
-    found = derive(before, after, STREAMS)
-    if found.kind == IMPOSSIBLE:
-        return found, 0.0
+    derived = derive(before, after, STREAMS)
+    if derived.kind == IMPOSSIBLE:
+        return derived, 0.0
     weights = made_up(before["residual"], before["norm_weight"])
-    ported = convert(SITE, weights, found.steps, STREAMS, before["residual"], None)
+    ported = convert(SITE, weights, derived.steps, STREAMS, before["residual"], None)
     probes = Probes(activations(TOKENS, STREAMS, DIM, 0), before, after)
     row = probes.project(SITE, weights, ported.weights, ported)
-    (deviation,) = probes.measure([row], found)
+    (deviation,) = probes.measure([row], derived)
     wrong = deviation.contradicts()
     if wrong:
         raise ArithmeticError(f"{before} to {after}: {wrong}")
-    return found, deviation.measured["out"]
+    return derived, deviation.measured["out"]
 
 
 def markdown() -> str:
@@ -56,28 +56,28 @@ def markdown() -> str:
     rows = dialect_rows()
     lines = ["| from \\ to | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for name, before in rows.items():
-        cells = []
+        cells: list[str] = []
         for after in rows.values():
-            found, out = verdict(before, after)
-            cells.append(LEGEND.get(found.kind) or f"≈ {out:.0e}")
+            derived, out = verdict(before, after)
+            cells.append(LEGEND.get(derived.kind) or f"≈ {out:.0e}")
         lines.append(f"| **{name}** | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""]) + "\n"
 
 
 def layout_table() -> str:
     """The layouts, as a Markdown table."""
-    rows = []
+    rows: list[str] = []
     for name, layout in layouts().items():
-        own = ", ".join(f"`{dialect}`" for dialect in dict.fromkeys([layout.dialect, *layout.models.values()]))
-        rows.append(f"| `{name}` | {layout.summary} | {'as the source' if layout.keeps_dialect else own} |")
+        dialects = ", ".join(f"`{dialect}`" for dialect in dict.fromkeys([layout.dialect, *layout.models.values()]))
+        rows.append(f"| `{name}` | {layout.summary} | {'as the source' if layout.keeps_dialect else dialects} |")
     return "\n".join(["| layout | what it is | its own dialect, or dialects |", "|---|---|---|", *rows, ""])
 
 
 def reasons(before: Parameters, after: Parameters) -> list[str]:
     """A line for each difference between two rows."""
-    found, out = verdict(before, after)
-    lines = [f"{reason.kind}: {reason.text}" for reason in found.reasons] or [EXACT]
-    if found.kind != IMPOSSIBLE:
+    derived, out = verdict(before, after)
+    lines = [f"{reason.kind}: {reason.text}" for reason in derived.reasons] or [EXACT]
+    if derived.kind != IMPOSSIBLE:
         lines.append(
             f"measured on {TOKENS} tokens of a made-up site (n = {STREAMS}, C = {DIM}): out deviates by {out:.2g}"
         )

@@ -1,4 +1,4 @@
-"""What a port can be, from the parameters of the two dialects alone."""
+"""Derives the verdict on a port from the parameters of the two dialects alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 EXACT, ROUNDING, APPROXIMATE, IMPOSSIBLE = "exact", "exact to rounding", "approximate", "impossible"
 PARTIAL = "partial"
-"""Of a port that leaves something out, whatever it is for the rest."""
+"""The verdict on a port that leaves tensors out, whatever the port is for the rest."""
 KINDS = (EXACT, ROUNDING, APPROXIMATE, IMPOSSIBLE)
 NAMES = {
     "norm_eps": "the norm's eps", "norm_eps_position": "where the norm's eps is added", "order": "Sinkhorn's order",
@@ -18,10 +18,10 @@ NAMES = {
 }  # fmt: skip
 VALUES = ("norm_eps", "norm_eps_position", "guard", "eps", "iterations", "logit_limit", "pre_eps", "post_scale",
           "post_eps")  # fmt: skip
-"""Parameters of which another value is another function."""
+"""Parameters with which the function changes."""
 ROUNDED = {"coefficients": "coefficients", "matrix": "Sinkhorn's passes", "mixing": "mixing",
            "reduction": "the sum over streams"}  # fmt: skip
-"""Parameters that say where it is rounded, and nothing else."""
+"""Parameters that only say where values are rounded."""
 READS = {
     "previous": "a site reads with the previous site's pre, and no longer with its own",
     "own": "a site reads with its own pre, and no longer with the previous site's",
@@ -32,10 +32,10 @@ MIRRORED = {"rows": "columns", "columns": "rows", "rows-first": "columns-first",
 
 @dataclass(frozen=True)
 class Reason:
-    """One difference between two dialects, and what it makes of a port.
+    """One difference between two dialects, and the kind of port that it makes.
 
     Attributes:
-        step: what is done to the weights for it (`convert`), empty for nothing.
+        step: the step that `convert` takes for it; empty if the weights stay as they are.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst of its reasons."""
+    """The verdict is the worst of its reasons."""
 
     reasons: tuple[Reason, ...]
 
@@ -76,13 +76,13 @@ def derive(
     """The verdict on porting weights of one dialect to another.
 
     Args:
-        source, target: all parameters (mathematics.md, "Dialects").
+        source, target: all parameters (docs/mathematics.md, "Dialects").
         streams: n; with a single stream order and mix make no difference.
         narrowed: the narrower dtype that the weights are stored in, if they are.
-        head: whether a head is ported; None where that isn't known: then where one of the dialects reduces by a head.
-        head_lost: why the source's head is lost, in words; empty where it has none, or it is ported.
-        unfolded: φ is divided by a given norm weight.
-        zero_norm: that norm weight has zeros.
+        head: whether a head is ported; if None, one is ported if one of the dialects reduces by a head.
+        head_lost: why the source's head is lost, in words; empty if it isn't.
+        unfolded: whether φ is divided by a given norm weight.
+        zero_norm: whether that norm weight has zeros.
     """
     reasons: list[Reason] = []
     if source["residual"] != target["residual"]:
@@ -120,7 +120,7 @@ def _residuals(source: str, target: str) -> str:
 
 
 def _head(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Reason]:
-    """A norm eps of the head's own; where neither has one, the norm's eps says it all."""
+    """The reason that comes from the head's own norm eps; if neither dialect has one, the norm's eps is enough."""
     if source["head_norm_eps"] is None and target["head_norm_eps"] is None:
         return []
     before, after = (p["norm_eps"] if p["head_norm_eps"] is None else p["head_norm_eps"] for p in (source, target))
@@ -128,21 +128,22 @@ def _head(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Reason]:
 
 
 def _roundings(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Reason]:
-    reasons = []
-    for value, where in (("float32", "in float32"), ("activation", "in the dtype of x")):
+    reasons: list[Reason] = []
+    in_float32, in_narrow = "in float32", "in the dtype of x"
+    for value, where, where_before in (("float32", in_float32, in_narrow), ("activation", in_narrow, in_float32)):
         moved = [name for key, name in ROUNDED.items() if source[key] != target[key] == value]
         if moved:
             names = " and ".join(filter(None, (", ".join(moved[:-1]), moved[-1])))
-            text = f"the target keeps {names} {where}: it rounds elsewhere when it runs"
+            text = f"at run time the target computes {names} {where}, and the source {where_before}"
             reasons.append(Reason(ROUNDING, text))
     return reasons
 
 
 def _orientation(source: Mapping[str, Any], target: Mapping[str, Any], streams: int) -> list[Reason]:
-    """Whether H or its transpose mixes, and along which axes the start and the passes normalise.
+    """The reasons that come from the orientation of H and from the axes of Sinkhorn's start and passes.
 
-    Transposing the logits transposes H where the target's softmax and order are the source's with rows and columns
-    exchanged, and nowhere else: the 2N passes, or 2N - 1 where the softmax is one of them, are then the same ones.
+    Transposing the logits transposes H only if the target's softmax and order are the source's with rows and columns
+    exchanged: only then are the 2N passes (2N - 1 if the softmax is one of them) the same.
     """
     if source["residual"] == "identity":
         return []
@@ -172,8 +173,8 @@ def _orientation(source: Mapping[str, Any], target: Mapping[str, Any], streams: 
 
 
 def _aligned(wanted: Mapping[str, Any], target: Mapping[str, Any], turned: bool) -> list[Reason]:
-    """The reasons where the passes are the same ones, once H is transposed if it must be."""
-    reasons = []
+    """The reasons if the passes are the same, after H is transposed if it must be."""
+    reasons: list[Reason] = []
     if turned:
         text = "H is transposed: the residual logits are, and softmax and order are the reverse"
         reasons.append(Reason(EXACT, text, "transpose"))
@@ -189,9 +190,9 @@ def _mirrored(p: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _start(p: Mapping[str, Any]) -> str:
-    """The axis of the softmax, or of the first pass where that is the softmax: nothing in it depends on a guard.
+    """The axis of the softmax, or of the first pass if that equals a softmax because no guard changes it.
 
-    Sums of the first pass are at least 1 without a softmax, since the largest entry is exp(0).
+    Without a softmax the sums of the first pass are at least 1, since the largest entry is exp(0).
     """
     plain = p["guard"] == "none" or (p["guard"] == "clip" and p["eps"] <= 1)
     return FIRST[p["order"]] if p["softmax"] == "none" and plain else p["softmax"]
@@ -202,7 +203,7 @@ def _changed(key: str, source: Mapping[str, Any], target: Mapping[str, Any]) -> 
 
 
 def _of_one_stream(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[Reason]:
-    """With one stream H is a number that no logit moves: axes matter where they change how often it is divided."""
+    """The reasons with one stream, where H is a number that no logit moves; axes may change how often it is divided."""
     if source["residual"] != "sinkhorn" or _alone(source) == _alone({**source, **_axes(target)}):
         return []
     return [_changed(key, source, target) for key in ("softmax", "order") if source[key] != target[key]]
@@ -213,7 +214,7 @@ def _axes(p: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _alone(p: Mapping[str, Any]) -> float:
-    """The only entry of H with one stream."""
+    """The only entry of H if there is one stream."""
     value = 1 + p["eps"] if p["guard"] == "add" else 1.0
     for _ in range(2 * p["iterations"] - (p["softmax"] == FIRST[p["order"]])):
         value /= {"none": value, "clip": max(value, p["eps"])}.get(p["guard"], value + p["eps"])

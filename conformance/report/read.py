@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -149,11 +149,11 @@ def read_run(path: Path) -> Run:
     run, footer = Run(path, FIRST.decode(next(lines, b""), f"{path}: line 1")), None
     if too_deep(run.header.implementations):
         raise ReportError(f"{path}: line 1: implementations: expected settings, got lists that are nested too deeply")
-    for number, line in enumerate(lines, 2):
+    for number, (line, last) in enumerate(_marked(lines), 2):
         place = f"{path}: line {number}"
         if footer:
             raise ReportError(f"{place}: expected no line after the footer")
-        entry = ENTRY.decode(line, place if line.endswith(b"\n") else f"{place} (cut off?)")
+        entry = ENTRY.decode(line, f"{place} (cut off?)" if last else place)
         if isinstance(entry, CheckLine):
             run.checks.append(entry)
         elif isinstance(entry, SkipLine):
@@ -165,6 +165,15 @@ def read_run(path: Path) -> Run:
         came = "no footer" if footer is None else f"one of {footer.lines}"
         raise ReportError(f"{path}: cut off: expected a footer that counts {count} lines, got {came}")
     return run
+
+
+def _marked(lines: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Each line, and whether it is the last."""
+    line = next(lines, None)
+    while line is not None:
+        following = next(lines, None)
+        yield line, following is None
+        line = following
 
 
 def merge(paths: Sequence[Path]) -> list[Run]:

@@ -1,4 +1,8 @@
-"""What every step of the plain layer has in common: the dtype it runs in, exp and division, as chosen."""
+"""The operations that all steps of the plain layer share, each in the form that a choice names.
+
+`conformance.oracle.style.Style` lists such choices too, and several are the same. The lists stay two: the ensemble of
+styles makes the bounds, and the variants made of `Choice` test them, so that neither may be derived from the other.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from conformance.selftest.sums import Sums
 
 @dataclass(frozen=True)
 class Choice:
-    """What a careful implementation is free to choose; in exact arithmetic every choice gives the same value.
+    """The choices that are free to a careful implementation; in exact arithmetic all give the same value.
 
     Attributes:
         sums: how sums and contractions are ordered.

@@ -1,4 +1,4 @@
-"""What a planted mistake is: the plain layer with one step overridden (conformance.md, "Mutants").
+"""What a planted mistake is: the plain layer with one step overridden (docs/bound.md, "Mutants").
 
 ``blind`` gives, for a dtype in which a mutant can't be seen in principle, the reason with its figure.
 """

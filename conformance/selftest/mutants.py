@@ -1,4 +1,4 @@
-"""The mistakes that the suite must notice, in the order of README's table (conformance.md, "Mutants")."""
+"""The mistakes that the suite must notice, in the order of the table of docs/mutants.md (docs/bound.md, "Mutants")."""
 
 from __future__ import annotations
 

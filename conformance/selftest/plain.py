@@ -45,7 +45,7 @@ class Plain(ResidualMatrix):
             contracts=frozenset(contracts),
         )
 
-    # The precision rules of mathematics.md
+    # The precision rules of docs/mathematics.md
 
     def kept(self, x: Tensor, c: Any) -> torch.dtype:
         """The dtype in which coefficients are kept."""

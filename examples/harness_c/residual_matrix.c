@@ -3,7 +3,7 @@
  *   cc -O2 -o residual_matrix residual_matrix.c -lm
  *   mhc-conformance run --impl 'exec:./residual_matrix'
  *
- * The protocol is conformance/CONTRACT.md: one JSON line in, one out; tensors travel in safetensors files. The
+ * The protocol is docs/contract.md: one JSON line in, one out; tensors travel in safetensors files. The
  * requests come from the suite and are regular, so that looking for a key is all the JSON that is needed.
  */
 #include <errno.h>

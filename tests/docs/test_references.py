@@ -137,7 +137,7 @@ def pieces(source: str, python: bool) -> Iterator[str]:
              for side in (node.left, node.right)}  # fmt: skip
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):  # its constants follow too, each on its own; a section's name may span two
-            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
             yield node.value
     lines: dict[int, str] = {}

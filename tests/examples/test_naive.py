@@ -16,6 +16,7 @@ TOLERANCE = 1e-12
 
 def _module():
     spec = importlib.util.spec_from_file_location("naive", ROOT / "examples" / "naive.py")
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,4 @@
-"""The layouts, a file each: whatever module of this folder has a ``LAYOUT`` is one."""
+"""The layouts: each module of this folder holds one as ``LAYOUT``."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from conformance.porter.layout import Layout
 @functools.cache
 def layouts() -> dict[str, Layout]:
     """Every layout under its name, in alphabetical order."""
-    found = {}
+    by_name: dict[str, Layout] = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
         layout = importlib.import_module(f"{__name__}.{module}").LAYOUT
-        found[layout.name] = layout
-    return found
+        by_name[layout.name] = layout
+    return by_name
 
 
 def layout_named(name: str) -> Layout:
     """The layout of that name.
 
     Raises:
-        PortError: there is none.
+        PortError: there is no layout of that name.
     """
     known = layouts()
     if name not in known:

@@ -7,7 +7,7 @@ LAYOUT = Layout(
     summary=(
         "safetensors that `jax_impl` and `torch_impl` load: MaxText's names, flat, sizes and dialect in the metadata"
     ),
-    source="mathematics.md, Checkpoint layouts",
+    source='docs/mathematics.md, "Checkpoint layouts"',
     dialect="paper",
     keeps_dialect=True,
     norm="optional",

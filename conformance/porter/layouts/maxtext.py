@@ -1,4 +1,4 @@
-"""MaxText's Orbax tree; scanned layers are taken apart and put together by `storage.stacks`."""
+"""MaxText's Orbax tree; `storage.stacks` splits and stacks scanned layers."""
 
 from conformance.porter.layout import Layout, Packed
 from conformance.porter.layouts import canonical

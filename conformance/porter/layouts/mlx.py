@@ -5,7 +5,7 @@ from conformance.porter.layouts.deepseek import LAYOUT as DEEPSEEK
 from conformance.porter.layouts.deepseek import ROWS
 
 LEADS = ("model.", "language_model.model.")
-"""mlx-lm's, and those of mlx-vlm, whose models have a vision part too."""
+"""Starts of names in mlx-lm, and in mlx-vlm, whose models have a vision part too."""
 
 LAYOUT = Layout(
     name="mlx",

@@ -1,10 +1,10 @@
-"""Xing-4, whose files and mlx-vlm's module have the same names; it has no head, it takes the mean of the streams."""
+"""Xing-4: its files and mlx-vlm's module have the same names; it has no head and takes the mean of the streams."""
 
 from conformance.porter.layout import Layout
 from conformance.porter.layouts.deepseek import ROWS
 
 LEADS = ("model.", "language_model.model.", "")
-"""The released files', those of a whole model of mlx-vlm, and those of its text model alone."""
+"""Starts of names in the released files, in a whole model of mlx-vlm, and in its text model alone."""
 
 LAYOUT = Layout(
     name="xing",

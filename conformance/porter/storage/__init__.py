@@ -1,1 +1,1 @@
-"""Checkpoints on disk: what is in them, one tensor at a time; and how they are written whole."""
+"""Reads checkpoints one tensor at a time, and writes them whole or not at all."""

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
+from typing import Any
 
 _LOCK = threading.RLock()
 
 
 @contextlib.contextmanager
-def processor_only() -> Iterator[None]:
-    """In the block JAX has the processor (CPU) alone, unless it has been started before; afterwards it is as it was.
+def processor_only() -> Generator[None, None, None]:
+    """Restricts JAX to the CPU within the block, unless JAX has been started before.
 
-    A program that has started JAX keeps what it has, which Orbax then uses without starting anything. One that hasn't
-    finds JAX unstarted after the block, with the platforms that it set or that JAX would choose; a thread of it that
-    starts JAX within the block would get the processor, and lose it at the end.
+    If the program has started JAX, nothing changes, and Orbax uses its backends. If it hasn't, JAX is unstarted again
+    after the block, with the platforms that were set before. A thread that starts JAX within the block would get the
+    CPU and lose it at the end.
     """
     import jax
     from jax._src import xla_bridge  # no public function says whether JAX has been started
@@ -29,10 +30,11 @@ def processor_only() -> Iterator[None]:
         if xla_bridge.backends_are_initialized():
             yield
             return
-        platforms = jax.config.values["jax_platforms"]
-        jax.config.update("jax_platforms", "cpu")
+        config: Any = jax.config
+        platforms = config.values["jax_platforms"]
+        config.update("jax_platforms", "cpu")
         try:
             yield
         finally:
             clear_backends()
-            jax.config.update("jax_platforms", platforms)
+            config.update("jax_platforms", platforms)

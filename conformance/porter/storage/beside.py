@@ -1,4 +1,4 @@
-"""Several checkpoints in one directory: which of them is meant."""
+"""Chooses among several checkpoints in one directory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from conformance.porter.storage.holding import hyper_connections
 
 
 def alone(path: Path, kinds: Mapping[str, Callable[[], Checkpoint]]) -> Checkpoint:
-    """The checkpoint of a directory that holds hyper-connections; the first one where none does.
+    """The checkpoint of a directory that holds hyper-connections; the first one if none does.
 
-    Where several hold the same under the same names, as a model saved in two formats does, it is the first one too.
+    If several hold the same tensors under the same names, as a model saved in two formats does, the first one is taken.
 
     Args:
-        kinds: what the directory has in it, and what opens each.
+        kinds: descriptions of the checkpoints in the directory, and for each a function that opens it.
 
     Raises:
         PortError: several hold hyper-connections that differ, or one of several can't be read.
@@ -26,22 +26,22 @@ def alone(path: Path, kinds: Mapping[str, Callable[[], Checkpoint]]) -> Checkpoi
     (first, opens), *others = kinds.items()
     chosen = opens()
     try:
-        for what, opens in others:
+        for label, opens in others:
             try:
-                other = opens()
+                candidate = opens()
             except PortError as error:
                 raise PortError(
-                    f"{path}: has {first} and {what}, and what those hold isn't known ({error}): move one of them out "
+                    f"{path}: has {first} and {label}, and what those hold isn't known ({error}): move one of them out "
                     f"of the directory, or name a file", error.status,
                 ) from error  # fmt: skip
             if not hyper_connections(chosen.tensors):
                 chosen.close()
-                first, chosen = what, other
+                first, chosen = label, candidate
                 continue
-            with other:
-                if hyper_connections(other.tensors) and not _alike(chosen, other):
+            with candidate:
+                if hyper_connections(candidate.tensors) and not _alike(chosen, candidate):
                     raise PortError(
-                        f"{path}: has hyper-connections in {first} and in {what}, and they aren't the same: name the "
+                        f"{path}: has hyper-connections in {first} and in {label}, and they aren't the same: name the "
                         f"file that counts, or move the others out of the directory"
                     )
     except BaseException:

@@ -1,4 +1,4 @@
-"""What the porter sees of a checkpoint, whatever its files are."""
+"""The interface through which the porter reads every kind of checkpoint."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from conformance.cases.format import DTYPES
 from conformance.porter.errors import PortError
+from conformance.porter.untyped import is_mapping, is_sequence
 
 PORT_KEY = "mhc_port"
 """Where a checkpoint that was written here says how: JSON, in the metadata of its file, index or tree."""
@@ -25,8 +26,8 @@ class Tensor:
     """One tensor of a checkpoint, unread.
 
     Attributes:
-        dtype: NumPy's name of it, or the file's own where NumPy has none.
-        file: what holds it, for messages.
+        dtype: NumPy's name of its dtype, or the file's own if NumPy has none.
+        file: the file that holds it, for messages.
     """
 
     name: str
@@ -41,27 +42,28 @@ class Checkpoint:
     """An opened checkpoint; a context manager.
 
     Attributes:
-        kind: what its files are, in a word.
-        tensors: everything in it, unread.
-        metadata: of the file, the index or the tree.
-        config: the configuration of its model: ``config.json`` beside it, or what the user names; None without one.
-        files: how many files hold tensors.
-        aside: names of tensors that are no weights and aren't shown: the state of an optimiser.
-        stacks: in words, which layers lie stacked in one array; empty where none does.
-        axes: along which axes they are stacked.
-        lacking: hyper-connections that its other tensors show to be missing, a line each.
-        state_dicts: what stands before the names of each flat state dict in it, where its keys are nested.
+        kind: the kind of its files, in a word.
+        tensors: all its tensors, unread.
+        metadata: the metadata of the file, the index or the tree.
+        config: the configuration of its model: the ``config.json`` in its directory, or the file that the user names;
+            None without one.
+        files: the number of files that hold tensors.
+        aside: names of an optimiser's tensors, which aren't shown.
+        stacks: the stacks of scanned layers, in words; empty if there is none.
+        axes: the axes along which they are stacked.
+        lacking: a line for hyper-connections that are missing as its other tensors show.
+        state_dicts: if its keys are nested, the keys that lead to each flat state dict in it, as a start of names.
     """
 
     path: Path
     kind: str
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    metadata: dict[str, Any] = field(default_factory=dict[str, Any])
     config: dict[str, Any] | None = None
     files: int = 1
     aside: frozenset[str] = frozenset()
     stacks: str = ""
-    axes: set[int] = field(default_factory=set)
+    axes: set[int] = field(default_factory=set[int])
     config_file: Path | None = None
     lacking: tuple[str, ...] = ()
     state_dicts: frozenset[str] = frozenset()
@@ -73,35 +75,35 @@ class Checkpoint:
 
     @property
     def config_name(self) -> str:
-        """What the configuration is called, for messages that say "its …"."""
+        """The name of the configuration, for messages that say "its …"."""
         return self.config_file.name if self.config_file else "config.json"
 
     @property
     def config_states(self) -> str:
-        """The start of a sentence on what it states."""
+        """The start of a sentence about a statement of the configuration."""
         return f"{self.config_name} states"
 
     def left_open(self, row: str) -> str:
-        """What a configuration must state of a row for its software to read it, and doesn't; in words."""
+        """The keys that a row's software needs and the configuration doesn't state, in words."""
         return ""
 
     def prepare(self, names: Iterable[str]) -> None:
-        """Told before `read` which tensors will be asked for."""
+        """Announces the tensors that `read` will be called for."""
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor.
+        """Reads one tensor.
 
         Raises:
-            PortError: of a dtype that no mHC tensor has, or it can't be read.
+            PortError: the tensor has a dtype that weights can't have, or can't be read.
         """
         raise NotImplementedError
 
     def held(self, name: str) -> str:
-        """What the files call a tensor that is shown as ``name``, or would call it where it is missing."""
+        """The name in the files of a tensor that is shown as ``name``, whether it is there or not."""
         return name
 
     def close(self) -> None:
-        """Lets go of the files."""
+        """Closes the files."""
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -114,7 +116,7 @@ class View(Checkpoint):
     """Another checkpoint's tensors under other names, or in other shapes.
 
     Args:
-        whole: what holds them; closed with this one.
+        whole: the checkpoint that holds them; it is closed with this one.
 
     Attributes:
         prefixes: starts of names as they are shown, and as the files have them.
@@ -140,8 +142,8 @@ class View(Checkpoint):
         self._whole.close()
 
 
-def check_dtype(tensor: Tensor) -> np.dtype:
-    """Its dtype, where mHC weights can have it.
+def check_dtype(tensor: Tensor) -> np.dtype[Any]:
+    """The tensor's dtype, if mHC weights can have it.
 
     Raises:
         PortError: they can't.
@@ -177,9 +179,9 @@ def flatten(tree: Mapping[str, Any], separator: str) -> dict[str, Any]:
 
 
 def _branches(node: Any) -> Iterable[tuple[Any, Any]] | None:
-    """What a node of a tree holds under which keys; None for a leaf, as a list of mere numbers is."""
-    if isinstance(node, Mapping):
+    """The keys and nodes in a node of a tree; None for a leaf, such as a list of numbers."""
+    if is_mapping(node):
         return node.items()
-    if isinstance(node, list | tuple) and any(isinstance(v, Mapping | list) or hasattr(v, "shape") for v in node):
+    if is_sequence(node) and any(isinstance(v, Mapping | list) or hasattr(v, "shape") for v in node):
         return enumerate(node)
     return None

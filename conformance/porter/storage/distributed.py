@@ -45,7 +45,7 @@ class DistributedCheckpoint(Checkpoint):
         self.state_dicts = flat_dictionaries(self._described.paths)
 
     def _look(self, name: str) -> Tensor:
-        """What the metadata says of a tensor.
+        """The description of a tensor in the metadata.
 
         Raises:
             PortError: its chunks don't fill it, or a file lacks one of them.
@@ -125,13 +125,13 @@ def _where(chunk: Chunk) -> tuple[slice, ...]:
 
 
 def _check_cover(path: Path, name: str, entry: Entry, available: int) -> None:
-    """Raises unless the chunks fill the tensor once, with bytes that are there.
+    """Refuses chunks that don't fill the tensor exactly once with bytes of their files.
 
     Args:
         available: bytes of the files that hold the chunks.
 
     Raises:
-        PortError: they leave a hole, overlap, stand out of it, or are larger than their bytes.
+        PortError: the chunks leave a hole, overlap, reach out of the tensor, or are larger than their bytes.
     """
     label, elements = f"{path / NAME}: {name} {list(entry.shape)}: its chunks", math.prod(entry.shape)
     for chunk in entry.chunks:
@@ -162,12 +162,12 @@ def _size(path: Path, name: str) -> int:
         PortError: it is missing, or no file.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise PortError(f"{path}: can't be read, and holds {name} ({error.strerror})") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise PortError(f"{path}: expected a file that holds {name}, got something that isn't one")
-    return found.st_size
+    return status.st_size
 
 
 def _bytes(path: Path, name: str, chunk: Chunk) -> bytes:
@@ -180,10 +180,10 @@ def _bytes(path: Path, name: str, chunk: Chunk) -> bytes:
         with path.open("rb", buffering=0) as file:
             content = os.pread(file.fileno(), chunk.length, chunk.begin)
             while len(content) < chunk.length:
-                more = os.pread(file.fileno(), chunk.length - len(content), chunk.begin + len(content))
-                if not more:
+                block = os.pread(file.fileno(), chunk.length - len(content), chunk.begin + len(content))
+                if not block:
                     raise PortError(f"{path}: is cut short in {name}")
-                content += more
+                content += block
     except OSError as error:
         raise PortError(f"{path}: can't be read, and holds {name} ({error.strerror})") from error
     return content

@@ -1,4 +1,4 @@
-"""What the ``.metadata`` of a `torch.distributed.checkpoint` directory says, read without running anything in it.
+"""Reads the ``.metadata`` of a `torch.distributed.checkpoint` directory without running anything in it.
 
 The file is a pickle, and torch's own reader unpickles it whatever it names. Here each class that it may name stands for
 an inert record: nothing of torch is imported or called, and a pickle that names anything else is refused.
@@ -19,10 +19,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from conformance.porter.errors import PortError
+from conformance.porter.untyped import is_mapping, is_sequence, is_tuple
 
 NAME = ".metadata"
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-"""Of the dtypes that weights have; another dtype's size is of no interest."""
+"""Bytes of an element, for the dtypes that weights have."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class _Record:
     """Stands for an instance of a class that a pickle may name; keeps what it was made with and what was set on it."""
 
     def __init__(self, *arguments: Any):
-        self.arguments, self.state = arguments, None
+        self.arguments = arguments
+        self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
     def get(self, name: str) -> Any:
-        return self.state.get(name) if isinstance(self.state, dict) else None
+        return self.state.get(name) if is_mapping(self.state) else None
 
 
 class _Metadata(_Record):
@@ -123,36 +125,36 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Described:
-    """What the metadata says; a tensor's entry is made when it is asked for, since there may be a million chunks.
+    """The contents of the metadata. An entry is made when it is asked for, since there may be a million chunks.
 
     Attributes:
-        names: of every tensor in the state dict that was saved, nested keys joined by dots.
-        paths: the nested keys of each, where the metadata has them.
-        files: how many files hold chunks.
+        names: the names of all tensors in the saved state dict, with nested keys joined by dots.
+        paths: the nested keys of each tensor, if the metadata has them.
+        files: the number of files that hold chunks.
 
     Raises:
         PortError: it doesn't describe tensors.
     """
 
-    def __init__(self, path: Path, found: Any):
+    def __init__(self, path: Path, unpickled: Any):
         self._path = path
-        if not isinstance(found, _Metadata):
+        if not isinstance(unpickled, _Metadata):
             raise PortError(
-                f"{path}: expected the metadata of a torch.distributed.checkpoint, got {type(found).__name__}"
+                f"{path}: expected the metadata of a torch.distributed.checkpoint, got {type(unpickled).__name__}"
             )
-        described, stored = found.get("state_dict_metadata"), found.get("storage_data")
-        if not isinstance(described, Mapping) or not isinstance(stored, Mapping):
+        described, stored = unpickled.get("state_dict_metadata"), unpickled.get("storage_data")
+        if not is_mapping(described) or not is_mapping(stored):
             raise PortError(f"{path}: doesn't say which file holds which tensor")
         self._described = {k: v for k, v in described.items() if isinstance(k, str) and isinstance(v, _OfTensor)}
         self.names = list(self._described)
-        nested = found.get("planner_data")
+        nested = unpickled.get("planner_data")
         self.paths = [
             tuple(map(str, nested[name]))
-            for name in (self.names if isinstance(nested, Mapping) else ())
+            for name in (self.names if is_mapping(nested) else ())
             if isinstance(nested.get(name), tuple)
         ]
         self._places: dict[str, list[tuple[Any, _Record]]] = {}
-        files = set()
+        files = set[str]()
         for place, info in stored.items():
             if isinstance(place, _Place) and isinstance(info, _Record) and isinstance(name := place.get("fqn"), str):
                 self._places.setdefault(name, []).append((place.get("offset"), info))
@@ -160,10 +162,10 @@ class Described:
         self.files = len(files)
 
     def entry(self, name: str) -> Entry:
-        """A tensor.
+        """The entry of a tensor.
 
         Raises:
-            PortError: what is said of it is no tensor's.
+            PortError: the metadata doesn't describe it as a tensor.
         """
         try:
             places = {_sizes(at, name): info for at, info in self._places.get(name, []) if at is not None}
@@ -173,10 +175,10 @@ class Described:
 
 
 def read_metadata(directory: Path) -> Described:
-    """What the metadata of a directory says.
+    """Reads the metadata of a directory.
 
     Raises:
-        PortError: the file can't be read, names what it has no use for, or doesn't describe tensors.
+        PortError: the file can't be read, names a class that it has no use for, or doesn't describe tensors.
     """
     path = directory / NAME
     collecting = gc.isenabled()
@@ -200,15 +202,15 @@ def read_metadata(directory: Path) -> Described:
 def _entry(name: str, value: _OfTensor, places: Mapping[tuple[int, ...], _Record]) -> Entry:
     properties, chunks = value.get("properties"), value.get("chunks")
     state = properties.state if isinstance(properties, _Properties) else None
-    dtype = state[0] if isinstance(state, tuple) and state else None
-    if not isinstance(dtype, _Dtype) or not isinstance(chunks, list):
+    dtype = state[0] if is_tuple(state) and state else None
+    if not isinstance(dtype, _Dtype) or not is_sequence(chunks):
         raise PortError(f"{name}: has no dtype, or no chunks")
     return Entry(_sizes(value.get("size"), name), str(dtype), tuple(_chunk(name, chunk, places) for chunk in chunks))
 
 
 def _chunk(name: str, chunk: Any, places: Mapping[tuple[int, ...], _Record]) -> Chunk:
     if not isinstance(chunk, _Record):
-        raise PortError(f"{name}: has a chunk that is none")
+        raise PortError(f"{name}: has a chunk that isn't described as one")
     offsets, shape = _sizes(chunk.get("offsets"), name), _sizes(chunk.get("sizes"), name)
     info = places.get(offsets)
     if info is None:
@@ -223,8 +225,8 @@ def _chunk(name: str, chunk: Any, places: Mapping[tuple[int, ...], _Record]) -> 
 
 
 def _sizes(value: Any, name: str) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or not all(type(n) is int and 0 <= n < 2**63 for n in value) or len(value) > 64:
-        raise PortError(f"{name}: has a shape that is none")
+    if not is_tuple(value) or not all(type(n) is int and 0 <= n < 2**63 for n in value) or len(value) > 64:
+        raise PortError(f"{name}: has no shape of whole numbers")
     return value
 
 

@@ -1,7 +1,7 @@
-"""A copy of a model's GGUF file with other hyper-connections in it; everything else is carried over byte for byte.
+"""Copies a model's GGUF file with other hyper-connections in it; everything else is copied byte for byte.
 
 The package's writer would encode every key and tensor anew, and refuses some that other writers make (empty arrays,
-quantisations that it doesn't know). Here what isn't replaced is never decoded.
+quantisations that it doesn't know). Here only the tensors that are replaced are decoded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Piece:
     """A tensor of the copy.
 
     Attributes:
-        value: what replaces the model's, or is new; None where the model's own bytes from ``offset`` on are kept.
+        value: the array that is new or replaces the model's; None if the model's bytes from ``offset`` on are kept.
     """
 
     name: str
@@ -55,11 +55,11 @@ def save_copy(
     """Writes ``model`` at ``path`` with these tensors in it, and with the keys of their dialect.
 
     Args:
-        target: what it will be, for messages.
+        target: the path that the copy will get, for messages.
 
     Raises:
         PortError: the model is one part of a split one, of an architecture that isn't known, or broken.
-        OSError: it can't be written.
+        OSError: the copy can't be written.
     """
     if SPLIT.fullmatch(model.name):
         raise PortError(f"{model}: is one part of a split model: put it together first, with llama-gguf-split --merge")
@@ -71,8 +71,8 @@ def save_copy(
         header = Header(model, descriptor)
         keys = _keys(header, descriptor, metadata)
         known = trunk(header.values)
-        own = counted(tensors)[0] if known is None else known
-        pieces = _pieces(header, {stored_as(name, own): value for name, value in tensors.items()})
+        trunk_blocks = counted(tensors)[0] if known is None else known
+        pieces = _pieces(header, {stored_as(name, trunk_blocks): value for name, value in tensors.items()})
         with path.open("wb", buffering=0) as file:
             _write_header(file, header, keys, pieces)
             for piece in pieces:
@@ -82,26 +82,26 @@ def save_copy(
 
 
 def check_blocks(model: Path, tensors: Iterable[str]) -> None:
-    """Refuses tensors of blocks that the model's keys don't count: its software would take them for others, or none.
+    """Refuses tensors of blocks that the model's keys don't count: its software would misread or ignore them.
 
     Args:
         tensors: names as `GGUFCheckpoint` shows them.
 
     Raises:
-        PortError: there are some, or the model can't be read.
+        PortError: there are such tensors, or the model can't be read.
     """
     with contextlib.closing(GGUFCheckpoint(model)) as checkpoint:
         keys = checkpoint.keys
-    own = trunk(keys)
-    if own is None:
+    trunk_blocks = trunk(keys)
+    if trunk_blocks is None:
         return
     ahead = keys.get(f"{keys.get(ARCHITECTURE)}.{NEXTN}", 0)
     needed = counted(tensors)
-    for count, need, key, what in (
-        (own, needed[0], BLOCKS, "blocks of its own"), (ahead, needed[1], NEXTN, "for multi-token prediction"),
+    for count, need, key, label in (
+        (trunk_blocks, needed[0], BLOCKS, "blocks of its own"), (ahead, needed[1], NEXTN, "for multi-token prediction"),
     ):  # fmt: skip
         if isinstance(count, int) and need > count:
-            raise PortError(f"{model}: has {count} {what} by its key {key}, and the source has {need}")
+            raise PortError(f"{model}: has {count} {label} by its key {key}, and the source has {need}")
 
 
 def _keys(header: Header, descriptor: int, metadata: Mapping[str, str]) -> list[bytes]:
@@ -119,8 +119,8 @@ def _keys(header: Header, descriptor: int, metadata: Mapping[str, str]) -> list[
         name = f"{architecture}.{key}"
         if key.startswith(PREFIX) and values.get(name) != value:  # the norm's eps is that of all the model's norms
             changed[name] = _record(name, value)
-    own = {name: read(descriptor, key.begin, key.end - key.begin) for name, key in header.keys.items()}
-    return list({**own, **changed}.values())
+    records = {name: read(descriptor, key.begin, key.end - key.begin) for name, key in header.keys.items()}
+    return list({**records, **changed}.values())
 
 
 def _record(name: str, value: Any) -> bytes:
@@ -175,7 +175,7 @@ def _write_data(file: FileIO, header: Header, descriptor: int, piece: Piece, tar
 
 
 def _copied_by_the_kernel(file: FileIO, descriptor: int, offset: int, length: int) -> int:
-    """How many bytes it has copied: none where the system or the file systems can't (2 GB: 2.1 s, without it 2.8 s)."""
+    """Copies bytes in the kernel if the system can; returns their number (2 GB take 2.1 s, without it 2.8 s)."""
     copied = 0
     with contextlib.suppress(AttributeError, OSError):
         while copied < length:

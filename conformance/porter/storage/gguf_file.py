@@ -1,7 +1,7 @@
-"""GGUF files: read a tensor at a time, written anew, and copied with other hyper-connections in them.
+"""Reads GGUF files a tensor at a time, and writes new ones.
 
 A block for multi-token prediction is one of the model's blocks by its name, ``blk.43.hc_attn_fn.weight``, and only the
-keys say that it is none. Here it is called ``nextn.0.hc_attn_fn.weight``, and its head ``nextn.0.hc_head_fn.weight``.
+keys say that it isn't. Here it is called ``nextn.0.hc_attn_fn.weight``, and its head ``nextn.0.hc_head_fn.weight``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from conformance.porter.storage.gguf_keys import (
 
 SUFFIX = ".gguf"
 AN_ARRAY = "an array"
-"""Stands for the value of a key that has several, which none of these can have."""
+"""Stands for the value of a key that has an array, where a number or a text belongs."""
 SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 BLOCK = re.compile(r"blk\.(\d+)\.(?:nextn\.(?=hc_head_))?(hc_.*)")
 AHEAD = re.compile(r"nextn\.(\d+)\.(hc_.*)")
@@ -87,14 +87,14 @@ class GGUFCheckpoint(Checkpoint):
                 raise PortError(f"{path}: {error}") from error
             if PORT_KEY in self.keys:
                 self.metadata = {PORT_KEY: self.keys[PORT_KEY]}
-        blocks, held = trunk(self.keys), dict(self.tensors)
+        blocks, tensors = trunk(self.keys), dict(self.tensors)
         for name, info in header.tensors.items():
             shown = called(name, blocks)
             if shown in self._places:
                 raise PortError(f"{path}: has the tensor {name}, and so has {self._places[shown][0].path}")
             self._places[shown] = header, descriptor, name
-            held[shown] = Tensor(name, info.shape, info.dtype, info.nbytes or 0, path)
-        self.tensors = held
+            tensors[shown] = Tensor(name, info.shape, info.dtype, info.nbytes or 0, path)
+        self.tensors = tensors
 
     def read(self, name: str) -> np.ndarray:
         header, descriptor, stored = self._places[name]
@@ -112,7 +112,7 @@ class GGUFCheckpoint(Checkpoint):
 
 
 def called(name: str, blocks: int | None) -> str:
-    """How a tensor is called here: those beyond the model's own blocks by their number among themselves."""
+    """The name of a tensor here: blocks beyond the model's own are numbered from 0 as ``nextn``."""
     match = BLOCK.fullmatch(name)
     if match and blocks is not None and int(match[1]) >= blocks:
         return f"nextn.{int(match[1]) - blocks}.{match[2]}"
@@ -120,7 +120,7 @@ def called(name: str, blocks: int | None) -> str:
 
 
 def stored_as(name: str, blocks: int) -> str:
-    """The same in a file whose model has so many blocks."""
+    """The name in a file of a tensor that is called ``name`` here, if the model has so many blocks of its own."""
     match = AHEAD.fullmatch(name)
     if not match:
         return name
@@ -152,10 +152,10 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], target: Path) -> None:
-    """A new file with these tensors, the keys of their dialect and nothing else.
+    """Writes a file with these tensors, the keys of their dialect and nothing else.
 
     Args:
-        target: what it will be, for messages.
+        target: the path that the file will get, for messages.
 
     Raises:
         PortError: the package can't write it.
@@ -187,7 +187,7 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
 
 def counted(tensors: Iterable[str]) -> tuple[int, int]:
-    """How many blocks the names need, and how many for multi-token prediction."""
+    """The numbers of the model's blocks and of blocks for multi-token prediction that the names need."""
     numbers = [int(match[1]) for name in tensors if (match := BLOCK.fullmatch(name))]
     ahead = [int(match[1]) for name in tensors if (match := AHEAD.fullmatch(name))]
     return max(numbers, default=-1) + 1, max(ahead, default=-1) + 1

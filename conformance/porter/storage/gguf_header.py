@@ -1,4 +1,4 @@
-"""The header of a GGUF file: its keys, and where each tensor lies.
+"""Reads the header of a GGUF file: its keys, and the place of each tensor.
 
 The package's own reader maps the whole file and makes a NumPy view of every element of every array: with a vocabulary
 of 129,280 tokens that takes 4.5 s and 480 MB, this 0.2 s. It also gives up on a file with a quantisation that it
@@ -62,13 +62,13 @@ class Key:
 
 @dataclass(frozen=True)
 class Info:
-    """Where a tensor lies.
+    """The place of a tensor.
 
     Attributes:
-        shape: in NumPy's order, the last axis contiguous: the reverse of what the file says.
+        shape: its shape in NumPy's order, with the last axis contiguous; the file has the reverse order.
         type: the number of its type, and ``dtype`` its name.
-        offset: in the file.
-        nbytes: None where the type isn't known.
+        offset: its place in the file, in bytes.
+        nbytes: its size; None if the type isn't known.
     """
 
     shape: tuple[int, ...]
@@ -79,10 +79,10 @@ class Info:
 
 
 class Header:
-    """What a GGUF file says of itself.
+    """The keys and tensors that a GGUF file lists.
 
     Raises:
-        PortError: it isn't one, is cut short, or two of its tensors have one name.
+        PortError: the file isn't a GGUF file, is cut short, or has two tensors of one name.
     """
 
     def __init__(self, path: Path, descriptor: int):
@@ -96,8 +96,8 @@ class Header:
         (version,) = self._numbers("I")
         if version not in (2, 3):
             big = version & 0xFFFF == 0
-            what = "a big-endian file" if big else f"version {version}"
-            raise PortError(f"{path}: expected a little-endian GGUF file of version 2 or 3, got {what}")
+            got = "a big-endian file" if big else f"version {version}"
+            raise PortError(f"{path}: expected a little-endian GGUF file of version 2 or 3, got {got}")
         self.version = version
         tensors, keys = self._numbers("QQ")
         for _ in range(keys):
@@ -107,18 +107,18 @@ class Header:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Keys that have a number or a text; a float32 as the shortest decimal that it is the nearest to."""
+        """The keys with a number or a text; a float32 is the shortest decimal number that rounds to it."""
         return {name: _shortest(key) for name, key in self.keys.items() if key.type != ARRAY}
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each tensor; of one whose type isn't known, up to the next one."""
+        """The size of each tensor in bytes; a tensor of an unknown type extends to the next one."""
         order = sorted(self.tensors, key=lambda name: self.tensors[name].offset)
         ends = [self.tensors[name].offset for name in order[1:]] + [self.size]
-        found = {}
+        sizes: dict[str, int] = {}
         for name, end in zip(order, ends, strict=True):
             info = self.tensors[name]
-            found[name] = end - info.offset if info.nbytes is None else info.nbytes
-        return found
+            sizes[name] = end - info.offset if info.nbytes is None else info.nbytes
+        return sizes
 
     def _key(self) -> None:
         begin = self._at
@@ -148,7 +148,7 @@ class Header:
         return None
 
     def _tensors(self, count: int) -> None:
-        found: list[tuple[str, tuple[int, ...], int, int]] = []
+        listed: list[tuple[str, tuple[int, ...], int, int]] = []
         names: set[str] = set()
         for _ in range(count):
             name = self._text("a tensor's name")
@@ -160,12 +160,12 @@ class Header:
             if name in names:
                 raise PortError(f"{self.path}: has the tensor {name} twice")
             names.add(name)
-            found.append((name, shape[::-1], kind, offset))
+            listed.append((name, shape[::-1], kind, offset))
         self.alignment = self.keys[ALIGNMENT].value if ALIGNMENT in self.keys else package().GGUF_DEFAULT_ALIGNMENT
         if not isinstance(self.alignment, int) or self.alignment < 1 or self.alignment & (self.alignment - 1):
             raise PortError(f"{self.path}: {ALIGNMENT} must be a power of two, got {self.alignment}")
         self.data = -(-self._at // self.alignment) * self.alignment
-        for name, shape, kind, offset in found:
+        for name, shape, kind, offset in listed:
             self.tensors[name] = self._info(name, shape, kind, self.data + offset)
 
     def _info(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Info:
@@ -182,14 +182,14 @@ class Header:
             )
         return Info(shape, kind, DTYPES.get(known.name) or str(known.name), offset, nbytes)
 
-    def _text(self, what: str) -> str:
+    def _text(self, label: str) -> str:
         (length,) = self._numbers("Q")
         if length > LONGEST:
-            raise PortError(f"{self.path}: {what} would have {length} bytes: that is no text")
+            raise PortError(f"{self.path}: {label} would have {length} bytes: that is no text")
         try:
             return self._take(length).decode()
         except UnicodeDecodeError as error:
-            raise PortError(f"{self.path}: {what} at byte {self._at - length} isn't UTF-8") from error
+            raise PortError(f"{self.path}: {label} at byte {self._at - length} isn't UTF-8") from error
 
     def _numbers(self, formats: str) -> tuple[Any, ...]:
         return struct.unpack(f"<{formats}", self._take(struct.calcsize(f"<{formats}")))
@@ -205,10 +205,10 @@ class Header:
         if not (self._start <= begin and self._at <= self._start + len(self._block)):
             self._block = read(self._descriptor, begin, min(max(length, AHEAD), self.size - begin))
             self._start = begin
-        found = self._block[begin - self._start : self._at - self._start]
-        if len(found) < length:
+        content = self._block[begin - self._start : self._at - self._start]
+        if len(content) < length:
             raise PortError(f"{self.path}: is cut short in its header")
-        return found
+        return content
 
 
 def _shortest(key: Key) -> Any:
@@ -216,12 +216,12 @@ def _shortest(key: Key) -> Any:
 
 
 def read(descriptor: int, offset: int, length: int) -> bytes:
-    """So many bytes of the file, however many calls that takes; fewer where it ends."""
+    """Reads ``length`` bytes of the file, in as many calls as that takes; fewer at its end."""
     return b"".join(blocks(descriptor, offset, length))
 
 
 def blocks(descriptor: int, offset: int, length: int) -> Iterator[bytes]:
-    """The same, a few megabytes at a time."""
+    """Reads ``length`` bytes of the file, a few megabytes at a time."""
     while length and (block := os.pread(descriptor, min(length, 2 * AHEAD), offset)):
         yield block
         offset, length = offset + len(block), length - len(block)

@@ -1,4 +1,4 @@
-"""The keys of a GGUF file that configure hyper-connections, in the words of a ``config.json``, and back."""
+"""Translates the keys of a GGUF file that configure hyper-connections into those of a ``config.json``, and back."""
 
 from __future__ import annotations
 
@@ -30,36 +30,37 @@ WORDS = {
     "embedding_length": "hidden_size",
     "nextn_predict_layers": "num_nextn_predict_layers",
 }
-"""What follows the architecture in a key, and the same thing's name in a ``config.json``."""
+"""The part of a key after the architecture, and the name of that setting in a ``config.json``."""
 COUNTS = ("hyper_connection.count", "hyper_connection.sinkhorn_iterations")
 PREFIX, BLOCKS, NEXTN = "hyper_connection.", "block_count", "nextn_predict_layers"
 OF_A_FILE = ("general.", "tokenizer.", "split.")
-"""Starts of keys that are no model's settings."""
+"""Starts of keys that aren't settings of a model."""
 
 
 def configuration(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """What a ``config.json`` would say, and under their own names the keys of hyper-connections that aren't known here,
-    whichever architecture they are of.
+    """The settings as a ``config.json`` would state them.
+
+    Keys of hyper-connections that aren't known here are kept under their own names, whatever their architecture.
     """
     architecture = str(keys.get(ARCHITECTURE, ""))
     row = ARCHITECTURES.get(architecture)
-    own = {key for key, word in WORDS.items() if row is None or word in configured(row).keys}
-    found: dict[str, Any] = {"model_type": architecture}
+    of_row = {key for key, word in WORDS.items() if row is None or word in configured(row).keys}
+    settings: dict[str, Any] = {"model_type": architecture}
     for key, value in keys.items():
         word = key.removeprefix(f"{architecture}.")
-        if word != key and word in WORDS and (word in own or not word.startswith(PREFIX)):
-            found[WORDS[word]] = value
+        if word != key and word in WORDS and (word in of_row or not word.startswith(PREFIX)):
+            settings[WORDS[word]] = value
         elif OURS.search(key) and key != PORT_KEY and not key.startswith(OF_A_FILE):
-            found[key] = value
+            settings[key] = value
     blocks = trunk(keys)
-    return found if blocks is None else {**found, "num_hidden_layers": blocks}
+    return settings if blocks is None else {**settings, "num_hidden_layers": blocks}
 
 
 def trunk(keys: Mapping[str, Any]) -> int | None:
-    """How many blocks are the model's own: those for multi-token prediction follow them, and are counted with them.
+    """The number of the model's own blocks; the file counts the following ones for multi-token prediction too.
 
     Raises:
-        PortError: it would have none, or a number of them isn't one.
+        PortError: a count isn't a whole number, or the model would have no block of its own.
     """
     architecture = keys.get(ARCHITECTURE)
     blocks, ahead = keys.get(f"{architecture}.{BLOCKS}"), keys.get(f"{architecture}.{NEXTN}", 0)
@@ -74,25 +75,25 @@ def trunk(keys: Mapping[str, Any]) -> int | None:
 
 
 def architecture_of(row: str, parameters: Mapping[str, Any]) -> str:
-    """The architecture that computes a dialect: the row's, or where it has none, the nearest to the parameters."""
+    """The architecture that computes a dialect: the row's, or if it has none, the nearest to the parameters."""
     rows = dialect_rows()
 
     def apart(architecture: str) -> tuple[bool, int]:
-        own = ARCHITECTURES[architecture]
-        return own != row, sum(parameters[name] != value for name, value in rows[own].items())
+        own_row = ARCHITECTURES[architecture]
+        return own_row != row, sum(parameters[name] != value for name, value in rows[own_row].items())
 
     return min(ARCHITECTURES, key=apart)
 
 
 def keys_of(architecture: str, parameters: Mapping[str, Any], streams: int) -> dict[str, int | float]:
-    """The keys that state a dialect, without the architecture before them; one for each term that its software has."""
+    """The keys that state a dialect, without the architecture before them; one for each setting of its software."""
     stated = described(parameters, ARCHITECTURES[architecture], streams)
-    found = {key: stated[word] for key, word in WORDS.items() if word in stated}
-    return {key: value if key in COUNTS else float(value) for key, value in found.items()}
+    values = {key: stated[word] for key, word in WORDS.items() if word in stated}
+    return {key: value if key in COUNTS else float(value) for key, value in values.items()}
 
 
 def left_open(keys: Mapping[str, Any], row: str) -> list[str]:
-    """Keys that a file of a row's architecture needs to say what it computes, and lacks."""
+    """The keys that a file of a row's architecture needs to state its dialect, and lacks."""
     architecture, needed = keys.get(ARCHITECTURE), configured(row).keys
-    every = [key for key, word in WORDS.items() if word in needed]
-    return [f"{architecture}.{key}" for key in every if f"{architecture}.{key}" not in keys]
+    needed_keys = [key for key, word in WORDS.items() if word in needed]
+    return [f"{architecture}.{key}" for key in needed_keys if f"{architecture}.{key}" not in keys]

@@ -1,4 +1,4 @@
-"""Which names of a checkpoint are hyper-connections', before anything is known of its layout."""
+"""Finds the names of hyper-connections in a checkpoint before its layout is known."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from conformance.porter.site import ALONE
 
 
 def hyper_connections(names: Collection[str]) -> list[str]:
-    """The names that only a hyper-connection's tensor has, and those that show a layout's site to be there."""
-    found = dict.fromkeys(naming.plainly_ours(names))
+    """The names that only hyper-connections have, and names that show that a site of some layout is there."""
+    holding = dict.fromkeys(naming.plainly_ours(names))
     few = _ending_as(frozenset[str]().union(*(layout.endings_of_anchors for layout in layouts().values())), names)
-    found |= {name: None for name in few if any(layout.locate([name]) for layout in layouts().values())}
-    return list(found)
+    holding |= {name: None for name in few if any(layout.locator.locate([name]) for layout in layouts().values())}
+    return list(holding)
 
 
 def placed(names: Collection[str], kind: str) -> tuple[int, frozenset[str]]:
-    """How many of the names have a place in the layouts that have one for the most of them, and which those are.
+    """The largest number of names that a layout has a place for, and the layouts that have a place for so many.
 
-    A module on its own doesn't count: whatever stands before its tensors may be its name.
+    A module on its own doesn't count, because any prefix may be its name.
 
     Args:
-        kind: of checkpoint; layouts that aren't kept in such files don't count.
+        kind: the kind of checkpoint; layouts that aren't kept in such files don't count.
     """
     considered = [layout for layout in layouts().values() if kind in layout.containers]
     few = _ending_as(frozenset[str]().union(*(layout.endings for layout in considered)), names)
@@ -36,14 +36,14 @@ def placed(names: Collection[str], kind: str) -> tuple[int, frozenset[str]]:
 
 def _count(layout: Layout, names: Iterable[str]) -> int:
     try:
-        return sum(len(rows) for site, rows in layout.locate(names).items() if site != ALONE)
+        return sum(len(rows) for site, rows in layout.locator.locate(names).items() if site != ALONE)
     except PortError:  # a site under two names
         return 0
 
 
 def _ending_as(endings: Collection[str], names: Collection[str]) -> list[str]:
-    """The few names of a large checkpoint that end so, with and without wrappers."""
+    """The names with one of these ends, with and without wrappers; in a large checkpoint they are few."""
     ends = tuple({*endings, *(end.replace("/", ".") for end in endings)})
-    found = dict.fromkeys(name for name in names if name.endswith(ends))
-    found |= {name: None for name in naming.wrapped(names) if naming.plain(name).endswith(ends)}
-    return list(found)
+    matching = dict.fromkeys(name for name in names if name.endswith(ends))
+    matching |= {name: None for name in naming.wrapped(names) if naming.plain(name).endswith(ends)}
+    return list(matching)

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from conformance.porter import names
+from conformance.porter import names as naming
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import NUMBER, Checkpoint, View
 
 SITE = re.compile(rf"(?P<lead>(?:.*\.)?)layers\.(?P<number>{NUMBER})\.hyper_connection\.(?P<rest>.+)")
 WRAPPED = re.compile(rf"(?P<lead>(?:.*\.)?)layers\.{NUMBER}\.(?P<between>(?:\w+\.)*?)hyper_connection\.(?P<rest>.+)")
-"""The same with words of wrappers, which stay in the names that are shown: they tell one model from another."""
+"""A site with wrappers' words in its name; they stay in the names that are shown, to tell one model from another."""
 INNER = re.compile(rf"(?P<lead>(?:.*\.)?)layers\.(?P<number>{NUMBER})\.inner_layer\.(?P<module>\w+)\.")
 KINDS = {"self_attention": "self_attention", "mixer": "self_attention", "mlp": "mlp"}
 """Modules of a sub-layer, and the kind of site that each makes it."""
@@ -31,9 +31,9 @@ class Paired(View):
     """A checkpoint whose hybrid layers are shown under the names that a model of paired sub-layers has.
 
     Args:
-        shown: for each name that is shown the one that it has in the file.
-        prefixes: the same of the names' starts.
-        bare: sub-layers without a hyper-connection, which each has in such a stack.
+        shown: for each name that is shown the name in the file.
+        prefixes: for each start of a name that is shown the start in the file.
+        bare: sub-layers that lack a hyper-connection, although each sub-layer of such a stack has one.
     """
 
     def __init__(
@@ -41,29 +41,29 @@ class Paired(View):
     ):
         super().__init__(whole)
         if bare:
-            some = ", ".join(bare[:4]) + (", …" if len(bare) > 4 else "")
-            self.lacking += (f"{len(bare)} sub-layers have no hyper-connection: {some}",)
-        self._held, self.prefixes = shown, dict(prefixes)
+            examples = ", ".join(bare[:4]) + (", …" if len(bare) > 4 else "")
+            self.lacking += (f"{len(bare)} sub-layers have no hyper-connection: {examples}",)
+        self._stored, self.prefixes = shown, dict(prefixes)
         hidden = set(shown.values())
-        own = {name: whole.tensors[name] for name in whole.tensors if name not in hidden}
-        self.tensors = {**own, **{name: whole.tensors[held] for name, held in shown.items()}}
+        unchanged = {name: whole.tensors[name] for name in whole.tensors if name not in hidden}
+        self.tensors = {**unchanged, **{name: whole.tensors[stored] for name, stored in shown.items()}}
 
-    def prepare(self, wanted: Iterable[str]) -> None:
-        self._whole.prepare([self._held.get(name, name) for name in wanted])
+    def prepare(self, names: Iterable[str]) -> None:
+        self._whole.prepare([self._stored.get(name, name) for name in names])
 
     def read(self, name: str) -> np.ndarray:
-        return self._whole.read(self._held.get(name, name))
+        return self._whole.read(self._stored.get(name, name))
 
 
 def paired(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with its hybrid layers paired; itself where it has none, or nothing says what they are.
+    """The checkpoint with its hybrid layers paired; unchanged if it has none, or nothing says of which kind they are.
 
     Raises:
-        PortError: the sub-layers aren't attention and MLP in turn, or one is there twice.
+        PortError: attention and MLP don't alternate in the sub-layers, or a sub-layer is there twice.
     """
     sites: dict[str, dict[int, list[str]]] = {}
-    for name in names.having(checkpoint.tensors, [".hyper_connection."]):
-        match = SITE.fullmatch(names.plain(name))
+    for name in naming.having(checkpoint.tensors, [".hyper_connection."]):
+        match = SITE.fullmatch(naming.plain(name))
         if match:
             sites.setdefault(match["lead"], {}).setdefault(int(match["number"]), []).append(name)
     if not sites:
@@ -94,20 +94,20 @@ def paired(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _kinds(checkpoint: Checkpoint) -> dict[str, dict[int, set[str]]]:
-    """What each sub-layer is: one kind, unless it is a whole layer; whether it has a hyper-connection or not."""
-    found: dict[str, dict[int, set[str]]] = {}
-    for name in names.having(checkpoint.tensors, ["inner_layer"]):
-        match = INNER.match(names.plain(name))
+    """The kinds of each sub-layer: a single one, unless it is a whole layer; with or without a hyper-connection."""
+    kinds: dict[str, dict[int, set[str]]] = {}
+    for name in naming.having(checkpoint.tensors, ["inner_layer"]):
+        match = INNER.match(naming.plain(name))
         if match and match["module"] in KINDS:
-            found.setdefault(match["lead"], {}).setdefault(int(match["number"]), set()).add(KINDS[match["module"]])
-    return found
+            kinds.setdefault(match["lead"], {}).setdefault(int(match["number"]), set()).add(KINDS[match["module"]])
+    return kinds
 
 
 def _check_turns(checkpoint: Checkpoint, lead: str, kinds: Mapping[int, set[str]]) -> None:
-    """Raises unless even sub-layers are attention and odd ones are MLPs.
+    """Refuses a stack unless its even sub-layers are attention and its odd ones MLPs.
 
     Raises:
-        PortError: it shows the pattern.
+        PortError: its message shows the pattern.
     """
     turns = ({"self_attention"}, {"mlp"})
     wrong = [number for number in sorted(kinds) if kinds[number] != turns[number % 2]]
@@ -116,6 +116,7 @@ def _check_turns(checkpoint: Checkpoint, lead: str, kinds: Mapping[int, set[str]
     words = {frozenset({"self_attention"}): "*", frozenset({"mlp"}): "-"}
     pattern = "".join(words.get(frozenset(kinds.get(k, ())), "?") for k in range(min(max(kinds), 99) + 1))
     raise PortError(
-        f"{checkpoint.path}: the sub-layers of {lead}layers must be attention (or a mixer) and MLP in turn, from 0 on, "
-        f"to be the two sites of a layer, got the pattern {pattern} (? is neither, or missing), wrong at {wrong[0]}"
+        f"{checkpoint.path}: the sub-layers of {lead}layers must alternate between attention (or a mixer) and MLP, "
+        f"from 0 on, to be the two sites of a layer, got the pattern {pattern} (? is neither, or missing), wrong at "
+        f"{wrong[0]}"
     )

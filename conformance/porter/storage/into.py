@@ -21,7 +21,7 @@ from conformance.porter.storage.shards import Shard, config_beside, index_of, re
 from conformance.porter.storage.target import INDEX, compare, reason, save_shard
 
 ALONE, FIRST = "model.safetensors", "model-00001-of-00001.safetensors"
-"""A model's only file, which transformers reads before it looks for an index; and its name beside an index."""
+"""The name of a model's only file, which transformers reads before any index, and its name with an index."""
 
 
 def check_into(directory: Path) -> None:
@@ -58,7 +58,7 @@ def check_into(directory: Path) -> None:
 def write_into(
     directory: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], read_back: bool = False
 ) -> Path:
-    """One new shard in a directory, and an index that names it; the bytes of the old files stay as they are.
+    """Writes one new shard into a directory, and an index that lists it; the old files keep their bytes.
 
     The shard's name sorts after all others, since readers that load every listed shard let the last one win. The
     index is renamed into place when the shard is whole, so that the directory loads at every moment.
@@ -68,7 +68,7 @@ def write_into(
     with links to the same files, and the two change places.
 
     Returns:
-        The shard.
+        The path of the shard.
 
     Raises:
         PortError: the directory can't take a shard (`check_into`), or it can't be written.
@@ -117,10 +117,10 @@ def _write_beside_renamed(
 
 
 def _link(source: str, target: str) -> None:
-    """A second name for a file.
+    """Gives a file a second name.
 
     Raises:
-        PortError: it is none, or can't have one here.
+        PortError: it isn't a file, or can't have a second name here.
     """
     if not stat.S_ISREG(os.lstat(source).st_mode):
         raise PortError(f"{source}: is no file, directory or link: move it away, or port into a copy of the directory")
@@ -134,7 +134,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _index(directory: Path, index: Path) -> dict[str, Any]:
-    """The content of the index with all that others wrote into it; of a directory without one, what it would be."""
+    """The content of the index, whoever wrote it; for a directory without one, the content that it would have."""
     if index.exists():
         read_index(index)
         return json.loads(index.read_text())
@@ -146,7 +146,7 @@ def _index(directory: Path, index: Path) -> dict[str, Any]:
 
 
 def _bytes_replaced(directory: Path, weight_map: Mapping[str, str], tensors: Mapping[str, Any]) -> int:
-    """Bytes of the tensors that the new shard's take the place of."""
+    """The size of the tensors that the new shard replaces, in bytes."""
     replaced = 0
     for file in sorted({weight_map[t] for t in tensors if t in weight_map}):
         old = Shard(directory / file)
@@ -158,7 +158,7 @@ def _bytes_replaced(directory: Path, weight_map: Mapping[str, str], tensors: Map
 def _with_shard(
     content: dict[str, Any], shard: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], replaced: int
 ) -> str:
-    """The text of an index that has the new shard too."""
+    """The text of an index that lists the new shard too."""
     noted = dict(content.get("metadata") or {})
     if isinstance(noted.get("total_size"), int):
         noted["total_size"] += sum(v.nbytes for v in tensors.values()) - replaced

@@ -13,12 +13,13 @@ import numpy as np
 
 from conformance.porter.storage.checkpoint import Checkpoint, Tensor, View
 from conformance.porter.storage.holding import hyper_connections, placed
+from conformance.porter.untyped import is_mapping
 
 MOST_KEYS = 8
 
 
 def flat_dictionaries(paths: Iterable[tuple[str, ...]]) -> frozenset[str]:
-    """What stands before the names of each flat state dict in a tree: its last keys have dots, as modules' names do.
+    """The starts of names that lead to flat state dicts in a tree; their last keys have dots, as modules' names do.
 
     Args:
         paths: the keys that lead to each tensor.
@@ -29,7 +30,7 @@ def flat_dictionaries(paths: Iterable[tuple[str, ...]]) -> frozenset[str]:
 def paths_of(tree: Mapping[Any, Any], leaf: type, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The keys that lead to each leaf of nested mappings, which are no deeper than `checkpoint.flatten` allows."""
     for key, node in tree.items():
-        if isinstance(node, Mapping):
+        if is_mapping(node):
             yield from paths_of(node, leaf, (*before, str(key)))
         elif isinstance(node, leaf):
             yield (*before, str(key))
@@ -40,41 +41,40 @@ class WithoutKeys(View):
 
     def __init__(self, whole: Checkpoint, key: str):
         super().__init__(whole)
-        self._held = {name.removeprefix(key): name for name in whole.tensors}
-        self.tensors = _Renamed(whole.tensors, self._held)
+        self._stored_names = {name.removeprefix(key): name for name in whole.tensors}
+        self.tensors = _Renamed(whole.tensors, self._stored_names)
 
     def prepare(self, names: Iterable[str]) -> None:
-        self._whole.prepare([self._held[name] for name in names])
+        self._whole.prepare([self._stored_names[name] for name in names])
 
     def read(self, name: str) -> np.ndarray:
-        return self._whole.read(self._held[name])
+        return self._whole.read(self._stored_names[name])
 
 
 class _Renamed(Mapping[str, Tensor]):
     """Tensors under other names, looked at when they are asked for."""
 
-    def __init__(self, whole: Mapping[str, Tensor], held: Mapping[str, str]):
-        self._whole, self._held = whole, held
+    def __init__(self, whole: Mapping[str, Tensor], stored: Mapping[str, str]):
+        self._whole, self._stored_names = whole, stored
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._whole[self._held[name]]
+        return self._whole[self._stored_names[name]]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._held
+        return name in self._stored_names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
+        return iter(self._stored_names)
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._stored_names)
 
 
 def without_keys(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint without the keys that all of its hyper-connections lie under, where that gives more of them a
-    place; itself otherwise.
+    """The checkpoint without a key that all its hyper-connections lie under, if more of them then have a place.
 
-    Where both readings give all a place, in different layouts, a key that leads to a flat state dict is no part of the
-    names in it.
+    Otherwise the checkpoint is unchanged. If both readings give all of them a place, in different layouts, a key that
+    leads to a flat state dict is not taken as a part of the names in it.
     """
     ours = hyper_connections(checkpoint.tensors)
     readings = [key for key in _shared(ours) if _tells_apart(checkpoint, key)]

@@ -23,7 +23,7 @@ ROWS = {
     **{f"{part}_{row}": f"{part}_{row}" for part in ("pre", "post", "res") for row in ("alpha", "alpha_scale", "beta")},
     **{name: name for name in ("head_fn", "head_base", "head_scale")},
 }
-"""What follows a site's prefix in memory, and the canonical name of it."""
+"""Names that may follow a site's prefix in memory, and the canonical name of each."""
 PARAMETER = re.compile(rf"(?P<site>(?:.*[./])?)(?P<row>{'|'.join(map(re.escape, ROWS))})(?:[./]value)?")
 WIDE = ("pre_alpha", "post_alpha", "res_alpha", "head_fn")
 NARROW = (
@@ -36,28 +36,28 @@ LAYERS = re.compile(r"(?P<lead>(?:.*\.)?(?:layers?|blocks?|h)\.)(?![0-9])(?P<res
 
 @dataclass(frozen=True)
 class _Shown:
-    """How a parameter is shown: which one it is, the layer of a stack, and the shape."""
+    """How a parameter is shown: its stored name, its layer in a stack, and its shape."""
 
-    held: str
+    stored_as: str
     layer: int | None
     shape: tuple[int, ...]
 
 
 def of_modules(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as `OfModules` shows it, where it holds parameters as modules do."""
+    """The checkpoint as `OfModules` shows it, if it holds parameters in the form of modules."""
     try:
-        found = OfModules(checkpoint)
+        shown = OfModules(checkpoint)
     except BaseException:
         checkpoint.close()
         raise
-    return found if found.changed else checkpoint
+    return shown if shown.changed else checkpoint
 
 
 class OfModules(View):
-    """A checkpoint with the parameters of modules shown flat; everything else is handed through.
+    """A checkpoint with the parameters of modules shown flat; all other tensors are unchanged.
 
     Attributes:
-        changed: whether there are any.
+        changed: whether there are such parameters.
 
     Raises:
         PortError: parameters of stacked layers have different numbers of layers.
@@ -72,7 +72,7 @@ class OfModules(View):
         self.tensors = _Together(whole.tensors, self._shown, taken)
 
     def _take(self, whole: Checkpoint) -> set[str]:
-        """Fills in what is shown; returns the names of the parameters that it is made of."""
+        """Fills in the parameters that are shown; returns the names of those that they are made of."""
         sites: dict[str, dict[str, str]] = {}
         for name in whole.tensors:
             if name[-WIDTH:] in _TAILS and (match := PARAMETER.fullmatch(name)):
@@ -96,8 +96,8 @@ class OfModules(View):
         if depth:
             if not shape or shape[0] != depth:
                 raise PortError(
-                    f"{tensor.file}: {tensor.name} must have {depth} layers along its first axis, as the parameters "
-                    f"beside it, got {list(shape)}"
+                    f"{tensor.file}: {tensor.name} must have {depth} layers along its first axis, as its site's other "
+                    f"parameters have, got {list(shape)}"
                 )
             shape = shape[1:]
         if row in MERGED and len(shape) == (2 if row in NORM.values() else 3):
@@ -106,21 +106,23 @@ class OfModules(View):
         for layer in range(depth) if depth else [None]:
             name = (prefix if layer is None else _numbered(prefix, layer)) + row
             if name in self._shown:
-                raise PortError(f"{tensor.file}: {name} is there twice, as {self._shown[name].held} and {tensor.name}")
+                raise PortError(
+                    f"{tensor.file}: {name} is there twice, as {self._shown[name].stored_as} and {tensor.name}"
+                )
             self._shown[name] = _Shown(tensor.name, layer, shape)
 
     def prepare(self, names: Iterable[str]) -> None:
-        self._whole.prepare(dict.fromkeys(self._shown[n].held if n in self._shown else n for n in names))
+        self._whole.prepare(dict.fromkeys(self._shown[n].stored_as if n in self._shown else n for n in names))
 
     def read(self, name: str) -> np.ndarray:
         shown = self._shown.get(name)
         if shown is None:
             return self._whole.read(name)
         if shown.layer is None:
-            return self._whole.read(shown.held).reshape(shown.shape)
-        if shown.held not in self._cache:
-            self._cache[shown.held] = self._whole.read(shown.held)
-        return self._cache[shown.held][shown.layer].reshape(shown.shape)
+            return self._whole.read(shown.stored_as).reshape(shown.shape)
+        if shown.stored_as not in self._cache:
+            self._cache[shown.stored_as] = self._whole.read(shown.stored_as)
+        return self._cache[shown.stored_as][shown.layer].reshape(shown.shape)
 
     def close(self) -> None:
         self._cache = {}
@@ -128,7 +130,7 @@ class OfModules(View):
 
 
 class _Together(Mapping[str, Tensor]):
-    """The tensors of the whole but those that are shown in another way, and these."""
+    """The tensors of the whole checkpoint, with modules' parameters as they are shown."""
 
     def __init__(self, whole: Mapping[str, Tensor], shown: Mapping[str, _Shown], taken: set[str]):
         self._whole, self._shown, self._taken = whole, shown, taken
@@ -139,7 +141,7 @@ class _Together(Mapping[str, Tensor]):
             if name in self._taken:
                 raise KeyError(name)
             return self._whole[name]
-        tensor = self._whole[shown.held]
+        tensor = self._whole[shown.stored_as]
         layers = 1 if shown.layer is None else tensor.shape[0]
         return replace(tensor, shape=shown.shape, nbytes=tensor.nbytes // layers)
 
@@ -160,9 +162,9 @@ _TAILS = frozenset((row + leaf)[-WIDTH:] for row in ROWS for leaf in ("", "/valu
 
 
 def _depth(rows: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
-    """How many layers a site of a module stacks, 0 for one that is none; -1 for a site that isn't a module's.
+    """The number of layers that a module's site stacks, 0 if it isn't stacked; -1 if the site isn't a module's.
 
-    In memory a projection has two axes more than a bias, flat it has one, stacked or not.
+    In memory a projection has two axes more than a bias; flat it has one more, stacked or not.
     """
     wide = next((len(tensors[rows[row]].shape) for row in WIDE if row in rows), 0)
     narrow = next((tensors[rows[row]].shape for row in NARROW if row in rows), ())

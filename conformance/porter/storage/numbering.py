@@ -12,24 +12,24 @@ NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>[0-9]+)-of-(?P<total>[0-9]+)(?P<
 
 
 def split(name: str) -> tuple[str, int, int] | None:
-    """What stands before a shard's number, the number and the total; None for a file that isn't numbered."""
+    """The text before a shard's number, the number and the total; None for a file that isn't numbered."""
     match = NUMBERED.fullmatch(name)
     return (match["stem"] + match["ending"], int(match["number"]), int(match["total"])) if match else None
 
 
 def check_numbers(directory: Path, names: Iterable[str]) -> None:
-    """Raises for a directory that lacks some of the shards that their names count. They count from 1, or from 0.
+    """Refuses a directory that lacks some of the shards that its files' names count, from 1 or from 0.
 
     Args:
-        names: of the files that are there.
+        names: the names of its files.
 
     Raises:
-        Incomplete: it says which are missing, or that the totals differ.
+        Incomplete: its message says which shards are missing, or that the totals differ.
     """
     totals: dict[str, dict[int, set[int]]] = {}
     for name in names:
-        if found := split(name):
-            stem, number, total = found
+        if numbered := split(name):
+            stem, number, total = numbered
             totals.setdefault(stem, {}).setdefault(total, set()).add(number)
     for stem, shards in totals.items():
         if len(shards) > 1:
@@ -42,51 +42,53 @@ def check_numbers(directory: Path, names: Iterable[str]) -> None:
         missing = [n for n in range(first, first + min(total, 10**6)) if n not in present]
         surplus = sorted(n for n in present if n >= first + total)
         if missing or surplus:
-            which, what = (missing, "missing") if missing else (surplus, "too many")
+            which, problem = (missing, "missing") if missing else (surplus, "too many")
             plural = "s" if len(which) > 1 else ""
             raise Incomplete(
-                f"{directory}: shard{plural} {listed(which)} of {total} {'are' if plural else 'is'} {what}, as the "
+                f"{directory}: shard{plural} {listed(which)} of {total} {'are' if plural else 'is'} {problem}, as the "
                 f"names of the files count them: fetch the whole checkpoint"
             )
 
 
 def of_one_model(directory: Path, holding: Iterable[str], way_out: str) -> None:
-    """Raises where hyper-connections lie in files that nothing says to be of one model: they don't count each other.
+    """Refuses hyper-connections in several files whose names don't count each other as shards of one model.
 
     Args:
-        holding: names of the files that have some.
-        way_out: what would say it.
+        holding: the names of the files with hyper-connections.
+        way_out: a file that would say that they are of one model.
 
     Raises:
-        PortError: it names them.
+        PortError: its message names the files.
     """
     models: dict[str, str] = {}
     for name in holding:
         models.setdefault(numbered[0] if (numbered := split(name)) else name, name)
     if len(models) > 1:
-        some = " and ".join(sorted(models.values())[:2]) + (f" and {len(models) - 2} more" if len(models) > 2 else "")
+        examples = " and ".join(sorted(models.values())[:2]) + (
+            f" and {len(models) - 2} more" if len(models) > 2 else ""
+        )
         raise PortError(
-            f"{directory}: has hyper-connections in {some}, and nothing says that they are of one model: name the file "
-            f"that counts{f', or add {way_out}' if way_out else ''}"
+            f"{directory}: has hyper-connections in {examples}, and nothing says that they are of one model: name the "
+            f"file that counts{f', or add {way_out}' if way_out else ''}"
         )
 
 
 def check_whole(path: Path) -> None:
-    """Raises for a file whose name says that it is one shard of several.
+    """Refuses a file whose name says that it is one shard of several.
 
     Raises:
-        Incomplete: it says what to name instead.
+        Incomplete: its message says what to name instead.
     """
-    found = split(path.name)
-    if found and found[2] > 1:
+    numbered = split(path.name)
+    if numbered and numbered[2] > 1:
         raise Incomplete(
-            f"{path}: is shard {found[1]} of {found[2]} by its name, so only a part of a checkpoint: name the "
-            f"directory; what is a whole has no such number in its name"
+            f"{path}: is shard {numbered[1]} of {numbered[2]} by its name, so only a part of a checkpoint: name the "
+            f"directory, or rename a file that is a whole checkpoint"
         )
 
 
 def listed(numbers: Iterable[int]) -> str:
-    """1, 2, 3, 6, 7 as ``1-3, 6 and 7``."""
+    """Writes 1, 2, 3, 6, 7 as ``1-3, 6 and 7``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:

@@ -1,4 +1,4 @@
-"""Opens a checkpoint by what its bytes are, not by its name."""
+"""Opens a checkpoint by its bytes, not by its name."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     `torch.distributed.checkpoint`; a GGUF file; or an Orbax tree.
 
     Raises:
-        PortError: there is none, or it is broken.
+        PortError: there is no checkpoint, or it is broken.
     """
     return paired(_opened(path))
 
 
 def _opened(path: Path) -> Checkpoint:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise PortError(f"{path}: can't be read ({error.strerror})") from error
-    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise PortError(f"{path}: expected a file or a directory, got neither")
     try:
         if path.is_dir():
@@ -59,12 +59,12 @@ def _opened(path: Path) -> Checkpoint:
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return of_modules(SafetensorsCheckpoint(path))
     raise PortError(
-        f"{path}: expected a safetensors file, a torch state dict or a GGUF file, got {found.st_size} bytes of neither"
+        f"{path}: expected a safetensors file, a torch state dict or a GGUF file, got {status.st_size} bytes of neither"
     )
 
 
 def _directory(path: Path) -> Checkpoint:
-    """The checkpoint in a directory: of several, the one with hyper-connections."""
+    """The checkpoint in a directory; if there are several, the one with hyper-connections."""
     kinds = _kinds(path)
     if not kinds:
         within = sorted(p.parent.name for p in path.glob(f"*/{distributed_metadata.NAME}"))
@@ -78,30 +78,30 @@ def _directory(path: Path) -> Checkpoint:
 
 
 def _kinds(path: Path) -> dict[str, Callable[[], Checkpoint]]:
-    """What a directory has in it, and what opens each: the first one is what other software would read."""
-    files, found = [p.name for p in path.iterdir()], dict[str, Callable[[], Checkpoint]]()
+    """The checkpoints in a directory and functions that open them; other software would read the first one."""
+    files, kinds = [p.name for p in path.iterdir()], dict[str, Callable[[], Checkpoint]]()
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in files):
-        found[SAFETENSORS] = lambda: of_modules(SafetensorsCheckpoint(path))
+        kinds[SAFETENSORS] = lambda: of_modules(SafetensorsCheckpoint(path))
     if (path / distributed_metadata.NAME).is_file():
-        found["a torch.distributed.checkpoint"] = lambda: of_modules(without_keys(DistributedCheckpoint(path)))
+        kinds["a torch.distributed.checkpoint"] = lambda: of_modules(without_keys(DistributedCheckpoint(path)))
     if any(name.endswith(SUFFIX) for name in files):
-        found["GGUF files"] = lambda: GGUFCheckpoint(path)
+        kinds["GGUF files"] = lambda: GGUFCheckpoint(path)
     if find_tree(path):
-        found["an Orbax checkpoint"] = lambda: Unstacked(of_modules(OrbaxCheckpoint(path)))
-    if any(path.glob(INDICES)) or (others_holding(path) if found else torch_files(path)[1]):
-        found["torch files"] = lambda: of_modules(without_keys(TorchDirectory(path)))
-    return found
+        kinds["an Orbax checkpoint"] = lambda: Unstacked(of_modules(OrbaxCheckpoint(path)))
+    if any(path.glob(INDICES)) or (others_holding(path) if kinds else torch_files(path)[1]):
+        kinds["torch files"] = lambda: of_modules(without_keys(TorchDirectory(path)))
+    return kinds
 
 
 def other_formats(directory: Path) -> list[str]:
-    """What holds hyper-connections in a directory beside its safetensors files.
+    """The checkpoints of other formats than safetensors in a directory that hold hyper-connections.
 
     Raises:
-        PortError: it can't be read.
+        PortError: one of them can't be read.
     """
-    found = []
-    for what, opens in _kinds(directory).items():
-        if what != SAFETENSORS:
+    formats: list[str] = []
+    for label, opens in _kinds(directory).items():
+        if label != SAFETENSORS:
             with opens() as checkpoint:
-                found += [what] if hyper_connections(checkpoint.tensors) else []
-    return found
+                formats += [label] if hyper_connections(checkpoint.tensors) else []
+    return formats

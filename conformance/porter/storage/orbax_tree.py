@@ -1,16 +1,17 @@
-"""Orbax checkpoints, by orbax-checkpoint: names are the tree's keys joined by slashes, of a list its numbers."""
+"""Orbax checkpoints. A name is made of the tree's keys, or a list's numbers, joined by slashes."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import glob
+import importlib
 import logging
 import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from conformance.porter.errors import PACKAGE, PortError
 from conformance.porter.names import without_optimiser
 from conformance.porter.storage.backends import processor_only
 from conformance.porter.storage.checkpoint import Checkpoint, Tensor, check_dtype
+from conformance.porter.untyped import is_mapping, is_sequence
 
 CHUNK = 4 * 2**20
 """Bytes of a Zarr chunk: buffers of this size are used again, larger ones are fresh pages (0.1 s for 0.5 s)."""
@@ -32,7 +34,7 @@ ITEMS = ("items", "default", "params", "state")
 
 def _orbax() -> Any:
     try:
-        import orbax.checkpoint as orbax
+        orbax: Any = importlib.import_module("orbax.checkpoint")  # it has no types
     except ImportError as error:
         raise PortError(
             "MaxText checkpoints need the extra 'orbax': pip install 'mhc-conformance[orbax]'", PACKAGE
@@ -41,8 +43,8 @@ def _orbax() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(path: Path, doing: str) -> Iterator[None]:
-    """Orbax logs progress as warnings, and raises what the layers below it do."""
+def _quiet(path: Path, doing: str) -> Generator[None, None, None]:
+    """Silences Orbax, which logs progress as warnings, and turns the errors of the layers below it into ours."""
     logger = logging.getLogger("absl")
     before = logger.level
     _ignore_late_callbacks()
@@ -68,22 +70,22 @@ def _ignore_late_callbacks() -> None:
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     before = sys.unraisablehook
 
-    def hook(found: Any) -> None:
-        if not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
-            before(found)
+    def hook(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
+            before(unraisable)
 
     sys.unraisablehook = hook
 
 
 def check_path(path: Path) -> None:
-    """Refuses what Orbax would take for a pattern: it writes there, and can't read it again.
+    """Refuses a path that Orbax would take for a pattern: it can write there, but not read it again.
 
     Raises:
         PortError: the path has such a character.
     """
-    odd = sorted(set("*?[") & set(str(path.absolute())))
-    if odd:
-        raise PortError(f"{path}: Orbax takes {' '.join(odd)} in a path for a pattern: name another")
+    patterns = sorted(set("*?[") & set(str(path.absolute())))
+    if patterns:
+        raise PortError(f"{path}: Orbax takes {' '.join(patterns)} in a path for a pattern: name another")
 
 
 def find_tree(path: Path) -> Path | None:
@@ -109,8 +111,8 @@ class OrbaxCheckpoint(Checkpoint):
         self._paths: dict[str, Keys] = {}
         self.tensors = {}
         with _quiet(path, "read"):
-            found = orbax.Checkpointer(orbax.PyTreeCheckpointHandler()).metadata(self._tree.resolve())
-            item = getattr(found, "item_metadata", found)
+            described = orbax.Checkpointer(orbax.PyTreeCheckpointHandler()).metadata(self._tree.resolve())
+            item = getattr(described, "item_metadata", described)
             self._structure = getattr(item, "tree", item)
             leaves = {
                 "/".join(map(str, keys)): (keys, leaf)
@@ -118,7 +120,7 @@ class OrbaxCheckpoint(Checkpoint):
                 if getattr(leaf, "shape", None) is not None
             }
             names, self.aside = without_optimiser(leaves)
-            self.metadata = dict(getattr(found, "custom_metadata", None) or {})
+            self.metadata = dict(getattr(described, "custom_metadata", None) or {})
             for name in names:
                 self._paths[name], leaf = leaves[name]
                 dtype = np.dtype(leaf.dtype)
@@ -156,10 +158,12 @@ class OrbaxCheckpoint(Checkpoint):
 
 
 def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], target: Path) -> None:
-    """A new Orbax checkpoint at ``path`` (OCDBT and Zarr 3, as MaxText writes it; uncompressed, a fourth of the time).
+    """Writes an Orbax checkpoint at ``path``, in OCDBT and Zarr 3 as MaxText does.
+
+    It is uncompressed, which takes a fourth of the time.
 
     Args:
-        target: what it will be, for messages.
+        target: the path that the checkpoint will get, for messages.
 
     Raises:
         PortError: Orbax can't write it.
@@ -185,13 +189,13 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
 
 def _remove_unfinished(path: Path) -> None:
-    """Removes what Orbax has written so far, until it stays away: TensorStore's threads go on for a moment."""
+    """Removes Orbax' unfinished trees until none comes back: TensorStore's threads go on for a moment."""
     absent = 0
     for _ in range(100):
-        found = list(path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"))
-        for unfinished in found:
+        unfinished_trees = list(path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"))
+        for unfinished in unfinished_trees:
             shutil.rmtree(unfinished, ignore_errors=True)
-        absent = 0 if found else absent + 1
+        absent = 0 if unfinished_trees else absent + 1
         if absent == 5:
             return
         time.sleep(0.03)
@@ -199,27 +203,30 @@ def _remove_unfinished(path: Path) -> None:
 
 def _leaves(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
     """The leaves of nested dictionaries and lists, with the keys and numbers that lead to them."""
-    if isinstance(tree, Mapping | list | tuple):
-        for key, node in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+    if is_mapping(tree):
+        for key, node in tree.items():
             yield from _leaves(node, (*keys, key))
+    elif is_sequence(tree):
+        for index, node in enumerate(tree):
+            yield from _leaves(node, (*keys, index))
     else:
         yield keys, tree
 
 
-def _chosen(tree: Any, wanted: set[Keys], other: Any, keys: Keys = ()) -> Any:
-    """The whole tree with ``other`` for the leaves that aren't wanted: of a list Orbax takes no part."""
-    if isinstance(tree, Mapping):
-        return {key: _chosen(node, wanted, other, (*keys, key)) for key, node in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_chosen(node, wanted, other, (*keys, k)) for k, node in enumerate(tree)]
-    return 0 if keys in wanted else None if tree is None else other
+def _chosen(tree: Any, wanted: set[Keys], placeholder: Any, keys: Keys = ()) -> Any:
+    """The whole tree with ``placeholder`` for unwanted leaves, because Orbax can't restore a part of a list."""
+    if is_mapping(tree):
+        return {key: _chosen(node, wanted, placeholder, (*keys, key)) for key, node in tree.items()}
+    if is_sequence(tree):
+        return [_chosen(node, wanted, placeholder, (*keys, k)) for k, node in enumerate(tree)]
+    return 0 if keys in wanted else None if tree is None else placeholder
 
 
 def _mapped(tree: Any, value: Any) -> Any:
     """The tree with ``value`` for each leaf."""
-    if isinstance(tree, Mapping):
+    if is_mapping(tree):
         return {key: _mapped(node, value) for key, node in tree.items()}
-    return [_mapped(node, value) for node in tree] if isinstance(tree, list) else value
+    return [_mapped(node, value) for node in tree] if is_sequence(tree) else value
 
 
 def _nested(flat: Mapping[Keys, Any]) -> dict[Any, Any]:

@@ -23,6 +23,7 @@ from conformance.porter.names import without_optimiser
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint, Tensor, check_dtype
 from conformance.porter.storage.holding import hyper_connections
 from conformance.porter.storage.numbering import check_numbers, check_whole, of_one_model
+from conformance.porter.untyped import is_mapping
 
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BYTES = {
@@ -30,12 +31,12 @@ BYTES = {
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
 }  # fmt: skip
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What decoding JSON that isn't what it should be raises."""
+"""The errors that decoding of wrong JSON raises."""
 LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
 class Entry(msgspec.Struct, gc=False):
-    """What a header says of one tensor; with defaults, since the metadata beside them has none of these."""
+    """The entry of one tensor in a header; all fields have defaults, since the metadata has none of them."""
 
     dtype: str = ""
     shape: list[int] = []
@@ -45,14 +46,14 @@ class Entry(msgspec.Struct, gc=False):
 class Noted(msgspec.Struct):
     """The metadata of a header, whose tensors are skipped."""
 
-    metadata: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
+    metadata: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict[str, str])
 
 
 class Index(msgspec.Struct):
     """``*.safetensors.index.json``: which shard holds which tensor."""
 
     weight_map: dict[str, str]
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
 
 
 _HEADER = msgspec.json.Decoder(dict[str, Entry])
@@ -61,7 +62,7 @@ _INDEX = msgspec.json.Decoder(Index)
 
 
 def _header_of(text: bytes) -> dict[str, Entry]:
-    """A header's entries; where its metadata has names of an entry's fields they are told apart first."""
+    """A header's entries; if its metadata has keys named like an entry's fields, it is separated first."""
     try:
         return _HEADER.decode(text)
     except msgspec.ValidationError:
@@ -90,11 +91,11 @@ class Shard:
             raise
 
     def _header(self) -> None:
-        found = os.fstat(self.descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            what = "a directory" if stat.S_ISDIR(found.st_mode) else "something that isn't a file"
-            raise PortError(f"{self.path}: expected a safetensors file, got {what}")
-        size = found.st_size
+        status = os.fstat(self.descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            got = "a directory" if stat.S_ISDIR(status.st_mode) else "something that isn't a file"
+            raise PortError(f"{self.path}: expected a safetensors file, got {got}")
+        size = status.st_size
         length = int.from_bytes(self._bytes(8, 0), "little")
         if size < 8 or length > LARGEST_HEADER or 8 + length > size:
             raise PortError(
@@ -117,12 +118,12 @@ class Shard:
             os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def _explain(self, header: Mapping[str, Entry], room: int) -> None:
-        """Which tensor doesn't lie where it should."""
+        """Raises the error that names the tensor with a wrong place."""
         before = 0
         for (begin, end), name in sorted((entry.data_offsets, name) for name, entry in header.items()):
             if begin != before:
-                what = "overlaps the tensor before it" if begin < before else "leaves a hole before it"
-                raise PortError(f"{self.path}: {name} at bytes {begin} to {end} {what}, which ends at {before}")
+                problem = "overlaps the tensor before it" if begin < before else "leaves a hole before it"
+                raise PortError(f"{self.path}: {name} at bytes {begin} to {end} {problem}, which ends at {before}")
             if end > room:
                 raise PortError(
                     f"{self.path}: is cut short: {name} ends at byte {end} of the data, and {room} are there"
@@ -131,14 +132,16 @@ class Shard:
         raise PortError(f"{self.path}: has {room - before} bytes after its last tensor")
 
     def _bytes(self, length: int, offset: int) -> bytes:
-        """So many bytes of the file, however many calls that takes; fewer where it ends."""
-        found = b""
-        while len(found) < length and (more := os.pread(self.descriptor, length - len(found), offset + len(found))):
-            found += more
-        return found
+        """Reads ``length`` bytes of the file, in as many calls as that takes; fewer at its end."""
+        content = b""
+        while len(content) < length and (
+            block := os.pread(self.descriptor, length - len(content), offset + len(content))
+        ):
+            content += block
+        return content
 
     def tensor(self, name: str) -> Tensor:
-        """What the header says of a tensor.
+        """The description of a tensor in the header.
 
         Raises:
             PortError: its size contradicts its shape.
@@ -182,7 +185,7 @@ class Tensors(Mapping[str, Tensor]):
         return self._shards[self.holders[name]].tensor(name)
 
     def __eq__(self, other: object) -> bool:
-        """Only with itself: it is the key of what is known of it."""
+        """A mapping equals only itself, because it is the key under which facts about it are kept."""
         return self is other
 
     def __hash__(self) -> int:
@@ -199,7 +202,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """One file, or a directory of shards; where there is an index it says which shard counts."""
+    """One file, or a directory of shards; an index, if there is one, says which shard holds a tensor."""
 
     def __init__(self, path: Path):
         super().__init__(path, "safetensors")
@@ -251,18 +254,18 @@ class SafetensorsCheckpoint(Checkpoint):
             self._check_unlisted(index, weight_map)
         self._hold(holders if weight_map is None else weight_map)
         if not index:
-            held = {name: hyper_connections(shard.header) for name, shard in self._shards.items()}
-            held = {name: found for name, found in held.items() if found}
-            of_one_model(self.path, held, "an index, *.safetensors.index.json")
-            files = list(held) if len(held) == 1 else files  # what lies beside it says nothing of the model
+            holding = {name: hyper_connections(shard.header) for name, shard in self._shards.items()}
+            holding = {name: ours for name, ours in holding.items() if ours}
+            of_one_model(self.path, holding, "an index, *.safetensors.index.json")
+            files = list(holding) if len(holding) == 1 else files  # what lies beside it says nothing of the model
         if len(files) == 1 and not self.metadata:
             self.metadata = self._shards[files[0]].metadata
         self.config, self.files = config_beside(self.path), len(self._shards)
 
     def _check_unlisted(self, index: Path, weight_map: Mapping[str, str]) -> None:
-        """Raises for hyper-connections in the directory that the index doesn't list: it isn't of all that is there.
+        """Refuses hyper-connections in the directory that the index doesn't list.
 
-        A shard that a port wrote and didn't live to list is the exception.
+        A shard of a port that died before it could list it is allowed.
         """
         others = [name for name in safetensors_in(self.path) if name not in self._shards]
         whole = sum(len(shard.header) for shard in self._shards.values()) == len(weight_map)  # every tensor is listed
@@ -305,10 +308,10 @@ def index_of(directory: Path) -> Path | None:
     Raises:
         PortError: there are several.
     """
-    found = sorted(p for p in directory.glob("*.safetensors.index.json") if not p.name.startswith("."))
-    if len(found) > 1:
-        raise PortError(f"{directory}: has {len(found)} indices, {found[0].name} and {found[1].name}: keep one")
-    return found[0] if found else None
+    indices = sorted(p for p in directory.glob("*.safetensors.index.json") if not p.name.startswith("."))
+    if len(indices) > 1:
+        raise PortError(f"{directory}: has {len(indices)} indices, {indices[0].name} and {indices[1].name}: keep one")
+    return indices[0] if indices else None
 
 
 def read_index(index: Path) -> Index:
@@ -328,17 +331,17 @@ def read_index(index: Path) -> Index:
         outside = len(Path(name).parts) != 1 or name in ("..", ".")
         if outside or not os.path.lexists(index.parent / name):
             tensor = next(t for t, n in weight_map.items() if n == name)
-            what = "outside of the directory" if outside else "and there is no such file"
-            raise PortError(f"{index}: puts {tensor} into {name!r}, {what}")
+            problem = "outside of the directory" if outside else "and there is no such file"
+            raise PortError(f"{index}: puts {tensor} into {name!r}, {problem}")
     return content
 
 
 def unlisted_in(file: Path, index: Path, names: Sequence[str]) -> PortError:
     """The error for hyper-connections in a file of a directory that its index doesn't list."""
-    some = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+    examples = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
     return PortError(
-        f"{file}: has {len(names)} hyper-connection tensors that {index.name} doesn't list, {some}: list them, or move "
-        f"what isn't the model's out of the directory"
+        f"{file}: has {len(names)} hyper-connection tensors that {index.name} doesn't list, {examples}: list them, or "
+        f"move files of other models out of the directory"
     )
 
 
@@ -355,4 +358,4 @@ def config_beside(directory: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise PortError(f"{path}: expected JSON, got {error}") from error
-    return content if isinstance(content, dict) else None
+    return dict(content) if is_mapping(content) else None

@@ -1,7 +1,7 @@
 """MaxText's scanned layers: one array holds a weight of many layers, stacked along ``param_scan_axis``.
 
 `Unstacked` shows such a checkpoint as if its layers weren't scanned (``decoder/layers_7/…``); `Stacks` says where a
-layer goes when it is written, and `stack` puts the arrays together.
+layer goes when it is written, and `Stacker` fills the arrays.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from conformance.porter import names
+from conformance.porter import names as naming
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import NUMBER, Checkpoint, Tensor, View
 
@@ -27,7 +27,7 @@ LISTED = re.compile(rf"(?<=/)((?:dense_|moe_)?)layers?[_/]({NUMBER})(?=/)")
 SCALE = "pre_alpha_scale"
 """[1] in every site, so that its stacked shape tells the axis: [1, L] or [L, 1]."""
 ORDER = ("dense_layers", "unscanned", "moe_layers", "scanned_blocks")
-"""In which order a reader takes the stacks of one model: their names don't say it."""
+"""The order in which a reader takes the stacks of one model; their names don't say it."""
 DEEPEST = 100_000
 """Layers of a stack, beyond those of any model."""
 
@@ -37,14 +37,14 @@ Leaves = dict[str, list[tuple[re.Match[str], Tensor]]]
 
 @dataclass(frozen=True)
 class Stacks:
-    """Which layers are stacked, and how; the order is that of the layers.
+    """The stacks of a model's layers, in the order of the layers.
 
     Attributes:
-        segments: ``(name, count)``; ``unscanned`` layers stand alone, ``scanned_blocks`` with a period go in turn into
-            ``layers_0``, ``layers_1``, …; the last count may be None, for the rest.
+        segments: ``(name, count)``. ``unscanned`` layers aren't stacked; ``scanned_blocks`` with a period go round
+            robin into ``layers_0``, ``layers_1``, …; the last count may be None, for all remaining layers.
 
     Raises:
-        PortError: a reader would take them for others.
+        PortError: a reader would take the layers in another order.
     """
 
     segments: tuple[tuple[str, int | None], ...] = (("layers", None),)
@@ -62,12 +62,12 @@ class Stacks:
 
     @classmethod
     def parse(cls, text: str) -> Stacks:
-        """From ``layers``, ``unscanned``, ``dense_layers:3,moe_layers`` or ``unscanned:3,scanned_blocks/2``.
+        """Reads ``layers``, ``unscanned``, ``dense_layers:3,moe_layers`` or ``unscanned:3,scanned_blocks/2``.
 
         Raises:
-            PortError: it is none of these.
+            PortError: the text has another form.
         """
-        segments, period = [], 1
+        segments, period = list[tuple[str, int | None]](), 1
         parts = text.split(",")
         for index, part in enumerate(parts):
             match = re.fullmatch(
@@ -86,26 +86,26 @@ class Stacks:
         return cls(tuple(segments), period)
 
     def places(self, layers: int) -> list[tuple[str, int | None]]:
-        """For each layer its stack (``layers_7`` where it stands alone) and its index there.
+        """For each layer its stack (``layers_7`` if it isn't stacked) and its index there.
 
         Raises:
             PortError: the layers don't fill the stacks.
         """
-        found: list[tuple[str, int | None]] = []
+        placed: list[tuple[str, int | None]] = []
         for name, count in self.segments:
-            count = layers - len(found) if count is None else count
-            if count < 1 or len(found) + count > layers:
+            count = layers - len(placed) if count is None else count
+            if count < 1 or len(placed) + count > layers:
                 raise PortError(f"{layers} layers don't fill the stacks {self}: {name} would have {count}")
-            start = len(found)
+            start = len(placed)
             if name == "unscanned":
-                found += [(f"layers_{start + k}", None) for k in range(count)]
+                placed += [(f"layers_{start + k}", None) for k in range(count)]
             elif name == "scanned_blocks":
                 if count % self.period:
                     raise PortError(f"{count} layers don't make whole blocks of {self.period}")
-                found += [(f"scanned_blocks/layers_{k % self.period}", k // self.period) for k in range(count)]
+                placed += [(f"scanned_blocks/layers_{k % self.period}", k // self.period) for k in range(count)]
             else:
-                found += [(name, k) for k in range(count)]
-        return found
+                placed += [(name, k) for k in range(count)]
+        return placed
 
     def __str__(self) -> str:
         def text(name: str, count: int | None) -> str:
@@ -116,11 +116,11 @@ class Stacks:
 
 
 class Stacker:
-    """Takes unscanned tensors (``decoder/layers_7/…``) and puts each where it lies scanned, at once.
+    """Collects unscanned tensors (``decoder/layers_7/…``) and copies each into its stack at once.
 
     Args:
-        axis: that layers are stacked along.
-        layers: numbers of all layers.
+        axis: the axis along which layers are stacked.
+        layers: the numbers of all layers.
 
     Raises:
         PortError: the layers have gaps, or don't fill the stacks.
@@ -130,7 +130,8 @@ class Stacker:
         self._alone = all(name == "unscanned" for name, _ in stacks.segments)
         if not self._alone and list(layers) != list(range(len(layers))):
             raise PortError(
-                f"scanned layers must be 0 to {len(layers) - 1} without gaps, got {list(layers)}: port unscanned"
+                f"scanned layers must be 0 to {len(layers) - 1} without gaps, got {list(layers)}; "
+                f"use --stacks unscanned"
             )
         self._places, self._axis = [] if self._alone or not layers else stacks.places(len(layers)), axis
         self._sizes = Counter(place for place, _ in self._places)
@@ -139,7 +140,7 @@ class Stacker:
         self.tensors: dict[str, np.ndarray] = {}
 
     def place(self, name: str, shape: tuple[int, ...]) -> tuple[str, int | None, tuple[int, ...]]:
-        """Where an unscanned tensor goes: its name there, its index (None for alone), and the shape of the whole."""
+        """The place of an unscanned tensor: the stack's name, the index (None without a stack), and the whole shape."""
         match = None if self._alone else PLACE.fullmatch(name)
         if not match:
             return name, None, shape
@@ -150,7 +151,7 @@ class Stacker:
         return target, index, (*shape[: self._axis], self._sizes[where], *shape[self._axis :])
 
     def add(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Some tensors, from any thread."""
+        """Adds tensors; it may be called from any thread."""
         for name, value in tensors.items():
             target, index, shape = self.place(name, value.shape)
             if index is None:
@@ -163,7 +164,7 @@ class Stacker:
             whole = self.tensors[target]
             if whole.dtype != value.dtype:
                 raise PortError(
-                    f"{name}: is {value.dtype}, and other layers are {whole.dtype}: port unscanned, or set --dtype"
+                    f"{name}: is {value.dtype}, and other layers are {whole.dtype}; use --stacks unscanned, or --dtype"
                 )
             whole[(slice(None),) * self._axis + (index,)] = value
 
@@ -173,16 +174,18 @@ class Stacker:
         Raises:
             PortError: a stack lacks a layer.
         """
-        for target, found in self._found.items():
+        for target, filled in self._found.items():
             match = PLACE.fullmatch(target)
-            size = self._sizes[match["stack"]] if match else found
-            if found != size:
-                raise PortError(f"{target}: {size} layers are scanned, and {found} have it: port unscanned")
+            size = self._sizes[match["stack"]] if match else filled
+            if filled != size:
+                raise PortError(
+                    f"{target}: only {filled} of the {size} scanned layers have this tensor; use --stacks unscanned"
+                )
         return self.tensors
 
 
 class Unstacked(View):
-    """A checkpoint with its scanned layers taken apart; everything else is handed through."""
+    """A checkpoint with its scanned layers shown one by one; all other tensors are unchanged."""
 
     def __init__(self, whole: Checkpoint):
         super().__init__(whole)
@@ -193,7 +196,7 @@ class Unstacked(View):
         self.tensors = self._shown
         models: dict[str, Leaves] = {}
         for name, tensor in whole.tensors.items():
-            plain = names.plain(name)
+            plain = naming.plain(name)
             match = PLACE.fullmatch(LISTED.sub(r"\1layers_\2", plain))
             if match:
                 lead = _wrappers(name, plain) + match["lead"]
@@ -220,7 +223,7 @@ class Unstacked(View):
                     f"{self.path}: layers are stacked in {lead}decoder/{kind} and beside it are {lead}decoder/"
                     f"{others[0]}: no model of MaxText has both, and nothing says which come first"
                 )
-        said, start = [], 0
+        said, start = list[str](), 0
         for kind in ("dense_layers", "layers", "moe_layers"):
             first = 0 if kind == "layers" else start  # layers_N counts all layers, the others those of their kind
             for group in alone[kind]:
@@ -241,7 +244,7 @@ class Unstacked(View):
         return ",".join(said)
 
     def _place_blocks(self, lead: str, blocks: Leaves, start: int) -> str:
-        """The same of ``scanned_blocks``: block k has its layers, one of each phase, from ``start + k * period`` on."""
+        """Fills in the layers of ``scanned_blocks``; block k has one of each phase, from ``start + k * period`` on."""
         period = 1 + max(map(_number, blocks))
         depths = {group: self._depth(leaves)[1] for group, leaves in blocks.items()}
         if len(set(depths.values())) > 1:
@@ -267,10 +270,10 @@ class Unstacked(View):
                 if not 1 <= tensor.shape[axis] <= DEEPEST:
                     break
                 return axis, tensor.shape[axis]
-        some = next(iter(group))[1]
+        example = next(iter(group))[1]
         raise PortError(
-            f"{some.file}: {some.name} is in a scanned stack whose {SCALE} isn't [1, layers] or [layers, 1], with "
-            f"1 to {DEEPEST} layers"
+            f"{example.file}: {example.name} is in a scanned stack whose {SCALE} isn't [1, layers] or [layers, 1], "
+            f"with 1 to {DEEPEST} layers"
         )
 
     def _take_apart(self, lead: str, group: Sequence[tuple[re.Match[str], Tensor]], numbers: Sequence[int]) -> None:
@@ -292,12 +295,12 @@ class Unstacked(View):
             raise PortError(f"{tensor.file}: {name} is there twice, scanned and not")
         self._shown[name] = replace(tensor, name=tensor.name, shape=shape, nbytes=tensor.nbytes // depth)
         self._alone[name] = tensor.name
-        rest = name[name.rindex("/mhc_") :]
-        if rest in tensor.name:
-            self.prefixes[name.removesuffix(rest) + "/"] = tensor.name.partition(rest)[0] + "/"
+        ending = name[name.rindex("/mhc_") :]
+        if ending in tensor.name:
+            self.prefixes[name.removesuffix(ending) + "/"] = tensor.name.partition(ending)[0] + "/"
 
-    def prepare(self, wanted: Iterable[str]) -> None:
-        self._whole.prepare(dict.fromkeys(self._alone.get(n, n) for n in wanted))
+    def prepare(self, names: Iterable[str]) -> None:
+        self._whole.prepare(dict.fromkeys(self._alone.get(n, n) for n in names))
 
     def read(self, name: str) -> np.ndarray:
         leaf, axis, index = self._slices.get(name, (self._alone.get(name, name), 0, -1))

@@ -1,4 +1,4 @@
-"""Writes a checkpoint whole, or nothing: a file, a directory of shards, or an Orbax tree."""
+"""Writes a checkpoint whole or not at all: a file, a directory of shards, or an Orbax tree."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from conformance.files import atomic
 from conformance.porter.errors import CONTRADICTED, PortError
@@ -30,7 +30,7 @@ from conformance.porter.storage.shards import (
 TORCH = (".pt", ".pth", ".bin")
 CONFIG = "config.json"
 FRAGMENT = "hyper-connections alone"
-"""What a ``config.json`` that was written here says of itself, with a digest after it."""
+"""The mark in a ``config.json`` that this project wrote; a digest follows it."""
 OF_ORBAX = re.compile(r"_.*|d|manifest\.ocdbt|ocdbt\..*|array_metadatas|commit_success\.txt")
 """Names in the directory of an Orbax tree as `orbax_tree.save` writes it."""
 INDEX = "model.safetensors.index.json"
@@ -38,7 +38,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 def kind_of(path: Path, layout: Layout) -> str:
-    """What is written at ``path``: ``orbax``, ``gguf``, ``torch``, ``safetensors`` or ``directory``.
+    """The kind of checkpoint to write at ``path``: ``orbax``, ``gguf``, ``torch``, ``safetensors`` or ``directory``.
 
     Raises:
         PortError: the layout isn't kept in such a file.
@@ -61,10 +61,10 @@ def kind_of(path: Path, layout: Layout) -> str:
 
 
 def check_target(path: Path, sources: Sequence[Path], overwrite: bool) -> None:
-    """Refuses a target that is something that is read, or lies in it or around it, or exists.
+    """Refuses a target that exists, or that is a source, lies inside of one, or contains one.
 
     Raises:
-        PortError: it does.
+        PortError: the target can't be written for one of these reasons.
     """
     try:
         where = Path(os.path.realpath(path))
@@ -93,15 +93,15 @@ def write(
     config: Mapping[str, Any] | None = None,
     model: Path | None = None,
 ) -> None:
-    """A new checkpoint at ``path``, in the place of what was there.
+    """Writes a new checkpoint at ``path``, and replaces the one that was there.
 
     Args:
-        config: what a directory's ``config.json`` states; it has none where this is empty.
+        config: the content of a directory's ``config.json``; it gets none if this is empty.
         model: a GGUF file that is copied, with the tensors put into the copy.
-        read_back: read it again before it takes its place, and compare every bit.
+        read_back: whether the new checkpoint is read before it takes its place, and every bit compared.
 
     Raises:
-        PortError: it can't be written; what was there before still is.
+        PortError: it can't be written; the former checkpoint is then still there.
     """
     try:
         check_form(path, kind)
@@ -132,20 +132,20 @@ def write(
 
 
 def check_form(path: Path, kind: str) -> None:
-    """Refuses a file in the place of a directory, and a directory in that of a file.
+    """Refuses to replace a directory by a file, or a file by a directory.
 
     Raises:
-        PortError: it is one.
+        PortError: the target is of the other form.
     """
     if path.exists() and path.is_dir() != (kind in ("directory", "orbax")):
         raise PortError(f"{path}: a {'directory' if path.is_dir() else 'file'} is in the way: remove it first")
 
 
 def check_other_files(directory: Path) -> None:
-    """Refuses to replace a directory with more in it than a checkpoint of this command: a whole model, say.
+    """Refuses to replace a directory that holds more than a checkpoint of this command, such as a whole model.
 
     Raises:
-        PortError: it names a file that would be lost.
+        PortError: its message names a file that would be lost.
     """
     names = sorted(p.name for p in directory.iterdir())
     if (directory / orbax_tree.MARK).exists():
@@ -166,16 +166,16 @@ def check_other_files(directory: Path) -> None:
 
 
 def _marked(config: Mapping[str, Any]) -> str:
-    """What a ``config.json`` that was written here says of itself: that it is, and a digest of all else in it."""
-    rest = {key: value for key, value in config.items() if key != PORT_KEY}
-    return f"{FRAGMENT}, {hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]}"
+    """The mark for a ``config.json`` that this project writes, with a digest of everything else in it."""
+    content = {key: value for key, value in config.items() if key != PORT_KEY}
+    return f"{FRAGMENT}, {hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def compare(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises for a tensor that doesn't lie in the file as it was in memory.
+    """Checks that every tensor in the file has the bits that it has in memory.
 
     Raises:
-        PortError: it names the tensor.
+        PortError: a tensor differs; the message names it.
     """
     kinds = {
         "orbax": orbax_tree.OrbaxCheckpoint, "torch": torch_file.TorchCheckpoint, "gguf": gguf_file.GGUFCheckpoint,
@@ -183,8 +183,12 @@ def compare(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> None:
     with kinds.get(kind, SafetensorsCheckpoint)(path) as checkpoint:
         checkpoint.prepare(tensors)
         for name, value in tensors.items():
-            found = checkpoint.read(name) if name in checkpoint.tensors else None
-            if found is None or found.dtype != value.dtype or found.tobytes() != np.ascontiguousarray(value).tobytes():
+            stored = checkpoint.read(name) if name in checkpoint.tensors else None
+            if (
+                stored is None
+                or stored.dtype != value.dtype
+                or stored.tobytes() != np.ascontiguousarray(value).tobytes()
+            ):
                 raise PortError(
                     f"{path}: {name} was read back differently from how it was written: a broken disk?", CONTRADICTED
                 )
@@ -197,7 +201,7 @@ def reason(error: Exception) -> str:
 
 
 def save_shard(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """A safetensors file.
+    """Writes a safetensors file.
 
     Raises:
         OSError: it can't be written.
@@ -206,7 +210,8 @@ def save_shard(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[
     path.touch()
     mode = path.stat().st_mode  # the library's files are for their owner alone
     try:
-        save_file(contiguous, path, metadata=dict(metadata))
+        library: Any = safetensors.numpy  # the types of its functions are incomplete
+        library.save_file(contiguous, path, metadata=dict(metadata))
         path.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{error}") from error

@@ -25,6 +25,7 @@ from conformance.porter.storage.checkpoint import (
 from conformance.porter.storage.keys import flat_dictionaries, paths_of
 from conformance.porter.storage.numbering import check_whole
 from conformance.porter.storage.shards import config_beside
+from conformance.porter.untyped import is_mapping
 
 
 def torch_package() -> Any:
@@ -43,12 +44,12 @@ def torch_package() -> Any:
 
 
 class StateDict:
-    """The tensors of one torch file, mapped where the file is a zip archive; nested dicts are joined by dots.
+    """The tensors of one torch file, memory-mapped if it is a zip archive; nested keys are joined by dots.
 
     Attributes:
         values: each tensor under its joined name.
-        metadata: what `save` noted in it.
-        state_dicts: what stands before the names of each flat state dict in it (`Checkpoint`).
+        metadata: the metadata that `save` wrote into it.
+        state_dicts: the keys that lead to each flat state dict in it, as a start of names (`Checkpoint`).
     """
 
     def __init__(self, path: Path):
@@ -70,7 +71,7 @@ class StateDict:
                 f"{path}: expected a torch state dict that loads with weights_only=True, since nothing else is "
                 f"unpickled; torch refuses it ({type(error).__name__})"
             ) from error
-        if not isinstance(content, Mapping):
+        if not is_mapping(content):
             raise PortError(f"{path}: expected a state dict, got {type(content).__name__}")
         try:
             flat = flatten(content, ".")
@@ -78,41 +79,42 @@ class StateDict:
             raise PortError(f"{path}: {error}") from error
         self.values: dict[str, Any] = {k: v for k, v in flat.items() if isinstance(v, torch.Tensor)}
         self.state_dicts = flat_dictionaries(paths_of(content, torch.Tensor))
-        noted = getattr(content, "_metadata", {})
-        noted = noted.get(PORT_KEY) if isinstance(noted, Mapping) else None
-        self.metadata = dict(noted) if isinstance(noted, dict) else {}
+        of_content = getattr(content, "_metadata", {})
+        noted = of_content.get(PORT_KEY) if is_mapping(of_content) else None
+        self.metadata: dict[str, Any] = dict(noted) if is_mapping(noted) else {}
 
     def tensor(self, name: str) -> Tensor:
-        """What is known of a tensor without reading it.
+        """The description of a tensor, which isn't read.
 
         Raises:
-            PortError: it has no bytes of its own in the file: it is sparse, quantised, without data, or expanded.
+            PortError: the tensor has no bytes of its own in the file: it is sparse, quantised, without data, or
+                expanded.
         """
         torch, value = torch_package(), self.values[name]
         dtype, size = str(value.dtype).removeprefix("torch."), value.numel() * value.element_size()
         if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
-            what = "quantised" if value.is_quantized else f"{value.layout} on {value.device}".replace("torch.", "")
-            raise PortError(f"{self.path}: {name} must be a plain array with its data, got one that is {what}")
-        held = value.untyped_storage().nbytes()
-        if size > held:
+            kind = "quantised" if value.is_quantized else f"{value.layout} on {value.device}".replace("torch.", "")
+            raise PortError(f"{self.path}: {name} must be a plain array with its data, got one that is {kind}")
+        available = value.untyped_storage().nbytes()
+        if size > available:
             raise PortError(
-                f"{self.path}: {name} {list(value.shape)} would take {size} bytes, and {held} lie in the file: it is "
-                f"an expanded view; save a contiguous copy of it"
+                f"{self.path}: {name} {list(value.shape)} would take {size} bytes, and {available} lie in the file: "
+                f"it is an expanded view; save a contiguous copy of it"
             )
         return Tensor(name, tuple(value.shape), dtype, size, self.path)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor.
+        """Reads a tensor.
 
         Raises:
-            PortError: of a dtype that no mHC tensor has.
+            PortError: it has a dtype that weights can't have.
         """
         check_dtype(self.tensor(name))
         return as_array(self.values[name])
 
 
 def as_array(value: Any) -> np.ndarray:
-    """A copy of a torch tensor of one of `casecheck.DTYPES`."""
+    """A copy of a torch tensor whose dtype is one of `cases.format.DTYPES`."""
     torch, value = torch_package(), value.detach().resolve_conj().resolve_neg()  # NumPy knows no such bits
     if value.dtype == torch.bfloat16:
         return value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
@@ -120,10 +122,10 @@ def as_array(value: Any) -> np.ndarray:
 
 
 def _check_records(path: Path) -> None:
-    """Raises for an archive that torch hasn't written: one that would unpack to more than lies in it.
+    """Refuses an archive with compressed records, which torch doesn't write and which may unpack to any size.
 
     Raises:
-        PortError: a record of it is compressed.
+        PortError: a record is compressed.
     """
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
@@ -176,7 +178,7 @@ class TorchCheckpoint(Checkpoint):
 
 
 def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """A state dict of ``tensors``; the metadata lies in its ``_metadata``, as a module's version does."""
+    """Writes a state dict of ``tensors``; its ``_metadata``, which has modules' versions, has the metadata too."""
     torch = torch_package()
     state: OrderedDict[str, Any] = OrderedDict()
     for name, array in tensors.items():

@@ -18,57 +18,59 @@ from conformance.porter.storage.torch_file import Looked, StateDict
 
 INDICES = "*.bin.index.json"
 MODEL = re.compile(r"(?:pytorch_model|model|consolidated|weights|checkpoint)\b.*")
-"""Names that a model's weights have; beside them lie an optimiser's state, a scheduler's, a trainer's arguments."""
+"""Names of files with a model's weights, as opposed to an optimiser's state or a trainer's arguments."""
 NO_MODEL = re.compile(
     r"(?:.*[._-])?(?:optim(?:izer)?|scheduler|rng_state|training_args|scaler|dataloader)\b.*|.*_states\b.*"
 )
-"""Names of the files that trainers write beside a model."""
+"""Names of the other files that trainers write."""
 ENDINGS = (".bin", ".pt", ".pth")
 
 
 def torch_files(directory: Path) -> tuple[Path | None, list[str]]:
-    """The index of a directory's torch files, where it has one, and the files that hold its weights; none where it has
-    no torch files.
+    """The index of a directory's torch files, if it has one, and the files that hold its weights.
 
     Raises:
-        PortError: there are several indices, or files of which none has a name that tells it from the others.
+        PortError: there are several indices, or several files and no name that says which has the weights.
     """
     indices = sorted(p for p in directory.glob(INDICES) if not p.name.startswith("."))
     if len(indices) > 1:
         raise PortError(f"{directory}: has {len(indices)} indices, {indices[0].name} and {indices[1].name}: keep one")
-    every = sorted(p.name for p in directory.iterdir() if p.name.endswith(ENDINGS) and not p.name.startswith("."))
+    files = sorted(p.name for p in directory.iterdir() if p.name.endswith(ENDINGS) and not p.name.startswith("."))
     if indices:
-        return indices[0], every
-    weights = [name for name in every if not NO_MODEL.fullmatch(name)] or every
-    found = [name for name in weights if MODEL.fullmatch(name)] or weights
-    stems = {numbered[0] if (numbered := split(name)) else name for name in found}
+        return indices[0], files
+    weights = [name for name in files if not NO_MODEL.fullmatch(name)] or files
+    models = [name for name in weights if MODEL.fullmatch(name)] or weights
+    stems = {numbered[0] if (numbered := split(name)) else name for name in models}
     if len(stems) > 1:
-        raise PortError(f"{directory}: has several torch files, {', '.join(found[:3])}: name the one with the weights")
-    return None, found
+        raise PortError(f"{directory}: has several torch files, {', '.join(models[:3])}: name the one with the weights")
+    return None, models
 
 
 def others_holding(directory: Path, besides: Iterable[str] = ()) -> dict[str, list[str]]:
-    """The hyper-connections in the torch files of a directory that aren't named, for each file that has some.
+    """The hyper-connections in the other torch files of a directory, by file.
 
-    A file that holds no state dict has none; one with a model's name must be readable.
+    A file without a state dict has none. A file with a model's name must be readable.
+
+    Args:
+        besides: names of files that are left out.
 
     Raises:
-        PortError: it isn't.
+        PortError: a file with a model's name can't be read.
     """
-    found: dict[str, list[str]] = {}
+    holding: dict[str, list[str]] = {}
     for path in sorted(directory.iterdir()):
         name = path.name
         if name in besides or name.startswith(".") or not name.endswith(ENDINGS) or NO_MODEL.fullmatch(name):
             continue
         try:
-            held = hyper_connections(without_optimiser(StateDict(path).values)[0])
+            ours = hyper_connections(without_optimiser(StateDict(path).values)[0])
         except PortError as error:
             if MODEL.fullmatch(name) or error.status == PACKAGE:
                 raise
             continue
-        if held:
-            found[name] = held
-    return found
+        if ours:
+            holding[name] = ours
+    return holding
 
 
 class TorchDirectory(Checkpoint):
@@ -83,7 +85,7 @@ class TorchDirectory(Checkpoint):
             content = read_index(index)
             self._holders, self.metadata = content.weight_map, content.metadata
         else:
-            self._holders = {}
+            self._holders = dict[str, str]()
             for file in files:
                 for name in self._shard(file).values:
                     if name in self._holders:
@@ -99,13 +101,13 @@ class TorchDirectory(Checkpoint):
         self.config, self.files = config_beside(path), len(named)
 
     def _check_others(self, index: Path | None, named: set[str]) -> None:
-        """Raises for hyper-connections in torch files that are none of the model's.
+        """Refuses hyper-connections in torch files that aren't the model's.
 
         Raises:
-            PortError: it names the file.
+            PortError: its message names the file.
         """
-        for name, held in others_holding(self.path, named).items():
-            unlisted = [tensor for tensor in held if tensor not in self._holders]
+        for name, ours in others_holding(self.path, named).items():
+            unlisted = [tensor for tensor in ours if tensor not in self._holders]
             if index and unlisted:
                 raise unlisted_in(self.path / name, index, unlisted)
             if not index and any(hyper_connections(self._shard(file).values) for file in named):

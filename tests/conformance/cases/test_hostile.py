@@ -23,6 +23,7 @@ GOLDEN = fixtures() / "golden"
 TABLE = json.loads((fixtures() / "dialects.json").read_text())["dialects"]
 NAMES = ("smoke-paper-2", "smoke-deepseek-v4.1", "smoke-mhc-lite-2")
 CLI = CliRunner()
+VARIANT = {"name": "float32-float32", "x": "float32", "weights": "float32", "contract": "activation"}
 
 
 def parts(name: str) -> tuple[dict[str, Any], bytes]:
@@ -96,6 +97,14 @@ def test_tensors_of_other_shapes_dtypes_names_and_values(tmp_path):
     assert count > 150
 
 
+def test_a_signalling_nan_is_no_more_than_a_nan(tmp_path):
+    header, data = parts(NAMES[0])
+    start, _ = header["weight/pre_alpha"]["data_offsets"]
+    data = data[:start] + bytes.fromhex("0100807f") + data[start + 4 :]
+    with pytest.raises(CaseError, match="weight/pre_alpha must be finite"):
+        used(written(tmp_path / "case.safetensors", json.dumps(header).encode(), data))
+
+
 @pytest.mark.parametrize(
     "tensor, shape, said",
     [
@@ -155,6 +164,21 @@ def test_the_options_of_a_stage_are_checked(tmp_path, stage, options, said):
 
 def with_stage(stage: str):
     return (case.id for case in corpus.load_corpus() if stage in case.stages)
+
+
+def test_a_value_beyond_a_variants_dtype_is_not_exact_in_it(tmp_path):
+    header, data = parts(NAMES[0])
+    start, _ = header["weight/pre_alpha"]["data_offsets"]
+    data = data[:start] + bytes.fromhex("ffff7f7f") + data[start + 4 :]  # the largest float32
+    path = written(tmp_path / "case.safetensors", json.dumps(header).encode(), data)
+    narrow = {**VARIANT, "name": "float16-float16", "x": "float16", "weights": "float16"}
+    description = json.loads(header["__metadata__"]["case"])
+    bounds = {stage: {narrow["name"]: next(iter(rows.values()))} for stage, rows in description["bounds"].items()}
+    description |= {"variants": [{**narrow, "stages": ["pre"]}], "bounds": bounds}
+    header["__metadata__"]["case"] = json.dumps(description)
+    written(path, json.dumps(header).encode(), data)
+    with pytest.raises(CaseError, match="weight/pre_alpha must be exact in float16"):
+        used(path)
 
 
 def test_a_variant_that_is_given_twice_is_refused(tmp_path):

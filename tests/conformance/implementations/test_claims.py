@@ -93,7 +93,7 @@ def test_a_program_says_the_same():
         ({"overrides": {"iterations": 10}}, "capabilities.overrides.iterations: expected a list or null, got 10"),
         ({"streams": {"pre": [4]}}, "capabilities.streams: expected a list or null, got an object"),
         ({"streams": [4.5]}, r"capabilities.streams\[0\]: expected an integer, got 4.5"),
-        ({"stages": ["pre", "pry"]}, "capabilities: stages must be among expand, .*, got pry"),
+        ({"stages": ["pre", "pry"]}, "capabilities: stages must be among expand, .*, got 'pry'"),
     ],
 )
 def test_a_program_that_claims_it_another_way_is_told(claim, said):

@@ -19,7 +19,7 @@ from conformance.cases.case import DTYPES
 from conformance.cases.corpus import load_corpus
 from conformance.cases.dialects import dialect_rows, parse, published, read
 from conformance.implementations.wrapping import wrap
-from conformance.interface import Capabilities
+from conformance.interface import Capabilities, Result
 from conformance.judge.item import refusal, run_item
 from conformance.oracle import making
 from conformance.oracle.build import PER_STREAM, stream_scales
@@ -51,6 +51,9 @@ class Claims:
 
     def __init__(self, *dialects: str, overrides: Any = frozenset()):
         self.capabilities = Capabilities(frozenset(STAGES), frozenset(dialects), overrides=overrides)
+
+    def call(self, *_: Any) -> Result:
+        raise NotImplementedError("it computes nothing")
 
 
 def test_the_published_rows_cases_are_those_of_the_corpus(tmp_path):

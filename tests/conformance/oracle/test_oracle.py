@@ -38,22 +38,22 @@ def inner(a, b):
 def check_derivative(case, stage):
     """<g, (f(x + s d) - f(x - s d)) / 2s> against <gradient, d>, for a random direction d in every input at once."""
     entry, A = case.stages[stage], balls.BallArithmetic()
-    given = {k: case.tensors[k] for k in (*entry["inputs"], *entry["weights"])}
-    found = evaluate(stage, given, case.cotangents[stage], case.parameters, entry["options"], A)
-    moved = [k.removeprefix("d/") for k in found if k.startswith("d/")]
-    direction = {k: build.data.normal(f"direction/{k}", given[k].shape) for k in moved}
+    inputs = {k: case.tensors[k] for k in (*entry["inputs"], *entry["weights"])}
+    values = evaluate(stage, inputs, case.cotangents[stage], case.parameters, entry["options"], A)
+    moved = [k.removeprefix("d/") for k in values if k.startswith("d/")]
+    direction = {k: build.data.normal(f"direction/{k}", inputs[k].shape) for k in moved}
 
     def along(sign):
         step = flint.arb(sign) * flint.arb(2) ** -200
-        at = {k: A.array(given[k]) + A.array(direction[k]) * step if k in moved else given[k] for k in given}
+        at = {k: A.array(inputs[k]) + A.array(direction[k]) * step if k in moved else inputs[k] for k in inputs}
         return evaluate(stage, at, case.cotangents[stage], case.parameters, entry["options"], A)
 
     ahead, behind = along(1), along(-1)
-    outputs = [k for k in found if "/" not in k]
+    outputs = [k for k in values if "/" not in k]
     numeric = sum(inner(A.array(case.cotangents[stage][k]), ahead[k] - behind[k]) for k in outputs)
     numeric = numeric / (flint.arb(2) * flint.arb(2) ** -200)
-    derived = sum(inner(found[f"d/{k}"], A.array(direction[k])) for k in moved)
-    scale = sum(inner(abs(found[f"d/{k}"]), A.array(np.abs(direction[k]))) for k in moved)
+    derived = sum(inner(values[f"d/{k}"], A.array(direction[k])) for k in moved)
+    scale = sum(inner(abs(values[f"d/{k}"]), A.array(np.abs(direction[k]))) for k in moved)
     assert abs(numeric - derived) < scale * flint.arb(AGREEMENT), f"{case.id}, {stage}: {numeric} against {derived}"
 
 
@@ -83,19 +83,19 @@ def test_a_wrong_derivative_is_noticed(monkeypatch):
 def test_every_honest_style_has_the_same_true_value(name):
     case = build.build(WISHES[name])
     entry = case.stages["coefficients"]
-    given = {k: case.tensors[k] for k in (*entry["inputs"], *entry["weights"])}
+    inputs = {k: case.tensors[k] for k in (*entry["inputs"], *entry["weights"])}
     reference = None
-    for one in set(style.ensemble()):
-        arithmetic = balls.BallArithmetic(one)
-        found = balls.certified(
+    for choices in set(style.ensemble()):
+        arithmetic = balls.BallArithmetic(choices)
+        values = balls.certified(
             lambda a=arithmetic: evaluate(
-                "coefficients", given, case.cotangents["coefficients"], case.parameters, {}, a
+                "coefficients", inputs, case.cotangents["coefficients"], case.parameters, {}, a
             ),
             name,
         )
-        del found["m/x"]  # the parts, unlike their sum, depend on how the gradient is written
-        reference = reference or found
-        for tensor, value in found.items():
+        del values["m/x"]  # the parts, unlike their sum, depend on how the gradient is written
+        reference = reference or values
+        for tensor, value in values.items():
             assert np.array_equal(value, reference[tensor]), tensor
 
 

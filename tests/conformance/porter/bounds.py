@@ -1,4 +1,4 @@
-"""The suite's bound on fresh data: K times the largest error of the honest ensemble (conformance.md, "The bound")."""
+"""The suite's bound on fresh data: K times the largest error of the honest ensemble (docs/bound.md, "The bound")."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from conformance.cases.dialects import dialect_rows
 from conformance.oracle import formulas
+from conformance.oracle.arithmetic import Arithmetic, Array
 from conformance.oracle.floats import FloatArithmetic, Quick
 from conformance.oracle.style import ensemble
 
@@ -37,10 +38,10 @@ class Expected:
     values: dict[str, np.ndarray]
     bounds: dict[str, float]
 
-    def ratios(self, found: Mapping[str, Any], against: Mapping[str, Any] | None = None) -> dict[str, float]:
+    def ratios(self, values: Mapping[str, Any], against: Mapping[str, Any] | None = None) -> dict[str, float]:
         """The largest error of each value, as a multiple of its bound; against other values than the true ones."""
         ratios = {}
-        for name, value in found.items():
+        for name, value in values.items():
             got = np.asarray(value).astype(np.float64)
             true = np.asarray(self.values[name] if against is None else against[name]).astype(np.float64)
             assert got.size == true.size and np.isfinite(got).all(), f"{name} {got.shape}, expected {true.shape}"
@@ -48,7 +49,7 @@ class Expected:
         return ratios
 
 
-def expect(run: Callable[[Any], dict[str, Any]]) -> Expected:
+def expect(run: Callable[[Arithmetic], dict[str, Array]]) -> Expected:
     """What ``run`` gives for the arithmetics of the oracle, forward only."""
     if CERTIFIED:
         from conformance.oracle.balls import BallArithmetic, certified
@@ -58,8 +59,8 @@ def expect(run: Callable[[Any], dict[str, Any]]) -> Expected:
         true = run(Quick())
     honest = dict.fromkeys(true, 0.0)
     for style in ensemble():
-        found = run((FloatArithmetic if CERTIFIED else _Plain)(style, "float32", None))
-        for name, value in found.items():
+        rounded = run((FloatArithmetic if CERTIFIED else _Plain)(style, "float32", None))
+        for name, value in rounded.items():
             honest[name] = max(honest[name], float(np.max(np.abs(value.astype(np.float64) - true[name]))))
     scales = {k: 1.0 if k in GATES else float(np.max(np.abs(v))) for k, v in true.items()}
     return Expected(true, {k: K * max(honest[k], FLOOR * scales[k]) for k in true})
@@ -76,14 +77,14 @@ def site(x: np.ndarray, y: np.ndarray | None, weights: Mapping[str, np.ndarray],
     """Coefficients, u and, where the branch's output y is given, the mixed streams; weights are flat."""
     n, dim = x.shape[-2:]
 
-    def run(A: Any) -> dict[str, Any]:
-        streams, given = A.array(x.reshape(-1, n, dim)), {k: A.array(v) for k, v in weights.items()}
-        found, _ = formulas.coefficients(streams, given, p, A)
-        found["u"], _ = formulas.pre_mix(streams, found["pre"], A)
+    def run(A: Arithmetic) -> dict[str, Array]:
+        streams, arrays = A.array(x.reshape(-1, n, dim)), {k: A.array(v) for k, v in weights.items()}
+        values, _ = formulas.coefficients(streams, arrays, p, A)
+        values["u"], _ = formulas.pre_mix(streams, values["pre"], A)
         if y is not None:
             branch = A.array(y.reshape(-1, dim))
-            found["out"], _ = formulas.post_mix(branch, streams, found["post"], found["H"], p, A)
-        return found
+            values["out"], _ = formulas.post_mix(branch, streams, values["post"], values["H"], p, A)
+        return values
 
     return expect(run)
 
@@ -91,9 +92,9 @@ def site(x: np.ndarray, y: np.ndarray | None, weights: Mapping[str, np.ndarray],
 def layer(x: np.ndarray, branch: np.ndarray, weights: Mapping[str, np.ndarray], p: Mapping[str, Any]) -> Expected:
     """The streams after a layer whose sub-layer multiplies by ``branch [C]``."""
 
-    def run(A: Any) -> dict[str, Any]:
-        streams, given = A.array(x.reshape(-1, *x.shape[-2:])), {k: A.array(v) for k, v in weights.items()}
-        return {"out": formulas.layer(streams, given, A.array(branch), p, None, A)[0]}
+    def run(A: Arithmetic) -> dict[str, Array]:
+        streams, arrays = A.array(x.reshape(-1, *x.shape[-2:])), {k: A.array(v) for k, v in weights.items()}
+        return {"out": formulas.layer(streams, arrays, A.array(branch), p, None, A)[0]}
 
     return expect(run)
 
@@ -101,15 +102,15 @@ def layer(x: np.ndarray, branch: np.ndarray, weights: Mapping[str, np.ndarray], 
 def head(x: np.ndarray, weights: Mapping[str, np.ndarray], p: Mapping[str, Any]) -> Expected:
     """The learned reduction of the streams."""
 
-    def run(A: Any) -> dict[str, Any]:
-        streams, given = A.array(x.reshape(-1, *x.shape[-2:])), {k: A.array(v) for k, v in weights.items()}
-        return {"out": formulas.head(streams, given, p, A)[0]}
+    def run(A: Arithmetic) -> dict[str, Array]:
+        streams, arrays = A.array(x.reshape(-1, *x.shape[-2:])), {k: A.array(v) for k, v in weights.items()}
+        return {"out": formulas.head(streams, arrays, p, A)[0]}
 
     return expect(run)
 
 
-def within(ratios: Mapping[str, float], what: str) -> None:
+def within(ratios: Mapping[str, float], label: str) -> None:
     """Every error is within its bound; the worst is printed."""
     worst = max(ratios, key=lambda name: ratios[name])
-    print(f"{what}: {worst} at {ratios[worst]:.3f} of its bound")
-    assert ratios[worst] <= 1, f"{what}: {dict(ratios)}"
+    print(f"{label}: {worst} at {ratios[worst]:.3f} of its bound")
+    assert ratios[worst] <= 1, f"{label}: {dict(ratios)}"

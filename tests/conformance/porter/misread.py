@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.conformance.porter.layout_rows import MAXTEXT, bodies, deepseek, transformers
 from tests.conformance.porter.porter_data import random_sites
-from tests.conformance.porter.test_port_packing import MAXTEXT, bodies, deepseek, transformers
 
 STREAMS, DIM = 4, 8
 Tensors = dict[str, np.ndarray]
@@ -79,48 +79,48 @@ def wrapped(tensors: Mapping[str, np.ndarray], before: str, anew: str) -> Tensor
 
 def of_layers(tensors: Mapping[str, np.ndarray], word: str) -> Tensors:
     """The tensors with a word between each layer's number and its module."""
-    found = {}
+    renamed = {}
     for name, value in tensors.items():
         parts = name.split(".")
         at = parts.index("layers") + 2 if "layers" in parts else len(parts)
-        found[".".join([*parts[:at], *([word] if at < len(parts) else []), *parts[at:]])] = value
-    return found
+        renamed[".".join([*parts[:at], *([word] if at < len(parts) else []), *parts[at:]])] = value
+    return renamed
 
 
-def mlx(found: Mapping[str, Tensors]) -> Tensors:
+def mlx(by_site: Mapping[str, Tensors]) -> Tensors:
     """mlx-lm's names: a head is ``model.hc_head.fn``."""
-    return wrapped(transformers(found, STREAMS, DIM), "hc_head.hc_", "hc_head.")
+    return wrapped(transformers(by_site, STREAMS, DIM), "hc_head.hc_", "hc_head.")
 
 
-def glm5(found: Mapping[str, Tensors]) -> Tensors:
+def glm5(by_site: Mapping[str, Tensors]) -> Tensors:
     """What ``save_pretrained`` writes of a GLM-5 model."""
-    return wrapped(deepseek(found, STREAMS, DIM), "", "model.language_model.")
+    return wrapped(deepseek(by_site, STREAMS, DIM), "", "model.language_model.")
 
 
-def tree(found: Mapping[str, Tensors], places: Callable[[int], str], leaf: str = "") -> Tensors:
+def tree(by_site: Mapping[str, Tensors], places: Callable[[int], str], leaf: str = "") -> Tensors:
     """Leaves of an NNX tree; ``places`` says where each layer is."""
     leaves = {}
-    for layer, kind, weights in bodies(found):
+    for layer, kind, weights in bodies(by_site):
         for name, value in weights.items():
             leaves[f"decoder/{places(layer)}/{MAXTEXT[kind]}/{name.replace('.', '/')}{leaf}"] = value
     for name, row in (("head_fn", "hc_fn"), ("head_base", "hc_base"), ("head_scale", "hc_scale")):
-        leaves[f"decoder/hc_head/{row}{leaf}"] = found["head"][name]
+        leaves[f"decoder/hc_head/{row}{leaf}"] = by_site["head"][name]
     return leaves
 
 
-def scanned(found: Mapping[str, Tensors], leaf: str = "") -> Tensors:
+def scanned(by_site: Mapping[str, Tensors], leaf: str = "") -> Tensors:
     """The same with all layers in one array, along axis 1."""
-    alone = tree(found, lambda layer: f"layers_{layer}", leaf)
+    alone = tree(by_site, lambda layer: f"layers_{layer}", leaf)
     leaves = {name: value for name, value in alone.items() if "layers_" not in name}
     for name in alone:
         if "layers_0" in name:
-            every = [alone[name.replace("layers_0", f"layers_{k}")] for k in range(len(bodies_of(found)))]
+            every = [alone[name.replace("layers_0", f"layers_{k}")] for k in range(len(bodies_of(by_site)))]
             leaves[name.replace("layers_0", "layers")] = np.stack(every, 1)
     return leaves
 
 
-def bodies_of(found: Mapping[str, Tensors]) -> set[int]:
-    return {layer for layer, _, _ in bodies(found)}
+def bodies_of(by_site: Mapping[str, Tensors]) -> set[int]:
+    return {layer for layer, _, _ in bodies(by_site)}
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,9 @@ def _of_config(config: Mapping, layout: str, dialect: str, tensors: Callable[[di
     )  # fmt: skip
 
 
-def _deepseek(found: Mapping[str, Tensors]) -> Tensors:
-    norms = {f"layers.{layer}.ffn_norm.weight": np.ones(DIM, np.float32) for layer in bodies_of(found)}
-    return {**deepseek(found, STREAMS, DIM), **norms}
+def _deepseek(by_site: Mapping[str, Tensors]) -> Tensors:
+    norms = {f"layers.{layer}.ffn_norm.weight": np.ones(DIM, np.float32) for layer in bodies_of(by_site)}
+    return {**deepseek(by_site, STREAMS, DIM), **norms}
 
 
 def _group(layer: int) -> str:
@@ -188,14 +188,14 @@ MISREAD = {
         {"model_type": "deepseek_v41", "text_config": {"model_type": "deepseek_v41_text", **V41}},
         "deepseek", "deepseek-v4.1,norm_eps=1e-06", _deepseek,
     ),
-    "nnx-list": _nnx(lambda found: tree(found, lambda layer: f"layers/{layer}")),
-    "nnx-groups": _nnx(lambda found: tree(found, _group)),
-    "nnx-sft": _nnx(lambda found: scanned(found, "/value")),
-    "compile_layer": _names_of_v4(lambda found: of_layers(found, "_orig_mod")),
-    "ac_layer": _names_of_v4(lambda found: of_layers(found, "_checkpoint_wrapped_module")),
-    "compile": _names_of_v4(lambda found: wrapped(found, "", "_orig_mod.")),
-    "ddp": _names_of_v4(lambda found: wrapped(found, "", "module.")),
-    "peft": _names_of_v4(lambda found: wrapped(found, "", "base_model.model.")),
+    "nnx-list": _nnx(lambda by_site: tree(by_site, lambda layer: f"layers/{layer}")),
+    "nnx-groups": _nnx(lambda by_site: tree(by_site, _group)),
+    "nnx-sft": _nnx(lambda by_site: scanned(by_site, "/value")),
+    "compile_layer": _names_of_v4(lambda by_site: of_layers(by_site, "_orig_mod")),
+    "ac_layer": _names_of_v4(lambda by_site: of_layers(by_site, "_checkpoint_wrapped_module")),
+    "compile": _names_of_v4(lambda by_site: wrapped(by_site, "", "_orig_mod.")),
+    "ddp": _names_of_v4(lambda by_site: wrapped(by_site, "", "module.")),
+    "peft": _names_of_v4(lambda by_site: wrapped(by_site, "", "base_model.model.")),
     "mlx_head": Misread(
         lambda: mlx(sites(2, True)), write_file, "", "", "an assumption", functools.partial(sites, 2, True)
     ),

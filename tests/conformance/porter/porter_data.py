@@ -1,7 +1,7 @@
 """Random hyper-connections for the porter's tests: drawn, written as canonical files, read back from any layout.
 
 Sites are a dictionary ``{"layers.0.attention": {"pre_alpha": array, …}, …, "head": {…}}`` of canonical names and flat
-shapes. The layer itself is here once more, in plain NumPy after mathematics.md, to check what the porter measures.
+shapes. The layer itself is here once more, in plain NumPy after docs/mathematics.md, to check what the porter measures.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 
 from conformance.porter import dialects
 from conformance.porter.layouts import layouts
-from conformance.porter.model import understand
 from conformance.porter.storage.opening import open_checkpoint
+from conformance.porter.understanding import understand
 
 DTYPES = {
     "float64": np.dtype(np.float64),
@@ -55,7 +55,7 @@ def random_sites(
     """Weights whose logits deviate by about 2, α of order 1."""
     generator = np.random.default_rng(seed)
     flat = streams * dim
-    found = {}
+    by_site = {}
     for layer, kind in itertools.product(range(layers), kinds):
         weights = {"mhc_norm.scale": draw(generator, (flat,), 1.0)} if norm else {}
         for part, width in widths(streams, residual).items():
@@ -64,14 +64,14 @@ def random_sites(
                 weights[f"{part}_alpha"] = draw(generator, (flat, width), 1.3 / math.sqrt(flat))
                 weights[f"{part}_alpha_scale"] = draw(generator, (1,), 1.0, 1.5)
                 weights[f"{part}_beta"] = draw(generator, (streams, streams) if square else (width,), 0.5)
-        found[f"layers.{layer}.{kind}"] = weights
+        by_site[f"layers.{layer}.{kind}"] = weights
     if head:
-        found["head"] = {
+        by_site["head"] = {
             "head_fn": draw(generator, (flat, streams), 1.3 / math.sqrt(flat)),
             "head_base": draw(generator, (streams,), 0.5),
             "head_scale": draw(generator, (1,), 1.0, 1.5),
         }
-    return {site: {k: v.astype(DTYPES[dtype]) for k, v in weights.items()} for site, weights in found.items()}
+    return {site: {k: v.astype(DTYPES[dtype]) for k, v in weights.items()} for site, weights in by_site.items()}
 
 
 def sizes(sites):
@@ -109,13 +109,13 @@ def read_tensors(path):
         return {name: checkpoint.read(name).copy() for name in checkpoint.tensors}
 
 
-def differences(found, expected):
+def differences(actual, expected):
     """A line for each tensor that is missing, extra or differs by a bit; works on sites and on tensors."""
-    found, expected = _flat(found), _flat(expected)
-    lines = [f"missing {name}" for name in expected.keys() - found.keys()]
-    lines += [f"extra {name}" for name in found.keys() - expected.keys()]
-    for name in expected.keys() & found.keys():
-        a, b = found[name], expected[name]
+    actual, expected = _flat(actual), _flat(expected)
+    lines = [f"missing {name}" for name in expected.keys() - actual.keys()]
+    lines += [f"extra {name}" for name in actual.keys() - expected.keys()]
+    for name in expected.keys() & actual.keys():
+        a, b = actual[name], expected[name]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             lines.append(f"{name}: {a.dtype}{a.shape} for {b.dtype}{b.shape}")
         elif np.ascontiguousarray(a).tobytes() != np.ascontiguousarray(b).tobytes():
@@ -146,26 +146,26 @@ def rationals(sites):
 
 def folded(sites):
     """The same sites, in arrays of fractions, with w φ for w and φ."""
-    found = rationals(sites)
-    for weights in found.values():
+    exact_sites = rationals(sites)
+    for weights in exact_sites.values():
         if "mhc_norm.scale" in weights:
             w = weights.pop("mhc_norm.scale")[:, None]
             weights |= {name: value * w for name, value in weights.items() if name.endswith("_alpha")}
-    return found
+    return exact_sites
 
 
 def _rational(value):
-    found = np.empty(value.shape, object)
-    found.reshape(-1)[:] = [Fraction(v) for v in value.astype(np.float64).reshape(-1).tolist()]
-    return found
+    rational = np.empty(value.shape, object)
+    rational.reshape(-1)[:] = [Fraction(v) for v in value.astype(np.float64).reshape(-1).tolist()]
+    return rational
 
 
-def largest_error(found, exact):
+def largest_error(actual, exact):
     """The largest |found - exact| / |exact| of all weights, without a rounding of its own."""
-    assert {s: set(w) for s, w in found.items()} == {s: set(w) for s, w in exact.items()}
+    assert {s: set(w) for s, w in actual.items()} == {s: set(w) for s, w in exact.items()}
     errors = [
         abs(a - b) / abs(b)
-        for site, weights in found.items()
+        for site, weights in actual.items()
         for name, value in weights.items()
         for a, b in zip(_rational(value).reshape(-1), exact[site][name].reshape(-1), strict=True)
         if a != b
@@ -174,7 +174,7 @@ def largest_error(found, exact):
 
 
 def sinkhorn(logits, p):
-    """H ``[…, n, n]`` of the logits, as mathematics.md writes it."""
+    """H ``[…, n, n]`` of the logits, as docs/mathematics.md writes it."""
     axes = {"rows": -1, "columns": -2}
     first, second = (-1, -2) if p["order"] == "rows-first" else (-2, -1)
     if p["logit_limit"] is not None:

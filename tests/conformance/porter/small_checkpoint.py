@@ -116,15 +116,15 @@ def change_json(path: Path, edit: Callable[[dict], object]) -> None:
 
 def state(root: Path) -> dict[str, str]:
     """Every path under ``root``, hidden ones too, with what it is."""
-    found = {}
+    contents = {}
     for folder, directories, files in os.walk(root):
         for path in (Path(folder) / name for name in (*directories, *files)):
             if path.is_symlink():
-                what = f"-> {os.readlink(path)}"
+                content = f"-> {os.readlink(path)}"
             else:
-                what = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "a directory or a device"
-            found[str(path.relative_to(root))] = what
-    return found
+                content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "a directory or a device"
+            contents[str(path.relative_to(root))] = content
+    return contents
 
 
 def call(*arguments: object):

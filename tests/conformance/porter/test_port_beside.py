@@ -165,8 +165,8 @@ def test_a_model_in_two_formats_is_read_where_both_are_the_same(tmp_path, form, 
     if seed == 0:
         assert equal(values(path), values(build(tmp_path / "whole")))
         return
-    what = {"bin": "torch files", "distributed": "torch.distributed.checkpoint"}[form]
-    refuses(tmp_path, "inspect", path, saying=("safetensors files", what, "aren't the same", "name the file"))
+    format_name = {"bin": "torch files", "distributed": "torch.distributed.checkpoint"}[form]
+    refuses(tmp_path, "inspect", path, saying=("safetensors files", format_name, "aren't the same", "name the file"))
     assert equal(values(path / "model.safetensors"), values(build(tmp_path / "whole")))
 
 
@@ -250,8 +250,8 @@ def test_released_names_below_the_keys_of_a_training_checkpoint(tmp_path, form, 
         save_torch(folder(path) / "pytorch_model.bin", whole)
     if not head:
         (path / "config.json").write_text(json.dumps({"model_type": "deepseek_v41", "hc_sinkhorn_iters": 20}))
-    found = inspect(path / "pytorch_model.bin" if form == "file" else path)
-    assert (found.layout, found.head, found.odd) == ("deepseek", head, [])
+    inspection = inspect(path / "pytorch_model.bin" if form == "file" else path)
+    assert (inspection.layout, inspection.head, inspection.odd) == ("deepseek", head, [])
     whole_model = values(build(tmp_path / "whole"))
     expected = {name: value for name, value in whole_model.items() if head or not name.startswith("head")}
     assert equal(values(path), expected)
@@ -270,8 +270,8 @@ def test_transformers_names_keep_their_own_first_word(tmp_path, under):
     tensors = {f"model.{module_name(name)}": value for name, value in torch_state().items()}
     path = folder(tmp_path / "source")
     save_torch(path / "pytorch_model.bin", {under: tensors} if under else tensors)
-    found = inspect(path)
-    assert found.layout == "transformers" and layers(path) == [0, 1]
+    inspection = inspect(path)
+    assert inspection.layout == "transformers" and layers(path) == [0, 1]
     with open_checkpoint(path) as checkpoint:
         assert {name.split(".")[0] for name in checkpoint.tensors} == {"model"}
 
@@ -307,8 +307,8 @@ def test_a_port_that_lost_a_layer_or_a_site_since_is_not_whole(tmp_path, layout,
     kept = {name: value for name, value in load_file(shard).items() if lost not in name}
     save_file(kept, shard, metadata=metadata)
     change_json(target / INDEX, lambda index: index.update(weight_map=dict.fromkeys(kept, shard.name)))
-    what = "2 layers, and 1 are there" if lost == "layers.1." else "5 sites, and 3 are there"
-    refuses(tmp_path, "port", target, tmp_path / "again", "--to", "canonical", saying=("a port noted", what), status=7)
+    loss = "2 layers, and 1 are there" if lost == "layers.1." else "5 sites, and 3 are there"
+    refuses(tmp_path, "port", target, tmp_path / "again", "--to", "canonical", saying=("a port noted", loss), status=7)
 
 
 def test_a_target_with_more_than_a_port_noted_is_whole(tmp_path):

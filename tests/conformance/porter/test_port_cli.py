@@ -41,7 +41,7 @@ def source(tmp_path):
 
 def test_a_dry_run_prints_the_tensors_and_writes_nothing(source, tmp_path):
     done = call("port", source, tmp_path / "out.safetensors", "--to", "canonical", "--dry-run")
-    assert done.exit_code == 0 and "nothing is written by a dry run" in done.stdout
+    assert done.exit_code == 0 and "a dry run writes nothing" in done.stdout
     assert "layers.1.ffn.res_alpha [32, 16] float32" in done.stdout and "head.head_fn [32, 4] float32" in done.stdout
     assert not (tmp_path / "out.safetensors").exists()
     written = call("port", source, tmp_path / "out.safetensors", "--to", "canonical")
@@ -89,10 +89,13 @@ def test_activations_of_the_user_are_probed_too(source, tmp_path):
 def test_inspect_for_people_and_for_machines(source):
     done = call("inspect", source)
     assert "deepseek, safetensors in 3 files" in done.stdout and "n = 4, C = 8" in done.stdout
-    found = json.loads(call("inspect", source, "--json").stdout)
-    assert found["layout"] == "deepseek" and found["layers"] == {"layers.attention": [0, 1], "layers.ffn": [0, 1]}
-    assert found["head"] and found["odd"] == [] and found["dialects"][0] == "deepseek-v4"
-    assert found["bytes"] == sum(v.nbytes for v in small_checkpoint.weights().values())
+    inspection = json.loads(call("inspect", source, "--json").stdout)
+    assert inspection["layout"] == "deepseek" and inspection["layers"] == {
+        "layers.attention": [0, 1],
+        "layers.ffn": [0, 1],
+    }
+    assert inspection["head"] and inspection["odd"] == [] and inspection["dialects"][0] == "deepseek-v4"
+    assert inspection["bytes"] == sum(v.nbytes for v in small_checkpoint.weights().values())
 
 
 def test_inspect_names_what_is_odd(tmp_path):
@@ -148,7 +151,7 @@ def test_where_two_layouts_fit_a_terminal_is_asked(tmp_path):
         (("--to", "canonical", "--dialect", "paper,guard=some"), "guard must be one of none, add"),
         (("--to", "canonical", "--dialect", "mhc-lite"), "the dialect has residual=permutations"),
         (("--to", "maxtext", "--stacks", "piles"), "stacks must be like layers"),
-        (("--to", "liger", "--names", "attention=x."), "names must be attention="),
+        (("--to", "liger", "--names", "attention=x."), "--names takes KIND=PREFIX"),
         (("--to", "deepseek", "--to-dialect", "maxtext"), "has no place for a norm weight"),
     ],
 )
@@ -209,12 +212,12 @@ def test_probes_compute_what_the_oracle_s_formulas_do(dialect):
     )
     case = build_case(wish)
     weights = {k: case.tensors[k] for k in case.stages["coefficients"]["weights"]}
-    given = {"x": case.tensors["x"].astype(np.float64), **weights}
+    inputs = {"x": case.tensors["x"].astype(np.float64), **weights}
     true = {
-        stage: evaluate(stage, given, case.cotangents[stage], case.parameters, {}, Quick())
+        stage: evaluate(stage, inputs, case.cotangents[stage], case.parameters, {}, Quick())
         for stage in ("coefficients", "pre")
     }
-    probes = Probes(given["x"].reshape(7, 3, 5), case.parameters, case.parameters)
+    probes = Probes(inputs["x"].reshape(7, 3, 5), case.parameters, case.parameters)
     row = probes.project(SiteKey("layers", 0, "ffn"), weights, weights, Converted(dict(weights)))
     H = probes._matrices([row], "source")[0]
     expected = true["coefficients"]["H"].reshape(7, 3, 3)

@@ -17,46 +17,20 @@ from conformance.porter import configuration, dialects
 from conformance.porter.errors import PortError
 from conformance.porter.layouts import layout_named
 from conformance.porter.port import Options, Refused, port
-from conformance.porter.storage.opening import open_checkpoint
-from tests.conformance.porter.misread import DIM, GLM5, MISREAD, STREAMS, V4, V41, glm5, sites, write_model
+from tests.conformance.porter.configured_model import NAMES, needs_orbax, noted, v4
+from tests.conformance.porter.misread import GLM5, MISREAD, V4, V41, glm5, sites, write_model
 from tests.conformance.porter.porter_data import (
-    LAYOUTS,
-    NORMED,
     differences,
-    random_sites,
     read_sites,
     read_tensors,
     with_ones,
     write_canonical,
 )
 from tests.conformance.porter.small_checkpoint import call, refuses
-from tests.conformance.porter.test_port_packing import deepseek, transformers
+from tests.conformance.porter.test_port_configuration_target import yaml_file
 from tests.conformance.porter.test_port_properties import directory, examples
 
-NAMES = {
-    "deepseek": lambda found: deepseek(found, STREAMS, DIM),
-    "transformers": lambda found: transformers(found, STREAMS, DIM),
-}
 LINE = "set      normalization_layer_epsilon: {} in MaxText's configuration (YAML or command line)"
-
-
-def needs_orbax():
-    pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint, of the extra 'orbax', is not installed")
-
-
-def v4(folder, names="transformers", head=True, **changes):
-    """A whole model; with an index, as one that takes tensors must have."""
-    path = write_model(folder, NAMES[names](sites(3, head)), {**V4, **changes})
-    (shard,) = path.glob("*.safetensors")
-    with safe_open(shard, "numpy") as file:
-        index = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), shard.name)}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    return path
-
-
-def noted(path):
-    with open_checkpoint(path) as checkpoint:
-        return json.loads(checkpoint.metadata["mhc_port"])
 
 
 @pytest.mark.parametrize("names", NAMES)
@@ -177,69 +151,6 @@ def test_a_dialect_that_is_asked_for_implies_the_names_of_its_models(tmp_path, l
     assert all(name.startswith("model.layers.") for name in report.tensors), list(report.tensors)[:2]
 
 
-def yaml_file(path, **settings):
-    path.write_text("base_config: base.yml\nmodel_name: deepseek4-284b\nemb_dim: 8\n" + "".join(
-        f"{key}: {json.dumps(value).replace('1e-', '1.0e-')}\n" for key, value in settings.items()
-    ))  # fmt: skip
-    return path
-
-
-def test_the_configuration_of_the_target_is_read(tmp_path):
-    needs_orbax()
-    pytest.importorskip("yaml", reason="needs the package PyYAML")
-    source = v4(tmp_path / "source")
-    own = yaml_file(tmp_path / "own.yml", mhc_expansion_rate=4, normalization_layer_epsilon=1e-5)
-    arguments = (source, tmp_path / "tree", "--to", "maxtext", "--to-config")
-    printed = refuses(tmp_path, "port", *arguments, own, saying=("approximate",), status=4)
-    assert "the norm's eps 1e-06 becomes 1e-05" in printed and "own.yml" in printed
-    fewer = yaml_file(tmp_path / "fewer.yml", normalization_layer_epsilon=1e-6, sinkhorn_iterations=3)
-    printed = refuses(tmp_path, "port", *arguments, fewer, saying=("approximate",), status=4)
-    assert "Sinkhorn's iterations 20 becomes 3" in printed and "the norm's eps" not in printed
-    same = yaml_file(tmp_path / "same.yml", mhc_expansion_rate=4, normalization_layer_epsilon=1e-6)
-    done = call("port", *arguments, same)
-    assert done.exit_code == 0 and "verdict  exact to rounding" in done.stdout, done.output
-    assert differences(read_sites(tmp_path / "tree"), with_ones(sites(3, True))) == []
-
-
-@pytest.mark.parametrize(
-    "settings, word, statuses",
-    [
-        ({"mhc_expansion_rate": 2, "normalization_layer_epsilon": 1e-6}, "n = 2", (2,)),
-        ({"enable_mhc_lite": True, "normalization_layer_epsilon": 1e-6}, "enable_mhc_lite", (2, 5, 6)),
-        ({"mhc_new_gate": True, "normalization_layer_epsilon": 1e-6}, "mhc_new_gate", (6,)),
-        ({"normalization_layer_epsilon": -1.0}, "norm_eps", (6,)),
-        ({"sinkhorn_iterations": "many"}, "iterations", (6,)),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_a_target_s_configuration_of_another_function_is_never_exact(tmp_path, settings, word, statuses):
-    needs_orbax()
-    pytest.importorskip("yaml", reason="needs the package PyYAML")
-    source, config = v4(tmp_path / "source"), yaml_file(tmp_path / "other.yml", **settings)
-    done = call("port", source, tmp_path / "tree", "--to", "maxtext", "--to-config", config)
-    assert done.exit_code in statuses and word in done.output, f"{done.exit_code}: {done.output}"
-    assert not (tmp_path / "tree").exists()
-
-
-def test_a_number_without_a_dot_is_one_in_yaml_too(tmp_path):
-    needs_orbax()
-    pytest.importorskip("yaml", reason="needs the package PyYAML")
-    (tmp_path / "own.yml").write_text("normalization_layer_epsilon: 1e-6\nsinkhorn_iterations: 20\n")
-    options = Options(to="maxtext", to_config=tmp_path / "own.yml")
-    assert port(v4(tmp_path / "source"), tmp_path / "tree", options).verdict == "exact to rounding"
-
-
-@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\tb: 1", "just words"])
-@pytest.mark.parametrize("option", ["--config", "--to-config"])
-def test_a_configuration_that_cannot_be_read_is_named(tmp_path, option, content):
-    pytest.importorskip("yaml", reason="needs the package PyYAML")
-    source = v4(tmp_path / "source")
-    (tmp_path / "bad.yml").write_text(content)
-    arguments = (source, tmp_path / "out.safetensors", "--to", "deepseek", option)
-    refuses(tmp_path, "port", *arguments, tmp_path / "bad.yml", saying=("bad.yml",))
-    refuses(tmp_path, "port", *arguments, tmp_path / "gone.yml", saying=("gone.yml",))
-
-
 def test_the_source_s_configuration_may_be_maxtext_s(tmp_path):
     needs_orbax()
     pytest.importorskip("yaml", reason="needs the package PyYAML")
@@ -259,48 +170,6 @@ def test_the_source_s_configuration_may_be_maxtext_s(tmp_path):
     lite = yaml_file(tmp_path / "lite.yml", mhc_expansion_rate=4, enable_mhc_lite=True)
     refuses(tmp_path, "port", source, tmp_path / "o.safetensors", "--to", "canonical", "--assume", "--config", lite,
             saying=("permutations", "sinkhorn"))  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "changes, reason",
-    [
-        ({"rms_norm_eps": 1e-5}, "the norm's eps 1e-06 becomes 1e-05"),
-        ({"hc_eps": 1e-5}, "Sinkhorn's eps 1e-06 becomes 1e-05"),
-        ({"hc_sinkhorn_iters": 4}, "Sinkhorn's iterations 20 becomes 4"),
-        ({"model_type": "deepseek_v41", "head": False}, "the previous site's"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_a_directory_that_takes_the_tensors_says_what_they_will_compute(tmp_path, changes, reason):
-    source, into = v4(tmp_path / "source", "deepseek"), v4(tmp_path / "into", "deepseek", **changes)
-    arguments = (source, "--into", into, "--to", "deepseek")
-    printed = refuses(tmp_path, "port", *arguments, saying=("approximate",), status=4)
-    assert reason in printed and "from its config.json" in printed, printed
-    done = call("port", *arguments, "--allow-approximate")
-    assert done.exit_code == 0 and reason in done.stdout, done.output
-
-
-def test_a_directory_with_the_same_configuration_takes_them_exactly(tmp_path):
-    source = v4(tmp_path / "source", "deepseek", rms_norm_eps=1e-5, hc_sinkhorn_iters=7)
-    into = v4(tmp_path / "into", "deepseek", rms_norm_eps=1e-5, hc_sinkhorn_iters=7)
-    report = port(source, None, Options(to="deepseek", into=into))
-    assert report.reason == "exact" and report.told_by == dialects.FROM_CONFIG, (report.reason, report.told_by)
-    assert differences(read_sites(into), sites(3, True)) == []
-
-
-@pytest.mark.parametrize(
-    "changes, word",
-    [({"model_type": "deepseek_v5"}, "model_type deepseek_v5 is not known"), ({"hc_new": 1}, "hc_new"),
-     ({"hc_eps": -1}, "eps"), ({"model_type": "qwen4_exp"}, "qwen4_exp")],
-)  # fmt: skip
-def test_a_directory_of_a_model_that_nobody_knows_takes_nothing_unless_told(tmp_path, changes, word):
-    source, into = v4(tmp_path / "source", "deepseek"), v4(tmp_path / "into", "deepseek", **changes)
-    arguments = (source, "--into", into, "--to", "deepseek")
-    for more in ((), ("--assume",), ("--allow-approximate",)):
-        status = 5 if "qwen" in word else 6
-        refuses(tmp_path, "port", *arguments, *more, saying=("target", word), status=status)
-    if "qwen" not in word:
-        assert call("port", *arguments, "--to-dialect", "deepseek-v4").exit_code == 0
 
 
 def test_two_keys_that_set_one_value_differently_are_named(tmp_path):
@@ -333,46 +202,6 @@ def test_an_assumption_stays_one_in_whatever_it_is_kept(tmp_path, form):
     assert "an assumption" in looked.stdout and "nothing says so" in looked.stdout, looked.stdout
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "canonical"])
-@given(
-    row=st.sampled_from(sorted(rows.dialect_names())),
-    eps=st.sampled_from([1e-6, 1e-5, 3e-4]), sinkhorn_eps=st.sampled_from([1e-6, 1e-5]), iterations=st.integers(1, 30),
-)  # fmt: skip
-@examples(25)
-def test_a_target_with_the_settings_that_are_printed_computes_what_the_verdict_is_about(
-    layout, row, eps, sinkhorn_eps, iterations
-):
-    """The settings, read as a configuration of the target's software, give the parameters of the verdict."""
-    p = dialects.parse(row)
-    if p["residual"] not in layout_named(layout).residuals:
-        return
-    change = {"norm_eps": eps}
-    if p["residual"] == "sinkhorn":
-        change |= {"iterations": iterations} | ({"eps": sinkhorn_eps} if p["guard"] != "none" else {})
-    reduce = p["reduce"] if p["reduce"] != "head" else "none"
-    text = ",".join([row, *(f"{key}={value}" for key, value in change.items()), f"reduce={reduce}"])
-    norm = p["norm_weight"] and layout in NORMED
-    with directory() as home:
-        found = random_sites(1, 3, 2, layers=1, residual=p["residual"], norm=norm)
-        source = write_canonical(home / "source.safetensors", found, text)
-        target = home / ("out" if layout in ("maxtext",) else "out.gguf" if layout == "gguf" else "out.safetensors")
-        report = port(source, target, Options(to=layout, dry_run=True, allow_approximate=True))
-        base, *_ = report.target_dialect.split(",")
-        software = rows.configuration(base)
-        if report.settings_place != software.place:
-            return  # set as another row of the same layout, and described as the nearest one
-        stated = {k: v for k, v in configuration.values(report.settings, software).items() if k != "streams"}
-        target = dialects.parse(report.target_dialect)
-        wanted = {**dialects.parse(base), **stated}
-        apart = {k: (wanted[k], v) for k, v in target.items() if wanted[k] != v and k not in ("reduce", "norm_weight")}
-        assert not apart, f"{text} to {report.target_dialect} with {report.settings}: {apart}"
-        carried = {name for names in software.keys.values() for name in names}
-        if {"norm_eps"} <= carried:
-            assert target["norm_eps"] == eps, report.target_dialect
-        if {"iterations"} <= carried and p["residual"] == "sinkhorn":
-            assert target["iterations"] == iterations, report.target_dialect
-
-
 def test_the_released_inference_configuration_says_norm_eps(tmp_path):
     config = {key: value for key, value in V4.items() if key != "rms_norm_eps"}
     source = write_model(tmp_path / "source", NAMES["deepseek"](sites(3, True)), {**config, "norm_eps": 1e-5})
@@ -393,9 +222,9 @@ def test_a_configuration_as_transformers_writes_it_has_nothing_unknown(kind):
     )
     software = rows.configuration(row)
     assert configuration.unknown_keys(config, software) == []
-    found = configuration.values(config, software)
-    assert {k: v for k, v in found.items() if k != "streams"}.items() <= dialects.parse(row).items(), found
-    assert found["streams"] == 4
+    values = configuration.values(config, software)
+    assert {k: v for k, v in values.items() if k != "streams"}.items() <= dialects.parse(row).items(), values
+    assert values["streams"] == 4
 
 
 def test_settings_inside_of_a_text_configuration_count(tmp_path):

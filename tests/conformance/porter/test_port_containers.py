@@ -57,13 +57,13 @@ def trained(model: Any) -> dict:
 def expected(model: Any) -> dict[str, dict[str, np.ndarray]]:
     """The sites in canonical names and flat shapes, from the modules themselves."""
     sites = {f"layers.{k}.{kind}": getattr(b, name) for k, b in enumerate(model.layers) for kind, name in KINDS.items()}
-    found = {}
+    rows = {}
     for site, module in {**sites, "head": model.head}.items():
-        found[site] = {}
+        rows[site] = {}
         for name, value in module.weights().items():
             flat = value.detach().flatten(0, 1) if name.endswith(("_alpha", "_fn", "norm.scale")) else value.detach()
-            found[site][name] = as_numpy(flat)
-    return found
+            rows[site][name] = as_numpy(flat)
+    return rows
 
 
 def as_numpy(value: Any) -> np.ndarray:
@@ -127,10 +127,10 @@ def test_every_container_of_a_trained_model_holds_its_weights(tmp_path, containe
     model = Model(config)
     path = CONTAINERS[container](tmp_path / "kept", trained(model))
     assert not differences(read_sites(path), expected(model))
-    told = inspect(path)
-    assert (told.storage, told.layout, told.head) == ("torch", "canonical", True)
-    assert told.layers == {"layers.attention": [0, 1, 2], "layers.ffn": [0, 1, 2]}
-    assert told.streams == N and told.dim == C
+    inspection = inspect(path)
+    assert (inspection.storage, inspection.layout, inspection.head) == ("torch", "canonical", True)
+    assert inspection.layers == {"layers.attention": [0, 1, 2], "layers.ffn": [0, 1, 2]}
+    assert inspection.streams == N and inspection.dim == C
 
 
 @quiet
@@ -183,8 +183,8 @@ def test_a_config_beside_a_torch_file_says_its_dialect(tmp_path):
     path = save_file(tmp_path / "model.bin", tensors)
     assert inspect(path).told_by != "from its config.json"
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v4", "hc_sinkhorn_iters": 7}))
-    told = inspect(path)
-    assert told.told_by == "from its config.json" and told.dialect == "deepseek-v4,iterations=7"
+    inspection = inspect(path)
+    assert inspection.told_by == "from its config.json" and inspection.dialect == "deepseek-v4,iterations=7"
 
 
 @pytest.mark.parametrize("name", ["", "hc."])
@@ -197,9 +197,9 @@ def test_a_module_by_itself_is_a_site(tmp_path, name):
                     "--dialect", "maxtext", "--from", "canonical")  # fmt: skip
         assert done.exit_code == 0, done.stderr
         path = tmp_path / "o.safetensors"
-    (found,) = read_sites(path).values()
+    (site,) = read_sites(path).values()
     for key, value in module.weights().items():
-        assert np.array_equal(found[key].reshape(value.shape), value.detach().numpy()), key
+        assert np.array_equal(site[key].reshape(value.shape), value.detach().numpy()), key
 
 
 @quiet
@@ -342,9 +342,9 @@ def test_a_norm_weight_is_read_from_any_container(tmp_path):
     options = ("--dialect", "maxtext,reduce=head,norm_weight=false", "--to-dialect", "maxtext,reduce=head")
     done = call("port", source, tmp_path / "out.safetensors", "--to", "canonical", *options, "--norm-weight", other)
     assert done.exit_code == 0, done.stderr
-    found, norms = read_sites(tmp_path / "out.safetensors"), expected(normed)
-    for site in (s for s in found if s != "head"):
-        assert np.array_equal(found[site]["mhc_norm.scale"], norms[site]["mhc_norm.scale"])
+    read, norms = read_sites(tmp_path / "out.safetensors"), expected(normed)
+    for site in (s for s in read if s != "head"):
+        assert np.array_equal(read[site]["mhc_norm.scale"], norms[site]["mhc_norm.scale"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -354,6 +354,6 @@ def test_the_values_of_a_whole_one_are_right(tmp_path):
     path = saved(tmp_path / "kept")
     done = call("port", path, tmp_path / "out.pt", "--to", "deepseek", "--dialect", "deepseek-v4")
     assert done.exit_code == 0, done.stderr
-    found = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert found.keys() == MODEL.keys()
-    assert all(np.array_equal(found[name], MODEL[name]) for name in MODEL)
+    loaded = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert loaded.keys() == MODEL.keys()
+    assert all(np.array_equal(loaded[name], MODEL[name]) for name in MODEL)

@@ -66,7 +66,7 @@ def drawn(model: Any) -> Any:
 
 def expected(model: Any) -> dict[str, dict[str, np.ndarray]]:
     """The sites in canonical names and flat shapes, from the modules themselves."""
-    found = {}
+    rows = {}
     stack = getattr(model, "layers", None) or getattr(model, "stack")  # noqa: B009
     for kind, name in KINDS.items():
         for k in range(LAYERS):
@@ -74,10 +74,10 @@ def expected(model: Any) -> dict[str, dict[str, np.ndarray]]:
                 weights = getattr(stack[k], name).weights()
             else:
                 weights = {key: value[k] for key, value in getattr(stack, name).weights().items()}
-            found[f"layers.{k}.{kind}"] = flat(weights)
+            rows[f"layers.{k}.{kind}"] = flat(weights)
     if hasattr(model, "head"):
-        found["head"] = flat(model.head.weights())
-    return found
+        rows["head"] = flat(model.head.weights())
+    return rows
 
 
 def flat(weights) -> dict[str, np.ndarray]:
@@ -115,11 +115,13 @@ def test_a_model_of_ours_is_read_from_an_orbax_tree(tmp_path, made, save, form):
     model = drawn(made(nnx.Rngs(0)))
     path = save(tmp_path / "tree", FORMS[form](model))
     assert not differences(read_sites(path), expected(model))
-    told = inspect(path)
-    assert (told.storage, told.layout, told.head) == ("orbax", "canonical", True)
-    assert told.layers == {"layers.attention": [0, 1, 2], "layers.ffn": [0, 1, 2]}
-    assert told.stacked == ("modules:3" if made is Scanned else "") and told.scan_axes == [0] * (made is Scanned)
-    assert told.bytes == sum(v.nbytes for site in expected(model).values() for v in site.values())
+    inspection = inspect(path)
+    assert (inspection.storage, inspection.layout, inspection.head) == ("orbax", "canonical", True)
+    assert inspection.layers == {"layers.attention": [0, 1, 2], "layers.ffn": [0, 1, 2]}
+    assert inspection.stacked == ("modules:3" if made is Scanned else "") and inspection.scan_axes == [0] * (
+        made is Scanned
+    )
+    assert inspection.bytes == sum(v.nbytes for site in expected(model).values() for v in site.values())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -202,8 +204,8 @@ def test_layers_in_a_python_list_are_read_and_nothing_else_with_them(tmp_path):
 def test_maxtext_s_own_tree_is_not_taken_for_one_of_ours(tmp_path):
     done = call("port", build(tmp_path / "s"), tmp_path / "tree", "--to", "maxtext", "--allow-approximate")
     assert done.exit_code == 0, done.stderr
-    told = inspect(tmp_path / "tree")
-    assert (told.layout, told.stacked, told.scan_axes) == ("maxtext", "layers:2", [1])
+    inspection = inspect(tmp_path / "tree")
+    assert (inspection.layout, inspection.stacked, inspection.scan_axes) == ("maxtext", "layers:2", [1])
 
 
 BACKENDS = """

@@ -105,7 +105,7 @@ def test_layers_that_differ_in_n_are_said_and_the_rest_is_still_inspected(tmp_pa
     sites["layers.1.ffn"] = other["layers.1.ffn"]
     source = write_canonical(tmp_path / "source.safetensors", sites, "deepseek-v4,reduce=none")
     (line,) = inspect(source).odd
-    assert "n = 2, C = 32" in line and "n = 4, C = 16" in line and line.endswith("all sites must be alike")
+    assert "n = 2, C = 32" in line and "n = 4, C = 16" in line and line.endswith("all sites must have the same sizes")
     assert call("port", source, tmp_path / "x", "--to", "deepseek").exit_code == 2
 
 
@@ -113,6 +113,6 @@ def test_json_has_all_of_it(tmp_path):
     sites = model(dtype="bfloat16")
     sites["layers.0.ffn"]["pre_alpha_scale"][:] = 0
     source = write_canonical(tmp_path / "source.safetensors", sites, DIALECT)
-    found = json.loads(call("inspect", source, "--json").stdout)
-    assert found["odd"] == inspect(source).odd and len(found["odd"]) == 2
-    assert found["assumed"] is False and found["problem"] == ""
+    inspection = json.loads(call("inspect", source, "--json").stdout)
+    assert inspection["odd"] == inspect(source).odd and len(inspection["odd"]) == 2
+    assert inspection["assumed"] is False and inspection["problem"] == ""

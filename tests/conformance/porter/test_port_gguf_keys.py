@@ -13,10 +13,10 @@ import gguf
 
 from conformance.porter.inspection import inspect
 from conformance.porter.port import Options, port
+from tests.conformance.porter.layout_rows import deepseek
 from tests.conformance.porter.misread import DIM, STREAMS, sites, wrapped, write_model
 from tests.conformance.porter.porter_data import random_sites, write_canonical
 from tests.conformance.porter.small_checkpoint import call, refuses
-from tests.conformance.porter.test_port_packing import deepseek
 
 KEYS = {"hyper_connection.count": STREAMS, "hyper_connection.sinkhorn_iterations": 20, "hyper_connection.epsilon": 1e-6,
         "attention.layer_norm_rms_epsilon": 1e-6, "block_count": 2, "embedding_length": DIM}  # fmt: skip
@@ -113,9 +113,11 @@ def test_an_eps_is_the_one_that_float32_holds(tmp_path, eps):
     dialect = f"deepseek-v4,norm_eps={eps}"
     made = write_canonical(tmp_path / "s.safetensors", random_sites(1, STREAMS, DIM, head=True), dialect)
     port(made, tmp_path / "t.gguf", Options(to="gguf"))
-    found = inspect(tmp_path / "t.gguf")
-    assert not found.assumed and not found.problem and not [line for line in found.odd if "noted" in line]
-    assert np.float32(float(found.dialect.partition("norm_eps=")[2])) == np.float32(eps)
+    inspection = inspect(tmp_path / "t.gguf")
+    assert (
+        not inspection.assumed and not inspection.problem and not [line for line in inspection.odd if "noted" in line]
+    )
+    assert np.float32(float(inspection.dialect.partition("norm_eps=")[2])) == np.float32(eps)
 
 
 def test_a_key_that_was_changed_after_the_port_is_what_the_software_runs(tmp_path):
@@ -125,6 +127,6 @@ def test_a_key_that_was_changed_after_the_port_is_what_the_software_runs(tmp_pat
     field = reader.fields["deepseek4.hyper_connection.sinkhorn_iterations"]
     field.parts[field.data[0]][0] = 3
     reader.data.flush()
-    found = inspect(tmp_path / "t.gguf")
-    assert found.dialect == "deepseek-v4,iterations=3"
-    assert any("a port noted iterations = 20" in line for line in found.odd), found.odd
+    inspection = inspect(tmp_path / "t.gguf")
+    assert inspection.dialect == "deepseek-v4,iterations=3"
+    assert any("a port noted iterations = 20" in line for line in inspection.odd), inspection.odd

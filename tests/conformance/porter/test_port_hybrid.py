@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from conformance.porter.errors import INCOMPLETE, PortError
-from conformance.porter.model import understand
 from conformance.porter.port import Options, port
 from conformance.porter.storage.opening import open_checkpoint
+from conformance.porter.understanding import understand
 from tests.conformance.porter.porter_data import differences, random_sites, read_sites, write_canonical
 
 STREAMS, DIM = 4, 8
@@ -29,15 +29,15 @@ def source(folder, layers=3):
 
 def hybrid(paired, modules=LAST, lead="decoder."):
     """The same in a hybrid stack: sub-layers 2i and 2i + 1 are the sites of layer i."""
-    found = {}
+    tensors = {}
     for name, value in paired.items():
         _, _, layer, site, row = name.split(".", 4)
         number = 2 * int(layer) + (site == "mlp_hyper_connection")
-        found[f"{lead}layers.{number}.hyper_connection.{row}"] = value
+        tensors[f"{lead}layers.{number}.hyper_connection.{row}"] = value
         inner = f"{lead}layers.{number}.inner_layer."
-        found[f"{inner}{modules[number % 2]}.weight"] = np.ones((2, 2), np.float32)
-        found[f"{inner}norm.weight"] = np.ones(2, np.float32)
-    return found
+        tensors[f"{inner}{modules[number % 2]}.weight"] = np.ones((2, 2), np.float32)
+        tensors[f"{inner}norm.weight"] = np.ones(2, np.float32)
+    return tensors
 
 
 def without(tensors, *numbers, inner=False):
@@ -109,10 +109,10 @@ def test_the_stack_of_a_layer_of_multi_token_prediction_is_numbered_on_its_own(t
     ahead = {name: value + 1 for name, value in paired.items() if ".layers.0." in name}
     tensors = {**hybrid(paired), **hybrid(ahead, lead="mtp.layers.0.mtp_model_layer.")}
     save_file(tensors, tmp_path / "hybrid.safetensors")
-    found = read_sites(tmp_path / "hybrid.safetensors")
-    assert sorted(site for site in found if site.startswith("mtp")) == ["mtp.0.attention", "mtp.0.ffn"]
-    assert np.array_equal(found["mtp.0.ffn"]["pre_beta"], found["layers.0.ffn"]["pre_beta"] + 1)
-    assert sorted({site.split(".")[1] for site in found if site.startswith("layers")}) == ["0", "1", "2"]
+    read = read_sites(tmp_path / "hybrid.safetensors")
+    assert sorted(site for site in read if site.startswith("mtp")) == ["mtp.0.attention", "mtp.0.ffn"]
+    assert np.array_equal(read["mtp.0.ffn"]["pre_beta"], read["layers.0.ffn"]["pre_beta"] + 1)
+    assert sorted({site.split(".")[1] for site in read if site.startswith("layers")}) == ["0", "1", "2"]
 
 
 def test_wrappers_stay_in_the_names_that_are_shown(tmp_path):

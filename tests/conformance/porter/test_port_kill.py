@@ -138,9 +138,9 @@ class Counts:
         self.unfinished += unfinished
         assert in_time or not old, "the port ended before the kill, and the target is the former one"
 
-    def check(self, what: str, duration: float) -> None:
+    def check(self, label: str, duration: float) -> None:
         print(
-            f"{what}: {self.kills} kills within {BEYOND} x {duration * 1e3:.1f} ms, {self.in_time} before the end, "
+            f"{label}: {self.kills} kills within {BEYOND} x {duration * 1e3:.1f} ms, {self.in_time} before the end, "
             f"{self.unfinished} left a hidden path; {self.old} targets as before, {self.new} complete new ones"
         )
         assert self.in_time >= self.kills / 4, "most kills came too late to show anything"
@@ -194,9 +194,9 @@ def test_an_overwritten_target_is_the_old_one_or_the_new_one(tmp_path, sources, 
         old = bits(folder / name) == former
         assert old or content(folder / name) == complete[wanted]
         there = there if old else wanted
-        found = hidden(folder, {name})
-        counts.take(answer["killed"], old, found > left)
-        left = found
+        left_over = hidden(folder, {name})
+        counts.take(answer["killed"], old, left_over > left)
+        left = left_over
         assert [state(s) for s in sources] == before
     assert driver.ask(tasks[1 - there], fork=True)["status"] == 0  # among all that the killed ones left
     assert content(folder / name) == complete[1 - there]
@@ -206,13 +206,13 @@ def test_an_overwritten_target_is_the_old_one_or_the_new_one(tmp_path, sources, 
 def raw(directory: Path) -> dict[str, np.ndarray]:
     """The mHC tensors as a reader finds them that loads every shard of the index, one after the other."""
     weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-    found, names = {}, set()
+    tensors, names = {}, set()
     for shard in sorted(set(weight_map.values())):
         with safe_open(directory / shard, "numpy") as file:
             names |= set(file.keys())
-            found |= {key: file.get_tensor(key) for key in file.keys() if "hc_" in key}  # noqa: SIM118
+            tensors |= {key: file.get_tensor(key) for key in file.keys() if "hc_" in key}  # noqa: SIM118
     assert names == set(weight_map)
-    return found
+    return tensors
 
 
 def test_a_checkpoint_that_takes_tensors_loads_at_every_moment(tmp_path, sources, drivers):
@@ -274,9 +274,9 @@ def test_a_model_of_one_file_that_takes_tensors_is_the_old_one_or_the_new_one(tm
         old = content(into) == held
         assert old or content(into) == complete
         assert equal(values(into), old_values if old else new_values)
-        found = hidden(folder, {"into"})
-        counts.take(answer["killed"], old, found > left)
-        left = found
+        left_over = hidden(folder, {"into"})
+        counts.take(answer["killed"], old, left_over > left)
+        left = left_over
     counts.check("--into a model of one file", duration)
 
 
@@ -306,9 +306,9 @@ def test_an_orbax_tree_is_the_old_one_or_the_new_one(tmp_path, sources, drivers)
             old = bits(tree) == former
             assert old or equal(values(tree), complete[wanted])
             there = there if old else wanted
-            found = hidden(folder, {"tree"})
-            counts.take(in_time, old, found > left)
-            left = found
+            left_over = hidden(folder, {"tree"})
+            counts.take(in_time, old, left_over > left)
+            left = left_over
             assert [state(s) for s in sources] == before
     port(sources[1 - there], tree, Options(to="maxtext", overwrite=True, allow_approximate=True))
     assert equal(values(tree), complete[1 - there])

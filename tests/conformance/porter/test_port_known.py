@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from conformance.porter.errors import PortError
 from conformance.porter.port import Options, Refused, port
+from tests.conformance.porter.layout_rows import deepseek, transformers
 from tests.conformance.porter.misread import (
     DIM,
     GLM5,
@@ -28,7 +29,6 @@ from tests.conformance.porter.misread import (
 )
 from tests.conformance.porter.porter_data import differences, read_sites, read_tensors, write_canonical
 from tests.conformance.porter.small_checkpoint import call, refuses
-from tests.conformance.porter.test_port_packing import deepseek, transformers
 
 NOTHING_SAYS_SO = re.compile(r"exact if the source is (\S+): nothing says so")
 
@@ -46,14 +46,14 @@ def noted(path):
 
 def rows(printed):
     """What `inspect` prints, by the word at the start of each line; ``odd`` is all of those."""
-    found: dict[str, Any] = {"odd": []}
+    lines: dict[str, Any] = {"odd": []}
     for line in printed.splitlines():
         word, _, text = line.partition(" ")
         if word == "odd":
-            found["odd"].append(text.strip())
+            lines["odd"].append(text.strip())
         else:
-            found[word] = text.strip()
-    return found
+            lines[word] = text.strip()
+    return lines
 
 
 @pytest.mark.parametrize("name", MISREAD)
@@ -88,8 +88,8 @@ def test_what_nothing_says_is_no_fact(tmp_path, name):
         with pytest.raises(Refused) as raised:
             port(way, tmp_path / "more.safetensors", Options(to="canonical"))
         assert raised.value.status == 6, f"a port of {way} states what was only assumed"
-    told = port(source, tmp_path / "told.safetensors", Options(to="canonical", dialect=row))
-    assert told.reason == "exact" and noted(told.written)["assumed"] is False
+    with_dialect = port(source, tmp_path / "told.safetensors", Options(to="canonical", dialect=row))
+    assert with_dialect.reason == "exact" and noted(with_dialect.written)["assumed"] is False
 
 
 @pytest.mark.parametrize("name", MISREAD)
@@ -97,19 +97,19 @@ def test_inspect_says_what_it_is_and_how_that_is_known(tmp_path, name):
     case, source = made(tmp_path, name)
     done = call("inspect", source)
     assert done.exit_code == 0, done.stderr
-    found = rows(done.stdout)
+    shown = rows(done.stdout)
     every, head = sum(len(weights) for weights in case.sites().values()), "head" in case.sites()
     layers = len(case.sites()) // 2
-    assert found["sites"] == (
+    assert shown["sites"] == (
         f"{len(case.sites())}: layers.attention in {layers} layers, layers.ffn in {layers} layers"
         + (", a head" if head else "")
     )
-    assert found["sizes"].startswith(f"n = {STREAMS}, C = {DIM}, residual sinkhorn")
-    ours, _, total = found["tensors"].split(",")[0].partition(" of ")
+    assert shown["sizes"].startswith(f"n = {STREAMS}, C = {DIM}, residual sinkhorn")
+    ours, _, total = shown["tensors"].split(",")[0].partition(" of ")
     assert int(ours) <= int(total) and (case.layout != "maxtext" or int(ours) == every == int(total))
-    assert found["layout"].startswith(f"{case.layout}{',' if case.layout else ''}")
-    assert case.dialect in found["dialect"] and case.told in found["dialect"]
-    assert not [line for line in found["odd"] if "mhc_norm.scale" not in line], found["odd"]
+    assert shown["layout"].startswith(f"{case.layout}{',' if case.layout else ''}")
+    assert case.dialect in shown["dialect"] and case.told in shown["dialect"]
+    assert not [line for line in shown["odd"] if "mhc_norm.scale" not in line], shown["odd"]
 
 
 @pytest.mark.parametrize("name", MISREAD)
@@ -117,10 +117,15 @@ def test_without_any_one_tensor_it_is_never_exact(tmp_path, name):
     """Whatever is assumed; with --allow-partial it may be written, and the verdict says that it isn't whole."""
     case = MISREAD[name]
     tensors, wrong = case.tensors(), []
-    ours = [one for one in tensors if not one.endswith("ffn_norm.weight")]
+    ours = [tensor_name for tensor_name in tensors if not tensor_name.endswith("ffn_norm.weight")]
     if case.layout == "maxtext":  # a tree takes a while: each row of one site, and of the head
-        ours = [one for one in ours if "layer" not in one or ("mhc_mlp" in one and ("_0/" in one or "s/0/" in one))]
-        ours += [one for one in tensors if name == "nnx-sft" and "mhc_mlp" in one]
+        ours = [
+            tensor_name
+            for tensor_name in ours
+            if "layer" not in tensor_name
+            or ("mhc_mlp" in tensor_name and ("_0/" in tensor_name or "s/0/" in tensor_name))
+        ]
+        ours += [tensor_name for tensor_name in tensors if name == "nnx-sft" and "mhc_mlp" in tensor_name]
     for number, lost in enumerate(ours):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -164,8 +169,8 @@ def test_names_of_one_software_beside_the_configuration_of_another_leave_the_fun
 
 def test_a_port_of_a_part_is_a_part_to_the_next(tmp_path):
     """Its own note says what was missing."""
-    found = {name: value for name, value in deepseek(sites(3, True), STREAMS, DIM).items() if "layers.2" not in name}
-    source = write_model(tmp_path / "source", found, V4)
+    tensors = {name: value for name, value in deepseek(sites(3, True), STREAMS, DIM).items() if "layers.2" not in name}
+    source = write_model(tmp_path / "source", tensors, V4)
     port(source, tmp_path / "part.safetensors", Options(to="canonical", allow_partial=True))
     arguments = (tmp_path / "part.safetensors", tmp_path / "out.safetensors", "--to", "canonical")
     refuses(tmp_path, "port", *arguments, saying=("3 layers",), status=7)
@@ -204,8 +209,8 @@ def test_another_model_type_is_unknown_and_there_is_no_verdict(tmp_path, kind, w
     dialect = " ".join(rows(done.stdout)["dialect"].split())
     assert done.exit_code == 0 and dialect.startswith(f"not known: {said}"), done.output
     assert rows(done.stdout)["odd"] == [], "of a function that isn't known nobody knows what it should have"
-    told = port(source, tmp_path / "told.safetensors", Options(to="canonical", dialect="deepseek-v4.1"))
-    assert told.reason.startswith("exact"), "who knows which function it is may say so"
+    with_dialect = port(source, tmp_path / "told.safetensors", Options(to="canonical", dialect="deepseek-v4.1"))
+    assert with_dialect.reason.startswith("exact"), "who knows which function it is may say so"
 
 
 @pytest.mark.parametrize("kind", ["qwen4_exp", "qwen4_exp_text", "kimi_k3", "kimi_k3_vl", "inkling2", "inkling2_text"])
@@ -215,12 +220,12 @@ def test_a_model_that_computes_something_else_is_refused_by_name(tmp_path, kind,
         "model_type": kind, **V41,
     }  # fmt: skip
     source = write_model(tmp_path / "source", deepseek(sites(3, False), STREAMS, DIM), config)
-    what = "gated residual" if kind.startswith("qwen4") else "attention residuals"
+    function = "gated residual" if kind.startswith("qwen4") else "attention residuals"
     for more in ((), ("--assume",), ("--allow-partial", "--allow-approximate")):
         arguments = (source, tmp_path / "out", "--to", "transformers", *more)
-        refuses(tmp_path, "port", *arguments, saying=(kind, what), status=5)
+        refuses(tmp_path, "port", *arguments, saying=(kind, function), status=5)
     looked = call("inspect", source)
-    assert kind in looked.output and what in looked.output
+    assert kind in looked.output and function in looked.output
 
 
 @pytest.mark.parametrize(
@@ -240,8 +245,8 @@ def test_a_setting_that_no_row_has_leaves_the_function_unknown(tmp_path, key, in
 
 
 def test_a_head_under_a_name_that_nobody_knows_is_named_and_may_be_given(tmp_path):
-    found = transformers(sites(2, True), STREAMS, DIM)
-    source = write_model(tmp_path / "source", wrapped(found, "model.hc_head.", "model.stream_collector."), V4 | {
+    tensors = transformers(sites(2, True), STREAMS, DIM)
+    source = write_model(tmp_path / "source", wrapped(tensors, "model.hc_head.", "model.stream_collector."), V4 | {
         "num_hidden_layers": 2
     })  # fmt: skip
     saying = ("3 of 15 hyper-connection tensors", "model.stream_collector.hc_fn")
@@ -260,8 +265,8 @@ def test_a_head_under_a_name_that_nobody_knows_is_named_and_may_be_given(tmp_pat
 @pytest.mark.parametrize("spelling", ["hc_head.hc_", "hc_head.", "hc_head_"])
 @pytest.mark.parametrize("lead", ["", "model.", "model.language_model."])
 def test_the_three_spellings_of_a_head_are_never_dropped_unsaid(tmp_path, spelling, lead):
-    found = wrapped(transformers(sites(2, True), STREAMS, DIM), "model.hc_head.hc_", lead + spelling)
-    source = write_model(tmp_path / "source", found, {**V4, "num_hidden_layers": 2})
+    tensors = wrapped(transformers(sites(2, True), STREAMS, DIM), "model.hc_head.hc_", lead + spelling)
+    source = write_model(tmp_path / "source", tensors, {**V4, "num_hidden_layers": 2})
     try:
         report = port(source, tmp_path / "there.safetensors", Options(to="canonical"))
     except PortError as error:
@@ -275,10 +280,10 @@ def in_shards(directory, of=9, lost=(), config=True, layers=3):
 
     A layer's hyper-connections lie together: layer 1's in the shards 6 and 7 of 9, as in a real one.
     """
-    found = transformers(sites(layers, True), STREAMS, DIM)
+    tensors = transformers(sites(layers, True), STREAMS, DIM)
     shards = {number: {f"other.{number}.weight": np.ones(2, np.float32)} for number in range(1, of + 1)}
     places = {"model.layers.0.": (3, 4), "model.layers.1.": (6, 7), "model.layers.2.": (8, 9), "model.hc_head": (1, 1)}
-    for name, value in found.items():
+    for name, value in tensors.items():
         start = next(where for lead, where in places.items() if name.startswith(lead))
         shards[start["ffn_hc" in name]][name] = np.ascontiguousarray(value)
     directory.mkdir()
@@ -307,8 +312,8 @@ def test_shards_that_are_missing_are_named_by_number(tmp_path, lost, config):
 def test_layers_that_the_configuration_states_and_that_are_not_there_are_counted(tmp_path):
     for there, stated in ((2, 3), (3, 2), (2, 61)):
         config = {**V4, "num_hidden_layers": stated}
-        found = transformers(sites(there, True), STREAMS, DIM)
-        source = write_model(tmp_path / f"{there} of {stated}", found, config)
+        tensors = transformers(sites(there, True), STREAMS, DIM)
+        source = write_model(tmp_path / f"{there} of {stated}", tensors, config)
         arguments = (source, tmp_path / "out.safetensors", "--to", "canonical")
         saying = (f"states {stated} layers", f"{there} are there")
         refuses(tmp_path, "port", *arguments, saying=saying, status=7)
@@ -327,7 +332,9 @@ def test_glm_5_keeps_its_names_and_its_function_by_way_of_maxtext(tmp_path):
             to="transformers", assume=case.assumed, allow_approximate=True
         ))  # fmt: skip
         assert back.target_dialect.split(",")[0] == "glm-5", back.target_dialect
-        odd = [one for one in back.tensors if not one.startswith("model.language_model.layers.")]
+        odd = [
+            tensor_name for tensor_name in back.tensors if not tensor_name.startswith("model.language_model.layers.")
+        ]
         assert not odd, f"{name}: GLM-5 has no {odd[0]}"
         assert differences(read_sites(folder / "back"), case.sites()) == []
         assert there.assumed == back.assumed == case.assumed

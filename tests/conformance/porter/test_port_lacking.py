@@ -20,6 +20,7 @@ from conformance.porter.errors import PortError
 from conformance.porter.layouts import layouts
 from conformance.porter.port import Options, port
 from conformance.porter.storage.stacks import Stacks
+from tests.conformance.porter.layout_rows import deepseek, transformers
 from tests.conformance.porter.misread import (
     DIM,
     MISREAD,
@@ -34,7 +35,6 @@ from tests.conformance.porter.misread import (
     write_tree,
 )
 from tests.conformance.porter.porter_data import HEADED, differences, random_sites, read_sites, write_canonical
-from tests.conformance.porter.test_port_packing import deepseek, transformers
 from tests.conformance.porter.test_port_properties import directory, examples
 from tests.conformance.porter.test_port_wrapped import FLAT, model_of, tensors_in
 
@@ -207,9 +207,9 @@ RENAMED = {
 @examples(25)
 def test_names_that_no_layout_has_are_7_and_the_proposal_ports_them(layout, lead, word, seed, layers):
     drawn = {"seed": seed, "streams": 4, "dim": 8, "layers": layers, "norm": False, "head": layout in HEADED}
-    found, dialect = model_of(layout, drawn)
+    tensors, dialect = model_of(layout, drawn)
     with directory() as home:
-        plain = tensors_in(home, layout, found, dialect)
+        plain = tensors_in(home, layout, tensors, dialect)
         renamed = {RENAMED[layout](name, lead, word): value for name, value in plain.items()}
         assert len(renamed) == len(plain) and not renamed.keys() & plain.keys()
         source = write_file(home / "renamed", renamed)
@@ -219,7 +219,7 @@ def test_names_that_no_layout_has_are_7_and_the_proposal_ports_them(layout, lead
         options = offered(reason)
         ended = ends(source, home / "there.safetensors", dialect=dialect, to_dialect=dialect, **options)
         assert ended == ("exact", "exact"), f"{options}: {ended}"
-        assert differences(read_sites(home / "there.safetensors"), found) == [], options
+        assert differences(read_sites(home / "there.safetensors"), tensors) == [], options
 
 
 @given(lead=LEAD, word=LEAD, layers=st.integers(1, 3), head=st.booleans())
@@ -227,9 +227,9 @@ def test_names_that_no_layout_has_are_7_and_the_proposal_ports_them(layout, lead
 def test_leaves_of_a_tree_under_names_that_no_layout_has_are_7_too(lead, word, layers, head):
     pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint, of the extra 'orbax', is not installed")
     drawn = {"seed": 4, "streams": 3, "dim": 4, "layers": layers, "norm": True, "head": head}
-    found, dialect = model_of("maxtext", drawn)
+    tensors, dialect = model_of("maxtext", drawn)
     with directory() as home:
-        plain = tensors_in(home, "maxtext", found, dialect, stacks=Stacks.parse("unscanned"))
+        plain = tensors_in(home, "maxtext", tensors, dialect, stacks=Stacks.parse("unscanned"))
         renamed = {
             re.sub(r"decoder/layers_(\d+)/", rf"{lead}/{word}_\1/", name).replace(
                 "decoder/hc_head", f"{lead}/hc_head"
@@ -243,15 +243,15 @@ def test_leaves_of_a_tree_under_names_that_no_layout_has_are_7_too(lead, word, l
         options = offered(reason)
         ended = ends(source, home / "there.safetensors", dialect=dialect, to_dialect=dialect, **options)
         assert ended == ("exact", "exact"), f"{options}: {ended}"
-        assert differences(read_sites(home / "there.safetensors"), found) == [], options
+        assert differences(read_sites(home / "there.safetensors"), tensors) == [], options
 
 
 @pytest.mark.parametrize("layout", [name for name in FLAT if name in RENAMED])
 def test_some_names_that_no_layout_has_are_counted_beside_those_that_are_known(tmp_path, layout):
     """A layer under another word: the rest is there, and would be exact."""
     drawn = {"seed": 1, "streams": 4, "dim": 8, "layers": 3, "norm": False, "head": layout in HEADED}
-    found, dialect = model_of(layout, drawn)
-    plain = tensors_in(tmp_path, layout, found, dialect)
+    tensors, dialect = model_of(layout, drawn)
+    plain = tensors_in(tmp_path, layout, tensors, dialect)
     renamed = {
         RENAMED[layout](name, "tower", "storey") if re.search(r"layers\.2\.", name) else name: value
         for name, value in plain.items()
@@ -266,11 +266,11 @@ def test_some_names_that_no_layout_has_are_counted_beside_those_that_are_known(t
 
 def test_multi_token_prediction_that_a_layout_has_no_name_for_is_named(tmp_path):
     """DeepSeek's files have a layer and a head of it; transformers leaves them out."""
-    found = {**deepseek(sites(3, True), STREAMS, DIM), **predicted(1)}
+    tensors = {**deepseek(sites(3, True), STREAMS, DIM), **predicted(1)}
     config = {**V4, "num_nextn_predict_layers": 1}
-    source = write_model(tmp_path / "source", found, config)
+    source = write_model(tmp_path / "source", tensors, config)
     kept = port(source, tmp_path / "kept.safetensors", Options(to="canonical"))
-    assert kept.reason == "exact" and kept.ported_tensors == len(found) == 30
+    assert kept.reason == "exact" and kept.ported_tensors == len(tensors) == 30
     for to in ("liger", "transformer-engine"):
         with pytest.raises(PortError) as raised:
             port(source, tmp_path / "out.safetensors", Options(to=to, to_dialect="deepseek-v4"))
@@ -282,11 +282,11 @@ def test_multi_token_prediction_that_a_layout_has_no_name_for_is_named(tmp_path)
 
 def predicted(layers):
     """Hyper-connections of so many layers of multi-token prediction, each with a head."""
-    one = deepseek(random_sites(5, STREAMS, DIM, layers=1, head=True), STREAMS, DIM)
-    found = {}
+    one_layer = deepseek(random_sites(5, STREAMS, DIM, layers=1, head=True), STREAMS, DIM)
+    tensors = {}
     for layer in range(layers):
-        found |= wrapped(wrapped(one, "layers.0", f"mtp.{layer}"), "hc_head_", f"mtp.{layer}.hc_head_")
-    return found
+        tensors |= wrapped(wrapped(one_layer, "layers.0", f"mtp.{layer}"), "hc_head_", f"mtp.{layer}.hc_head_")
+    return tensors
 
 
 @pytest.mark.parametrize(
@@ -299,8 +299,8 @@ def predicted(layers):
 )  # fmt: skip
 def test_parts_of_multi_token_prediction_that_are_missing_are_noticed(tmp_path, layers, stated, lost, ended):
     """All of it may be missing: transformers leaves it out."""
-    found = {**deepseek(sites(3, True), STREAMS, DIM), **predicted(layers)}
-    kept = {name: value for name, value in found.items() if not (lost and re.search(lost, name))}
+    tensors = {**deepseek(sites(3, True), STREAMS, DIM), **predicted(layers)}
+    kept = {name: value for name, value in tensors.items() if not (lost and re.search(lost, name))}
     source = write_model(tmp_path / "source", kept, {**V4, "num_nextn_predict_layers": stated})
     status, reason = ends(source, tmp_path / "there.safetensors")
     assert status == ended, f"{status}, {reason}"

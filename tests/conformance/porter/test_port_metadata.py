@@ -24,17 +24,17 @@ def metadata(path):
 
 def restated(path, target, change, key="parameters", without=""):
     """The file with what its metadata says of parameters changed, and without tensors of a name."""
-    found = metadata(path)
+    header = metadata(path)
     if key == "mhc_port":
-        note = json.loads(found[key])
+        note = json.loads(header[key])
         change(note["parameters"])
-        found[key] = json.dumps(note)
+        header[key] = json.dumps(note)
     else:
-        stated = json.loads(found[key])
+        stated = json.loads(header[key])
         change(stated)
-        found[key] = json.dumps(stated)
+        header[key] = json.dumps(stated)
     tensors = {k: v for k, v in load_file(path).items() if not (without and without in k)}
-    save_file(tensors, target, metadata=found)
+    save_file(tensors, target, metadata=header)
     return target
 
 
@@ -68,8 +68,8 @@ def test_a_parameter_that_the_metadata_leaves_open_is_not_filled_in_as_a_fact(tm
     source = restated(request.getfixturevalue(which), tmp_path / "s.safetensors", lambda p: p.pop(name), key)
     arguments = (source, tmp_path / "out.safetensors", "--to", "canonical")
     refuses(tmp_path, "port", *arguments, saying=("--dialect",), status=6)
-    told = port(*arguments[:2], Options(to="canonical", dialect=V4))
-    assert told.reason == "exact" and not told.assumed
+    with_dialect = port(*arguments[:2], Options(to="canonical", dialect=V4))
+    assert with_dialect.reason == "exact" and not with_dialect.assumed
 
 
 def test_metadata_that_says_nothing_is_no_statement(tmp_path, canonical):

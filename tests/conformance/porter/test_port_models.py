@@ -42,8 +42,8 @@ def sites_of(framework: str, seed: int) -> dict[str, Any]:
 
 
 def values(sites: dict[str, Any]) -> dict[str, np.ndarray]:
-    found = {prefix + name: value for prefix, site in sites.items() for name, value in site.weights().items()}
-    return {name: np.asarray(value.detach() if hasattr(value, "detach") else value) for name, value in found.items()}
+    tensors = {prefix + name: value for prefix, site in sites.items() for name, value in site.weights().items()}
+    return {name: np.asarray(value.detach() if hasattr(value, "detach") else value) for name, value in tensors.items()}
 
 
 @pytest.mark.parametrize("framework", ["jax_impl", "torch_impl"])
@@ -57,9 +57,9 @@ def test_a_saved_model_goes_to_another_layout_and_back_whole(tmp_path: Path, fra
     assert port(tmp_path / "there.safetensors", tmp_path / "back.safetensors", back).verdict == "exact"
     twin = sites_of(framework, seed=2)
     package.load_model(tmp_path / "back.safetensors", twin)
-    expected, found = values(sites), values(twin)
-    assert found.keys() == expected.keys()
-    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    expected, actual = values(sites), values(twin)
+    assert actual.keys() == expected.keys()
+    assert all(np.array_equal(actual[name], expected[name]) for name in expected)
 
 
 def test_each_implementation_loads_the_others_model(tmp_path: Path):
@@ -68,5 +68,5 @@ def test_each_implementation_loads_the_others_model(tmp_path: Path):
         path = tmp_path / f"{framework}.safetensors"
         importlib.import_module(framework).save_model(path, written[framework])
         importlib.import_module(other).load_model(path, twin := sites_of(other, seed=9))
-        expected, found = values(written[framework]), values(twin)
-        assert found.keys() == expected.keys() and all(np.array_equal(found[k], expected[k]) for k in expected)
+        expected, actual = values(written[framework]), values(twin)
+        assert actual.keys() == expected.keys() and all(np.array_equal(actual[k], expected[k]) for k in expected)

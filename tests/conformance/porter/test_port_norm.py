@@ -46,20 +46,20 @@ def folds(tmp_path):
 
 def norm_weights(sites, values):
     """The sites with other norm weights, of their own dtype."""
-    found = {}
+    by_site = {}
     for number, (site, weights) in enumerate(sites.items()):
         w = np.resize(np.roll(values, number), len(weights["pre_alpha"])).astype(weights["pre_alpha"].dtype)
-        found[site] = {**weights, "mhc_norm.scale": w}
-    return found
+        by_site[site] = {**weights, "mhc_norm.scale": w}
+    return by_site
 
 
 def products(sites):
     """w φ in each weight's own dtype."""
-    found = {}
+    by_site = {}
     for site, weights in sites.items():
         w = weights["mhc_norm.scale"][:, None]
-        found[site] = {k: v * w if k.endswith("_alpha") else v for k, v in weights.items() if k != "mhc_norm.scale"}
-    return found
+        by_site[site] = {k: v * w if k.endswith("_alpha") else v for k, v in weights.items() if k != "mhc_norm.scale"}
+    return by_site
 
 
 @pytest.mark.parametrize("layout", SOURCES)
@@ -68,9 +68,9 @@ def test_a_fold_is_exact_to_rounding(folds, layout):
     report = folds(sites, layout)
     assert (report.source_layout, report.verdict) == (layout, "exact to rounding")
     assert 0 < report.rounding <= ROUNDOFF["float32"]
-    found = read_sites(report.written)
-    assert differences(found, products(sites)) == []  # float32's own product is the rounded one
-    assert largest_error(found, folded(sites)) == pytest.approx(report.rounding, rel=1e-12)
+    read = read_sites(report.written)
+    assert differences(read, products(sites)) == []  # float32's own product is the rounded one
+    assert largest_error(read, folded(sites)) == pytest.approx(report.rounding, rel=1e-12)
     assert 0 < max(report.largest.values()) < 1e-5
 
 
@@ -109,8 +109,8 @@ def test_a_fold_that_rounds_nothing_is_exact(folds, layout, values):
     assert (report.verdict, report.rounding) == ("exact", 0)
     assert report.reason.startswith("exact")
     assert max(report.largest.values()) < 1e-14
-    found = read_sites(report.written)
-    assert differences(found, products(sites)) == [] and largest_error(found, folded(sites)) == 0
+    read = read_sites(report.written)
+    assert differences(read, products(sites)) == [] and largest_error(read, folded(sites)) == 0
 
 
 @pytest.mark.parametrize("values", [[1.0], [0.5, 2.0]], ids=["ones", "powers of two"])
@@ -159,20 +159,20 @@ def unfolds(tmp_path):
 
     def run(sites, norms, to="canonical", **options):
         source = write_canonical(tmp_path / "source.safetensors", sites, V4)
-        given = write_canonical(tmp_path / "norms.safetensors", norms, WITH)
+        donor = write_canonical(tmp_path / "norms.safetensors", norms, WITH)
         target = tmp_path / ("tree" if to == "maxtext" else "there.safetensors")
-        return port(source, target, Options(to=to, to_dialect=WITH, norm_weight=given, **options))
+        return port(source, target, Options(to=to, to_dialect=WITH, norm_weight=donor, **options))
 
     return run
 
 
 def quotients(sites, norms):
     """φ / w as exact rationals."""
-    found, divisors = rationals(sites), rationals(norms)
-    for site, weights in found.items():
+    dividends, divisors = rationals(sites), rationals(norms)
+    for site, weights in dividends.items():
         w = divisors[site]["mhc_norm.scale"][:, None]
         weights |= {name: value / w for name, value in weights.items() if name.endswith("_alpha")}
-    return found
+    return dividends
 
 
 @pytest.mark.parametrize("to", ["canonical", "transformer-engine", "maxtext"])
@@ -182,13 +182,13 @@ def test_a_given_norm_weight_is_divided_out(unfolds, to):
     sites, norms = random_sites(10, STREAMS, DIM), random_sites(11, STREAMS, DIM, norm=True)
     report = unfolds(sites, norms, to)
     assert report.verdict == "exact to rounding" and 0 < report.rounding <= ROUNDOFF["float32"]
-    found = read_sites(report.written)
-    given = {site: {"mhc_norm.scale": norms[site]["mhc_norm.scale"]} for site in sites}
-    assert differences({s: {"mhc_norm.scale": w.pop("mhc_norm.scale")} for s, w in found.items()}, given) == []
-    assert largest_error(found, quotients(sites, norms)) == pytest.approx(report.rounding, rel=1e-12)
+    read = read_sites(report.written)
+    expected_norms = {site: {"mhc_norm.scale": norms[site]["mhc_norm.scale"]} for site in sites}
+    assert differences({s: {"mhc_norm.scale": w.pop("mhc_norm.scale")} for s, w in read.items()}, expected_norms) == []
+    assert largest_error(read, quotients(sites, norms)) == pytest.approx(report.rounding, rel=1e-12)
     x, p = probe.activations(4, STREAMS, DIM, 0), dialects.parse(V4)
     for site, weights in sites.items():
-        first, second = layer(x, weights, p), layer(x, {**found[site], **given[site]}, p)
+        first, second = layer(x, weights, p), layer(x, {**read[site], **expected_norms[site]}, p)
         apart = np.max(np.abs(first["H"] - second["H"]))
         assert report.deviations[site]["H"] == pytest.approx(apart, rel=1e-6, abs=1e-13)
 
@@ -197,10 +197,10 @@ def test_a_given_norm_weight_is_divided_out(unfolds, to):
 def test_a_division_that_rounds_is_never_called_exact(unfolds, dtype):
     sites, norms = (random_sites(12, STREAMS, DIM, dtype=dtype, norm=norm) for norm in (False, True))
     report = unfolds(sites, norms)
-    found = read_sites(report.written)
-    for weights in found.values():
+    read = read_sites(report.written)
+    for weights in read.values():
         del weights["mhc_norm.scale"]
-    error = largest_error(found, quotients(sites, norms))
+    error = largest_error(read, quotients(sites, norms))
     assert 0 < error <= report.rounding * (1 + 2.0**-50) + 2.0**-53 and report.rounding <= ROUNDOFF[dtype]
     assert report.verdict == "exact to rounding"
 
@@ -243,9 +243,9 @@ def test_norm_weights_that_do_not_belong_to_the_source_are_refused(tmp_path, sou
     sites = random_sites(15, STREAMS, DIM, norm=source_norm)
     source = write_canonical(tmp_path / "source.safetensors", sites, V4)
     others = random_sites(16, **{"streams": STREAMS, "dim": DIM, "norm": True, **norms})
-    given = write_canonical(tmp_path / "norms.safetensors", others, WITH)
+    donor = write_canonical(tmp_path / "norms.safetensors", others, WITH)
     with pytest.raises(PortError) as raised:
-        port(source, tmp_path / "there.safetensors", Options(to="canonical", to_dialect=to_dialect, norm_weight=given))
+        port(source, tmp_path / "there.safetensors", Options(to="canonical", to_dialect=to_dialect, norm_weight=donor))
     assert raised.value.status == 2 and said in str(raised.value)
     assert not (tmp_path / "there.safetensors").exists()
 

@@ -1,4 +1,4 @@
-"""What the porter writes, against the layouts as mathematics.md describes them, written out by hand here.
+"""The porter's tensors are those of the layouts, written out by hand in `layout_rows`.
 
 The files are read by the libraries that they belong to, and not by the porter.
 """
@@ -16,149 +16,24 @@ from conformance.porter.errors import Ambiguous, PortError
 from conformance.porter.inspection import inspect
 from conformance.porter.port import Options, port
 from conformance.porter.storage.stacks import Stacks
+from tests.conformance.porter.layout_rows import (
+    HUNYUAN,
+    canonical,
+    deepseek,
+    gguf,
+    hunyuan,
+    liger,
+    maxtext,
+    megatron,
+    mlx,
+    restore,
+    transformer_engine,
+    transformers,
+    xing,
+)
 from tests.conformance.porter.porter_data import differences, random_sites, read_sites, write_canonical
 
 SIZES = [(1, 3), (2, 3), (3, 2), (4, 5), (5, 1), (3, 1)]
-SHORT = {"attention": "attn", "ffn": "ffn"}
-LONG = {"attention": "self_attention", "ffn": "mlp"}
-MAXTEXT = {"attention": "mhc_attention", "ffn": "mhc_mlp"}
-
-
-def bodies(sites):
-    for site, weights in sites.items():
-        if site != "head":
-            _, layer, kind = site.split(".")
-            yield int(layer), kind, weights
-
-
-def stacked_rows(weights):
-    """fn ``[2n + n², n*C]``, base ``[2n + n²]``, scale ``[3]``: rows pre, post, then res in (i, j) order."""
-    n = len(weights["pre_beta"])
-    rows, base = [], []
-    for part in ("pre", "post"):
-        for i in range(n):
-            rows.append(weights[f"{part}_alpha"][:, i])
-            base.append(weights[f"{part}_beta"][i])
-    for i in range(n):
-        for j in range(n):
-            rows.append(weights["res_alpha"][:, i * n + j])
-            base.append(weights["res_beta"][i, j])
-    scale = [weights[f"{part}_alpha_scale"][0] for part in ("pre", "post", "res")]
-    return np.array(rows), np.array(base), np.array(scale)
-
-
-def dim_first(value, streams, dim):
-    """Entry i*C + c of the first axis, the stream i's feature c, at c*n + i."""
-    found = np.empty_like(value)
-    for i in range(streams):
-        for c in range(dim):
-            found[c * streams + i] = value[i * dim + c]
-    return found
-
-
-def head_rows(sites, prefix):
-    if "head" not in sites:
-        return {}
-    head = sites["head"]
-    return {f"{prefix}fn": head["head_fn"].T, f"{prefix}base": head["head_base"], f"{prefix}scale": head["head_scale"]}
-
-
-def deepseek(sites, streams, dim):
-    found = head_rows(sites, "hc_head_")
-    for layer, kind, weights in bodies(sites):
-        for name, value in zip(("fn", "base", "scale"), stacked_rows(weights), strict=True):
-            found[f"layers.{layer}.hc_{SHORT[kind]}_{name}"] = value
-    return found
-
-
-def transformers(sites, streams, dim):
-    found = head_rows(sites, "model.hc_head.hc_")
-    for layer, kind, weights in bodies(sites):
-        for name, value in zip(("fn", "base", "scale"), stacked_rows(weights), strict=True):
-            found[f"model.layers.{layer}.{SHORT[kind]}_hc.{name}"] = value
-    return found
-
-
-def mlx(sites, streams, dim):
-    return {name.replace("hc_head.hc_", "hc_head."): v for name, v in transformers(sites, streams, dim).items()}
-
-
-def xing(sites, streams, dim):
-    return {name.replace("_hc.", "_hc.hc_"): v for name, v in transformers(sites, streams, dim).items()}
-
-
-def hunyuan_rows(weights):
-    """fn ``[2n, n*C]``, base ``[2n]``, scale ``[2]``: rows pre, then post."""
-    n = len(weights["pre_beta"])
-    rows = [weights[f"{part}_alpha"][:, i] for part in ("pre", "post") for i in range(n)]
-    base = [weights[f"{part}_beta"][i] for part in ("pre", "post") for i in range(n)]
-    return np.array(rows), np.array(base), np.array([weights[f"{part}_alpha_scale"][0] for part in ("pre", "post")])
-
-
-HUNYUAN = {
-    "released": ("model.layers.{}.hc_{}_layer.hc_pre.hc_", ("attn", "mlp"), "model.hc_head.hc_head_"),
-    "modules": ("model.layers.{}.{}_hc.", ("attn", "ffn"), "model.hc_head.hc_"),
-    "saved": ("model.layers.{}.hc_pre.hc_{}_layer.hc_", ("attn", "mlp"), "model.hc_pre.hc_head.hc_head_"),
-    "saved base model": ("layers.{}.hc_pre.hc_{}_layer.hc_", ("attn", "mlp"), "hc_head.hc_pre.hc_head_"),
-    "base model": ("layers.{}.{}_hc.", ("attn", "ffn"), "hc_head.hc_"),
-}
-
-
-def hunyuan(sites, names="released"):
-    """Under the released names; those of transformers' modules; those that its ``save_pretrained`` writes."""
-    prefix, (attention, ffn), head = HUNYUAN[names]
-    found = head_rows(sites, head)
-    for layer, kind, weights in bodies(sites):
-        place = prefix.format(layer, {"attention": attention, "ffn": ffn}[kind])
-        found |= {f"{place}{n}": v for n, v in zip(("fn", "base", "scale"), hunyuan_rows(weights), strict=True)}
-    return found
-
-
-def gguf(sites):
-    """In NumPy's order of axes: GGUF's own is the reverse."""
-    found = {f"{name}.weight": value for name, value in head_rows(sites, "output_hc_").items()}
-    for layer, kind, weights in bodies(sites):
-        rows = stacked_rows(weights) if "res_alpha" in weights else hunyuan_rows(weights)
-        for name, value in zip(("fn", "base", "scale"), rows, strict=True):
-            found[f"blk.{layer}.hc_{SHORT[kind]}_{name}.weight"] = value
-    return found
-
-
-def liger(sites, streams, dim):
-    found = {}
-    for layer, kind, weights in bodies(sites):
-        fn, base, scale = stacked_rows(weights)
-        prefix = f"layers.{layer}.{kind}."
-        found |= {f"{prefix}phi": fn.T, f"{prefix}b": base}
-        found |= {f"{prefix}alpha_{part}": np.array(s) for part, s in zip(("pre", "post", "res"), scale, strict=True)}
-    return found
-
-
-def megatron(sites, streams, dim):
-    found = head_rows(sites, "decoder.hc_head_")
-    for layer, kind, weights in bodies(sites):
-        fn, base, scale = stacked_rows(weights)
-        prefix = f"decoder.layers.{layer}.{LONG[kind]}_hyper_connection."
-        found |= {f"{prefix}mapping_proj.weight": fn, f"{prefix}bias": base}
-        found |= {f"{prefix}alpha_{part}": np.array([s]) for part, s in zip(("pre", "post", "res"), scale, strict=True)}
-    return found
-
-
-def transformer_engine(sites, streams, dim):
-    found = {}
-    for layer, kind, weights in bodies(sites):
-        fn, base, scale = stacked_rows(weights)
-        prefix = f"layers.{layer}.{kind}."
-        found |= {
-            f"{prefix}phi": dim_first(fn.T, streams, dim).T, f"{prefix}alpha": scale, f"{prefix}beta": base[None],
-        }  # fmt: skip
-        if "mhc_norm.scale" in weights:
-            found[f"{prefix}norm_weight"] = dim_first(weights["mhc_norm.scale"], streams, dim)
-    return found
-
-
-def canonical(sites, streams, dim):
-    return {f"{site}.{name}": value for site, weights in sites.items() for name, value in weights.items()}
 
 
 EXPECTED = {
@@ -200,8 +75,8 @@ def test_the_tensors_of_a_layout_are_read_as_what_they_are(tmp_path, layout, str
     if square:
         with pytest.raises(Ambiguous, match="megatron and paddlefleet"):
             read_sites(tmp_path / "theirs.safetensors")
-    found = read_sites(tmp_path / "theirs.safetensors", layout if square else None)
-    assert differences(found, sites) == []
+    read = read_sites(tmp_path / "theirs.safetensors", layout if square else None)
+    assert differences(read, sites) == []
 
 
 @pytest.mark.parametrize("layout", EXPECTED)
@@ -262,8 +137,13 @@ def test_hunyuan_is_read_under_each_of_its_names(tmp_path, names, streams, dim):
     sites = random_sites(21, streams, dim, residual="identity", head=True)
     tensors = {k: np.ascontiguousarray(v).reshape(v.shape) for k, v in hunyuan(sites, names).items()}
     save_file(tensors, tmp_path / "theirs.safetensors")
-    found = inspect(tmp_path / "theirs.safetensors")
-    assert (found.layout, found.streams, found.dim, found.residual) == ("hunyuan", streams, dim, "identity")
+    inspection = inspect(tmp_path / "theirs.safetensors")
+    assert (inspection.layout, inspection.streams, inspection.dim, inspection.residual) == (
+        "hunyuan",
+        streams,
+        dim,
+        "identity",
+    )
     assert differences(read_sites(tmp_path / "theirs.safetensors"), sites) == []
 
 
@@ -271,8 +151,13 @@ def test_two_streams_of_deepseek_are_not_four_of_hunyuan(tmp_path):
     sites = random_sites(22, 2, 6, head=True)
     tensors = {k: np.ascontiguousarray(v).reshape(v.shape) for k, v in transformers(sites, 2, 6).items()}
     save_file(tensors, tmp_path / "theirs.safetensors")
-    found = inspect(tmp_path / "theirs.safetensors")
-    assert (found.layout, found.streams, found.dim, found.residual) == ("transformers", 2, 6, "sinkhorn")
+    inspection = inspect(tmp_path / "theirs.safetensors")
+    assert (inspection.layout, inspection.streams, inspection.dim, inspection.residual) == (
+        "transformers",
+        2,
+        6,
+        "sinkhorn",
+    )
     tensors["model.layers.0.attn_hc.scale"] = np.ones(2, np.float32)
     save_file(tensors, tmp_path / "mixed.safetensors")
     with pytest.raises(PortError):
@@ -304,49 +189,6 @@ def test_a_layout_of_sinkhorn_has_no_place_without_a_residual_projection(tmp_pat
         assert caught.value.status == 5
 
 
-def restore(path):
-    """The leaves of an Orbax checkpoint under their keys, joined by slashes."""
-    orbax = pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint, of the extra 'orbax', is not installed")
-    found = {}
-
-    def walk(node, name):
-        for key, value in node.items():
-            if isinstance(value, dict):
-                walk(value, f"{name}{key}/")
-            else:
-                found[f"{name}{key}"] = np.asarray(value)
-
-    walk(orbax.PyTreeCheckpointer().restore(path.resolve()), "")
-    return found
-
-
-def maxtext(sites, places, axis):
-    """The tree; ``places`` says for each layer its folder and its index there, None where it stands alone."""
-    folders = {}
-    for layer, kind, weights in bodies(sites):
-        folder, index = places[layer]
-        for name, value in weights.items():
-            path = f"params/params/decoder/{folder}/{MAXTEXT[kind]}/{name.replace('.', '/')}"
-            folders.setdefault(path, {})[index] = value
-    found = {}
-    for path, layers in folders.items():
-        if None in layers:
-            found[path] = layers[None]
-            continue
-        some = layers[0]
-        shape = (some.shape[0], len(layers), *some.shape[1:]) if axis else (len(layers), *some.shape)
-        found[path] = np.empty(shape, some.dtype)
-        for index, value in layers.items():
-            if axis:
-                found[path][:, index] = value
-            else:
-                found[path][index] = value
-    if "head" in sites:
-        head = {"hc_fn": "head_fn", "hc_base": "head_base", "hc_scale": "head_scale"}
-        found |= {f"params/params/decoder/hc_head/{k}": sites["head"][v] for k, v in head.items()}
-    return found
-
-
 STACKS = {
     "layers": [("layers", k) for k in range(5)],
     "unscanned": [(f"layers_{k}", None) for k in range(5)],
@@ -368,16 +210,16 @@ def test_maxtext_s_layers_are_stacked_along_the_axis(tmp_path, stacks, axis, str
     sites = random_sites(16, streams, dim, layers=5, norm=True, head=True)
     source = write_canonical(tmp_path / "source.safetensors", sites, "maxtext,reduce=head")
     port(source, tmp_path / "there", Options(to="maxtext", stacks=Stacks.parse(stacks), scan_axis=axis))
-    found = restore(tmp_path / "there")
-    assert differences(found, maxtext(sites, STACKS[stacks], axis)) == []
-    if stacks == "layers" and axis == 1:  # the shapes that mathematics.md and MaxText's converters name
+    leaves = restore(tmp_path / "there")
+    assert differences(leaves, maxtext(sites, STACKS[stacks], axis)) == []
+    if stacks == "layers" and axis == 1:  # the shapes that docs/mathematics.md and MaxText's converters name
         flat, prefix = streams * dim, "params/params/decoder/layers/mhc_mlp/"
-        assert found[f"{prefix}mhc_norm/scale"].shape == (flat, 5)
-        assert found[f"{prefix}pre_alpha"].shape == (flat, 5, streams)
-        assert found[f"{prefix}res_alpha"].shape == (flat, 5, streams**2)
-        assert found[f"{prefix}post_alpha_scale"].shape == (1, 5)
-        assert found[f"{prefix}post_beta"].shape == (streams, 5)
-        assert found[f"{prefix}res_beta"].shape == (streams, 5, streams)
+        assert leaves[f"{prefix}mhc_norm/scale"].shape == (flat, 5)
+        assert leaves[f"{prefix}pre_alpha"].shape == (flat, 5, streams)
+        assert leaves[f"{prefix}res_alpha"].shape == (flat, 5, streams**2)
+        assert leaves[f"{prefix}post_alpha_scale"].shape == (1, 5)
+        assert leaves[f"{prefix}post_beta"].shape == (streams, 5)
+        assert leaves[f"{prefix}res_beta"].shape == (streams, 5, streams)
 
 
 @pytest.mark.parametrize("streams", [1, 2, 3])
@@ -405,7 +247,7 @@ def test_a_canonical_file_says_its_dialect_and_sizes(tmp_path):
     sites = random_sites(19, 3, 4, norm=True)
     source = write_canonical(tmp_path / "source.safetensors", sites, "maxtext")
     port(source, tmp_path / "there.safetensors", Options(to="canonical"))
-    with safe_open(tmp_path / "there.safetensors", "numpy") as written, safe_open(source, "numpy") as given:
-        found, expected = written.metadata(), given.metadata()
-    assert found["format"] == expected["format"]
-    assert json.loads(found["parameters"]) == json.loads(expected["parameters"])
+    with safe_open(tmp_path / "there.safetensors", "numpy") as written, safe_open(source, "numpy") as original:
+        actual, expected = written.metadata(), original.metadata()
+    assert actual["format"] == expected["format"]
+    assert json.loads(actual["parameters"]) == json.loads(expected["parameters"])

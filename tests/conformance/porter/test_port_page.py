@@ -14,7 +14,7 @@ from conformance.files import document
 from conformance.porter import table
 
 ROOT = Path(__file__).parents[3]
-PAGE = ROOT / "conformance" / "PORTING.md"
+PAGE = ROOT / "docs" / "porting.md"
 BLOCK = re.compile(r"```(console|python)\n(.*?)```", re.DOTALL)
 FIGURE = re.compile(r"\d+(?:\.\d+)?e-\d+|(?<= )0\.\d+(?=[,\s)])")
 

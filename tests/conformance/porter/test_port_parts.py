@@ -12,9 +12,9 @@ from conformance.cases import dialects as rows
 from conformance.porter import configuration, parts
 from conformance.porter.errors import PortError
 from conformance.porter.port import Options, port
+from tests.conformance.porter.layout_rows import bodies, deepseek
 from tests.conformance.porter.misread import DIM, STREAMS, V4, sites, write_model
 from tests.conformance.porter.small_checkpoint import call, refuses
-from tests.conformance.porter.test_port_packing import bodies, deepseek
 
 MAXTEXT = rows.configuration("maxtext")
 
@@ -181,9 +181,9 @@ def test_maxtext_s_own_counts_are_read_unless_they_are_scaled():
 
 
 def test_megatron_s_arguments_are_held_to_the_tensors(tmp_path):
-    found = sites(3, False)
+    by_site = sites(3, False)
     tensors = {}
-    for layer, kind, weights in bodies(found):
+    for layer, kind, weights in bodies(by_site):
         prefix = f"decoder.layers.{layer}.{'self_attention' if kind == 'attention' else 'mlp'}_hyper_connection."
         tensors |= {
             f"{prefix}mapping_proj.weight": _joined(weights, "_alpha").T,

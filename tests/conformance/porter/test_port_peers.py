@@ -132,10 +132,10 @@ def test_jax_computes_from_the_maxtext_tree_what_the_model_runs(peer, seen, stac
         tree = restored(how, tmp_path / "tree")
         weights = {k: from_tree(tree, config, stacks, k) for k in wanted}
     for name, site in sites.items():
-        found = computed(weights[name], config, site)
-        bounds.within(expected[name].ratios(found), f"jax, {name}")
-        ran = {k: getattr(site, k) for k in found if k != "pre"}
-        bounds.within(expected[name].ratios({k: found[k] for k in ran}, against=ran), f"jax against torch, {name}")
+        values = computed(weights[name], config, site)
+        bounds.within(expected[name].ratios(values), f"jax, {name}")
+        ran = {k: getattr(site, k) for k in values if k != "pre"}
+        bounds.within(expected[name].ratios({k: values[k] for k in ran}, against=ran), f"jax against torch, {name}")
     if of_head:
         out = {"out": functional.head(jax.numpy.asarray(last["x"]), weights["head"], config)}
         bounds.within(of_head.ratios(out), "jax, head")
@@ -149,9 +149,12 @@ def test_jax_computes_from_the_maxtext_tree_what_the_model_runs(peer, seen, stac
 def test_the_config_tells_the_dialect_of_what_save_pretrained_wrote(name, dialect, tmp_path):
     """The bare DeepSeek model is written under the released files' names, and either of their dialects is right."""
     peer = models.build(name, tmp_path / "model")
-    found = inspect(peer.directory)
+    inspection = inspect(peer.directory)
     allowed = (dialect,) if dialect else ("deepseek-v4", "deepseek-v4-transformers")
-    assert "config.json" in found.told_by and found.dialect in allowed, (found.dialect, found.told_by)
+    assert "config.json" in inspection.told_by and inspection.dialect in allowed, (
+        inspection.dialect,
+        inspection.told_by,
+    )
 
 
 def test_the_way_back_gives_the_same_bits(any_peer, tmp_path):
@@ -215,8 +218,8 @@ def test_the_way_back_names_the_parameters_of_the_model(peer, tmp_path):
     tensors = load_file(file)
     assert set(tensors) == peer.mhc_names == set(models.index(tmp_path / "back"))
     other = models.build(peer.name, tmp_path / "other", seed=5).model
-    told = other.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()}, strict=False)
-    assert told.unexpected_keys == [] and not peer.mhc_names & set(told.missing_keys)
+    keys = other.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()}, strict=False)
+    assert keys.unexpected_keys == [] and not peer.mhc_names & set(keys.missing_keys)
     state = peer.model.state_dict()
     assert all(torch.equal(value, state[k]) for k, value in other.state_dict().items() if k in peer.mhc_names)
 
@@ -248,11 +251,11 @@ def test_other_eps_in_the_config_are_read_and_must_be_met(name, tmp_path):
     place |= {"rms_norm_eps": 3e-4, "hc_eps": 2e-5, "hc_sinkhorn_iters": 7}
     (peer.directory / "config.json").write_text(json.dumps(content))
     # MaxText's own head keeps its eps of 1e-6 whatever the configuration says: that alone makes the port approximate.
-    told = "maxtext,norm_eps=3e-4,eps=2e-5,pre_eps=2e-5,iterations=7,head_norm_eps=null"
-    assert port(peer.directory, tmp_path / "tree", Options(to="maxtext", to_dialect=told)).verdict != "approximate"
+    dialect = "maxtext,norm_eps=3e-4,eps=2e-5,pre_eps=2e-5,iterations=7,head_norm_eps=null"
+    assert port(peer.directory, tmp_path / "tree", Options(to="maxtext", to_dialect=dialect)).verdict != "approximate"
     for change in ("norm_eps=1e-6", "eps=1e-6", "pre_eps=1e-6", "iterations=20"):
         with pytest.raises(PortError, match="approximate") as refused:
-            port(peer.directory, tmp_path / "wrong", Options(to="maxtext", to_dialect=f"{told},{change}"))
+            port(peer.directory, tmp_path / "wrong", Options(to="maxtext", to_dialect=f"{dialect},{change}"))
         assert refused.value.status == 4
         assert not (tmp_path / "wrong").exists()
     into = models.spoilt(peer.directory, tmp_path / "into")

@@ -20,16 +20,16 @@ BLOCKS = {"attn_hc": "hc_attn", "ffn_hc": "hc_ffn"}
 
 def expected(peer):
     """The model's own tensors under GGUF's names."""
-    found = {}
+    tensors = {}
     for index, layer in enumerate(peer.text.layers):
         for attribute, short in BLOCKS.items():
             for name in ("fn", "base", "scale"):
                 value = getattr(getattr(layer, attribute), name)
-                found[f"blk.{index}.{short}_{name}.weight"] = value.detach().numpy()
+                tensors[f"blk.{index}.{short}_{name}.weight"] = value.detach().numpy()
     if peer.head is not None:
         for name in ("fn", "base", "scale"):
-            found[f"output_hc_{name}.weight"] = getattr(peer.head, f"hc_{name}").detach().numpy()
-    return found
+            tensors[f"output_hc_{name}.weight"] = getattr(peer.head, f"hc_{name}").detach().numpy()
+    return tensors
 
 
 @pytest.mark.parametrize("name", [CAUSAL, CONDITIONAL])
@@ -38,11 +38,11 @@ def test_the_package_reads_the_model_s_own_bits_and_its_configuration(name, tmp_
     report = port(peer.directory, tmp_path / "there.gguf", Options(to="gguf"))
     assert report.verdict in ("exact", "exact to rounding") and report.rounding == 0
     read = gguf.GGUFReader(tmp_path / "there.gguf")
-    found, wanted = {t.name: t for t in read.tensors}, expected(peer)
-    assert found.keys() == wanted.keys()
+    stored, wanted = {t.name: t for t in read.tensors}, expected(peer)
+    assert stored.keys() == wanted.keys()
     for tensor, value in wanted.items():
-        assert found[tensor].data.dtype == value.dtype == np.float32
-        assert np.array_equal(found[tensor].data, value), tensor
+        assert stored[tensor].data.dtype == value.dtype == np.float32
+        assert np.array_equal(stored[tensor].data, value), tensor
     keys = {key: field.contents() for key, field in read.fields.items()}
     content = json.loads((peer.directory / "config.json").read_text())
     config, lead = content.get("text_config", content), ARCHITECTURES[name]

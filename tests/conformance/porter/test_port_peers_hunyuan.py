@@ -50,8 +50,8 @@ def build(name: str, directory: Path, seed: int = 0, **changes: Any) -> Any:
 
 
 def load(name: str, directory: Path) -> Any:
-    model, told = getattr(modelling, name).from_pretrained(directory, output_loading_info=True)
-    assert not any(told.values()), told
+    model, loading = getattr(modelling, name).from_pretrained(directory, output_loading_info=True)
+    assert not any(loading.values()), loading
     return model.eval()
 
 
@@ -61,22 +61,22 @@ def ours(model: Any) -> dict[str, Any]:
 
 def result(model: Any) -> np.ndarray:
     with torch.no_grad():
-        found = model(input_ids=torch.arange(3, 10)[None])
-    return (found.logits if hasattr(found, "logits") else found.last_hidden_state).numpy()
+        outputs = model(input_ids=torch.arange(3, 10)[None])
+    return (outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state).numpy()
 
 
-def assert_same(one: Any, other: Any) -> None:
-    assert ours(one).keys() == ours(other).keys()
-    assert all(torch.equal(value, ours(other)[key]) for key, value in ours(one).items())
+def assert_same(first: Any, other: Any) -> None:
+    assert ours(first).keys() == ours(other).keys()
+    assert all(torch.equal(value, ours(other)[key]) for key, value in ours(first).items())
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_save_pretrained_writes_is_read(tmp_path, name):
     """It writes `hc_pre` in another place than the released files have it, and reads both."""
     model = build(name, tmp_path / "model")
-    found = inspect(tmp_path / "model")
-    assert (found.layout, found.dialect, found.residual) == ("hunyuan", "hunyuan-v4", "identity")
-    assert "config.json" in found.told_by and found.head and found.sites == 2 * LAYERS + 1
+    inspection = inspect(tmp_path / "model")
+    assert (inspection.layout, inspection.dialect, inspection.residual) == ("hunyuan", "hunyuan-v4", "identity")
+    assert "config.json" in inspection.told_by and inspection.head and inspection.sites == 2 * LAYERS + 1
     sites, lead = read_sites(tmp_path / "model"), "model." if name == CLASSES[0] else ""
     fn = ours(model)[f"{lead}layers.1.ffn_hc.fn"].numpy()
     assert np.array_equal(sites["layers.1.ffn"]["pre_alpha"], fn[:STREAMS].T)

@@ -65,25 +65,25 @@ class Model(torch.nn.Module):
 def module(seed, dtype=torch.float32):
     """A LigerMHC with gating scalars and biases of order 1, logits with a deviation of about 2."""
     generator = torch.Generator().manual_seed(seed)
-    found = liger.LigerMHC(Branch(), hc=STREAMS, c=DIM, phi_dtype=dtype, allow_fp32=True)
+    layer = liger.LigerMHC(Branch(), hc=STREAMS, c=DIM, phi_dtype=dtype, allow_fp32=True)
     with torch.no_grad():
         for name, value in zip(("alpha_pre", "alpha_post", "alpha_res"), (0.9, -1.3, 1.7), strict=True):
-            getattr(found, name).fill_(value + 0.01 * seed)
-        found.b.copy_(torch.randn(found.b.shape, generator=generator))
-        phi = torch.randn(found.phi.shape, generator=generator) * 1.5 / found.phi.shape[0] ** 0.5
-        found.phi.copy_(phi.to(dtype))
-    return found
+            getattr(layer, name).fill_(value + 0.01 * seed)
+        layer.b.copy_(torch.randn(layer.b.shape, generator=generator))
+        phi = torch.randn(layer.phi.shape, generator=generator) * 1.5 / layer.phi.shape[0] ** 0.5
+        layer.phi.copy_(phi.to(dtype))
+    return layer
 
 
-def canonical(found):
+def canonical(by_site):
     """The flat weights of a LigerMHC, taken apart here and not by the porter."""
-    n, phi, b = STREAMS, found.phi.detach().float().numpy(), found.b.detach().numpy()
+    n, phi, b = STREAMS, by_site.phi.detach().float().numpy(), by_site.b.detach().numpy()
     return {
         "pre_alpha": phi[:, :n], "post_alpha": phi[:, n : 2 * n], "res_alpha": phi[:, 2 * n :],
         "pre_beta": b[:n], "post_beta": b[n : 2 * n], "res_beta": b[2 * n :].reshape(n, n),
-        "pre_alpha_scale": found.alpha_pre.detach().reshape(1).numpy(),
-        "post_alpha_scale": found.alpha_post.detach().reshape(1).numpy(),
-        "res_alpha_scale": found.alpha_res.detach().reshape(1).numpy(),
+        "pre_alpha_scale": by_site.alpha_pre.detach().reshape(1).numpy(),
+        "post_alpha_scale": by_site.alpha_post.detach().reshape(1).numpy(),
+        "res_alpha_scale": by_site.alpha_res.detach().reshape(1).numpy(),
     }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def agree(theirs, weights, flat):
     second: dict[str, Any] = dict(zip(names, (*(g.numpy() for g in ours), u.numpy()), strict=True))
     bounds.within(expected.ratios(second) | whole.ratios({"out": out}), "torch_impl")
     if DEVICE == "cuda":
-        return  # TF32 there (PEERS.md): the bounds are another contract's
+        return  # TF32 there (docs/peers.md): the bounds are another contract's
     bounds.within(expected.ratios(first) | whole.ratios({"out": liger_out}), "liger-kernel")
     bounds.within(expected.ratios(second, against=first), "torch_impl against liger-kernel")
     bounds.within(whole.ratios({"out": out}, against={"out": liger_out}), "torch_impl against liger-kernel")
@@ -138,14 +138,14 @@ def test_a_module_on_its_own_keeps_every_bit(suffix, middle, dtype, tmp_path):
     there = port(tmp_path / f"in{suffix}", tmp_path / f"middle{middle}", Options(to="canonical", dialect="liger"))
     back = port(tmp_path / f"middle{middle}", tmp_path / f"out{suffix}", Options(to="liger"))
     assert (there.verdict, back.verdict) == ("exact", "exact")
-    found = load(tmp_path / f"out{suffix}")
+    ported = load(tmp_path / f"out{suffix}")
     state = {k: v for k, v in source.state_dict().items() if k in MHC}
-    assert set(found) == set(MHC)
+    assert set(ported) == set(MHC)
     for name, value in state.items():
-        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
-        assert torch.equal(found[name], value), name
-    told = module(2, getattr(torch, dtype)).load_state_dict({**source.state_dict(), **found}, strict=True)
-    assert (told.missing_keys, told.unexpected_keys) == ([], [])
+        assert ported[name].dtype == value.dtype and ported[name].shape == value.shape, name
+        assert torch.equal(ported[name], value), name
+    keys = module(2, getattr(torch, dtype)).load_state_dict({**source.state_dict(), **ported}, strict=True)
+    assert (keys.missing_keys, keys.unexpected_keys) == ([], [])
 
 
 @pytest.mark.parametrize("suffix", (".safetensors", ".pt"))
@@ -158,10 +158,10 @@ def test_modules_inside_a_model_keep_every_bit(suffix, tmp_path):
         f"layers.{k}.{kind}" for k in range(2) for kind in ("attention", "ffn")
     }
     port(tmp_path / "middle.safetensors", tmp_path / f"out{suffix}", Options(to="liger", names=NAMES))
-    found = load(tmp_path / f"out{suffix}")
-    told = target.load_state_dict(found, strict=False)
-    assert told.unexpected_keys == []
-    assert set(told.missing_keys) == {k for k in source.state_dict() if k.endswith(".layer.weight")}
+    ported = load(tmp_path / f"out{suffix}")
+    keys = target.load_state_dict(ported, strict=False)
+    assert keys.unexpected_keys == []
+    assert set(keys.missing_keys) == {k for k in source.state_dict() if k.endswith(".layer.weight")}
     for name, value in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], value), name
 
@@ -179,9 +179,13 @@ def test_each_module_of_a_model_computes_the_same(tmp_path):
     torch.save(source.state_dict(), tmp_path / "in.pt")
     port(tmp_path / "in.pt", tmp_path / "c.safetensors", Options(to="canonical", dialect="liger"))
     for index, block in enumerate(source.model.layers):
-        for kind, found in (("attention", block.mhc_attn), ("ffn", block.mhc_mlp)):
+        for kind, hyper_connection in (("attention", block.mhc_attn), ("ffn", block.mhc_mlp)):
             prefix = f"layers.{index}.{kind}."
-            agree(found, torch_impl.load_weights(tmp_path / "c.safetensors", CONFIG, prefix), canonical(found))
+            agree(
+                hyper_connection,
+                torch_impl.load_weights(tmp_path / "c.safetensors", CONFIG, prefix),
+                canonical(hyper_connection),
+            )
 
 
 def test_liger_computes_from_ported_canonical_weights_what_our_layer_computes(tmp_path):

@@ -82,19 +82,19 @@ def test_maxtext_loads_the_port_and_computes_what_the_model_runs(peer, tree):
         expected = bounds.site(site.x, site.y, models.canonical(peer.connections[name]), parameters)
         bounds.within(expected.ratios({"pre": pre, "post": post, "H": H, "out": out}), f"maxtext, {name}")
     head = {ours: jax.numpy.asarray(decoder["hc_head"][theirs]) for theirs, ours in maxtext_layer.HEAD.items()}
-    found = maxtext_layer.head(mhc, read, {**head, "x": jax.numpy.asarray(last["x"])})
+    reduced = maxtext_layer.head(mhc, read, {**head, "x": jax.numpy.asarray(last["x"])})
     weights = {key: np.asarray(value) for key, value in head.items()}
-    bounds.within(bounds.head(last["x"], weights, parameters).ratios({"out": found}), "maxtext, head")
+    bounds.within(bounds.head(last["x"], weights, parameters).ratios({"out": reduced}), "maxtext, head")
 
 
 @pytest.fixture
 def whole(tree):
     """A model's leaves under their names: zeros in the place of the ported tensors, and others."""
     random = np.random.default_rng(5)
-    found = {name: np.zeros(value.shape, value.dtype) for name, value in read_tensors(tree[0]).items()}
-    found["params/params/decoder/layers_0/mlp/wi/kernel"] = random.standard_normal((8, 4)).astype(np.float32)
-    found["params/params/token_embedder/embedding"] = random.standard_normal((16, 8)).astype(np.float32)
-    return found
+    tensors = {name: np.zeros(value.shape, value.dtype) for name, value in read_tensors(tree[0]).items()}
+    tensors["params/params/decoder/layers_0/mlp/wi/kernel"] = random.standard_normal((8, 4)).astype(np.float32)
+    tensors["params/params/token_embedder/embedding"] = random.standard_normal((16, 8)).astype(np.float32)
+    return tensors
 
 
 def merged(whole, ported, folder):

@@ -112,11 +112,11 @@ def test_the_model_loads_the_port_and_its_arrays_are_ours_bit_for_bit(
     source = write_canonical(tmp_path / "source.safetensors", sites, dialect)
     report = port(source, tmp_path / "port.safetensors", Options(to=layout))
     assert (report.verdict, report.target_dialect) == ("exact", dialect)
-    found = loaded(model, tmp_path / "port.safetensors")
-    assert differences(found, load_file(tmp_path / "port.safetensors")) == []
+    arrays = loaded(model, tmp_path / "port.safetensors")
+    assert differences(arrays, load_file(tmp_path / "port.safetensors")) == []
     fn = {"mlx": "model.layers.1.ffn_hc.fn", "xing": "model.layers.1.ffn_hc.hc_fn"}[layout]
-    assert len(found) == 6 * LAYERS + 3 * head
-    assert np.array_equal(found[fn][0], sites["layers.1.ffn"]["pre_alpha"][:, 0])
+    assert len(arrays) == 6 * LAYERS + 3 * head
+    assert np.array_equal(arrays[fn][0], sites["layers.1.ffn"]["pre_alpha"][:, 0])
 
 
 @pytest.mark.parametrize("make, layout, dialect, model_type, head", CASES.values(), ids=CASES)
@@ -127,9 +127,9 @@ def test_what_the_model_writes_is_read_and_comes_back_bit_for_bit(tmp_path, make
     port(source, tmp_path / "port.safetensors", Options(to=layout))
     before = loaded(model, tmp_path / "port.safetensors")
     directory = saved(model, tmp_path / "model", model_type)
-    found = inspect(directory)
-    assert (found.sites, found.tensors, found.head) == (2 * LAYERS + head, 6 * LAYERS + 3 * head, head)
-    assert found.dialect in (dialect, f"{dialect}-transformers") and "config.json" in found.told_by
+    inspection = inspect(directory)
+    assert (inspection.sites, inspection.tensors, inspection.head) == (2 * LAYERS + head, 6 * LAYERS + 3 * head, head)
+    assert inspection.dialect in (dialect, f"{dialect}-transformers") and "config.json" in inspection.told_by
     assert differences(read_sites(directory), sites) == []
     port(directory, tmp_path / "canonical.safetensors", Options(to="canonical"))
     again = port(tmp_path / "canonical.safetensors", tmp_path / "back.safetensors", Options(to=layout))

@@ -28,8 +28,8 @@ DECODER = "params/params/decoder"
 
 def value(seed, shape, dtype=np.float32):
     """Of order 1, and never near 0: norm weights are folded on some ways."""
-    found = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape)
-    return (found + np.sign(found) / 2).astype(dtype)
+    drawn = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape)
+    return (drawn + np.sign(drawn) / 2).astype(dtype)
 
 
 def sites(layers=LAYERS, dtype=np.float32):
@@ -47,13 +47,13 @@ def head(dtype=np.float32):
     return {f"{DECODER}/hc_head/{name}": value([99, k], shape, dtype) for k, (name, shape) in enumerate(HEAD.items())}
 
 
-def stacked(found, places, axis=1):
+def stacked(by_site, places, axis=1):
     """Leaves as MaxText lays them: ``places`` gives for each layer its stack and its index there, None for alone."""
     leaves = {}
-    for (layer, kind), site in found.items():
+    for (layer, kind), site in by_site.items():
         where, _ = places[layer]
         for name in site:
-            mates = [found[other, kind][name] for other, (place, _) in enumerate(places) if place == where]
+            mates = [by_site[other, kind][name] for other, (place, _) in enumerate(places) if place == where]
             whole = np.stack(mates, axis) if places[layer][1] is not None else mates[0]
             leaves[f"{DECODER}/{where}/{KINDS[kind]}/{name}"] = whole
     return leaves
@@ -96,10 +96,10 @@ def company():
     }  # fmt: skip
 
 
-def canonical(found, with_head=True):
+def canonical(by_site, with_head=True):
     """The tensors of the canonical file, made here and not by the porter."""
     tensors = {}
-    for (layer, kind), site in found.items():
+    for (layer, kind), site in by_site.items():
         tensors |= {f"layers.{layer}.{kind}.{name.replace('/', '.')}": leaf for name, leaf in site.items()}
     if with_head:
         names = {"hc_fn": "head_fn", "hc_base": "head_base", "hc_scale": "head_scale"}
@@ -114,16 +114,16 @@ def same(first, second):
         assert leaf.tobytes() == np.ascontiguousarray(second[name]).tobytes(), name
 
 
-def read_by_porter(path, tmp_path, found, with_head=True):
+def read_by_porter(path, tmp_path, by_site, with_head=True):
     """The porter's own reading of the tree, as canonical tensors, is ``found``."""
-    told = inspect(path)
-    every = sorted({layer for layer, _ in found})
-    assert (told.layout, told.streams, told.dim) == ("maxtext", N, C)
-    assert told.layers == {"layers.attention": every, "layers.ffn": every} and told.head == with_head
+    inspection = inspect(path)
+    every = sorted({layer for layer, _ in by_site})
+    assert (inspection.layout, inspection.streams, inspection.dim) == ("maxtext", N, C)
+    assert inspection.layers == {"layers.attention": every, "layers.ffn": every} and inspection.head == with_head
     known = ("mhc_norm.scale is centred at", "left aside as an optimiser's")  # random norm weights; a train state
-    assert told.assumed and all(any(word in line for word in known) for line in told.odd), told.odd
+    assert inspection.assumed and all(any(word in line for word in known) for line in inspection.odd), inspection.odd
     assert port(path, tmp_path / "read.safetensors", Options(to="canonical", assume=True)).verdict == "exact"
-    same(load_file(tmp_path / "read.safetensors"), canonical(found, with_head))
+    same(load_file(tmp_path / "read.safetensors"), canonical(by_site, with_head))
 
 
 @pytest.mark.parametrize("how", ("PyTree", "Standard"))
@@ -131,23 +131,23 @@ def read_by_porter(path, tmp_path, found, with_head=True):
 @pytest.mark.parametrize("axis", (0, 1))
 def test_orbax_restores_exactly_maxtexts_tree(stacks, axis, how, tmp_path):
     """By a plain call, without a target."""
-    found = sites()
-    save_file(canonical(found), tmp_path / "in.safetensors")
+    by_site = sites()
+    save_file(canonical(by_site), tmp_path / "in.safetensors")
     options = Options(
         to="maxtext", to_dialect="maxtext", dialect="maxtext", stacks=Stacks.parse(stacks), scan_axis=axis
     )
     port(tmp_path / "in.safetensors", tmp_path / "tree", options)
     checkpointer = {"PyTree": ocp.PyTreeCheckpointer, "Standard": ocp.StandardCheckpointer}[how]()
-    same(flattened(checkpointer.restore(tmp_path / "tree")), {**stacked(found, FORMS[stacks], axis), **head()})
+    same(flattened(checkpointer.restore(tmp_path / "tree")), {**stacked(by_site, FORMS[stacks], axis), **head()})
 
 
 def test_a_restore_onto_arrays_of_the_model_works(tmp_path):
     """As MaxText loads parameters: with abstract arrays of their shapes, sharded, in another dtype."""
-    found = sites()
-    save_file(canonical(found), tmp_path / "in.safetensors")
+    by_site = sites()
+    save_file(canonical(by_site), tmp_path / "in.safetensors")
     port(tmp_path / "in.safetensors", tmp_path / "tree", Options(to="maxtext", dialect="maxtext"))
     placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    leaves = {**stacked(found, SCANNED), **head()}
+    leaves = {**stacked(by_site, SCANNED), **head()}
     wanted = {k: jax.ShapeDtypeStruct(v.shape, jax.numpy.bfloat16, sharding=placed) for k, v in leaves.items()}
     restored = ocp.StandardCheckpointer().restore(tmp_path / "tree", nested(wanted))
     assert all(isinstance(v, jax.Array) for v in jax.tree.leaves(restored))
@@ -157,10 +157,10 @@ def test_a_restore_onto_arrays_of_the_model_works(tmp_path):
 @pytest.mark.parametrize("stacks", FORMS)
 @pytest.mark.parametrize("axis", (0, 1))
 def test_maxtexts_own_forms_are_read_with_the_right_numbers_and_written_back(stacks, axis, tmp_path):
-    found = sites()
-    leaves = {**stacked(found, FORMS[stacks], axis), **head()}
+    by_site = sites()
+    leaves = {**stacked(by_site, FORMS[stacks], axis), **head()}
     ocp.PyTreeCheckpointer().save(tmp_path / "tree", nested({**leaves, **company()}))
-    read_by_porter(tmp_path / "tree", tmp_path, found)
+    read_by_porter(tmp_path / "tree", tmp_path, by_site)
     told = inspect(tmp_path / "tree").stacked.replace(f":{LAYERS - 3}", "").replace(f":{LAYERS}", "")
     assert told == stacks
     options = Options(to="maxtext", dialect="maxtext", stacks=Stacks.parse(stacks), scan_axis=axis)
@@ -169,13 +169,13 @@ def test_maxtexts_own_forms_are_read_with_the_right_numbers_and_written_back(sta
 
 
 def test_layers_of_two_digits_are_in_numerical_order(tmp_path):
-    found = sites(layers=13)
+    by_site = sites(layers=13)
     places = [(f"layers_{k}", None) for k in range(3)]
     places += [(f"scanned_blocks/layers_{k % 2}", k // 2) for k in range(10)]
     for name, form in (("blocks", places), ("alone", [(f"layers_{k}", None) for k in range(13)])):
-        ocp.PyTreeCheckpointer().save(tmp_path / name, nested({**stacked(found, form), **head()}))
+        ocp.PyTreeCheckpointer().save(tmp_path / name, nested({**stacked(by_site, form), **head()}))
         (tmp_path / f"{name} read").mkdir()
-        read_by_porter(tmp_path / name, tmp_path / f"{name} read", found)
+        read_by_porter(tmp_path / name, tmp_path / f"{name} read", by_site)
 
 
 @pytest.mark.parametrize("arrays", ("numpy", "jax"))
@@ -183,13 +183,13 @@ def test_layers_of_two_digits_are_in_numerical_order(tmp_path):
 @pytest.mark.parametrize("zarr3", (True, False), ids=("zarr3", "zarr2"))
 @pytest.mark.parametrize("compressed", (True, False), ids=("compressed", "plain"))
 def test_every_storage_of_orbax_is_read(arrays, ocdbt, zarr3, compressed, tmp_path):
-    found = sites()
-    leaves = {**stacked(found, SCANNED), **head(), **company()}
+    by_site = sites()
+    leaves = {**stacked(by_site, SCANNED), **head(), **company()}
     if arrays == "jax":
         leaves = {k: jax.numpy.asarray(v) for k, v in leaves.items()}
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3, use_compression=compressed)
     ocp.Checkpointer(handler).save(tmp_path / "tree", ocp.args.PyTreeSave(nested(leaves)))
-    read_by_porter(tmp_path / "tree", tmp_path, found)
+    read_by_porter(tmp_path / "tree", tmp_path, by_site)
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
@@ -223,13 +223,13 @@ def saved(how, path, tree):
     "default StandardSave",
 ))  # fmt: skip
 def test_every_way_of_saving_is_read_from_every_directory_above_it(how, tmp_path):
-    found = sites()
-    leaves = {k: jax.numpy.asarray(v) for k, v in {**stacked(found, SCANNED), **head(), **company()}.items()}
+    by_site = sites()
+    leaves = {k: jax.numpy.asarray(v) for k, v in {**stacked(by_site, SCANNED), **head(), **company()}.items()}
     wrong = []
     for index, path in enumerate(saved(how, tmp_path / "saved", nested(leaves))):
         (tmp_path / f"{index}").mkdir()
         try:
-            read_by_porter(path, tmp_path / f"{index}", found)
+            read_by_porter(path, tmp_path / f"{index}", by_site)
         except Exception as error:
             wrong.append(f"{path.relative_to(tmp_path)}: {error}")
     assert not wrong, "\n".join(wrong)
@@ -243,11 +243,11 @@ def test_the_moments_of_a_train_state_are_not_the_weights(stacks, optimiser, tmp
     Orbax keeps the state of an optax chain as a list, and a bare ``ScaleByAdamState``, as of MaxText's adam_pax, as a
     dict.
     """
-    found = sites()
-    leaves = {**stacked(found, FORMS[stacks]), **head()}
+    by_site = sites()
+    leaves = {**stacked(by_site, FORMS[stacks]), **head()}
     moments = nested({k.removeprefix("params/"): np.full_like(v, 7) for k, v in leaves.items()})
     state = {"count": np.array(5, np.int32), "mu": moments, "nu": moments}
     tree = {**nested({**leaves, **company()}), "step": np.array(5, np.int32)}
     tree["opt_state"] = [state, {"count": np.array(5, np.int32)}] if optimiser == "chain" else state
     ocp.PyTreeCheckpointer().save(tmp_path / "tree", tree)
-    read_by_porter(tmp_path / "tree", tmp_path, found)
+    read_by_porter(tmp_path / "tree", tmp_path, by_site)

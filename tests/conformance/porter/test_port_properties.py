@@ -105,22 +105,22 @@ def test_a_gguf_file_keeps_every_bit_that_float32_has(model, residual):
         source = write_canonical(home / "source.safetensors", sites, dialect)
         options = Options(to="gguf", dialect=dialect, to_dialect=dialect, read_back=True)
         report = port(source, home / "there.gguf", options)
-        found = read_sites(home / "there.gguf")
-        assert_rounded_as_reported(report, found, rationals(sites), "float32", twice=False)
+        read = read_sites(home / "there.gguf")
+        assert_rounded_as_reported(report, read, rationals(sites), "float32", twice=False)
         narrowed = {site: {k: v.astype("float32") for k, v in weights.items()} for site, weights in sites.items()}
-        assert differences(found, narrowed) == [] and (wide or report.verdict == "exact")
+        assert differences(read, narrowed) == [] and (wide or report.verdict == "exact")
 
 
 def stacks_for(layers):
     """Every kind of stack that so many layers fill."""
-    found = ["layers", "unscanned", "scanned_blocks"]
+    choices = ["layers", "unscanned", "scanned_blocks"]
     if layers >= 2:
-        found += ["unscanned:1,moe_layers", "dense_layers:1,unscanned", "dense_layers:1,moe_layers"]
+        choices += ["unscanned:1,moe_layers", "dense_layers:1,unscanned", "dense_layers:1,moe_layers"]
     if layers % 2 == 0:
-        found += ["scanned_blocks/2"]
+        choices += ["scanned_blocks/2"]
     if layers >= 3 and layers % 2:
-        found += ["unscanned:1,scanned_blocks/2", "dense_layers:1,scanned_blocks/2"]
-    return found
+        choices += ["unscanned:1,scanned_blocks/2", "dense_layers:1,scanned_blocks/2"]
+    return choices
 
 
 @given(model=MODELS, axis=st.sampled_from([0, 1]), data=st.data())
@@ -142,13 +142,13 @@ def test_scanned_layers_keep_every_bit(model, axis, data):
         assert differences(read_sites(home / "again.safetensors"), expected) == []
 
 
-def assert_rounded_as_reported(report, found, exact, dtype, twice):
+def assert_rounded_as_reported(report, actual, exact, dtype, twice):
     """The true error of every weight, in rationals, against the report's, which is a float64.
 
     Args:
         twice: a float64 product or quotient was rounded to a narrower dtype: 2**-53 comes to the measured rounding.
     """
-    error = largest_error(found, exact)
+    error = largest_error(actual, exact)
     allowed = report.rounding * (1 + 2.0**-50) + (2.0**-53 if twice else 0.0)
     assert error <= allowed, f"a weight is off by {float(error):.3g}, and the report says {report.rounding:.3g}"
     assert report.rounding <= ROUNDOFF[dtype]
@@ -164,10 +164,10 @@ def assert_folds_within_the_report(model, source, home, sites, dtype=None):
         source, home / "folded.safetensors",
         Options(to="deepseek", dialect=fixed(model, True), to_dialect=fixed(model, False), dtype=dtype),
     )  # fmt: skip
-    found, stored = read_sites(home / "folded.safetensors"), dtype or model["dtype"]
-    assert {v.dtype for w in found.values() for v in w.values()} == {DTYPES[stored]}
+    read, stored = read_sites(home / "folded.safetensors"), dtype or model["dtype"]
+    assert {v.dtype for w in read.values() for v in w.values()} == {DTYPES[stored]}
     twice = model["dtype"] == "float64" != stored
-    assert_rounded_as_reported(report, found, folded(sites), stored, twice)
+    assert_rounded_as_reported(report, read, folded(sites), stored, twice)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -205,6 +205,6 @@ def test_another_dtype_rounds_no_more_than_reported(dtype, model, layout):
         source = write_canonical(home / "source.safetensors", sites, dialect)
         target = home / "target.safetensors"
         report = port(source, target, Options(to=layout, dialect=dialect, to_dialect=dialect, dtype=dtype))
-        found = read_sites(target)
-        assert {v.dtype for w in found.values() for v in w.values()} == {DTYPES[dtype]}
-        assert_rounded_as_reported(report, found, rationals(sites), dtype, twice=False)
+        read = read_sites(target)
+        assert {v.dtype for w in read.values() for v in w.values()} == {DTYPES[dtype]}
+        assert_rounded_as_reported(report, read, rationals(sites), dtype, twice=False)

@@ -78,7 +78,7 @@ def test_prefixes_that_are_found_again_are_taken(name, options):
         ("maxtext", ("attention=a//{layer}/",), "empty key"),
         ("maxtext", ("attention=p/decoder/layers_{layer}/mhc_mlp/", "ffn=p/decoder/layers_{layer}/mhc_attention/"),
          "there twice|would be read as"),
-        ("liger", ("site=x.",), "site=x. names nothing: what is written is layers.0.attention"),
+        ("liger", ("site=x.",), "site=x. names nothing: the sites that are written are layers.0.attention"),
         ("deepseek", ("head=x.",), "names nothing"),
     ],
 )  # fmt: skip
@@ -122,16 +122,16 @@ def test_a_tensor_that_nothing_reads_is_a_mistake_of_the_layout():
 @pytest.mark.parametrize(
     "texts, saying",
     [
-        (("site=a.", "site=b."), "given twice"),
-        (("site=a.", "site=a."), "given twice"),
-        (("attention={layer}",), "must start with"),
-        (("attention={layer}a.",), "must start with"),
+        (("site=a.", "site=b."), "has two prefixes"),
+        (("site=a.", "site=a."), "has two prefixes"),
+        (("attention={layer}",), "must be followed by"),
+        (("attention={layer}a.",), "must be followed by"),
         (("attention=layers1{layer}.",), "no digit"),
         (("attention=\n{layer}.",), "control"),
         (("attention=\0{layer}.",), "control"),
         (("head=a\u202eb.",), "control"),
-        (("attention=a.",), "names must be"),
-        (("site={layer}.",), "names must be"),
+        (("attention=a.",), "--names takes KIND=PREFIX"),
+        (("site={layer}.",), "--names takes KIND=PREFIX"),
     ],
 )
 def test_prefixes_that_can_t_work_are_refused(texts, saying):

@@ -106,9 +106,11 @@ def test_numbers_of_no_layer_are_left_as_they_are(number):
 
 
 def test_a_tensor_of_a_stack_is_named_as_the_tree_has_it():
-    found = unstacked(tree({"scanned_blocks/layers_1": 2, "layers_0": 0}))
-    assert found.held(f"{DECODER}/layers_4/mhc_mlp/res_beta") == f"{DECODER}/scanned_blocks/layers_1/mhc_mlp/res_beta"
-    assert found.held(f"{DECODER}/layers_0/mhc_mlp/res_beta") == f"{DECODER}/layers_0/mhc_mlp/res_beta"
+    checkpoint = unstacked(tree({"scanned_blocks/layers_1": 2, "layers_0": 0}))
+    assert (
+        checkpoint.held(f"{DECODER}/layers_4/mhc_mlp/res_beta") == f"{DECODER}/scanned_blocks/layers_1/mhc_mlp/res_beta"
+    )
+    assert checkpoint.held(f"{DECODER}/layers_0/mhc_mlp/res_beta") == f"{DECODER}/layers_0/mhc_mlp/res_beta"
 
 
 @pytest.mark.parametrize(

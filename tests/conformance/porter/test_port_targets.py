@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from conformance.files import atomic
-from conformance.porter.model import understand
 from conformance.porter.storage.opening import open_checkpoint
+from conformance.porter.understanding import understand
 from tests.conformance.porter.small_checkpoint import (
     INDEX,
     S1,
@@ -93,14 +93,14 @@ def test_a_file_and_a_directory_do_not_replace_each_other(tmp_path, source):
     file.write_text("a file")
     directory.mkdir()
     (directory / "kept").write_text("kept")
-    for layout, target, what in (
+    for layout, target, form in (
         ("transformers", file, "file is in the way"), ("maxtext", file, "file is in the way"),
         ("canonical", directory, "directory is in the way"),
     ):  # fmt: skip
         if layout == "maxtext" and importlib.util.find_spec("orbax") is None:
             continue
         arguments = ("port", source, target, "--to", layout, APPROXIMATE, "--overwrite")
-        refuses(tmp_path, *arguments, saying=(str(target), what))
+        refuses(tmp_path, *arguments, saying=(str(target), form))
 
 
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])

@@ -11,10 +11,10 @@ from conformance.porter import configuration, dialects
 from conformance.porter.errors import PortError
 from conformance.porter.inspection import inspect
 from conformance.porter.port import Options, port
+from tests.conformance.porter.layout_rows import deepseek
 from tests.conformance.porter.misread import DIM, STREAMS, V4, glm5, sites, write_model
 from tests.conformance.porter.porter_data import differences, random_sites, read_sites, write_canonical
 from tests.conformance.porter.small_checkpoint import call, refuses
-from tests.conformance.porter.test_port_packing import deepseek
 
 POWER = "deepseek-v4,post_scale=3"
 

@@ -21,6 +21,7 @@ from conformance.porter.inspection import inspect
 from conformance.porter.layouts import layout_named
 from conformance.porter.port import Options, port
 from conformance.porter.storage.stacks import Stacks
+from tests.conformance.porter.layout_rows import restore
 from tests.conformance.porter.misread import contiguous, nested
 from tests.conformance.porter.porter_data import (
     HEADED,
@@ -32,7 +33,6 @@ from tests.conformance.porter.porter_data import (
     with_ones,
     write_canonical,
 )
-from tests.conformance.porter.test_port_packing import restore
 from tests.conformance.porter.test_port_properties import directory, examples, stacks_for
 
 FLAT = tuple(name for name in LAYOUTS if "safetensors" in layout_named(name).containers)
@@ -146,8 +146,8 @@ def test_each_wrapper_is_skipped_at_each_place(tmp_path, wrapper, place, layout)
     assert not wrapped.keys() & plain.keys()
     source, said = write(tmp_path, "file", wrapped), next(iter(wrapped))
     assert_whole(source, tmp_path / "there.safetensors", dialect, sites, len(plain), said)
-    found = inspect(source)
-    assert (found.tensors, found.odd) == (len(plain), []), said
+    inspection = inspect(source)
+    assert (inspection.tensors, inspection.odd) == (len(plain), []), said
 
 
 @pytest.mark.parametrize("form", FORMS)

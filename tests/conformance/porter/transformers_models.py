@@ -96,8 +96,8 @@ class Peer:
 
     @property
     def text(self) -> Any:
-        found = getattr(self.model, "model", self.model)
-        return getattr(found, "language_model", found)
+        inner = getattr(self.model, "model", self.model)
+        return getattr(inner, "language_model", inner)
 
     @property
     def head(self) -> Any:
@@ -159,8 +159,8 @@ def result(model: Any) -> np.ndarray:
     """Logits, or the last hidden state of a model without them."""
     ids = torch.arange(1, 1 + TOKENS)[None]
     with torch.no_grad():
-        found = model(input_ids=ids)
-    return array(found.logits if hasattr(found, "logits") else found.last_hidden_state)
+        outputs = model(input_ids=ids)
+    return array(outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state)
 
 
 def array(value: Any) -> np.ndarray:
@@ -173,14 +173,14 @@ def watch(peer: Peer) -> tuple[dict[str, Site], dict[str, np.ndarray]]:
     branches: list[np.ndarray] = []
     last: dict[str, np.ndarray] = {}
 
-    def connection(module: Any, given: Any, found: Any) -> None:
-        seen.append((array(given[0]), *(array(v) for v in found)))
+    def connection(module: Any, inputs: Any, outputs: Any) -> None:
+        seen.append((array(inputs[0]), *(array(v) for v in outputs)))
 
-    def branch(module: Any, given: Any, found: Any) -> None:
-        branches.append(array(found[0] if isinstance(found, tuple) else found))
+    def branch(module: Any, inputs: Any, outputs: Any) -> None:
+        branches.append(array(outputs[0] if isinstance(outputs, tuple) else outputs))
 
-    def head(module: Any, given: Any, found: Any) -> None:
-        last.update(x=array(given[0]), out=array(found))
+    def head(module: Any, inputs: Any, outputs: Any) -> None:
+        last.update(x=array(inputs[0]), out=array(outputs))
 
     hooks = [module.register_forward_hook(connection) for module in peer.connections.values()]
     for block in peer.text.layers:
@@ -212,8 +212,8 @@ def canonical(module: Any) -> dict[str, np.ndarray]:
 
 def load(name: str, directory: Path) -> Any:
     """The model as ``from_pretrained`` makes it; nothing may be missing, left over or of another shape."""
-    model, told = modelling(name).from_pretrained(directory, output_loading_info=True)
-    assert not any(told.values()), told
+    model, loading = modelling(name).from_pretrained(directory, output_loading_info=True)
+    assert not any(loading.values()), loading
     return model.eval()
 
 
