@@ -77,9 +77,10 @@ def container(layer: Any, head: Any) -> Any:
 
 
 def gradients(function: Callable[..., Any], *arguments: torch.Tensor) -> list[np.ndarray]:
-    """The gradient of a number with respect to each argument."""
+    """The gradient of a number with respect to each argument, in the argument's dtype where NumPy itself has that."""
     leaves = [argument.detach().requires_grad_() for argument in arguments]
-    return [g.numpy() for g in torch.autograd.grad(function(*leaves), leaves)]
+    computed = torch.autograd.grad(function(*leaves), leaves)
+    return [numpy(g) if g.dtype == torch.bfloat16 else g.numpy() for g in computed]
 
 
 def parameter_gradients(function: Callable[..., Any], modules: Sequence[Any]) -> list[dict[str, np.ndarray]]:
