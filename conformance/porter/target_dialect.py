@@ -126,8 +126,8 @@ def _leaving_open(target: KnownDialect, model: Model, config: Mapping[str, Any],
     values = {**configuration.described(parameters, target.base, model.streams), **software.requires}
     named = ", ".join(f"{key} {value}" for key, value in configuration.inherited(config).items())
     remark = (
-        f"the target's configuration names files that aren't read ({named}): the settings that it leaves to them must be "
-        f"made there"
+        f"the target's configuration names files that aren't read ({named}): the settings that it leaves to them must "
+        f"be made there"
     )
     return replace(
         target, parameters=parameters, left_open={key: values[key] for key in keys if key in values},
