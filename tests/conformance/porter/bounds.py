@@ -1,4 +1,4 @@
-"""The suite's bound on fresh data: K times the largest error of the honest ensemble (conformance.md, "The bound")."""
+"""Computes the suite's bound on fresh data: K times the largest error of the honest ensemble (docs/bound.md)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Expected:
 
 
 def expect(run: Callable[[Arithmetic], dict[str, Array]]) -> Expected:
-    """What ``run`` gives for the arithmetics of the oracle, forward only."""
+    """The values and bounds of ``run``, evaluated forward in the arithmetics of the oracle."""
     if CERTIFIED:
         from conformance.oracle.balls import BallArithmetic, certified
 
