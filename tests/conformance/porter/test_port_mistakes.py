@@ -1,4 +1,4 @@
-"""Mistakes planted into the porter itself: what it measures contradicts its verdict, and nothing is written."""
+"""A mistake planted into the porter contradicts its verdict when it is measured, and nothing is written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACK, UNPACK = Layout.pack, Layout.unpack
 
 
 def swapped(weights):
-    """The weights with those of pre and post exchanged."""
+    """The weights, with pre and post exchanged."""
     other = {"pre": "post", "post": "pre"}
     parts = {name: name.split("_", 1) for name in weights}
     return {f"{other.get(part, part)}_{rest}": weights[name] for name, (part, rest) in parts.items()}

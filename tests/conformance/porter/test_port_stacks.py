@@ -1,4 +1,4 @@
-"""MaxText's stacks as they are read: what is lost leaves a number out, and what nothing orders is refused."""
+"""MaxText's stacks are read layer by layer: a lost layer leaves a number out, and an unclear order is refused."""
 
 from __future__ import annotations
 
