@@ -79,7 +79,8 @@ def container(layer: Any, head: Any) -> Any:
 def gradients(function: Callable[..., Any], *arguments: torch.Tensor) -> list[np.ndarray]:
     """The gradient of a number with respect to each argument."""
     leaves = [argument.detach().requires_grad_() for argument in arguments]
-    return [g.numpy() for g in torch.autograd.grad(function(*leaves), leaves)]
+    slopes = torch.autograd.grad(function(*leaves), leaves)
+    return [g.float().numpy() if g.dtype == torch.bfloat16 else g.numpy() for g in slopes]  # NumPy has no bfloat16
 
 
 def parameter_gradients(function: Callable[..., Any], modules: Sequence[Any]) -> list[dict[str, np.ndarray]]:
