@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -16,6 +17,9 @@ from conformance.cli.fresh import HELP, Workshop, dialects_given, making
 
 if TYPE_CHECKING:
     from conformance.cases.dialects import Dialect
+
+REASONS = 3
+"""The commonest reasons to skip items that a line names."""
 
 
 def _search(
@@ -60,6 +64,19 @@ def _search(
         f"  mhc-conformance run --impl {shlex.quote(impl[0])} --case {shlex.quote(str(to))} --stage {outcome.stage}"
     )
     raise typer.Exit(FAILED)
+
+
+def _unclaimed(outcomes: Sequence[Any], names: set[str]) -> str:
+    """The commonest reasons for which nothing was checked."""
+    reasons = Counter(outcome.skipped for outcome in outcomes if outcome.implementation in names)
+    return "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(LISTED))
+
+
+def _unclaimed(outcomes: Sequence[Any], names: set[str]) -> str:
+    """The reasons for which nothing was checked: first those of items whose stage and dialect are claimed."""
+    reasons = Counter(outcome.skipped for outcome in outcomes if outcome.implementation in names)
+    ordered = sorted(reasons, key=lambda reason: (reason.startswith(("stage", "dialect")), reason.startswith("stage")))
+    return "; ".join(f"{reasons[reason]} x {reason}" for reason in ordered[:REASONS])
 
 
 @app.command()
@@ -222,7 +239,7 @@ def run(
         stop(f"{broken[0]}; the run ended there", broken[1])
     idle = {o.implementation for o in outcomes} - {o.implementation for o in outcomes if not o.skipped}
     if idle and (impl or len(idle) == len(chosen)):
-        stop(f"nothing was checked for {', '.join(sorted(idle))}: none of the selected cases is claimed", USAGE)
+        stop(f"nothing was checked for {', '.join(sorted(idle))}: {_unclaimed(outcomes, idle)}", USAGE)
     if idle:
-        typer.echo(f"nothing was checked for {', '.join(sorted(idle))}: none of the selected cases is claimed")
+        typer.echo(f"nothing was checked for {', '.join(sorted(idle))}: {_unclaimed(outcomes, idle)}")
     raise typer.Exit(FAILED if judged.unknown or judged.stale else 0)
