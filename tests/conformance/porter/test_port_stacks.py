@@ -99,6 +99,15 @@ def test_two_models_of_one_tree_stay_two():
     assert names == averaged | {f"params/params/layers_{k}" for k in range(3)}
 
 
+def test_wrappers_may_stand_in_another_order_in_each_stack():
+    """A word that follows the number of a layer stands at the start of a stack's names, which have no number."""
+    alone = tree({"layers_0": 0}, lead=f"_orig_mod/{DECODER}")
+    alone = {name.replace("layers_0/", "layers_0/_checkpoint_wrapped_module/"): shape for name, shape in alone.items()}
+    stack = tree({"moe_layers": 2}, lead=f"_checkpoint_wrapped_module/_orig_mod/{DECODER}")
+    layers = {name.partition("/layers_")[2].split("/")[0] for name in unstacked(alone | stack).tensors}
+    assert layers == {"0", "1", "2"}
+
+
 @pytest.mark.parametrize("number", ["9" * 5000, "٢"])
 def test_numbers_of_no_layer_are_left_as_they_are(number):
     name = f"{DECODER}/layers_{number}/mhc_mlp/pre_beta"
