@@ -126,7 +126,8 @@ def reduce(
         ValueError: ``how`` is another word, or ``carried`` is missing, surplus, of another shape or narrower dtype.
     """
     if how not in ("sum", "mean", "carried"):
-        raise ValueError(f"how must be sum, mean or carried, got {how!r}")
+        head = "; a dialect that ends with a head takes HyperHead(config)" if how == "head" else ""
+        raise ValueError(f"how must be sum, mean or carried, got {how!r}{head}")
     if how == "carried":
         return pre_mix(x, _check_carried(x, carried, shards))
     if carried is not None:

@@ -12,14 +12,20 @@ from conformance.cli.app import FAILED, SETUP, USAGE, app, stop
 @app.command()
 def bitwise(
     impl: Annotated[
-        list[str] | None, typer.Option(help="A registered name, module:attribute or exec:COMMAND; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="A registered name, module:attribute or exec:COMMAND; repeatable. Default: every registered "
+            "implementation that is installed."
+        ),
     ] = None,
     most: Annotated[int, typer.Option(min=0, help="Items for each implementation, 0 for all.")] = 40,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 where a bit differs.")] = False,
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
 ) -> None:
-    """What is repeated to the last bit: called twice, a token alone, a batch split in two, set up and compiled anew.
+    """Check whether results repeat to the last bit.
+
+    An item is called twice, with a token alone, with its batch split in two, and after it is set up and compiled anew.
 
     Exit status: 0, 1 with --strict where a bit differs, 2 usage, 3 an implementation could not be set up.
     """

@@ -13,24 +13,28 @@ from conformance.cli.fresh import HELP, dialects_given
 @app.command()
 def compare(
     a: Annotated[str, typer.Argument(help="An implementation: a registered name, module:attribute or exec:COMMAND.")],
-    b: Annotated[str, typer.Argument(help="The other one.")],
-    dialect: Annotated[str, typer.Option(help=f"{HELP}: told to compute this one.")] = "paper",
-    streams: Annotated[int, typer.Option(min=1)] = 4,
+    b: Annotated[str, typer.Argument(help="The other implementation.")],
+    dialect: Annotated[str, typer.Option(help=f"Compare in this dialect: {HELP}.")] = "paper",
+    streams: Annotated[int, typer.Option(min=1, help="Number of residual streams.")] = 4,
     dim: Annotated[int, typer.Option(min=1, help="Width of one stream.")] = 64,
-    batch: Annotated[int, typer.Option(min=1)] = 2,
-    seq: Annotated[int, typer.Option(min=1)] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Number of sequences.")] = 2,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 8,
     dtype: Annotated[str, typer.Option(help="Dtype of x.")] = "float32",
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; repeatable.")] = None,
     deviation: Annotated[float, typer.Option(min=0, help="Standard deviation of the logits.")] = 2.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the data.")] = 0,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Units in the last place of the tensor's largest value that may differ.")
+        float,
+        typer.Option(
+            min=0, help="Largest difference allowed, in units in the last place of the tensor's largest value."
+        ),
     ] = 64.0,
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
 ) -> None:
-    """Two implementations against each other, without the oracle, on fresh data of any shape.
+    """Compare two implementations with each other on fresh data.
 
-    Stages are compared from the inside out; the first that differs is where to look.
+    The data have any shape, and the oracle isn't needed. Stages are compared from the inside out; the first that
+    differs is where to look.
 
     Exit status: 0 no stage differs, 1 one does, 2 usage, 3 one could not be set up.
     """

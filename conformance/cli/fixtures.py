@@ -9,9 +9,7 @@ import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
 
-fixtures_app = typer.Typer(
-    help="The golden corpus: verify it, regenerate it.", no_args_is_help=True, rich_markup_mode=None
-)
+fixtures_app = typer.Typer(help="Verify or regenerate the golden corpus.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(fixtures_app, name="fixtures")
 
 

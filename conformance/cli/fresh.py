@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from conformance.cases.case import Case
     from conformance.cases.dialects import Dialect
 
-HELP = "A dialect, a dialect with changes (deepseek-v4,norm_eps=1e-20), or a JSON file of a whole row"
+HELP = "a name, NAME,key=value…, or a JSON file of a row"
 
 
 def dialects_given(texts: Sequence[str]) -> list[Dialect]:

@@ -14,15 +14,21 @@ from conformance.cli.fresh import HELP, Workshop, dialects_given, making
 def identify(
     impl: Annotated[str, typer.Option(help="A registered name, module:attribute or exec:COMMAND.")],
     dialect: Annotated[
-        list[str] | None, typer.Option(help=f"{HELP}: told to compute this one; repeatable. Default: each claimed.")
+        list[str] | None,
+        typer.Option(
+            help=f"Test this dialect only: {HELP}. Cases of changed rows are made on the spot. Repeatable. "
+            "Default: each that the implementation claims."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of x.")] = "float32",
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="The nearest candidates, and what would look the same.")
+        bool, typer.Option("--verbose", "-v", help="Also print the nearest candidates and what would look the same.")
     ] = False,
 ) -> None:
-    """Say which dialect an implementation computes, or the nearest one and what differs, stage by stage.
+    """Say which dialect an implementation computes.
+
+    If it computes none, the nearest one and what differs is printed, stage by stage.
 
     Exit status: 0 it computes what it was told, 1 it computes something else, 2 usage, 3 it could not be set up.
     """

@@ -21,7 +21,7 @@ def inspect(
         Path, typer.Argument(help="The checkpoint to inspect: safetensors, torch files, GGUF or an Orbax tree.")
     ],
     layout: Annotated[
-        str | None, typer.Option("--from", help="The checkpoint's layout. Default: it is recognised.")
+        str | None, typer.Option("--from", help="The checkpoint's layout. Default: recognised from the tensor names.")
     ] = None,
     from_names: Annotated[
         list[str] | None,
@@ -37,10 +37,11 @@ def inspect(
     ] = None,
     machine: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Show the hyper-connections of a checkpoint: layout, sites, sizes, dtypes, fitting dialects and oddities.
+    """Show the hyper-connections of a checkpoint.
 
-    Only headers and mHC tensors are read. Exit status: 0; 2 if it can't be read, or no layout fits or several do; 3
-    if a package is missing; 5 if the model computes another function; 7 if no layout has the tensors' names.
+    The layout, sites, sizes, dtypes, fitting dialects and oddities are printed. Only headers and mHC tensors are
+    read. Exit status: 0; 2 if it can't be read, or no layout fits or several do; 3 if a package is missing; 5 if
+    the model computes another function; 7 if no layout has the tensors' names.
     """
     from conformance.porter.errors import PortError
     from conformance.porter.inspection import inspect as look

@@ -18,7 +18,9 @@ def peers(
         Path | None, typer.Option(help="Put the table between the witnesses markers of this Markdown file.")
     ] = None,
 ) -> None:
-    """Show what each row's own software did with the cases of its row: items, failures, the worst passing ratio.
+    """Show how each row's own software did in the cases of its row.
+
+    The table has items, failures and the worst passing ratio.
 
     Exit status: 0, 2 for files that can't be read, are cut off or don't go together.
     """

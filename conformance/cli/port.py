@@ -29,7 +29,7 @@ def port(
     ] = None,
     to: Annotated[str, typer.Option("--to", help="The target's layout.")] = "",
     source_layout: Annotated[
-        str | None, typer.Option("--from", help="The source's layout. Default: it is recognised.")
+        str | None, typer.Option("--from", help="The source's layout. Default: recognised from the tensor names.")
     ] = None,
     dialect: Annotated[
         str | None,
@@ -78,7 +78,9 @@ def port(
     seed: Annotated[int, typer.Option(help="Seed of the probe tokens.")] = 0,
     activations: Annotated[
         Path | None,
-        typer.Option(help="A .npy or .safetensors file of streams [..., n, C] on which they are evaluated too."),
+        typer.Option(
+            help="A .npy or .safetensors file of streams [..., n, C] on which source and target are evaluated too."
+        ),
     ] = None,
     norm_weight: Annotated[
         Path | None,
@@ -112,11 +114,13 @@ def port(
     machine: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print a line for each site.")] = False,
 ) -> None:
-    """Port the hyper-connections of a checkpoint to another layout and dialect, and say how exact the result is.
+    """Port a checkpoint's weights, and say how exact the result is.
 
-    Exit status: 0 written; 4 approximate, and not allowed; 5 impossible; 6 nothing says which function the source
-    computes; 7 hyper-connections are missing, or have names that no layout has; 2 a broken source, or a target in the
-    way; 3 a package is missing; 1 the measurement contradicts the verdict. Nothing is written unless it is 0.
+    The hyper-connections are moved to another layout and dialect.
+
+    Exit status: 0 written; 1 the measurement contradicts the verdict; 2 a broken source, or a target in the way; 3 a
+    package is missing; 4 approximate, and not allowed; 5 impossible; 6 nothing says which function the source computes;
+    7 hyper-connections are missing, or have names that no layout has. Nothing is written unless it is 0.
     """
     from conformance.porter.errors import Ambiguous, PortError
     from conformance.porter.port import Options, Refused

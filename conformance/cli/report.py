@@ -19,7 +19,9 @@ def report(
         Path | None, typer.Option("--selftest", "--power", help="A file that selftest --json wrote: adds the mutants.")
     ] = None,
 ) -> None:
-    """Merge runs from several machines and environments into a page and a short text; prints the text without either.
+    """Merge runs of several machines into a page and a short text.
+
+    The command prints the text if neither --html nor --markdown is given.
 
     Exit status: 0, 2 for files that can't be read, are cut off or don't go together, 3 where plotly is missing.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -16,6 +17,9 @@ from conformance.cli.fresh import HELP, Workshop, dialects_given, making
 
 if TYPE_CHECKING:
     from conformance.cases.dialects import Dialect
+
+REASONS = 3
+"""The commonest reasons to skip items that a line names."""
 
 
 def _search(
@@ -62,15 +66,32 @@ def _search(
     raise typer.Exit(FAILED)
 
 
+def _unclaimed(outcomes: Sequence[Any], names: set[str]) -> str:
+    """The commonest reasons for which nothing was checked."""
+    reasons = Counter(outcome.skipped for outcome in outcomes if outcome.implementation in names)
+    return "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(LISTED))
+
+
+def _unclaimed(outcomes: Sequence[Any], names: set[str]) -> str:
+    """The reasons for which nothing was checked: first those of items whose stage and dialect are claimed."""
+    reasons = Counter(outcome.skipped for outcome in outcomes if outcome.implementation in names)
+    ordered = sorted(reasons, key=lambda reason: (reason.startswith(("stage", "dialect")), reason.startswith("stage")))
+    return "; ".join(f"{reasons[reason]} x {reason}" for reason in ordered[:REASONS])
+
+
 @app.command()
 @interruptible(lambda: "while cases were prepared or a report was written")
 def run(
     impl: Annotated[
-        list[str] | None, typer.Option(help="A registered name, module:attribute or exec:COMMAND; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="A registered name, module:attribute or exec:COMMAND; repeatable. Default: every registered "
+            "implementation that is installed."
+        ),
     ] = None,
     dialect: Annotated[
         list[str] | None,
-        typer.Option(help=f"{HELP}: only this one, its cases made on the spot; repeatable."),
+        typer.Option(help=f"Test this dialect only: {HELP}. Cases of changed rows are made on the spot. Repeatable."),
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype of x; repeatable.")] = None,
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; repeatable.")] = None,
@@ -82,9 +103,11 @@ def run(
         typer.Option(help="Run sharded, for instance data=2,tensor=2 (data, fsdp, sequence, tensor); repeatable."),
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=0, help="Share each mesh's devices out to so many processes; 0: as the framework does.")
+        int, typer.Option(min=0, help="Number of processes for each mesh; 0 lets the framework decide.")
     ] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A covering subset.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run a small subset that covers every stage but the stack.")
+    ] = False,
     jsonl: Annotated[Path | None, typer.Option(help="Write every check to this file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit report.")] = None,
     known: Annotated[Path | None, typer.Option(help="Known results: a file of failures with their reasons.")] = None,
@@ -98,17 +121,19 @@ def run(
             help="Also run items that the implementation does not claim; it must refuse them or get them right.",
         ),
     ] = False,
-    search: Annotated[float, typer.Option(min=0, help="Draw fresh cases for so many seconds instead.")] = 0.0,
+    search: Annotated[
+        float, typer.Option(min=0, help="Instead of the golden cases, draw fresh ones for this many seconds.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="The seed of --search.")] = 0,
     found: Annotated[Path, typer.Option(help="File for the smallest case that fails.")] = Path("found.safetensors"),
     listing: Annotated[bool, typer.Option("--list", help="Only print what would run, an item a line.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every reason to skip an item.")] = False,
-    progress: Annotated[bool, typer.Option(help="A live line, on a terminal.")] = True,
+    progress: Annotated[bool, typer.Option(help="Show a live line on a terminal.")] = True,
 ) -> None:
-    """Run the golden cases on implementations and judge every output and gradient.
+    """Run the golden cases, and judge every output and gradient.
 
-    Exit status: 0 all passed, 1 something failed, 2 usage, 3 an implementation could not be set up,
-    130 it was interrupted.
+    Exit status: 0 all passed, 1 something failed, 2 usage, 3 an implementation is unknown or could not
+    be set up, 130 it was interrupted.
     """
     from conformance.cases.case import DTYPES, CaseError, load_case
     from conformance.cases.corpus import load_corpus
@@ -222,7 +247,7 @@ def run(
         stop(f"{broken[0]}; the run ended there", broken[1])
     idle = {o.implementation for o in outcomes} - {o.implementation for o in outcomes if not o.skipped}
     if idle and (impl or len(idle) == len(chosen)):
-        stop(f"nothing was checked for {', '.join(sorted(idle))}: none of the selected cases is claimed", USAGE)
+        stop(f"nothing was checked for {', '.join(sorted(idle))}: {_unclaimed(outcomes, idle)}", USAGE)
     if idle:
-        typer.echo(f"nothing was checked for {', '.join(sorted(idle))}: none of the selected cases is claimed")
+        typer.echo(f"nothing was checked for {', '.join(sorted(idle))}: {_unclaimed(outcomes, idle)}")
     raise typer.Exit(FAILED if judged.unknown or judged.stale else 0)

@@ -13,16 +13,24 @@ from conformance.cli.app import FAILED, SETUP, USAGE, app, stop
 
 @app.command()
 def selftest(
-    quick: Annotated[bool, typer.Option("--quick", help="A covering subset of cases and ten honest variants.")] = False,
-    mutant: Annotated[list[str] | None, typer.Option(help="Only mutants whose name has this; repeatable.")] = None,
-    variants: Annotated[int | None, typer.Option(min=0, help="Honest variants.", show_default="200")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run a small subset of the cases, and ten honest variants.")
+    ] = False,
+    mutant: Annotated[
+        list[str] | None, typer.Option(help="Only mutants whose name contains this text; repeatable.")
+    ] = None,
+    variants: Annotated[
+        int | None, typer.Option(min=0, help="Number of honest variants. Default: 200, or 10 with --quick.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
     write: Annotated[
         Path | None, typer.Option(help="Put the table between the selftest markers of this Markdown file.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file, for report.")] = None,
 ) -> None:
-    """Measure the suite itself: planted mistakes it must notice, honest variants it must accept.
+    """Measure the suite itself.
+
+    Mistakes are planted, and it must notice them; honest variants must pass.
 
     Exit status: 0 every mutant is killed and no honest variant fails, 1 otherwise, 2 usage, 3 PyTorch is missing.
     """

@@ -18,7 +18,12 @@ def status(
         typer.Option(help="Put the table of what each row rests on between the rows markers of this Markdown file."),
     ] = None,
 ) -> None:
-    """What the corpus covers: families by stage and dtype, and clauses of the specification without a case."""
+    """Show what the corpus covers.
+
+    The page has the families by stage and dtype, and the clauses of the specification without a case.
+
+    Exit status: 0, 2 for a corpus that can't be read or a file that can't be written.
+    """
     from conformance.cases.case import CaseError
     from conformance.cases.corpus import load_corpus
     from conformance.files import atomic, document

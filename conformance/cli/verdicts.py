@@ -13,7 +13,7 @@ from conformance.cli.fresh import HELP, dialects_given
 
 @app.command()
 def verdicts(
-    source: Annotated[str | None, typer.Argument(help=f"{HELP}.")] = None,
+    source: Annotated[str | None, typer.Argument(help=f"A dialect: {HELP}.")] = None,
     target: Annotated[
         str | None, typer.Argument(help="A second dialect: explain a port from the first to this one.")
     ] = None,
@@ -22,9 +22,10 @@ def verdicts(
         typer.Option(help="Write the tables of verdicts and of layouts between their markers in this Markdown file."),
     ] = None,
 ) -> None:
-    """Say what a port between two dialects is: exact, exact to rounding, approximate or impossible.
+    """Say how exact a port between two dialects is.
 
-    Without dialects, print the table of all pairs. An approximate port has the deviation of out on a made-up site.
+    It is exact, exact to rounding, approximate or impossible. Without dialects, print the table of all pairs. An
+    approximate port has the deviation of out on a made-up site.
     """
     from conformance.files import document
     from conformance.porter import table

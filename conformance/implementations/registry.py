@@ -155,7 +155,8 @@ def _target(reference: str, group: str) -> tuple[str, str]:
         known = ", ".join(registered(group)) or "none"
         kind = "registered name" if group == GROUP else "name registered to run on a mesh"
         command = f" or {EXEC}COMMAND" if group == GROUP else ""
-        raise SetupError(f"{reference}: expected a {kind} ({known}), module:attribute{command}")
+        example = f"{Path(reference).stem}:Mine for a class of {Path(reference).stem}.py"
+        raise SetupError(f"{reference}: expected module:attribute ({example}){command}, or a {kind}: {known}")
     return module, attribute
 
 

@@ -48,5 +48,6 @@ def wrap(implementation: Any, reference: str = "") -> Implementation:
         return implementation
     absent = sorted(stage for stage in claimed.stages if not callable(getattr(implementation, stage, None)))
     if absent:
-        raise SetupError(f"{reference}: has no method for {absent}, and no method call for all stages")
+        names = ", ".join(absent)
+        raise SetupError(f"{reference}: claims {names}, but has neither a method of that name nor a method 'call'")
     return StageMethods(implementation)

@@ -151,13 +151,15 @@ def _call(implementation: Implementation, item: Item, outcome: Outcome) -> None:
             outcome.checks.append(Check(name, "failed", np.inf, message=f"changed its input {name}"))
 
 
-def _mappings(result: tuple[object, object]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _mappings(result: object) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Outputs and gradients.
 
     Raises:
-        TypeError: one is no mapping.
-        ValueError: there aren't two.
+        TypeError: there aren't two, or one is no mapping.
     """
+    if not isinstance(result, tuple) or len(result) != 2:
+        kind = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
+        raise TypeError(f"expected (outputs, gradients), two mappings, got {kind}")
     outputs, gradients = result
     if _is_mapping(outputs) and _is_mapping(gradients):
         return outputs, gradients

@@ -16,8 +16,8 @@ from conformance.interface import SetupError
 from conformance.judge.item import Outcome, order
 from conformance.judge.rule import Check
 
-POLL = 0.5  # seconds between looks at whether a second worker pays by now
-SHARED = 20.0  # seconds of work left from which it does
+POLL = 0.5  # seconds after which it is considered again whether to start a second worker
+SHARED = 20.0  # seconds of work that must be left for one
 GRACE = 10.0  # seconds by which an implementation's own time limit comes first
 LEAVE = 5.0  # seconds for workers that have no more to do to leave
 
@@ -70,7 +70,7 @@ def run(
                 outcome = worker.receive(by_key)
                 if worker.finished:
                     leaving.append(active.pop(worker.connection))
-                if outcome:
+                if outcome is not None:
                     yield outcome
                     if stop_early and outcome.failed:
                         return
@@ -105,13 +105,15 @@ def _next_task(tasks: list[_Task], running: list[_Task]) -> _Task | None:
 class _Worker:
     """A process that runs one implementation, an item at a time, from either end of the task's queue."""
 
+    finished: bool
+    """Whether it has nothing more to do; known after each `receive`."""
+
     def __init__(self, task: _Task, limit: float, probe: bool, backwards: bool):
         self.task, self.limit, self.backwards = task, limit, backwards
-        self.deadline: Deadline | None = None
+        self.deadline = Deadline(limit + GRACE)
         self.late = False
         self.name = task.reference
         self.current: Key | None = None
-        self.finished = False
         self.process = PythonChild("conformance.judge.worker:work")
         self.process.send((task.reference, limit, probe))
 
@@ -146,7 +148,7 @@ class _Worker:
 
     def end_if_late(self) -> None:
         """Ends the process where its item takes longer than the limit; `receive` then finds it dead."""
-        if self.current is not None and not self.late and self.deadline is not None and not self.deadline.left:
+        if self.current is not None and not self.late and not self.deadline.left:
             self.late = True
             self.process.end()
 

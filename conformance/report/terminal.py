@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from conformance.judge.item import Outcome
 from conformance.judge.known import Known
+from conformance.mesh import MARK
 from conformance.stages import STAGES
 
 MOST_FAILURES = 40
@@ -67,12 +69,21 @@ class TerminalReport:
         for outcome in failures[:MOST_FAILURES]:
             self._failure(outcome)
         if len(failures) > MOST_FAILURES:
-            self.console.print(f"… and {len(failures) - MOST_FAILURES} more items failed")
+            self.console.print(f"… and {len(failures) - MOST_FAILURES} more failed")
+        alone = next((outcome for outcome in failures if MARK not in outcome.reference), None)
+        if alone:
+            reference = shlex.quote(alone.reference or alone.implementation)
+            self._line(
+                f"\nmhc-conformance identify --impl {reference} says which dialect it computes, and what differs"
+            )
         verdicts = Counter(c.verdict for o in self.outcomes for c in o.checks)
         counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "nothing checked"
         ran = sum(not o.skipped for o in self.outcomes)
         known = f", {sum(count for _, count in self.known)} failed as known" if self.known else ""
-        self.console.print(f"{ran} items ran, {len(failures)} failed{known}; checks: {counts}", highlight=False)
+        self.console.print(
+            f"{ran} {'item' if ran == 1 else 'items'} ran, {len(failures)} failed{known}; checks: {counts}",
+            highlight=False,
+        )
 
     def _skipped(self) -> None:
         """A line for each reason to skip an item; without `verbose`, one line for all that isn't claimed."""

@@ -80,9 +80,9 @@ def gradients(function: Callable[..., Any], *arguments: jax.Array) -> list[np.nd
 
 def parameter_gradients(function: Callable[..., Any], modules: Sequence[Any]) -> list[dict[str, np.ndarray]]:
     """The gradient of a number with respect to every parameter of every module, by canonical name."""
-    found = nnx.jit(nnx.grad(lambda modules: function(list(modules))))(nnx.List(modules))
+    slopes = nnx.jit(nnx.grad(lambda modules: function(list(modules))))(nnx.List(modules))
     return [
-        {name: np.asarray(found[i][name.replace(".", "_")].get_value()) for name in module.weights()}
+        {name: np.asarray(slopes[i][name.replace(".", "_")].get_value()) for name in module.weights()}
         for i, module in enumerate(modules)
     ]
 

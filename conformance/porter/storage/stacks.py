@@ -195,11 +195,14 @@ class Unstacked(View):
         self._shown: dict[str, Tensor] = {}
         self.tensors = self._shown
         models: dict[str, Leaves] = {}
+        leads: dict[tuple[str, ...], str] = {}
         for name, tensor in whole.tensors.items():
             plain = naming.plain(name)
             match = PLACE.fullmatch(LISTED.sub(r"\1layers_\2", plain))
             if match:
-                lead = _wrappers(name, plain) + match["lead"]
+                words = _wrappers(name, plain)
+                # Words of wrappers tell one model from another, in whatever order a stack has them.
+                lead = leads.setdefault((*sorted(words), match["lead"]), "/".join([*words, match["lead"]]))
                 models.setdefault(lead, {}).setdefault(match["stack"], []).append((match, tensor))
             else:
                 self._shown[name] = tensor
@@ -317,8 +320,8 @@ def _number(group: str) -> int:
     return int(group.rpartition("_")[2])
 
 
-def _wrappers(name: str, plain: str) -> str:
-    """The words that a wrapper has put into a name: they tell one model from another, wherever they stand in it."""
+def _wrappers(name: str, plain: str) -> list[str]:
+    """The words that wrappers have put into a name."""
     kept, taken = plain.split("/"), list[str]()
     for word in name.split("/"):
         if kept and word == kept[0]:
@@ -327,4 +330,4 @@ def _wrappers(name: str, plain: str) -> str:
             taken.append(word)
     if taken and name.rpartition("/")[2] == taken[-1]:  # the leaf of an NNX variable
         taken.pop()
-    return "".join(f"{word}/" for word in taken)
+    return taken

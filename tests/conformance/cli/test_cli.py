@@ -36,7 +36,7 @@ def test_a_failure_is_1_with_figures_and_a_line_that_repeats_it():
     assert "x the bound" in done.stdout and "expected" in done.stdout
     repeat = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("mhc-conformance run")]
     again = call(*repeat[0][1:])
-    assert again.returncode == 1 and again.stdout.splitlines()[-1].startswith("1 items ran, 1 failed")
+    assert again.returncode == 1 and again.stdout.splitlines()[-1].startswith("1 item ran, 1 failed")
 
 
 @pytest.mark.parametrize(

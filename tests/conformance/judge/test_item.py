@@ -221,7 +221,7 @@ def test_there_must_be_two(monkeypatch):
     monkeypatch.setattr(implementation, "call", lambda *arguments: (RIGHT,))
     (check,) = run_item(implementation, item()).checks
     assert check.verdict == "errored"
-    assert check.message == "ValueError: not enough values to unpack (expected 2, got 1)"
+    assert check.message == "TypeError: expected (outputs, gradients), two mappings, got a tuple of 1"
 
 
 def raises(error):

@@ -174,6 +174,35 @@ def test_an_entry_is_read_whole(tmp_path):
     assert entries(tmp_path, {}) == [known(verdicts=("failed",), tensors=("*",), stage="*", variant="*")]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"format": "mhc-conformance-known/2", "entries": []},
+        {"entries": []},
+        {"format": None, "entries": []},
+        {"format": "mhc-conformance-known/1"},
+        *(
+            {"format": "mhc-conformance-known/1", "entries": [{**ENTRY, field: ""}]}
+            for field in ("implementation", "version", "why", "source")
+        ),
+        {"format": "mhc-conformance-known/1", "entries": [{**ENTRY, "cases": []}]},
+    ],
+)
+def test_a_list_of_another_format_or_with_empty_entries_is_refused(tmp_path, content):
+    path = tmp_path / "known.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(CaseError) as caught:
+        load_known(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    path.write_text(json.dumps({"format": "mhc-conformance-known/1", "entries": [ENTRY]}))
+    assert load_known(path) == [known()]
+
+
+def test_an_entry_stays_as_it_was_read():
+    with pytest.raises(AttributeError):
+        known().why = "another reason"  # type: ignore[misc]
+
+
 def test_the_peers_list_is_well_formed_and_says_why():
     found = load_known(Path(conformance.__file__).with_name("known_results.json"))
     assert {e.implementation for e in found} >= {"maxtext-0.2.2", "mlx-mhc", "mhc-mlx"}

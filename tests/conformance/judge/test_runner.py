@@ -98,7 +98,7 @@ def test_one_that_hangs_is_ended_and_the_run_goes_on(monkeypatch):
 @pytest.mark.parametrize(
     "reference, said",
     [
-        ("nobody", "expected a registered name"),
+        ("nobody", "or a registered name"),
         ("tests.conformance.strangers:Nobody", "could not be set up"),
         ("conformance.nowhere:x", "could not be set up"),
         ("tests.conformance.strangers:NoMethod", "no method"),

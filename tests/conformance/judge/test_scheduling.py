@@ -110,7 +110,6 @@ def workers(monkeypatch):
     monkeypatch.setattr(runner, "PythonChild", workers)
     monkeypatch.setattr(Clock, "asked", [], raising=False)
     monkeypatch.setattr(runner, "Deadline", Clock)
-    monkeypatch.setattr(runner, "POLL", 0.01)
     return workers
 
 
@@ -130,7 +129,7 @@ def test_every_item_of_every_implementation_is_run_once_in_order(workers):
 def test_the_limit_and_the_probe_are_handed_on(workers):
     run("x", jobs=1, limit=7.0, probe=True)
     assert workers.made[0].settings == ("x", 7.0, True)
-    assert Clock.asked == [17.0, 17.0, 17.0, 17.0, 5.0]  # 10 s more for each item; 5 s to leave
+    assert Clock.asked == [17.0, 17.0, 17.0, 17.0, 17.0, 5.0]  # 10 s more to start and for each item; 5 s to leave
     assert workers.made[0].patience == [5.0]
 
 
@@ -160,6 +159,20 @@ def test_it_does_not_where_little_is_left(workers):
     workers.replies["x"] = {"a": 20.0}
     run("x", jobs=2)
     assert workers.log == [("x", "abc.")]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "names", "workers_of_x"),
+    [
+        ({"a": 1.0, "b": 9.0}, "abcdef", 1),  # after b 5 s an item, for three of them
+        ({"a": 3.0, "b": 5.5}, "abcdefgh", 2),  # after a 18 s are left, after b 4.25 s an item, for five of them
+    ],
+)
+def test_the_pace_is_that_of_all_items_so_far(workers, seconds, names, workers_of_x):
+    workers.replies["x"] = seconds
+    items = [made(case=name, path=f"{name}.safetensors") for name in names]
+    assert sorted(o.case for o in runner.run(["x"], items, jobs=2)) == list(names)
+    assert len(workers.made) == workers_of_x
 
 
 def task(name, queue="", ran=0, seconds=0.0):
@@ -262,7 +275,7 @@ def test_one_that_has_time_left_is_waited_for(workers, monkeypatch):
 
     monkeypatch.setattr(runner, "wait", wait)
     assert [o.checks[0].verdict for o in run("x", jobs=1)] == ["passed"] * 3
-    assert set(looks) == {0.01} and not workers.made[0].over
+    assert set(looks) == {0.5} and not workers.made[0].over
 
 
 # ------------------------------------------------------------------------------------------------- the worker itself
@@ -285,9 +298,9 @@ class Connection:
 def work(monkeypatch):
     """Runs the worker's function in this process, on an implementation that is called "mine"."""
     seen = SimpleNamespace(loaded=[], read=[], run=[], garbage=[])
-    garbage = SimpleNamespace(**{k: lambda k=k: seen.garbage.append(k) for k in ("disable", "freeze", "collect")})
+    names = ("disable", "freeze", "collect")
+    garbage = SimpleNamespace(**{k: lambda k=k: seen.garbage.append((k, len(seen.run))) for k in names})
     monkeypatch.setattr(worker, "gc", garbage)
-    monkeypatch.setattr(worker, "COLLECTED", 2)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def load(reference, limit):
@@ -326,8 +339,13 @@ def test_a_worker_runs_what_it_is_handed_until_it_is_handed_none(work):
     assert seen.read == ["c.safetensors", "other.safetensors"]  # each case once
     item = ("mine", "c", "reduce", "float32-float32", True)
     assert seen.run == [item, item, ("mine", "made", "head", "float32-float32", True)]
-    assert seen.garbage == ["disable", "freeze", "collect"]
+    assert seen.garbage == [("disable", 0), ("freeze", 0)]
     assert worker.os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_garbage_is_collected_after_every_32_items(work):
+    _, seen = work(("ref", 3.0, True), *[KEYS["c"]] * 65, None)
+    assert seen.garbage[2:] == [("collect", 32), ("collect", 64)]
 
 
 def test_a_number_of_threads_that_is_given_stays(work, monkeypatch):

@@ -50,7 +50,7 @@ class Expected:
 
 
 def expect(run: Callable[[Arithmetic], dict[str, Array]]) -> Expected:
-    """What ``run`` gives for the arithmetics of the oracle, forward only."""
+    """The values and bounds of ``run``, evaluated forward in the arithmetics of the oracle."""
     if CERTIFIED:
         from conformance.oracle.balls import BallArithmetic, certified
 

@@ -91,7 +91,7 @@ HUNYUAN = {
 
 
 def hunyuan(sites, names="released"):
-    """Under the released names; those of transformers' modules; those that its ``save_pretrained`` writes."""
+    """The released names, the names of transformers' modules, and the names that its ``save_pretrained`` writes."""
     prefix, (attention, ffn), head = HUNYUAN[names]
     tensors = head_rows(sites, head)
     for layer, kind, weights in bodies(sites):

@@ -1,4 +1,4 @@
-"""Checkpoints that must not be misread, made by code: wrapped names, NNX trees, heads of other software, lost shards.
+"""Makes checkpoints that must not be misread: wrapped names, NNX trees, heads of other software, lost shards.
 
 Each is small (n = 4, C = 8) and random; what it must end as stands beside how it is made (`MISREAD`).
 """
@@ -93,7 +93,7 @@ def mlx(by_site: Mapping[str, Tensors]) -> Tensors:
 
 
 def glm5(by_site: Mapping[str, Tensors]) -> Tensors:
-    """What ``save_pretrained`` writes of a GLM-5 model."""
+    """The tensors that ``save_pretrained`` writes for a GLM-5 model."""
     return wrapped(deepseek(by_site, STREAMS, DIM), "", "model.language_model.")
 
 

@@ -1,4 +1,4 @@
-"""Random hyper-connections for the porter's tests: drawn, written as canonical files, read back from any layout.
+"""Draws random hyper-connections, writes them as canonical files, and reads them back from any layout.
 
 Sites are a dictionary ``{"layers.0.attention": {"pre_alpha": array, …}, …, "head": {…}}`` of canonical names and flat
 shapes. The layer itself is here once more, in plain NumPy after docs/mathematics.md, to check what the porter measures.
@@ -95,7 +95,7 @@ def write_canonical(path, sites, dialect="paper"):
 
 
 def read_sites(path, layout=None):
-    """What any checkpoint holds, in canonical names."""
+    """The sites of any checkpoint, under canonical names."""
     with open_checkpoint(Path(path)) as checkpoint:
         model = understand(checkpoint, layout)
         model.prepare()
@@ -103,7 +103,7 @@ def read_sites(path, layout=None):
 
 
 def read_tensors(path):
-    """Every tensor of a checkpoint under its own name, scanned layers taken apart."""
+    """Every tensor of a checkpoint under its own name, with scanned layers one by one."""
     with open_checkpoint(Path(path)) as checkpoint:
         checkpoint.prepare(checkpoint.tensors)
         return {name: checkpoint.read(name).copy() for name in checkpoint.tensors}

@@ -1,4 +1,4 @@
-"""A small checkpoint as DeepSeek releases it, byte by byte, for tests that damage it, and what a refusal looks like."""
+"""Writes a small checkpoint as DeepSeek releases it, for tests that damage it, and checks refusals."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def load(path: Path) -> dict[str, Stored]:
 
 
 def change(path: Path, **tensors: Stored | np.ndarray | None) -> None:
-    """Puts tensors into a file, or takes out what is None; ``__`` stands for a dot."""
+    """Puts tensors into a file, or removes those that are None; ``__`` stands for a dot."""
     found = load(path)
     for name, value in tensors.items():
         name = name.replace("__", ".")
@@ -115,7 +115,7 @@ def change_json(path: Path, edit: Callable[[dict], object]) -> None:
 
 
 def state(root: Path) -> dict[str, str]:
-    """Every path under ``root``, hidden ones too, with what it is."""
+    """Every path under ``root``, hidden ones too, with a description of its content."""
     contents = {}
     for folder, directories, files in os.walk(root):
         for path in (Path(folder) / name for name in (*directories, *files)):

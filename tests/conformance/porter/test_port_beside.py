@@ -1,4 +1,4 @@
-"""A directory with more in it than one model, and a training checkpoint whose keys aren't a part of the names."""
+"""A directory may hold more than one model, and the keys of a training checkpoint aren't a part of the names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the porter's commands print, ask and refuse, and how much of a checkpoint they read."""
+"""The porter's commands print, ask and refuse as documented, and read only the parts of a checkpoint that they need."""
 
 from __future__ import annotations
 

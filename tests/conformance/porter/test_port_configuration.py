@@ -1,4 +1,4 @@
-"""What software takes from its configuration is carried over, said, and read from the target's own configuration."""
+"""Values that software takes from its configuration are carried to the target, and settings are printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The target's own configuration is read, and says what the target computes."""
+"""The target's own configuration is read, and states the dialect of the target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model of this project's torch modules, in every container that a trainer leaves it in: each is read alike."""
+"""A model of this project's torch modules is read from every container that a trainer may write."""
 
 from __future__ import annotations
 

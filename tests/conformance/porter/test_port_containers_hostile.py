@@ -1,4 +1,4 @@
-"""Torch files and torch.distributed.checkpoint directories that are broken or do harm: one line, and nothing is run."""
+"""Broken or hostile torch files and torch.distributed.checkpoint directories give one line, and none of them is run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model of this project's Flax NNX modules that Orbax keeps, scanned or not; and that no accelerator is started."""
+"""A model of this project's Flax NNX modules is read from an Orbax tree, scanned or not, on the CPU alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards that count themselves, and models of one file that take a new shard."""
+"""Shards whose names count them are all needed, and a model of one file can take a new shard."""
 
 from __future__ import annotations
 

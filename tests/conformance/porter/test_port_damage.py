@@ -1,4 +1,4 @@
-"""What `inspect` warns of: signs in the weights and the names that a model was damaged before it came here."""
+"""`inspect` warns of signs in weights and names that a model was damaged before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that is full, or a file that may not grow: one line, nothing half written, and what was there still loads."""
+"""A full disk gives one line and leaves nothing half written, and the former target still loads."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ main()
 
 
 def test_a_file_that_may_not_grow_is_not_left_half(tmp_path, target):
-    """What a quota does: needs no root."""
+    """A quota has this effect, and the test needs no root."""
     pytest.importorskip("resource")
     place = former(tmp_path, target, tmp_path / "former")
     source = build(tmp_path / "source", layers=4, dim=DIM, seed=1)

@@ -1,4 +1,4 @@
-"""A broken source: one line that names file and tensor, exit status 2, and every byte where it was."""
+"""A broken source gives one line that names file and tensor and status 2, and no byte is changed."""
 
 from __future__ import annotations
 

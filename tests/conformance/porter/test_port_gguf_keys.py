@@ -1,4 +1,4 @@
-"""Keys of a GGUF file: those that can't be understood, those that are missing, and what they can't state."""
+"""Keys of a GGUF file may be missing, impossible to understand, or unable to state a value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A source that does harm, or that another program wrote wrongly: metadata, pickles, torch files, Orbax trees."""
+"""A hostile or badly written source gives an error: metadata, pickles, torch files, Orbax trees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Megatron's hybrid stacks: two sub-layers are the two sites of a layer, and one that is lost is missing."""
+"""Megatron's hybrid stacks have the two sites of a layer in two sub-layers, and a lost one is reported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def hybrid(paired, modules=LAST, lead="decoder."):
 
 
 def without(tensors, *numbers, inner=False):
-    """What is left when sub-layers lose their hyper-connections (``inner``: and all the rest)."""
+    """The tensors that are left if sub-layers lose their hyper-connections, or (``inner``) everything."""
     lost = tuple(f"decoder.layers.{k}." + ("" if inner else "hyper_connection.") for k in numbers)
     return {name: value for name, value in tensors.items() if not name.startswith(lost)}
 

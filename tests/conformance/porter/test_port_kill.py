@@ -1,4 +1,4 @@
-"""kill -9 at random moments: the target is what it was or what it was to become, and the source is untouched.
+"""After kill -9 at a random moment the target is the old one or the new one, and the source is untouched.
 
 The ports run in a process of their own (`drive`), which has imported everything and ported once when it says so. Where
 that process has no threads of JAX's or torch's, it forks for each port and kills the child; else it is killed itself.
@@ -121,7 +121,7 @@ def drivers():
 
 
 class Counts:
-    """What the kills hit."""
+    """Counts of the states that the kills left."""
 
     def __init__(self):
         self.kills = self.in_time = self.old = self.new = self.unfinished = 0
@@ -148,7 +148,7 @@ class Counts:
 
 
 def content(path: Path) -> Any:
-    """What is in it, without the order of the metadata's keys, which differs from one writing to the next."""
+    """The content, without the order of the metadata's keys, which differs from one writing to the next."""
     if path.is_dir():
         return {p.name: content(p) for p in path.iterdir()}
     if path.suffix == ".json":
@@ -162,7 +162,7 @@ def bits(path: Path) -> dict[str, str] | str:
 
 
 def hidden(folder: Path, known: set[str]) -> set[str]:
-    """What else lies there: hidden paths that nothing takes for a part of the checkpoint."""
+    """Other paths in the folder, which are hidden so that nothing takes them for a part of the checkpoint."""
     others = {p.name for p in folder.iterdir()} - known
     assert all(name.startswith(".") and not name.endswith((".safetensors", ".json", ".pt")) for name in others), others
     return others

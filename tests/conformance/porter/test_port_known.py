@@ -1,4 +1,4 @@
-"""Each checkpoint that was once misread ends as what it is, and one that lacks a tensor never ends as exact."""
+"""Checkpoints that were once misread are read correctly, and one that lacks a tensor is never ported as exact."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def made(directory, name):
 
 
 def noted(path):
-    """What a port noted in a file that it wrote."""
+    """The note of a port in a file that it wrote."""
     with safe_open(path, "numpy") as file:
         return json.loads(file.metadata()["mhc_port"])
 
 
 def rows(printed):
-    """What `inspect` prints, by the word at the start of each line; ``odd`` is all of those."""
+    """The lines that `inspect` prints, by their first word; ``odd`` is a list."""
     lines: dict[str, Any] = {"odd": []}
     for line in printed.splitlines():
         word, _, text = line.partition(" ")

@@ -1,4 +1,4 @@
-"""What isn't there is never called exact: tensors taken out, functions that nobody knows, names that no layout has."""
+"""A checkpoint with missing tensors, an unknown function or unknown names is never ported as exact."""
 
 from __future__ import annotations
 

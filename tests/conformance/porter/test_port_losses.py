@@ -1,4 +1,4 @@
-"""Ways in which a checkpoint loses a part of its function without a tensor of its own being broken: none is exact."""
+"""A checkpoint that loses a part of its function, although no tensor is broken, is never ported as exact."""
 
 from __future__ import annotations
 

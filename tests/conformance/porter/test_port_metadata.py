@@ -1,4 +1,4 @@
-"""A file's own metadata is a statement: what it leaves open isn't filled in, and what nobody knows isn't dropped."""
+"""Parameters that a file's metadata leaves open aren't filled in, and unknown ones aren't dropped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def metadata(path):
 
 
 def restated(path, target, change, key="parameters", without=""):
-    """The file with what its metadata says of parameters changed, and without tensors of a name."""
+    """The file with changed parameters in its metadata, and without tensors of a name."""
     header = metadata(path)
     if key == "mhc_port":
         note = json.loads(header[key])

@@ -1,4 +1,4 @@
-"""Mistakes planted into the porter itself: what it measures contradicts its verdict, and nothing is written."""
+"""A mistake planted into the porter contradicts its verdict when it is measured, and nothing is written."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from safetensors.numpy import save_file
 
 from conformance.porter import convert, layout
 from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
 from conformance.porter.port import Options, port
-from conformance.porter.storage import orbax_tree, target, torch_file
+from conformance.porter.storage import orbax_tree, torch_file
 from conformance.stages import HEAD_WEIGHTS, LAYER_WEIGHTS
 from tests.conformance.porter.porter_data import random_sites, write_canonical
 
@@ -23,7 +24,7 @@ PACK, UNPACK = Layout.pack, Layout.unpack
 
 
 def swapped(weights):
-    """The weights with those of pre and post exchanged."""
+    """The weights, with pre and post exchanged."""
     other = {"pre": "post", "post": "pre"}
     parts = {name: name.split("_", 1) for name in weights}
     return {f"{other.get(part, part)}_{rest}": weights[name] for name, (part, rest) in parts.items()}
@@ -162,7 +163,7 @@ def corrupts(monkeypatch, form, which):
         name = sorted(tensors)[which % len(tensors)]
         return {**tensors, name: flipped(tensors[name]).reshape(tensors[name].shape)}
 
-    for module, name in [(target, "save_file"), (torch_file, "save"), (orbax_tree, "save")]:
+    for module, name in [(safetensors.numpy, "save_file"), (torch_file, "save"), (orbax_tree, "save")]:
         right = getattr(module, name)
         first = name == "save_file"
 
@@ -217,6 +218,6 @@ def test_a_bad_shard_is_not_put_into_a_directory(tmp_path, monkeypatch):
 def test_only_what_is_read_back_is_compared(tmp_path, monkeypatch):
     source = write_canonical(tmp_path / "source.safetensors", random_sites(11, STREAMS, DIM), V4)
     calls = []
-    monkeypatch.setattr(target, "save_file", lambda *a, **k: (calls.append(a), save_file(*a, **k)))
+    monkeypatch.setattr(safetensors.numpy, "save_file", lambda *a, **k: (calls.append(a), save_file(*a, **k)))
     report = port(source, tmp_path / "there.safetensors", Options(to="deepseek", **HELD))
     assert len(calls) == 1 and not report.read_back and (tmp_path / "there.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""A model that was saved whole is ported whole, and what comes back is loaded whole, bit for bit."""
+"""A model that was saved whole is ported whole, and its way back is loaded whole, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The norm weight: folded into φ, divided out of it, or set to 1, and how exact each of these is."""
+"""The norm weight is folded into φ, divided out of it or set to 1, and the report says how exact that is."""
 
 from __future__ import annotations
 

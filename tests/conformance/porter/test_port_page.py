@@ -1,4 +1,4 @@
-"""The porting page is what the commands print: `python -m tests.conformance.porter.test_port_page` writes it anew."""
+"""The porting page shows the outputs of the commands; `python -m tests.conformance.porter.test_port_page` writes it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIGURE = re.compile(r"\d+(?:\.\d+)?e-\d+|(?<= )0\.\d+(?=[,\s)])")
 
 
 def run(command: str, folder: Path) -> str:
-    """What a line of a console block prints, both streams, in a folder where ``examples`` is the repository's."""
+    """The output of a console line, of both streams, in a folder where ``examples`` is the repository's."""
     scripts = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "200"}
     done = subprocess.run(

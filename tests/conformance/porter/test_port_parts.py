@@ -1,4 +1,4 @@
-"""A configuration is read whole: its parts, every key that speaks of hyper-connections, every count of layers."""
+"""All parts of a configuration are read, with every key of hyper-connections and every count of layers."""
 
 from __future__ import annotations
 

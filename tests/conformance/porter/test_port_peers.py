@@ -39,7 +39,7 @@ def peer(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(peer):
-    """The run of a peer, and what is true of each site: (sites, head, expected of sites, expected of the head)."""
+    """The run of a peer with its true values: (sites, head, expected of sites, expected of the head)."""
     sites, last = models.watch(peer)
     parameters = bounds.dialect(peer.dialect, models.STREAMS, norm_eps=peer.norm_eps)
     expected = {
@@ -84,7 +84,7 @@ def from_tree(tree, config, stacks, name):
 
 
 def computed(weights, config, site):
-    """What `jax_impl` makes of a captured site."""
+    """The values of `jax_impl` for a captured site."""
     x = jax.numpy.asarray(site.x)
     gates, _, _ = functional.coefficients(x, weights, config)
     u, context, _ = functional.pre(x, weights, config)

@@ -1,4 +1,4 @@
-"""What the porter makes of a model of transformers as a GGUF file, the package gguf reads: the model's own bits."""
+"""The package gguf reads the model's own bits from a GGUF file that the porter makes of a transformers model."""
 
 from __future__ import annotations
 

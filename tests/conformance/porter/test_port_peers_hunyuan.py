@@ -1,4 +1,4 @@
-"""Hunyuan V4 in transformers: what it writes is read, what is written it loads, by way of canonical and GGUF files."""
+"""The porter reads Hunyuan V4's files from transformers, which loads the porter's, through canonical and GGUF files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State dicts of LigerMHC, ported in and out, are what they were, and its own forward agrees with ours."""
+"""State dicts of LigerMHC come back with the same bits, and its forward pass agrees with ours."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def module(seed, dtype=torch.float32):
 
 
 def canonical(by_site):
-    """The flat weights of a LigerMHC, taken apart here and not by the porter."""
+    """The flat weights of a LigerMHC, split here and not by the porter."""
     n, phi, b = STREAMS, by_site.phi.detach().float().numpy(), by_site.b.detach().numpy()
     return {
         "pre_alpha": phi[:, :n], "post_alpha": phi[:, n : 2 * n], "res_alpha": phi[:, 2 * n :],

@@ -1,4 +1,4 @@
-"""DeepSeek-V4 to MaxText and back without an option: the eps is carried, and MaxText's own code computes the same."""
+"""DeepSeek-V4 goes to MaxText and back without an option, with its eps, and MaxText's own code computes the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of mlx-lm and mlx-vlm load what the porter writes for them, and the porter reads what they write."""
+"""mlx-lm and mlx-vlm load the files that the porter writes for them, and the porter reads their files."""
 
 from __future__ import annotations
 

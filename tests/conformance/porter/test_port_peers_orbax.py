@@ -1,4 +1,4 @@
-"""What the porter writes Orbax restores under MaxText's names; what Orbax writes of such a tree the porter reads."""
+"""Orbax restores the porter's trees under MaxText's names, and the porter reads Orbax' trees of such models."""
 
 from __future__ import annotations
 

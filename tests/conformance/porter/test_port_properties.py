@@ -1,4 +1,4 @@
-"""Whatever is ported, in whatever files: exact is bitwise, and no weight is off by more than the report says."""
+"""In every layout and container exact ports are bitwise, and no weight is off by more than the report says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is about to be written is read again by the target's own layout, before anything is written."""
+"""The target's own layout reads the new tensors again before they are written."""
 
 from __future__ import annotations
 

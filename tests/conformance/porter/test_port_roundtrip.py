@@ -1,4 +1,4 @@
-"""By way of any two layouts weights come back as they were, to the bit, and every report says so."""
+"""Weights come back from every pair of layouts with the same bits, and every report says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MaxText's stacks as they are read: what is lost leaves a number out, and what nothing orders is refused."""
+"""MaxText's stacks are read layer by layer: a lost layer leaves a number out, and an unclear order is refused."""
 
 from __future__ import annotations
 
@@ -97,6 +97,15 @@ def test_two_models_of_one_tree_stay_two():
     names = {name.partition("decoder/")[0] + name.split("/")[-3] for name in unstacked(shapes).tensors}
     averaged = {f"ema_model/params/params/layers_{k}" for k in range(2)}
     assert names == averaged | {f"params/params/layers_{k}" for k in range(3)}
+
+
+def test_wrappers_may_stand_in_another_order_in_each_stack():
+    """A word that follows the number of a layer stands at the start of a stack's names, which have no number."""
+    alone = tree({"layers_0": 0}, lead=f"_orig_mod/{DECODER}")
+    alone = {name.replace("layers_0/", "layers_0/_checkpoint_wrapped_module/"): shape for name, shape in alone.items()}
+    stack = tree({"moe_layers": 2}, lead=f"_checkpoint_wrapped_module/_orig_mod/{DECODER}")
+    layers = {name.partition("/layers_")[2].split("/")[0] for name in unstacked(alone | stack).tensors}
+    assert layers == {"0", "1", "2"}
 
 
 @pytest.mark.parametrize("number", ["9" * 5000, "٢"])

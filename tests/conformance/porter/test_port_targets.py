@@ -1,4 +1,4 @@
-"""A target that is in the way or can't be written: nothing new is there, and what was there still is."""
+"""If a target is in the way or can't be written, the former one stays and nothing new is there."""
 
 from __future__ import annotations
 

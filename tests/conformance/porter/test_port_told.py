@@ -1,4 +1,4 @@
-"""What a user, a configuration and a port's note say of one model, and what a target's software can't be set to."""
+"""A user, a configuration and a port's note may contradict each other, and a target may lack a setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a port is said to be, against what it is: exact, exact to rounding, approximate or impossible."""
+"""The verdict on a port agrees with the measurement: exact, exact to rounding, approximate or impossible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever wraps a model writes its word somewhere into every name: every tensor is found, and its bits are kept."""
+"""Every wrapper puts a word into every name; all tensors are found in spite of it, with their bits."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def wrap(name, wrappings, separator="."):
 
 
 def tensors_in(directory, layout, sites, dialect, **options):
-    """What the porter writes of sites in a layout, under its own names and without its note."""
+    """The tensors that the porter writes for sites in a layout, under its own names and without its note."""
     source = write_canonical(directory / "source.safetensors", sites, dialect)
     held = {"dialect": dialect, "to_dialect": dialect, **options}
     if layout == "maxtext":

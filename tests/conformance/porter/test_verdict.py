@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conformance.porter.verdict import APPROXIMATE, EXACT, IMPOSSIBLE, ROUNDING, Reason, Verdict, derive
+from conformance.porter.verdict import APPROXIMATE, EXACT, IMPOSSIBLE, ROUNDING, Reason, Verdict, _alone, derive
 
 ROW = {
     "norm_eps": 1e-6, "norm_eps_position": "mean", "coefficients": "float32", "residual": "sinkhorn", "softmax": "rows",
@@ -184,8 +184,15 @@ def test_places_of_rounding_that_change_both_ways_are_two_reasons():
 TURNED = {"mix": "out-in"}
 MIRROR = {"mix": "out-in", "softmax": "columns", "order": "rows-first"}
 SAME_PASSES = "H is transposed: the residual logits are, and softmax and order are the reverse"
-NEARER = "H is transposed: the residual logits are, which is nearer than copying them, but a finite Sinkhorn "
-OWN_TRANSPOSE = "H is transposed; of two streams a converged H is its own transpose"
+NEARER = (
+    "H is transposed: the residual logits are, which is nearer than copying them, but a finite Sinkhorn normalises the "
+    "other axis last, or starts from another one"
+)
+OWN_TRANSPOSE = (
+    "H is transposed; of two streams a converged H is its own transpose, so that the logits are copied, and only what "
+    "Sinkhorn leaves unconverged differs"
+)
+FIRST_PASS = "the softmax is the first pass of a Sinkhorn without one: the same function, rounded elsewhere"
 
 
 @pytest.mark.parametrize("streams", [2, 3, 4])
@@ -194,12 +201,17 @@ def test_mix_softmax_and_order_together_are_exact(streams):
     assert reasons(verdict(MIRROR, {}, streams)) == [(EXACT, SAME_PASSES, "transpose")]
 
 
+def test_a_sinkhorn_without_a_softmax_is_turned_too():
+    none = {"softmax": "none"}
+    assert reasons(verdict(none, {**MIRROR, **none})) == [(EXACT, SAME_PASSES, "transpose")]
+
+
 @pytest.mark.parametrize("target", [TURNED, {**TURNED, "softmax": "columns"}, {**TURNED, "order": "rows-first"}])
 def test_mix_without_both_is_approximate(target):
     (reason,) = verdict({}, target, 4).reasons
-    assert (reason.kind, reason.step) == (APPROXIMATE, "transpose") and reason.text.startswith(NEARER)
+    assert reason == Reason(APPROXIMATE, NEARER, "transpose")
     (reason,) = verdict({}, target, 2).reasons
-    assert (reason.kind, reason.step) == (APPROXIMATE, "") and reason.text.startswith(OWN_TRANSPOSE)
+    assert reason == Reason(APPROXIMATE, OWN_TRANSPOSE)
 
 
 def test_softmax_and_order_without_mix_are_two_reasons():
@@ -225,7 +237,7 @@ def test_a_softmax_is_the_first_pass_of_a_sinkhorn_without_one(change, kind):
     for source, target in ((first, none), (none, first)):
         (reason,) = verdict(source, target).reasons
         assert (reason.kind, reason.step) == (kind, "")
-        assert ("the softmax is the first pass" in reason.text) == (kind == ROUNDING)
+        assert (reason.text == FIRST_PASS) == (kind == ROUNDING)
     other = {**change, "softmax": "rows"}
     assert verdict(other, none).kind == APPROXIMATE  # the softmax over the other axis is no pass of it
 
@@ -265,6 +277,24 @@ def test_an_identity_has_no_orientation():
 def test_of_one_stream_only_the_number_of_divisions_shows(source, target, texts):
     base = {"eps": 0.25, "iterations": 1}
     assert [reason.text for reason in verdict({**base, **source}, {**base, **target}, 1).reasons] == texts
+
+
+@pytest.mark.parametrize(
+    ("row", "entry"),
+    [
+        # add: (1 + 1/4) / (5/4 + 1/4) = 5/6, and 5/6 / (5/6 + 1/4) = 10/13
+        ({"guard": "add", "eps": 0.25, "iterations": 1}, 10 / 13),
+        ({"guard": "add", "eps": 0.25, "iterations": 1, "softmax": "columns"}, 5 / 6),  # which is the first of two
+        ({"guard": "none", "iterations": 3}, 1.0),
+        ({"guard": "clip", "eps": 0.25, "iterations": 3}, 1.0),
+        ({"guard": "clip", "eps": 2.0, "iterations": 1}, 0.25),  # 1/2, and again half of it
+        ({"guard": "clip", "eps": 2.0, "iterations": 2}, 0.0625),
+        ({"guard": "clip", "eps": 2.0, "iterations": 2, "softmax": "columns"}, 0.125),
+        ({"guard": "denominator", "eps": 0.25, "iterations": 1}, 16 / 21),  # 4/5, and 4/5 / (4/5 + 1/4)
+    ],
+)
+def test_the_only_entry_of_one_stream(row, entry):
+    assert _alone({**ROW, **row}) == pytest.approx(entry, rel=1e-15)
 
 
 # ------------------------------------------------------------------------------------------------- the whole

@@ -1,4 +1,4 @@
-"""Small models of the transformers library with hyper-connections that aren't bland, run and written by the library."""
+"""Makes, runs and writes small models of the transformers library with hyper-connections of random weights."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _of(table: Mapping[str, Any], name: str) -> Any:
 
 @dataclass
 class Site:
-    """What one hyper-connection was handed and returned in a run of the model, and what its branch made of u."""
+    """The inputs and outputs of one hyper-connection in a run of the model, and its branch's output."""
 
     x: np.ndarray
     post: np.ndarray
@@ -168,7 +168,7 @@ def array(value: Any) -> np.ndarray:
 
 
 def watch(peer: Peer) -> tuple[dict[str, Site], dict[str, np.ndarray]]:
-    """Runs the model; what its sites, and its head (``x`` and ``out``), were handed and gave."""
+    """Runs the model and records the inputs and outputs of its sites and of its head (``x`` and ``out``)."""
     seen: list[tuple[np.ndarray, ...]] = []
     branches: list[np.ndarray] = []
     last: dict[str, np.ndarray] = {}
@@ -200,7 +200,7 @@ def watch(peer: Peer) -> tuple[dict[str, Site], dict[str, np.ndarray]]:
 
 
 def canonical(module: Any) -> dict[str, np.ndarray]:
-    """The flat weights of a hyper-connection, taken apart here and not by the porter."""
+    """The flat weights of a hyper-connection, split here and not by the porter."""
     n, fn, base = STREAMS, array(module.fn), array(module.base)
     scale = array(module.scale)
     return {

@@ -20,7 +20,7 @@ def assert_nothing_written(directory):
 
 
 def deviations(sites, after, source, target, x):
-    """For each site how far H, u and out are apart, by the formulas of porter_data: as the report has it."""
+    """The deviations of each site's H, u and out by the formulas of `porter_data`, as the report has them."""
     p, q = dialects.parse(source), dialects.parse(target)
     measured = {}
     for site, weights in sites.items():
@@ -40,7 +40,7 @@ def assert_measured(report, sites, after, source, target):
 
 
 def transposed(sites):
-    """Sites whose residual logits are those of the transpose of H, for Sinkhorn."""
+    """The sites with their residual logits transposed, so that Sinkhorn gives the transpose of H."""
     by_site = {}
     for site, weights in sites.items():
         alpha, n = weights["res_alpha"], len(weights["pre_beta"])

@@ -61,7 +61,7 @@ def test_what_is_found_is_written_and_its_line_repeats_it(tmp_path):
     [
         (("--search", "1"), 2, "--search takes one --impl, got 0"),
         (("--search", "1", "--impl", "tests.conformance.strangers:Honest", "--dtype", "float16"), 2, "claims none"),
-        (("--search", "1", "--impl", "nobody"), 3, "expected a registered name"),
+        (("--search", "1", "--impl", "nobody"), 3, "or a registered name"),
         (("--impl", "torch", "--case", "nowhere.safetensors"), 2, "no such file"),
     ],
 )

@@ -89,6 +89,28 @@ def test_a_line_that_is_cut_off_is_told_by_its_number(tmp_path):
         read_run(path)
 
 
+def test_a_broken_line_that_is_not_the_last_is_not_cut_off(tmp_path):
+    with pytest.raises(ReportError, match="line 2: ") as caught:
+        read_run(written(tmp_path / "run.jsonl", HEADER, "{", footer(1)))
+    assert "cut off" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("rows", "came"), [([CHECK], "no footer"), ([CHECK, footer(3)], "one of 3")])
+def test_a_footer_that_does_not_count_what_is_there_is_told(tmp_path, rows, came):
+    path = written(tmp_path / "run.jsonl", HEADER, *rows)
+    with pytest.raises(ReportError) as caught:
+        read_run(path)
+    assert str(caught.value) == f"{path}: cut off: expected a footer that counts 1 lines, got {came}"
+
+
+def test_settings_that_are_nested_too_deeply_are_refused(tmp_path):
+    nested = json.loads("[" * 150 + "]" * 150)
+    path = written(tmp_path / "run.jsonl", {**HEADER, "implementations": {"mine": {"a": nested}}}, footer(0))
+    with pytest.raises(ReportError) as caught:
+        read_run(path)
+    assert str(caught.value).startswith(f"{path}: line 1: implementations: expected settings")
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe{}"], ids=["absent", "not UTF-8"])
 def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, content):
     path = tmp_path / "run.jsonl"
@@ -139,7 +161,10 @@ def test_a_selftest_of_the_same_corpus(tmp_path):
     assert "b" * 64 in str(caught.value) and CORPUS in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", {**SELFTEST, "format": "other"}, {"corpus": CORPUS}, None])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", {**SELFTEST, "format": "other"}, {"corpus": CORPUS}, {**SELFTEST, "mutants": 3}, None],
+)
 def test_another_file_in_its_place_is_refused_in_one_line(tmp_path, content):
     path = tmp_path / "selftest.json"
     if content is not None:
