@@ -1,8 +1,5 @@
 """Conformance suite for Manifold-Constrained Hyper-Connections. Importing it imports no framework."""
 
-from importlib.metadata import PackageNotFoundError, version
+from conformance.version import version
 
-try:
-    __version__ = version("mhc-conformance")
-except PackageNotFoundError:  # a checkout that is on the path without being installed
-    __version__ = "0+unknown"
+__version__ = version()

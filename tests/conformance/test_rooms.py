@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MOST = 18
 FLOORS = (
-    ("interface", "stages", "files", "witnesses"),
+    ("interface", "stages", "files", "version", "witnesses"),
     ("mesh", "cases"),
     ("adapters", "oracle"),
     ("implementations", "porter"),

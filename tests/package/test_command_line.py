@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.metadata import version
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import typer.main
 import conformance
 from conformance.cli import app
 
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FRAMEWORKS = ("jax", "torch", "flint", "numpy", "mlx")
 WATCHED = f"""
 import atexit, sys
@@ -36,22 +39,17 @@ def paths(command: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     return [path] + [p for name, sub in getattr(command, "commands", {}).items() for p in paths(sub, (*path, name))]
 
 
-def test_the_version_is_that_of_the_distribution():
+def test_the_version_is_that_of_the_tree():
     done = call("--version")
-    assert (done.returncode, done.stdout) == (0, f"mhc-conformance {version('mhc-conformance')}\n")
+    assert (done.returncode, done.stdout) == (0, f"mhc-conformance {PROJECT['version']}\n")
     assert done.stderr.strip() == "[]"
-    assert conformance.__version__ == version("mhc-conformance")
+    assert conformance.__version__ == PROJECT["version"]
 
 
-def test_a_checkout_that_is_not_installed_has_no_version(tmp_path):
-    program = (
-        "import importlib.metadata as m\n"
-        "def version(name): raise m.PackageNotFoundError(name)\n"
-        "m.version = version\n"
-        "import conformance; print(conformance.__version__)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "0+unknown\n", done.stderr
+def test_the_three_packages_read_their_version_in_the_same_way():
+    """None imports another; each has its own copy of the file (tests/parity/test_packages.py tests what it does)."""
+    texts = {(ROOT / package / "version.py").read_text() for package in ("conformance", "jax_impl", "torch_impl")}
+    assert len(texts) == 1
 
 
 @pytest.mark.parametrize("path", paths(typer.main.get_command(app)), ids=lambda path: "-".join(path) or "root")

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,11 @@ def test_the_golden_cases_run_by_name_in_pytest(site, tmp_path, framework):
     command = ("-p", "no:cacheprovider", "--pyargs", "conformance.test_golden", "--mhc-impl", framework, "-k", "smoke")
     said = away(site, tmp_path, "-m", "pytest", "-q", *command)
     assert " passed" in said and "failed" not in said
+
+
+def test_the_version_is_that_of_the_wheel(site, tmp_path):
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert away(site, tmp_path, "-m", "conformance.cli", "--version") == f"mhc-conformance {version}\n"
 
 
 def test_the_fixtures_are_whole(site, tmp_path):
