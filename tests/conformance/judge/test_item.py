@@ -216,12 +216,17 @@ def test_outputs_and_gradients_must_be_mappings(outputs, gradients, kinds):
     assert found.values == {} and found.seconds > 0
 
 
-def test_there_must_be_two(monkeypatch):
+@pytest.mark.parametrize(
+    ("result", "kind"),
+    [((RIGHT,), "a tuple of 1"), ((RIGHT, {}, {}), "a tuple of 3"), ([RIGHT, {}], "a list"), (RIGHT, "a dict"),
+     (None, "a NoneType")],
+)  # fmt: skip
+def test_there_must_be_two(monkeypatch, result, kind):
     implementation = answers()
-    monkeypatch.setattr(implementation, "call", lambda *arguments: (RIGHT,))
+    monkeypatch.setattr(implementation, "call", lambda *arguments: result)
     (check,) = run_item(implementation, item()).checks
     assert check.verdict == "errored"
-    assert check.message == "TypeError: expected (outputs, gradients), two mappings, got a tuple of 1"
+    assert check.message == f"TypeError: expected (outputs, gradients), two mappings, got {kind}"
 
 
 def raises(error):
