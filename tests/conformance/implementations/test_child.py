@@ -29,7 +29,10 @@ def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[bytes]:
     word = f"MHC_TEST_MARK={uuid.uuid4()}"
     monkeypatch.setenv(*word.split("="))
     monkeypatch.setenv("MHC_TEST_FLAGS", str(tmp_path))
+    # A shell's background job is started with SIGINT ignored, and hands that on to what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield word.encode()
+    signal.signal(signal.SIGINT, before)
     for pid in marked(word.encode()):
         os.kill(pid, signal.SIGKILL)
 
