@@ -135,7 +135,7 @@ def test_a_process_that_never_comes_is_named(monkeypatch):
 
 
 def test_what_cannot_run_on_a_mesh_says_so():
-    with pytest.raises(SetupError, match="expected a name registered to run on a mesh"):
+    with pytest.raises(SetupError, match="or a name registered to run on a mesh"):
         load("nobody@data=2")
     for arguments, said in (
         (["--processes", "2"], "--processes goes with --mesh"),
