@@ -101,7 +101,7 @@ def test_one_that_hangs_is_ended_and_the_run_goes_on(monkeypatch):
         ("nobody", "or a registered name"),
         ("tests.conformance.strangers:Nobody", "could not be set up"),
         ("conformance.nowhere:x", "could not be set up"),
-        ("tests.conformance.strangers:NoMethod", "no method"),
+        ("tests.conformance.strangers:NoMethod", "neither a method of that name"),
         ("tests.conformance.strangers:CLAIMED", "could not be set up"),
     ],
 )
