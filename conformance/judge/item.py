@@ -157,14 +157,19 @@ def _mappings(result: object) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     Raises:
         TypeError: there aren't two, or one is no mapping.
     """
-    if not isinstance(result, tuple) or len(result) != 2:
-        kind = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
-        raise TypeError(f"expected (outputs, gradients), two mappings, got {kind}")
+    if not _is_tuple(result):
+        raise TypeError(f"expected (outputs, gradients), two mappings, got a {type(result).__name__}")
+    if len(result) != 2:
+        raise TypeError(f"expected (outputs, gradients), two mappings, got a tuple of {len(result)}")
     outputs, gradients = result
     if _is_mapping(outputs) and _is_mapping(gradients):
         return outputs, gradients
     kinds = f"{type(outputs).__name__} and {type(gradients).__name__}"
     raise TypeError(f"expected two mappings, outputs and gradients, got {kinds}")
+
+
+def _is_tuple(value: object) -> TypeGuard[tuple[object, ...]]:
+    return isinstance(value, tuple)
 
 
 def _is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
