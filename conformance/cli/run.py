@@ -67,12 +67,6 @@ def _search(
 
 
 def _unclaimed(outcomes: Sequence[Any], names: set[str]) -> str:
-    """The commonest reasons for which nothing was checked."""
-    reasons = Counter(outcome.skipped for outcome in outcomes if outcome.implementation in names)
-    return "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(LISTED))
-
-
-def _unclaimed(outcomes: Sequence[Any], names: set[str]) -> str:
     """The reasons for which nothing was checked: first those of items whose stage and dialect are claimed."""
     reasons = Counter(outcome.skipped for outcome in outcomes if outcome.implementation in names)
     ordered = sorted(reasons, key=lambda reason: (reason.startswith(("stage", "dialect")), reason.startswith("stage")))
