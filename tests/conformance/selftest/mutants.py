@@ -21,8 +21,8 @@ MISTAKES = {
         "torch": ("residual", "torch.softmax(z, start)", "torch.softmax(z, COLUMNS)"),
         "jax": ("residual", "softmax(logits, axis=start)", "softmax(logits, axis=COLUMNS)"),
     },
-    "dropped pre_eps": {"both": ("functional", "+ config.pre_eps", "+ 0 * config.pre_eps")},
-    "post_scale 1": {"both": ("functional", "config.post_scale *", "1 *")},
+    "dropped pre_eps": {"both": ("projections", "+ config.pre_eps", "+ 0 * config.pre_eps")},
+    "post_scale 1": {"both": ("projections", "config.post_scale *", "1 *")},
 }
 """The file of the package, what it has, and what is put there instead."""
 SINGLE_PASS = {
@@ -30,7 +30,7 @@ SINGLE_PASS = {
         "torch": ("functional", "gates, handed = _check_carried(x, carried), own", "gates, handed = own, own"),
         "jax": (
             "functional",
-            "return pre_mix(x, _check_carried(x, carried)), context",
+            "return pre_mix(x, _check_carried(x, carried, shards)), context",
             "return pre_mix(x, gates), context",
         ),
     },
@@ -40,7 +40,11 @@ SINGLE_PASS = {
     },
     "carried gradient cut": {
         "torch": ("functional", "_check_carried(x, carried), own", "_check_carried(x, carried).detach(), own"),
-        "jax": ("functional", "_check_carried(x, carried)), context", "jax.lax.stop_gradient(carried)), context"),
+        "jax": (
+            "functional",
+            "_check_carried(x, carried, shards)), context",
+            "jax.lax.stop_gradient(carried)), context",
+        ),
     },
 }
 """The same for a dialect whose sites read with the pre of the site before."""
