@@ -102,7 +102,6 @@ class Header:
         tensors, keys = self._numbers("QQ")
         for _ in range(keys):
             self._key()
-        self.infos = self._at
         self._tensors(tensors)
 
     @property
