@@ -96,8 +96,8 @@ def test_one_that_cannot_be_set_up_is_said(reference, said):
 @pytest.fixture(scope="module")
 def in_c(tmp_path_factory):
     compiler = shutil.which("cc") or shutil.which("gcc")
-    if not compiler or not SOURCE.is_file():
-        pytest.skip("needs a C compiler and the checkout's examples/")
+    if not compiler:
+        pytest.skip("needs a C compiler")
     program = tmp_path_factory.mktemp("c") / "residual_matrix"
     subprocess.run([compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-o", program, SOURCE, "-lm"], check=True)
     return program
