@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import shlex
 import sys
 from collections import Counter
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, interruptible, known_names, stop
-from conformance.cli.fresh import HELP, Workshop, dialects_given, making
+from conformance.cli.fresh import HELP, Workshop, dialects_given
+from conformance.cli.selection import Choice, selected
 
 if TYPE_CHECKING:
     from conformance.cases.dialects import Dialect
@@ -129,7 +129,7 @@ def run(
     Exit status: 0 all passed, 1 something failed, 2 usage, 3 an implementation is unknown or could not
     be set up, 130 it was interrupted.
     """
-    from conformance.cases.case import DTYPES, CaseError, load_case
+    from conformance.cases.case import DTYPES, CaseError
     from conformance.cases.corpus import load_corpus
     from conformance.cases.dialects import dialect_names
     from conformance.implementations import registry
@@ -155,43 +155,15 @@ def run(
         stop("--mesh doesn't go with exec:COMMAND, which is one process: name module:attribute instead", USAGE)
     if search:
         _search(impl, dialects, stages, dtypes, search, seed, found)
-    try:
-        files_given = [load_case(Path(p)) for p in case or [] if p.endswith(".safetensors")]
-        for given in files_given:
-            _ = given.tensors
-    except CaseError as error:
-        stop(str(error), USAGE)
-    patterns = [p for p in case or [] if not p.endswith(".safetensors")]
-    told = {row.told for row in dialects if row.published}
-    fresh = [row for row in dialects if not row.published] if patterns or not case else []
-    wishes = {row.name: making(fresh).chosen(row, stages, dtypes, patterns, quick=quick) for row in fresh}
-    ids = [c.id for c in cases] + [wish.id for row in fresh for wish in wishes[row.name]]
-    for pattern in patterns:
-        if not fnmatch.filter(ids, pattern):
-            stop(f"no case matches {pattern!r}; for instance {ids[0]}", USAGE)
-    selected = [
-        c
-        for c in cases
-        if c.dialect in told
-        and (not quick or c.quick)
-        and (not case or any(fnmatch.fnmatchcase(c.id, pattern) for pattern in patterns))
-    ]
-    selected += [c for c in files_given if not dialect or c.dialect in {row.told for row in dialects}]
-    workshop = Workshop()
-    if fresh and not listing:
-        selected += workshop.cases(fresh, lambda row: wishes[row.name], jobs)
-    items = [
-        item
-        for c in selected
-        for item in c.items()
-        if item.stage in stages and item.variant.x in dtypes and not (quick and item.variant.secondary)
-    ]
+    choice = Choice(dialects, bool(dialect), dtypes, stages, case or [], quick)
+    selection = selected(choice, cases)
     if listing:
-        unmade = [making(fresh).item_ids(wish, stages) for row in fresh for wish in wishes[row.name]]
-        lines = [item.id for item in items] + [line for ids in unmade for line in ids]
+        lines = selection.ids()
         for line in lines:
             typer.echo(line)
         raise typer.Exit(0 if lines else USAGE)
+    workshop = Workshop()
+    items = selection.items(workshop, jobs)
     if not items:
         stop("nothing selected: no case has these dialects, dtypes and stages together", USAGE)
     chosen, left = (list(impl), {}) if impl else registry.defaults(registry.SHARDED if mesh else registry.GROUP)
