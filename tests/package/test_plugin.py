@@ -31,8 +31,8 @@ def golden(folder: Path, *arguments: str, variable: str = "", configuration: str
     """Exit status and output of the golden cases, run by name from a folder elsewhere."""
     (folder / "pyproject.toml").write_text(configuration or "[tool.pytest.ini_options]\n")
     (folder / "refusing.py").write_text(REFUSES)
-    # The plugin is named here too, for a tree that isn't installed; pytest loads it once.
-    command = [sys.executable, "-m", "pytest", "-p", "conformance.plugin", "-p", "no:cacheprovider", "-W", "error"]
+    # The installed package brings the plugin, by its entry point, as in a stranger's project.
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "error"]
     done = subprocess.run(
         [*command, "--pyargs", "conformance.test_golden", *arguments],
         cwd=folder, capture_output=True, text=True, timeout=240,
