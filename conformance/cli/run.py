@@ -14,6 +14,7 @@ import typer
 from conformance.cli.app import FAILED, SETUP, USAGE, app, interruptible, known_names, stop
 from conformance.cli.fresh import HELP, Workshop, dialects_given
 from conformance.cli.selection import Choice, selected
+from conformance.cli.sizes import FORMS, FULL, LONG, PREFIX, SHORT, SizeChoice
 
 if TYPE_CHECKING:
     from conformance.cases.dialects import Dialect
@@ -102,6 +103,13 @@ def run(
     quick: Annotated[
         bool, typer.Option("--quick", help="Run a small subset that covers every stage but the stack.")
     ] = False,
+    sizes: Annotated[
+        str,
+        typer.Option(
+            help="Production sizes with fresh data: short (a few, beside the golden cases), quick or full (instead of "
+            "them), none."
+        ),
+    ] = SHORT,
     jsonl: Annotated[Path | None, typer.Option(help="Write every check to this file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit report.")] = None,
     known: Annotated[Path | None, typer.Option(help="Known results: a file of failures with their reasons.")] = None,
@@ -136,6 +144,7 @@ def run(
     from conformance.interface import SetupError
     from conformance.judge.agreement import Agreement
     from conformance.judge.known import judge, load_known
+    from conformance.judge.run import Label
     from conformance.judge.run import run as run_items
     from conformance.mesh import MARK, parse_mesh
     from conformance.report import files, terminal
@@ -155,16 +164,21 @@ def run(
         stop("--mesh doesn't go with exec:COMMAND, which is one process: name module:attribute instead", USAGE)
     if search:
         _search(impl, dialects, stages, dtypes, search, seed, found)
-    choice = Choice(dialects, bool(dialect), dtypes, stages, case or [], quick)
-    selection = selected(choice, cases)
+    (form,) = known_names("sizes", [sizes], list(FORMS))
+    patterns = [text for text in case or [] if text.startswith(PREFIX)]
+    of_sizes = SizeChoice(form, dialects, stages, dtypes, patterns, bool(case), once=quick, jobs=jobs)
+    named = [text for text in case or [] if not text.startswith(PREFIX)]
+    choice = Choice(dialects, bool(dialect), dtypes, stages, named, quick)
+    selection = selected(choice, [] if of_sizes.alone or (patterns and not named) else cases)
+    questions = of_sizes.questions()
     if listing:
-        lines = selection.ids()
+        lines = selection.ids() + [f"{question.case}::{question.slot}" for question in questions]
         for line in lines:
             typer.echo(line)
         raise typer.Exit(0 if lines else USAGE)
     workshop = Workshop()
     items = selection.items(workshop, jobs)
-    if not items:
+    if not items and not questions:
         stop("nothing selected: no case has these dialects, dtypes and stages together", USAGE)
     chosen, left = (list(impl), {}) if impl else registry.defaults(registry.SHARDED if mesh else registry.GROUP)
     if processes and not mesh:
@@ -177,14 +191,18 @@ def run(
         stop("no implementation is installed: " + "; ".join(f"{k}: {v}" for k, v in left.items()), SETUP)
     for name, reason in left.items():
         typer.echo(f"left out: {name} ({reason})")
-    total = len(items) * len(chosen)
+    for line in of_sizes.notes:
+        typer.echo(line)
+    total = (len(items) + len(questions)) * len(chosen)
+    by_key = {question.key: Label(question.case, "-", "-", "-", "-") for question in questions}
+    limit = max(time_limit, LONG) if form == FULL else time_limit
     report = terminal.TerminalReport(total, live=progress and sys.stdout.isatty(), verbose=verbose)
     crossed = Agreement(items)
     outcomes: list[Any] = []
     broken: tuple[str, int] | None = None
     try:
         with interruptible(lambda: f"after {len(outcomes)} of {total} items; no report is written"), report:
-            for outcome in run_items(chosen, items, jobs, stop_early, time_limit, probe):
+            for outcome in run_items(chosen, items, jobs, stop_early, limit, probe, by_key):
                 crossed.add(outcome)
                 outcomes.append(outcome)
                 report.add(outcome)

@@ -47,6 +47,8 @@ class ProgramImplementation:
         SetupError: it can't be started, or its first answer isn't a valid greeting.
     """
 
+    largest_file = LARGEST_FILE
+
     def __init__(self, command: str, limit: float):
         self._command, self._limit = shlex.split(command), limit
         self._folder = Path(tempfile.mkdtemp(prefix="mhc-conformance-"))

@@ -131,7 +131,7 @@ def _call(implementation: Implementation, item: Item, outcome: Outcome) -> None:
     before = {name: array.tobytes() for name, array in inputs.items()}
     started = time.perf_counter()
     try:
-        outputs, gradients = _mappings(implementation.call(item.stage, dict(inputs), item.config, cotangents))
+        outputs, gradients = mappings(implementation.call(item.stage, dict(inputs), item.config, cotangents))
     except NotImplementedError as error:
         outcome.skipped = f"refused: {describe(error)}"
         return
@@ -151,7 +151,7 @@ def _call(implementation: Implementation, item: Item, outcome: Outcome) -> None:
             outcome.checks.append(Check(name, "failed", np.inf, message=f"changed its input {name}"))
 
 
-def _mappings(result: object) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def mappings(result: object) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Outputs and gradients.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import cast
@@ -22,7 +22,18 @@ GRACE = 10.0  # seconds by which an implementation's own time limit comes first
 LEAVE = 5.0  # seconds for workers that have no more to do to leave
 
 Key = tuple[str, str, str]
-"""Path of the case, stage and variant of an item."""
+"""Path of the case, stage and variant of an item; or of another scheme, which `worker.ELSEWHERE` knows."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """The names of an item, for a notice that its process has died."""
+
+    case: str
+    stage: str
+    variant: str
+    x: str
+    dialect: str
 
 
 def run(
@@ -32,6 +43,7 @@ def run(
     stop_early: bool = False,
     limit: float = 300.0,
     probe: bool = False,
+    sizes: Mapping[Key, Label] | None = None,
 ) -> Iterator[Outcome]:
     """Outcomes of every implementation and item, as they come.
 
@@ -41,12 +53,14 @@ def run(
         stop_early: stop at the first failure.
         limit: seconds for one item; its process is ended after them, and the rest goes on in another.
         probe: hand over what isn't claimed too.
+        sizes: items of other sizes than the corpus has, by their keys; they come last.
 
     Raises:
         SetupError: an implementation can't be set up.
         CaseError: a case file doesn't keep the format.
     """
-    by_key = {(str(i.case.path), i.stage, i.variant.name): i for i in order(items)}
+    by_key: dict[Key, Label] = {(str(i.case.path), i.stage, i.variant.name): _label(i) for i in order(items)}
+    by_key.update(sizes or {})
     tasks = [_Task(reference, deque(by_key)) for reference in references]
     active: dict[Connection, _Worker] = {}
     leaving: list[_Worker] = []
@@ -76,6 +90,10 @@ def run(
                         return
     finally:
         end_all(worker.process for worker in (*active.values(), *leaving))
+
+
+def _label(item: Item) -> Label:
+    return Label(item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect)
 
 
 @dataclass
@@ -121,12 +139,12 @@ class _Worker:
     def connection(self) -> Connection:
         return self.process.connection
 
-    def receive(self, items: dict[Key, Item]) -> Outcome | None:
+    def receive(self, labels: Mapping[Key, Label]) -> Outcome | None:
         """Takes what the process sent and hands it its next item."""
         try:
             kind, content = self.process.receive()
         except EOFError:
-            return self._died(items)
+            return self._died(labels)
         if kind == "setup":
             raise SetupError(content)
         if kind == "case":
@@ -152,17 +170,17 @@ class _Worker:
             self.late = True
             self.process.end()
 
-    def _died(self, items: dict[Key, Item]) -> Outcome:
+    def _died(self, labels: Mapping[Key, Label]) -> Outcome:
         self.finished = True
         death = self.process.death(LEAVE)
         status = death.status if death else "unknown"
         if self.current is None:
             raise SetupError(f"{self.name}: its process died with status {status} outside any case")
-        item = items[self.current]
+        label = labels[self.current]
         message = f"the process died with status {status}"
         if self.late:
             message = f"no result within {self.limit + GRACE:g} s: its process was ended"
         return Outcome(
-            self.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect,
+            self.name, label.case, label.stage, label.variant, label.x, label.dialect,
             [Check("-", "errored", np.inf, message=message)], reference=self.task.reference,
         )  # fmt: skip

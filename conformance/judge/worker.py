@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import itertools
 import os
 from multiprocessing.connection import Connection
@@ -14,6 +15,8 @@ from conformance.interface import SetupError
 from conformance.judge.item import run_item
 
 COLLECTED = 32  # items between two collections of garbage
+ELSEWHERE = {"sizes:": "conformance.questions.sizes.judging"}
+"""Modules that put items which aren't cases of a file, by how their keys begin."""
 
 
 def work(connection: Connection) -> None:
@@ -39,6 +42,10 @@ def work(connection: Connection) -> None:
             return
         path, stage, variant = key
         try:
+            module = next((module for scheme, module in ELSEWHERE.items() if path.startswith(scheme)), None)
+            if module is not None:
+                connection.send(("done", importlib.import_module(module).put(implementation, key)))
+                continue
             case = cases.get(path) or cases.setdefault(path, load_case(Path(path)))
             item = next(i for i in case.items() if i.stage == stage and i.variant.name == variant)
             connection.send(("done", run_item(implementation, item, probe)))

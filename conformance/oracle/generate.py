@@ -23,18 +23,9 @@ from conformance.oracle.families import wishes
 from conformance.oracle.floats import FloatArithmetic
 from conformance.oracle.pool import processes
 from conformance.oracle.residual import axes
-from conformance.oracle.style import Style, ensemble
+from conformance.oracle.style import GATES, K_FLOAT32, K_ROUNDED, K_STACK, K_SUMS, SUMS, Style, ensemble
 
 CASE_FORMAT, MANIFEST_FORMAT = "mhc-conformance-case/1", "mhc-conformance-manifest/1"
-GATES = ("pre", "post", "H")
-K_FLOAT32, K_ROUNDED = 32.0, 4.0
-"""Multiples of the honest error: K_ROUNDED where narrow intermediates dominate it (docs/bound.md, "The bound")."""
-K_STACK = 8.0
-"""For a stack under a narrow x: streams are stored between its sites, and a rounding that flips there moves all that
-follows by a whole unit. At 4 released code (vllm's mhc_pre_delayed_torch, two sites in bfloat16) came to 1.15."""
-SUMS = "H stochastic"
-"""The name of the bound of H's sums along the axis that is normalised last."""
-K_SUMS = 4.0
 
 
 def case_ids() -> list[str]:

@@ -19,8 +19,7 @@ from conformance.cases.dialects import dialect_rows
 from conformance.files import atomic
 from conformance.oracle import residual
 from conformance.oracle.floats import FloatArithmetic, Quick
-from conformance.oracle.generate import K_FLOAT32
-from conformance.oracle.style import ensemble
+from conformance.oracle.style import K_FLOAT32, ensemble
 
 STORE = Path(__file__).with_name("slowest.json")
 LARGEST = 20.0

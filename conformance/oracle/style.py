@@ -10,6 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+GATES = ("pre", "post", "H")
+"""Outputs whose scale is 1, whatever their largest value is."""
+K_FLOAT32, K_ROUNDED = 32.0, 4.0
+"""Multiples of the honest error: K_ROUNDED where narrow intermediates dominate it (docs/bound.md, "The bound")."""
+K_STACK = 8.0
+"""For a stack under a narrow x: streams are stored between its sites, and a rounding that flips there moves all that
+follows by a whole unit. At 4 released code (vllm's mhc_pre_delayed_torch, two sites in bfloat16) came to 1.15."""
+SUMS = "H stochastic"
+"""The name of the bound of H's sums along the axis that is normalised last."""
+K_SUMS = 4.0
 ORDERS = ("forward", "backward", "pairwise", "lanes4", "lanes8", "scattered")
 
 

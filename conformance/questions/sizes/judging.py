@@ -1,0 +1,195 @@
+"""Calls an implementation with a size, and judges its results a tile at a time by the rule of the golden cases."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+
+from conformance.cases.case import Item
+from conformance.cases.description import Bound
+from conformance.interface import Capabilities, Implementation, describe
+from conformance.judge.item import MESSAGE, Outcome, mappings
+from conformance.judge.rule import GOOD, UNIT_ROUNDOFF, WORST, Check, allowance, check_tensor, is_array, wide
+from conformance.judge.stochasticity import check_stochasticity
+from conformance.questions.sizes.item import Question, SizeItem
+from conformance.questions.sizes.store import expected
+from conformance.questions.sizes.tensors import Tensors, tiles
+from conformance.questions.sizes.truth import Truth
+
+WITHOUT_GRADIENTS = "without gradients"
+OF_A_FILE = 2
+"""A file of results has as many numbers as the inputs, and one of inputs has cotangents too."""
+STOCHASTIC = 4096
+"""Matrices whose sums are checked: the first and the last of them."""
+
+
+def put(implementation: Implementation, key: tuple[str, str, str]) -> Outcome:
+    """Asks the question of a key. Never raises for what the implementation does."""
+    question, claimed = Question.of(key), implementation.capabilities
+    item = question.item(claimed)
+    if isinstance(item, str):
+        outcome = Outcome(implementation.name, question.case, "size", "-", "-", "-", skipped=item)
+    else:
+        outcome = judged(implementation, item, question.folder)
+    outcome.about = {"device": claimed.device, "description": claimed.description, **claimed.settings}
+    return outcome
+
+
+def judged(implementation: Implementation, item: SizeItem, folder: str = "") -> Outcome:
+    """Calls it with gradients, where it claims them, and without, and judges every result."""
+    outcome = Outcome(implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.dialect)
+    tensors = item.tensors
+    inputs = item.inputs(tensors)
+    claimed = implementation.capabilities
+    limit = getattr(implementation, "largest_file", None)
+    if limit is not None and sum(array.nbytes for array in inputs.values()) * OF_A_FILE > limit:
+        outcome.skipped = f"too large for a program, whose files may have {limit >> 20} MiB"
+        return outcome
+    true, allowed = _expected(item, folder)
+    cotangents = item.cotangents(tensors) if claimed.gradients else None
+    for given in (cotangents, None) if claimed.gradients else (None,):
+        mode = WITHOUT_GRADIENTS if given is None and claimed.gradients else ""
+        started = time.perf_counter()
+        try:
+            outputs, gradients = mappings(implementation.call(item.stage, dict(inputs), item.config, given))
+        except NotImplementedError as error:
+            outcome.skipped, outcome.checks = f"refused: {describe(error)}", []
+            return outcome
+        except Exception as error:
+            outcome.checks.append(Check("-", "errored", np.inf, message=_said(mode, describe(error)[:MESSAGE])))
+            return outcome
+        finally:
+            outcome.seconds += time.perf_counter() - started
+        returned = {**outputs, **{f"d/{name}": gradient for name, gradient in gradients.items()}}
+        del outputs, gradients
+        checks = list(_checks(item, tensors, true, allowed, returned, claimed, with_gradients=given is not None))
+        for check in checks:
+            check.message = _said(mode, check.message)
+        outcome.checks += checks if not mode else [check for check in checks if check.verdict not in GOOD]
+        del returned
+        gc.collect()
+        if outcome.failed:
+            return outcome
+    return outcome
+
+
+def _said(mode: str, message: str) -> str:
+    return ": ".join(part for part in (mode, message) if part)
+
+
+@functools.lru_cache(maxsize=1)
+def _expected(item: SizeItem, folder: str) -> tuple[Truth, dict[str, Bound]]:
+    return expected(item.tensors, item.variant.contract, item.variant.x, folder)
+
+
+def _checks(
+    item: SizeItem,
+    tensors: Tensors,
+    true: Truth,
+    allowed: Mapping[str, Bound],
+    returned: Mapping[str, Any],
+    claimed: Capabilities,
+    with_gradients: bool,
+) -> Iterator[Check]:
+    """A check for every tensor that is claimed to come back."""
+    partial = claimed.outputs.get(item.stage)
+    names = [name for name in (*true.tokens, *true.sums) if not name.startswith("m/")]
+    for name in names:
+        gradient = name.startswith("d/")
+        if (gradient and (not with_gradients or partial is not None)) or (partial is not None and name not in partial):
+            continue
+        dtype = item.dtype(name.removeprefix("d/"))
+        actual = returned.get(name)
+        if actual is None:
+            yield Check(name, "wrong-shape", message="expected an array, got nothing")
+        elif name in true.sums:
+            yield _tensor(name, actual, true.sums[name], dtype, item, allowed[name], None)
+        else:
+            yield _tokens(name, actual, true, dtype, item, tensors, allowed[name])
+    if "H" in true.tokens and is_array(returned.get("H")):
+        check = _stochastic(item, true, allowed, returned["H"])
+        if check:
+            yield check
+
+
+def _tensor(
+    name: str, actual: Any, expected: np.ndarray, dtype: np.dtype, item: SizeItem, bound: Bound, magnitude: Any
+) -> Check:
+    return check_tensor(name, actual, expected, dtype, item.variant.contract, bound.bound, magnitude, {})
+
+
+def _tokens(
+    name: str, actual: Any, true: Truth, dtype: np.dtype, item: SizeItem, tensors: Tensors, bound: Bound
+) -> Check:
+    """A tensor that has a value for each token, tile by tile; a failure says which tokens and channels are wrong."""
+    size, expected = item.size, true.tokens[name]
+    magnitudes = true.tokens.get(f"m/{name.removeprefix('d/')}") if name.startswith("d/") else None
+    shape = (size.batch, size.seq, *expected.shape[1:])
+    if not is_array(actual) or actual.shape != shape or actual.dtype != dtype:
+        return _tensor(name, actual, expected.reshape(shape), dtype, item, bound, None)
+    rows = actual.reshape(expected.shape)
+    worst = Check(name, "passed", bound=bound.bound)
+    wrong_tokens, wrong_channels = [], np.zeros(expected.shape[-1], bool)
+    for start, stop in tiles(tensors):
+        magnitude = None if magnitudes is None else magnitudes[start:stop]
+        check = _tensor(name, rows[start:stop], expected[start:stop], dtype, item, bound, magnitude)
+        if check.verdict not in GOOD:
+            wrong = _wrong(rows[start:stop], expected[start:stop], dtype, item, bound, magnitude)
+            wrong_tokens += [start + int(token) for token in np.flatnonzero(wrong.any(tuple(range(1, wrong.ndim))))]
+            wrong_channels |= wrong.any(tuple(range(wrong.ndim - 1)))
+        worst = _worse(worst, check, start, size.seq)
+    if wrong_tokens:
+        # a tile of zeros is a part that wasn't written, all of them an implementation that writes nothing
+        if worst.verdict == "mistrusted" and len(wrong_tokens) < size.tokens:
+            worst.verdict, worst.message = "failed", ""
+        channels = [int(channel) for channel in np.flatnonzero(wrong_channels)]
+        worst.message = "; ".join(
+            filter(None, (worst.message, _range("tokens", wrong_tokens, size.tokens),
+                          _range("channels", channels, len(wrong_channels))))
+        )  # fmt: skip
+    return worst
+
+
+def _wrong(
+    actual: np.ndarray, expected: np.ndarray, dtype: np.dtype, item: SizeItem, bound: Bound, magnitude: Any
+) -> np.ndarray:
+    """True where an element is beyond its bound, or not finite."""
+    excess = np.abs(wide(actual) - expected) - allowance(dtype, item.variant.contract, expected, magnitude)
+    return ~(excess <= bound.bound)
+
+
+def _worse(worst: Check, check: Check, start: int, seq: int) -> Check:
+    """The worse of two checks, with the elements of both that are furthest off, and all of their histogram."""
+    for element in check.worst:
+        token = start + element["index"][0]
+        element["index"] = [token // seq, token % seq, *element["index"][1:]]
+    order = ("passed", "marginal", "mistrusted", "failed", "non-finite")
+    ranks = [(order.index(c.verdict), c.ratio) for c in (check, worst)]
+    result, other = (check, worst) if ranks[0] > ranks[1] else (worst, check)
+    result.worst = sorted([*result.worst, *other.worst], key=lambda e: -e["error"])[:WORST]
+    result.error = max(result.error, other.error)
+    counts = [counts for counts in (result.histogram, other.histogram) if counts]
+    result.histogram = [sum(bins) for bins in zip(*counts, strict=True)]
+    return result
+
+
+def _range(kind: str, indices: list[int], total: int) -> str:
+    """For instance ``tokens 13 to 1024 (1012 of 1025)``; nothing where all are meant."""
+    if len(indices) == total:
+        return f"all {total} {kind}"
+    return f"{kind} {indices[0]} to {indices[-1]} ({len(indices)} of {total})"
+
+
+def _stochastic(item: SizeItem, true: Truth, allowed: Mapping[str, Bound], H: np.ndarray) -> Check | None:
+    tokens, n = item.size.tokens, item.size.streams
+    if H.shape != (item.size.batch, item.size.seq, n, n) or H.dtype not in UNIT_ROUNDOFF:
+        return None
+    chosen = slice(None) if tokens <= STOCHASTIC else np.r_[: STOCHASTIC // 2, tokens - STOCHASTIC // 2 : tokens]
+    matrices = SimpleNamespace(case=item.case, expected={"H": np.asarray(true.tokens["H"][chosen])}, bounds=allowed)
+    return check_stochasticity(cast(Item, matrices), H.reshape(tokens, n, n)[chosen])
