@@ -50,19 +50,23 @@ def _search(
     except ValueError as error:
         stop(str(error), USAGE)
     typer.echo(f"{result.drawn} cases drawn, {result.rejected} rejected")
-    if result.content is None or result.outcome is None:
+    if result.outcome is None:
         typer.echo("none fails")
         raise typer.Exit(0 if result.drawn else USAGE)
-    try:
-        atomic.write(to, result.content)
-    except OSError as error:
-        stop(f"{to}: can't be written ({error.strerror})", USAGE)
+    case = result.outcome.case  # the id of a size says all of it; other cases need a file
+    if result.content is not None:
+        case = str(to)
+        try:
+            atomic.write(to, result.content)
+        except OSError as error:
+            stop(f"{to}: can't be written ({error.strerror})", USAGE)
     for check in result.outcome.failed:
         typer.echo(f"  {check.verdict}: {check.tensor}, {check.ratio:.3g} of the bound {check.message}".rstrip())
     typer.echo(f"  {result.why}")
     outcome = result.outcome
     typer.echo(
-        f"  mhc-conformance run --impl {shlex.quote(impl[0])} --case {shlex.quote(str(to))} --stage {outcome.stage}"
+        f"  mhc-conformance run --impl {shlex.quote(impl[0])} --case {shlex.quote(case)} --stage {outcome.stage} "
+        f"--dtype {outcome.x}"
     )
     raise typer.Exit(FAILED)
 

@@ -1,14 +1,18 @@
 """Fresh cases against the oracle: hypothesis draws them within the families' ranges and shrinks what fails.
 
-Every case is made as the corpus is: true values from ball arithmetic, bounds from the honest ensemble, live.
+Every case is made as the corpus is: true values from ball arithmetic, bounds from the honest ensemble, live. In every
+second round the cases are production sizes (`conformance.questions.sizes`), whose tokens, width and streams are drawn,
+and shrunk, each by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,21 @@ from hypothesis.errors import Unsatisfiable
 
 from conformance.cases.case import Case, load_case
 from conformance.cases.dialects import Dialect, unclaimed
-from conformance.interface import Implementation
+from conformance.interface import Capabilities, Implementation
 from conformance.judge.item import Outcome, refusal, run_item
 from conformance.oracle.balls import PrecisionExhausted
 from conformance.oracle.build import CORE, Wish, build
 from conformance.oracle.generate import complete
+from conformance.questions.sizes.design import Size, splits
+from conformance.questions.sizes.item import DTYPES_OF_SIZES, SizeItem, sized
+from conformance.questions.sizes.judging import judged as judge_size
+from conformance.questions.sizes.tensors import STAGES_OF_SIZES
 
 CHECKS = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
+MOST_ELEMENTS, MOST_STREAMS, WIDEST = 1 << 18, 16, 8192
+"""The largest sizes that are drawn: elements of x, streams, width."""
+MULTIPLES = tuple(k * block for block in (16, 64, 128, 1000, 1024) for k in (1, 2, 4))
+"""Tokens and widths that blocks divide, which are drawn as often as all others together."""
 BATCH = 25  # cases between two looks at the clock
 STAGES = ("residual_matrix", "coefficients", "pre", "post", "layer", "head", "reduce")
 DEVIATIONS = (0.25, 1.0, 2.0, 3.0, 5.0, 8.0)
@@ -38,7 +50,7 @@ class Found:
 
     Attributes:
         drawn, rejected: cases that were run, and that were not (not claimed, or not finite in an honest evaluation).
-        content: the bytes of the smallest failing case's file, None where none failed.
+        content: the bytes of the smallest failing case's file; None for a size, whose id says all of it.
         outcome: what the implementation did with it.
         why: what was drawn, in words.
     """
@@ -90,6 +102,28 @@ def wishes(dialects: Sequence[Dialect], stages: Sequence[str], dtypes: Sequence[
     return draw()
 
 
+def drawn_sizes(items: Callable[[Size], list[SizeItem]]) -> st.SearchStrategy[SizeItem]:
+    """One of the items that a size is asked in; tokens, width and streams shrink one by one.
+
+    Args:
+        items: what of a size is claimed.
+    """
+
+    @st.composite
+    def draw(draw: Callable[..., Any]) -> SizeItem:
+        streams = draw(st.integers(1, MOST_STREAMS))
+        dim = draw(st.one_of(st.integers(1, WIDEST), st.sampled_from(MULTIPLES)))
+        most = max(1, MOST_ELEMENTS // (streams * dim))
+        tokens = draw(st.one_of(st.integers(1, most), st.sampled_from([t for t in MULTIPLES if t <= most] or [1])))
+        ways = splits(tokens)
+        batch, seq = ways[draw(st.integers(0, len(ways) - 1))]
+        size = Size(batch, seq, dim, streams, draw(st.sampled_from((None, 50))), draw(st.integers(0, 1 << 30)))
+        possible = items(size)
+        return possible[draw(st.integers(0, len(possible) - 1))] if possible else hypothesis.reject()
+
+    return draw()
+
+
 def search(
     implementation: Implementation,
     dialects: Sequence[Dialect],
@@ -115,37 +149,97 @@ def search(
         raise ValueError(f"{implementation.name} claims none of these dialects, stages and dtypes together")
     result, started, round_ = Found(), time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="mhc-conformance-") as folder:
-        path = Path(folder) / "case.safetensors"
-        while result.content is None and time.monotonic() - started < seconds:
-
-            @hypothesis.seed(f"{seed}/{round_}")
-            @settings(
-                max_examples=BATCH, deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
-                suppress_health_check=CHECKS, print_blob=False, report_multiple_bugs=False,
-            )  # fmt: skip
-            @given(wishes(dialects, stages, dtypes))
-            def judged(wish: Wish) -> None:
-                if result.content is None and time.monotonic() - started > seconds:
-                    return
-                content = _made(wish)
-                case = content and _loaded(path, content)
-                outcome = case and _outcome(implementation, case)
-                if not outcome or outcome.skipped:
-                    result.rejected += 1
-                    hypothesis.reject()
-                result.drawn += 1
-                if outcome.failed:
-                    result.content, result.outcome, result.why = content, outcome, _words(wish)
-                    raise AssertionError("fails")
-
-            try:
-                judged()
-            except AssertionError:
-                break
-            except Unsatisfiable:
-                pass
+        small = partial(_of_wishes, wishes(dialects, stages, dtypes), Path(folder))
+        kinds: list[Callable[[Implementation, Found], tuple[Any, Any]]] = [small]
+        of_sizes = partial(_claimed, claimed, dialects, stages, dtypes)
+        if any(of_sizes(Size(1, 1, 64, streams)) for streams in range(1, MOST_STREAMS + 1)):
+            kinds.append(partial(_of_sizes, drawn_sizes(of_sizes)))
+        while result.outcome is None and time.monotonic() - started < seconds:
+            strategy, judge = kinds[round_ % len(kinds)](implementation, result)
+            _draw(strategy, judge, f"{seed}/{round_}", result, lambda: time.monotonic() - started > seconds)
             round_ += 1
     return result
+
+
+def _draw(
+    strategy: st.SearchStrategy[Any],
+    judge: Callable[[Any], Outcome | None],
+    seed: str,
+    result: Found,
+    over: Callable[[], bool],
+) -> None:
+    """One round: draws and judges until one fails, which is shrunk, or until the round or the time is over."""
+
+    @hypothesis.seed(seed)
+    @settings(
+        max_examples=BATCH, deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=CHECKS, print_blob=False, report_multiple_bugs=False,
+    )  # fmt: skip
+    @given(strategy)
+    def judged(drawn: Any) -> None:
+        if result.outcome is None and over():
+            return
+        outcome = judge(drawn)
+        if outcome is None or outcome.skipped:
+            result.rejected += 1
+            hypothesis.reject()
+        result.drawn += 1
+        if outcome.failed:
+            raise AssertionError("fails")
+
+    with contextlib.suppress(AssertionError, Unsatisfiable):
+        judged()
+
+
+def _of_wishes(
+    strategy: st.SearchStrategy[Wish], folder: Path, implementation: Implementation, result: Found
+) -> tuple[st.SearchStrategy[Wish], Callable[[Wish], Outcome | None]]:
+    """Small cases: how they are drawn, and how one is judged."""
+
+    def judge(wish: Wish) -> Outcome | None:
+        content = _made(wish)
+        if content is None:
+            return None
+        outcome = _outcome(implementation, _loaded(folder / "case.safetensors", content))
+        if outcome and outcome.failed:
+            result.content, result.outcome, result.why = content, outcome, _words(wish)
+        return outcome
+
+    return strategy, judge
+
+
+def _of_sizes(
+    strategy: st.SearchStrategy[SizeItem], implementation: Implementation, result: Found
+) -> tuple[st.SearchStrategy[SizeItem], Callable[[SizeItem], Outcome | None]]:
+    """Production sizes: how they are drawn, and how one is judged."""
+
+    def judge(item: SizeItem) -> Outcome | None:
+        try:
+            outcome = judge_size(implementation, item)
+        except ArithmeticError:  # an honest evaluation isn't finite
+            return None
+        if outcome.failed:
+            size, result.content, result.outcome = item.size, None, outcome
+            result.why = (
+                f"{item.dialect}, streams {size.streams}, dim {size.dim}, tokens [{size.batch}, {size.seq}], "
+                f"{item.variant.name}"
+            )
+        return outcome
+
+    return strategy, judge
+
+
+def _claimed(
+    claimed: Capabilities, dialects: Sequence[Dialect], stages: Sequence[str], dtypes: Sequence[str], size: Size
+) -> list[SizeItem]:
+    return [
+        item
+        for row in dialects
+        for stage in stages
+        if stage in STAGES_OF_SIZES
+        for x in dtypes
+        if x in DTYPES_OF_SIZES and (item := sized(size, row, stage, x, claimed)) is not None
+    ]
 
 
 def _made(wish: Wish) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -142,7 +143,7 @@ class SizeItem:
         changed = {} if self.size.iterations is None else {"iterations": self.size.iterations}
         return {**self.row.parameters, **changed, "streams": self.size.streams, "dim": self.size.dim}
 
-    @property
+    @functools.cached_property
     def tensors(self) -> Tensors:
         return Tensors(self.size, self.stage, self.parameters)
 
@@ -162,17 +163,21 @@ class SizeItem:
             role = "float32" if self.parameters["coefficients"] == "float32" else "x"
         return DTYPES[{"x": self.variant.x, WEIGHT: self.variant.weights}.get(role, role)]
 
-    def inputs(self, tensors: Tensors) -> dict[str, np.ndarray]:
+    @property
+    def id(self) -> str:
+        return f"{self.case.id}::{self.stage}::{self.variant.name}"
+
+    def inputs(self) -> dict[str, np.ndarray]:
         """Everything that is handed over, whole: inputs ``[batch, seq, …]``, weights flat."""
-        weights = {name: value.astype(self.dtype(name)) for name, value in tensors.constants.items()}
-        return self._whole(tensors, tensors.inputs_at) | weights
+        weights = {name: value.astype(self.dtype(name)) for name, value in self.tensors.constants.items()}
+        return self._whole(self.tensors.inputs_at) | weights
 
-    def cotangents(self, tensors: Tensors) -> dict[str, np.ndarray]:
-        return self._whole(tensors, tensors.cotangents_at)
+    def cotangents(self) -> dict[str, np.ndarray]:
+        return self._whole(self.tensors.cotangents_at)
 
-    def _whole(self, tensors: Tensors, at: Callable[[int, int], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def _whole(self, at: Callable[[int, int], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         arrays: dict[str, np.ndarray] = {}
-        for start, stop in tiles(tensors):
+        for start, stop in tiles(self.tensors):
             for name, value in at(start, stop).items():
                 if name not in arrays:
                     arrays[name] = np.empty((self.size.tokens, *value.shape[1:]), self.dtype(name))

@@ -45,14 +45,14 @@ def judged(implementation: Implementation, item: SizeItem, folder: str = "") -> 
     """Calls it with gradients, where it claims them, and without, and judges every result."""
     outcome = Outcome(implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.dialect)
     tensors = item.tensors
-    inputs = item.inputs(tensors)
+    inputs = item.inputs()
     claimed = implementation.capabilities
     limit = getattr(implementation, "largest_file", None)
     if limit is not None and sum(array.nbytes for array in inputs.values()) * OF_A_FILE > limit:
         outcome.skipped = f"too large for a program, whose files may have {limit >> 20} MiB"
         return outcome
     true, allowed = _expected(item, folder)
-    cotangents = item.cotangents(tensors) if claimed.gradients else None
+    cotangents = item.cotangents() if claimed.gradients else None
     for given in (cotangents, None) if claimed.gradients else (None,):
         mode = WITHOUT_GRADIENTS if given is None and claimed.gradients else ""
         started = time.perf_counter()

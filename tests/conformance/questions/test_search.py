@@ -40,6 +40,28 @@ def test_a_mistake_is_found_and_shrunk(mutant):
     assert "tokens [1, 1]" in found.why or "tokens [1, 2]" in found.why, "shrinking leads to few tokens"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "shrunk"),
+    [
+        (lambda shape: shape[0] * shape[1] > 12, "streams 1, dim 1, tokens [1, 13]"),
+        (lambda shape: shape[-1] >= 512, "streams 1, dim 512, tokens [1, 1]"),
+        (lambda shape: shape[-2] > 8, "streams 9, dim 1, tokens [1, 1]"),
+    ],
+    ids=["tokens", "dim", "streams"],
+)
+def test_a_size_at_which_something_is_wrong_is_found_and_shrunk(wrong, shrunk):
+    class Somewhere(Plain):
+        def call(self, stage, inputs, config, cotangents):
+            outputs, gradients = wrap(Plain()).call(stage, inputs, config, cotangents)
+            if wrong(inputs["x"].shape):
+                outputs["out"] = outputs["out"] * outputs["out"].dtype.type(1.25)
+            return outputs, gradients
+
+    found = search(Somewhere(), [published("paper")], ["layer"], ["float32"], 60, seed=1)
+    assert found.outcome is not None and found.content is None and shrunk in found.why
+    assert found.outcome.case.startswith("size-") and "--case size-" in found.outcome.reproduce
+
+
 def test_the_same_seed_draws_the_same_cases():
     one, two = (
         search(wrap(mutants.PostScaleOne()), [published("paper")], STAGES, ["float32"], 30, seed=5) for _ in range(2)
