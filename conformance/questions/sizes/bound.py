@@ -1,13 +1,13 @@
 """What an honest implementation may be off by at a size: the ensemble on some tokens, and a law for all of them.
 
-The rule is that of the golden cases (docs/bound.md, "The bound"): K times the largest error of 16 honest evaluations.
-Sixteen evaluations of 65,536 tokens would take hours, so they evaluate a few tokens, and the errors of all follow from
-theirs:
+The rule is that of the golden cases (docs/bound.md, "The bound"): K times the error of honest evaluations. Sixteen
+evaluations of 65,536 tokens would take hours, so they evaluate a few tokens, and the errors of all follow from theirs
+(docs/sizes.md, "The bound"):
 
 * An element that belongs to one token is off by no more at other tokens, relative to the largest value there; the
   largest of N errors grows with N as sqrt(log N), as that of normal numbers does.
-* A gradient of a weight is a sum over T tokens. Added one after the other, its partial sums grow like sqrt(T), and the
-  T roundings of them add up to sqrt(T) of that: the error grows with T.
+* A gradient of a weight is a sum over T tokens. The errors of its terms are independent, so that their sum grows with
+  sqrt(T). Added one after the other, the partial sums grow with sqrt(T) too, and the T roundings of them with T.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ from conformance.oracle.floats import FloatArithmetic
 from conformance.oracle.residual import axes
 from conformance.oracle.style import GATES, K_FLOAT32, K_ROUNDED, K_SUMS, SUMS, Style, ensemble
 from conformance.questions.sizes.tensors import Tensors
-from conformance.questions.sizes.truth import Truth, Wide, evaluated
+from conformance.questions.sizes.truth import Truth, Wide, evaluated, of_weights
 
 DRAWN = 2
 """Tokens beside the first, the last and those with the largest values."""
+TERMS = 12
+"""Tokens whose terms of the sums are evaluated one by one."""
 MOST_PRODUCTS = 1 << 24
 """Products of the projections that an evaluation may have: where one token has many, fewer tokens are sampled."""
 FEW_STYLES, MANY_PRODUCTS = (3, 5, 10, 12), 1 << 20
-"""Members of the ensemble that evaluate where one token has more products than this: one on logarithms, one on
-potentials, the norm before and after, and sums one after the other, which are off the most."""
+"""Members of the ensemble that evaluate where one token has more products than this, and that evaluate the terms of
+sums: one on logarithms, one on potentials, the norm before and after, and sums one after the other."""
+OF_THE_TERMS = 0.41
+"""T roundings of partial sums of independent terms add up to this, 1/sqrt(6), times T times that of one term."""
+SMALL_SAMPLE = 4.0
+"""A deviation that is estimated from t terms may be too small by a factor of ``1 + SMALL_SAMPLE / t``."""
 NARROW = ("bfloat16", "float16")
+NARROW_UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 class Sampled(FloatArithmetic):
@@ -91,6 +98,7 @@ def bounds(tensors: Tensors, truth: Truth, contract: str, narrow: str | None) ->
     inputs, cotangents = at(tensors, tokens)
     true = evaluated(tensors, inputs, cotangents, Wide())
     errors, rounded = _honest(tensors, inputs, cotangents, true, contract, narrow)
+    errors |= _of_sums(tensors, contract, narrow)
     factor = K_ROUNDED if rounded else K_FLOAT32
     unit = 2.0**-53 if contract == "float64" else 2.0**-24
     scales, result = truth.scales, dict[str, Bound]()
@@ -99,8 +107,9 @@ def bounds(tensors: Tensors, truth: Truth, contract: str, narrow: str | None) ->
             result[name] = Bound(bound=K_SUMS * error, honest=error, K=K_SUMS, scale=1.0)
             continue
         scale = 1.0 if name in GATES else scales[name]
-        honest = error * _law(name, tensors, truth, true, len(tokens), scale)
-        result[name] = Bound(bound=factor * max(honest, unit * scale), honest=honest, K=factor, scale=scale)
+        if name not in truth.sums:
+            error *= _growth(name, truth, true, scale)
+        result[name] = Bound(bound=factor * max(error, unit * scale), honest=error, K=factor, scale=scale)
     return result
 
 
@@ -121,7 +130,7 @@ def _honest(
     narrow: str | None,
 ) -> tuple[dict[str, float], bool]:
     """The largest error of the ensemble in each tensor, and whether anything was rounded to a narrow dtype."""
-    names = [name for name in true if not name.startswith("m/")]
+    names = [name for name in true if not name.startswith("m/") and name.removeprefix("d/") not in tensors.weights]
     errors, rounded = dict.fromkeys(names, 0.0), False
     last_axis = axes(tensors.parameters)[1] if tensors.parameters["guard"] == "none" else None
     for style in styles(tensors):
@@ -140,11 +149,47 @@ def _honest(
     return errors, rounded
 
 
-def _law(name: str, tensors: Tensors, truth: Truth, true: dict[str, np.ndarray], sampled: int, scale: float) -> float:
+def _growth(name: str, truth: Truth, true: dict[str, np.ndarray], scale: float) -> float:
     """The factor from the error of the sampled tokens to that of all."""
-    if name in truth.sums:
-        return tensors.size.tokens / sampled
-    few = true[name].size
-    spread = math.sqrt(math.log(2 + truth.tokens[name].size) / math.log(2 + few))
+    spread = math.sqrt(math.log(2 + truth.tokens[name].size) / math.log(2 + true[name].size))
     largest = 1.0 if name in GATES else float(np.max(np.abs(true[name]), initial=0.0))
     return spread * (max(1.0, scale / largest) if largest else 1.0)
+
+
+def _of_sums(tensors: Tensors, contract: str, narrow: str | None) -> dict[str, float]:
+    """The honest errors of gradients that are sums over tokens.
+
+    A few tokens are evaluated one by one: the root mean squares of their terms c and of the terms' errors e give
+    ``sqrt(2 log(2 + N)) * (sqrt(T) * rms(e) + u * T * rms(c) / sqrt(6))`` for the largest of N elements.
+    """
+    total = tensors.size.tokens
+    count = max(1, min(TERMS, total, MOST_PRODUCTS // (4 * products(tensors))))
+    tokens = [int(token) for token in np.linspace(0, total - 1, count)]
+    terms: list[dict[str, np.ndarray]] = []
+    errors: list[dict[str, np.ndarray]] = []
+    for token in tokens:
+        inputs, cotangents = at(tensors, [token])
+        true = of_weights(tensors, evaluated(tensors, inputs, cotangents, Wide()))
+        largest = {name: np.zeros_like(value) for name, value in true.items()}
+        for number in FEW_STYLES:
+            arithmetic = Sampled(ensemble()[number], contract, narrow)
+            with np.errstate(over="ignore", under="ignore"):
+                values = of_weights(tensors, evaluated(tensors, inputs, cotangents, arithmetic))
+            for name, value in values.items():
+                largest[name] = np.maximum(largest[name], np.abs(value.astype(np.float64) - true[name]))
+        terms.append(true)
+        errors.append(largest)
+    result: dict[str, float] = {}
+    for name in terms[0]:
+        of_terms, of_errors = (_root_mean_square([row[name] for row in rows]) for rows in (terms, errors))
+        unit = 2.0**-53 if contract == "float64" else 2.0**-24
+        if narrow and contract == "activation" and name.endswith(("_scale", "_beta")):
+            unit = NARROW_UNITS[narrow]  # they may be added up in x's dtype
+        spread = math.sqrt(2 * math.log(2 + terms[0][name].size)) * (1 + SMALL_SAMPLE / count)
+        result[name] = spread * (math.sqrt(total) * of_errors + unit * total * of_terms * OF_THE_TERMS)
+    return result
+
+
+def _root_mean_square(rows: list[np.ndarray]) -> float:
+    """Over the terms, of the element where it is largest."""
+    return float(np.sqrt(np.max(np.mean([row * row for row in rows], 0), initial=0.0)))

@@ -21,6 +21,8 @@ ITERATIONS = (None, 50, None, 21)
 FORMS = ("full", "quick", "short")
 QUICK_LARGEST = 1 << 21
 """Elements of x: ``T * n * C``."""
+MOST_PRODUCTS = 1 << 20
+"""Products that the projections of one token may have in the quick form, ``n * C * (n * n + 2 * n)``."""
 FEWEST = 2
 """Streams where tokens are many: with one stream there is nothing to mix."""
 TEXT = re.compile(r"size-(\d+)x(\d+)-C(\d+)-n(\d+)(?:-N(\d+))?(?:-seed(\d+))?(?:-(.+))?")
@@ -107,7 +109,8 @@ def once(
     dims_left, streams_left = list(widest_first), list(fewest_first)
     for count in tokens:
         n = next((n for n in streams_left if count * dims[0] * n <= largest), FEWEST)
-        dim = next((d for d in dims_left if count * d * n <= largest), dims[0])
+        most = min(largest // (count * n), MOST_PRODUCTS // (n * n * (n + 2)))
+        dim = next((d for d in dims_left if d <= most), dims[0])
         chosen.append((count, dim, n))
         for values_left, value, all_values in ((dims_left, dim, widest_first), (streams_left, n, fewest_first)):
             if value in values_left:

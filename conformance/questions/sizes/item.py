@@ -55,6 +55,11 @@ class Question:
         return f"{SCHEME}{json.dumps(content)}", ",".join(self.stages), f"{self.slot}/{','.join(self.dtypes)}"
 
     @property
+    def proved(self) -> bool:
+        """Whether the truth is compared with ball arithmetic: that of one stage at each size."""
+        return self.slot == 0 or self.size.elements > SMALL
+
+    @property
     def case(self) -> str:
         """Its id before a row is chosen."""
         return f"{self.size.id}-{self.rows[0].name}" if len(self.rows) == 1 else self.size.id

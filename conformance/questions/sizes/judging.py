@@ -36,13 +36,18 @@ def put(implementation: Implementation, key: tuple[str, str, str]) -> Outcome:
     if isinstance(item, str):
         outcome = Outcome(implementation.name, question.case, "size", "-", "-", "-", skipped=item)
     else:
-        outcome = judged(implementation, item, question.folder)
+        outcome = judged(implementation, item, question.folder, proved=question.proved)
     outcome.about = {"device": claimed.device, "description": claimed.description, **claimed.settings}
     return outcome
 
 
-def judged(implementation: Implementation, item: SizeItem, folder: str = "") -> Outcome:
-    """Calls it with gradients, where it claims them, and without, and judges every result."""
+def judged(implementation: Implementation, item: SizeItem, folder: str = "", proved: bool = True) -> Outcome:
+    """Calls it with gradients, where it claims them, and without, and judges every result.
+
+    Args:
+        folder: where truths are kept.
+        proved: whether the truth is compared with ball arithmetic first.
+    """
     outcome = Outcome(implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.dialect)
     tensors = item.tensors
     inputs = item.inputs()
@@ -51,7 +56,7 @@ def judged(implementation: Implementation, item: SizeItem, folder: str = "") -> 
     if limit is not None and sum(array.nbytes for array in inputs.values()) * OF_A_FILE > limit:
         outcome.skipped = f"too large for a program, whose files may have {limit >> 20} MiB"
         return outcome
-    true, allowed = _expected(item, folder)
+    true, allowed = _expected(item, folder, proved)
     cotangents = item.cotangents() if claimed.gradients else None
     for given in (cotangents, None) if claimed.gradients else (None,):
         mode = WITHOUT_GRADIENTS if given is None and claimed.gradients else ""
@@ -84,8 +89,8 @@ def _said(mode: str, message: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _expected(item: SizeItem, folder: str) -> tuple[Truth, dict[str, Bound]]:
-    return expected(item.tensors, item.variant.contract, item.variant.x, folder)
+def _expected(item: SizeItem, folder: str, proved: bool) -> tuple[Truth, dict[str, Bound]]:
+    return expected(item.tensors, item.variant.contract, item.variant.x, folder, proved)
 
 
 def _checks(

@@ -131,15 +131,29 @@ def test_bounds_are_those_of_the_rule():
         assert bound.bound == 32.0 * max(bound.honest, 2.0**-24 * bound.scale)
 
 
-def test_a_sum_over_tokens_may_be_off_by_as_many_times_as_there_are_tokens_to_one(monkeypatch):
+def test_values_of_other_tokens_may_be_off_by_a_little_more(monkeypatch):
     tensors = made()
     true = truth(tensors)
-    monkeypatch.setattr(bound_module, "sampled_tokens", lambda tensors, truth: [0, 5, 20])
-    few = bounds(tensors, true, "float32", None)
-    monkeypatch.setattr(bound_module, "_law", lambda *arguments: 1.0)
-    unscaled = bounds(tensors, true, "float32", None)
-    assert few["d/res_alpha"].honest == pytest.approx(unscaled["d/res_alpha"].honest * 21 / 3)
-    assert unscaled["out"].honest < few["out"].honest < 10 * unscaled["out"].honest
+    allowed = bounds(tensors, true, "float32", None)
+    monkeypatch.setattr(bound_module, "_growth", lambda *arguments: 1.0)
+    of_the_sample = bounds(tensors, true, "float32", None)
+    assert of_the_sample["out"].honest < allowed["out"].honest < 3 * of_the_sample["out"].honest
+
+
+def test_a_sum_is_allowed_what_its_terms_are_off_by(monkeypatch):
+    """Each term is 3 with an error of 2^-20: four tokens of one weight."""
+    tensors = made(size=Size(1, 4, 8, 2))
+
+    def evaluated(tensors, inputs, cotangents, arithmetic):
+        off = 0.0 if isinstance(arithmetic, Wide) else 2.0**-20
+        return {"d/pre_alpha_scale": np.array([3.0 + off])}
+
+    monkeypatch.setattr(bound_module, "evaluated", evaluated)
+    spread = math.sqrt(2 * math.log(3)) * (1 + 4.0 / 4)
+    expected = spread * (2.0 * 2.0**-20 + 2.0**-24 * 4 * 3.0 * 0.41)
+    assert bound_module._of_sums(tensors, "float32", None)["d/pre_alpha_scale"] == pytest.approx(expected)
+    narrow = spread * (2.0 * 2.0**-20 + 2.0**-8 * 4 * 3.0 * 0.41)
+    assert bound_module._of_sums(tensors, "activation", "bfloat16")["d/pre_alpha_scale"] == pytest.approx(narrow)
 
 
 @pytest.mark.parametrize(
