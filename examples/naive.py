@@ -74,7 +74,8 @@ def pre(x, weights, p, carried=None):  # a single-pass site reads with the pre o
 def post(y, x, context, p):  # y [..., C], x [..., n, C] -> [..., n, C]
     _, gates, H = context
     pattern = "...ji,...ic->...jc" if p["mix"] == "out-in" else "...ij,...ic->...jc"
-    return gates[..., None] * y[..., None, :] + np.einsum(pattern, H, x)
+    mixed = x if p["mix"] == "identity" else np.einsum(pattern, H, x)  # [..., n, C]
+    return gates[..., None] * y[..., None, :] + mixed
 
 
 def head(x, weights, p):  # the learned reduction: [..., n, C] -> [..., C]

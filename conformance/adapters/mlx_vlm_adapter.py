@@ -1,7 +1,7 @@
 """``mlx-vlm``: its Xing-4, built from its own configuration's defaults, on mlx's CPU device, as it is.
 
 Its decoder layer and its model run whole; the suite's branch stands where attention and the MLP are. A decoder layer
-has two sites: where one is wanted, post 0 and H the identity make the other hand x through, exactly.
+has two sites: where one is wanted, it is the first, and its output is what the second is handed.
 """
 
 from __future__ import annotations
@@ -56,12 +56,13 @@ class MlxVlm(Site):
 
     def mix(self, values: Values, config: Mapping[str, Any]) -> Any:
         y, H = values["y"], values["H"]
-        through = (mx.zeros_like(values["post"]), mx.broadcast_to(mx.eye(H.shape[-1], dtype=H.dtype), H.shape), y)
+        handed: list[Any] = []
         layer = SimpleNamespace(
             attn_hc=lambda x: (values["post"], H, y), input_layernorm=_same, self_attn=lambda u, mask, cache: u,
-            ffn_hc=lambda x: through, post_attention_layernorm=_same, mlp=_same,
+            ffn_hc=lambda x: handed.append(x) or (values["post"], H, y), post_attention_layernorm=_same, mlp=_same,
         )  # fmt: skip
-        return self._language.DecoderLayer.__call__(layer, values["x"])
+        self._language.DecoderLayer.__call__(layer, values["x"])
+        return handed[0]
 
     def expand_streams(self, embedding: Any, config: Mapping[str, Any]) -> Any:
         seen: list[Any] = []

@@ -19,6 +19,8 @@ from conformance.files.reading import Scalar, reason
 from conformance.stages import COEFFICIENT, STAGES, WEIGHT
 
 FORMAT = "mhc-conformance-case/1"
+INFINITE_FORMAT = "mhc-conformance-case/2"
+"""The format of a case whose inputs, weights or true values aren't all finite; otherwise it is the same."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Item:
         value = self.case.tensors[tensor]
         with np.errstate(over="ignore"):  # what overflows isn't exact
             cast = value.astype(dtype)
-        if not np.array_equal(cast.astype(np.float64), value.astype(np.float64)):
+        if not np.array_equal(cast.astype(np.float64), value.astype(np.float64), equal_nan=True):
             raise CaseError(
                 f"{self.case.path}: {tensor} must be exact in {dtype}, as variant {self.variant.name} needs"
             )
@@ -104,6 +106,8 @@ class Case:
 
     path: Path
     metadata: CaseDescription
+    infinite: bool = False
+    """Whether some of its inputs and true values may not be finite."""
 
     @property
     def id(self) -> str:
@@ -162,7 +166,7 @@ class Case:
     def tensors(self) -> dict[str, np.ndarray]:
         """Every tensor of the file, read once."""
         tensors = read_tensors(self.path)
-        check_tensors(self.path, self.metadata, tensors)
+        check_tensors(self.path, self.metadata, tensors, self.infinite)
         return tensors
 
     def items(self) -> list[Item]:
@@ -217,8 +221,9 @@ def load_case(path: Path) -> Case:
         CaseError: one line with the file, what was expected and what came.
     """
     metadata = read_metadata(path)
-    if metadata.get("format") != FORMAT:
-        raise CaseError(f"{path}: expected format {FORMAT!r} in the metadata, got {shown(metadata.get('format'))}")
+    if metadata.get("format") not in (FORMAT, INFINITE_FORMAT):
+        expected = f"format {FORMAT!r} or {INFINITE_FORMAT!r}"
+        raise CaseError(f"{path}: expected {expected} in the metadata, got {shown(metadata.get('format'))}")
     described = DESCRIPTION.decode(metadata.get("case", ""), str(path))
     check_description(path, described)
-    return Case(path, described)
+    return Case(path, described, metadata["format"] == INFINITE_FORMAT)

@@ -32,10 +32,16 @@ class Pair:
 
 
 def distance(item: Item, tensor: str, a: np.ndarray, b: np.ndarray) -> float:
-    """|a - b| beyond the last roundings of both, as a fraction of twice the bound; for one tensor of one item."""
+    """|a - b| beyond the last roundings of both, as a fraction of twice the bound; for one tensor of one item.
+
+    Elements whose true value isn't finite have no distance.
+    """
+    expected = item.expected[tensor]
+    judged = np.isfinite(expected)
     magnitude = item.magnitude(tensor) if tensor.startswith("d/") else None
-    allowed = allowance(a.dtype, item.variant.contract, item.expected[tensor], magnitude)
-    excess = float((np.abs(wide(a) - wide(b)) - 2 * allowed).max(initial=0.0))
+    parts = None if magnitude is None else magnitude[judged]
+    allowed = allowance(a.dtype, item.variant.contract, expected[judged], parts)
+    excess = float((np.abs(wide(a)[judged] - wide(b)[judged]) - 2 * allowed).max(initial=0.0))
     bound = 2 * item.bounds[tensor].bound
     return excess / bound if bound > 0 else (np.inf if excess > 0 else 0.0)
 

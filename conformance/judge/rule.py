@@ -97,7 +97,7 @@ def check_tensor(
 
     Args:
         actual: what the implementation returned.
-        expected: float64 true values.
+        expected: float64 true values; NaN where the result must be NaN or infinite, an infinity where it is free.
         dtype: the dtype it must have.
         contract: the variant's, ``float64`` among them.
         bound: allowed error beyond the last rounding; 0 demands equality.
@@ -111,24 +111,32 @@ def check_tensor(
     if actual.dtype != dtype:
         return Check(tensor, "wrong-dtype", message=f"expected {dtype}, got {actual.dtype}")
     value = wide(actual)
-    infinite = np.argwhere(~np.isfinite(value))  # [elements, axes]
-    if len(infinite):
-        index = tuple(infinite[0].tolist())
-        return Check(tensor, "non-finite", message=f"first at {list(index)}: {value[index]}")
-    if expected.size == 0:
+    finite = np.isfinite(value)
+    for wrong, verdict, due in (
+        (finite & np.isnan(expected), "hidden", ", where NaN or an infinity must come out"),
+        (~finite & np.isfinite(expected), "non-finite", ""),
+    ):
+        if wrong.any():
+            index = tuple(np.argwhere(wrong)[0].tolist())
+            return Check(tensor, verdict, message=f"first at {list(index)}: {value[index]}{due}")
+    judged = np.isfinite(expected)
+    if not judged.any():
         return Check(tensor, "passed", bound=bound)
-    error = np.abs(value - expected)
-    excess = np.maximum(0.0, error - allowance(dtype, contract, expected, magnitude))
+    true = np.where(judged, expected, 0.0)
+    error = np.abs(np.where(judged, value, 0.0) - true)
+    parts = None if magnitude is None else np.where(judged, magnitude, 0.0)
+    excess = np.maximum(0.0, error - allowance(dtype, contract, true, parts))
     units = excess / bound if bound > 0 else np.where(excess > 0, np.inf, 0.0)
     ratio = float(units.max())
     check = Check(tensor, verdict_of(ratio), ratio, float(error.max()), bound)
-    largest: list[int] = np.argsort(excess, axis=None)[::-1][:WORST].tolist()
+    ranked = np.argsort(excess, axis=None)[::-1]
+    largest: list[int] = ranked[judged.ravel()[ranked]][:WORST].tolist()
     for k in largest:
         index = tuple(map(int, np.unravel_index(k, excess.shape)))
         row = {"actual": float(value[index]), "expected": float(expected[index]), "error": float(error[index])}
         check.worst.append({"index": list(index), **row})
     if check.verdict == "failed":
-        bins = np.digitize(units, EDGES).ravel() - 1
+        bins = np.digitize(units[judged], EDGES) - 1
         check.histogram = np.bincount(bins, minlength=len(EDGES)).tolist()
         _mistrust(check, value, inputs)
     return check

@@ -20,14 +20,17 @@ def check_stochasticity(item: Item, H: object) -> Check | None:
     isn't exactly 1.) Where no eps guards the sums, an implementation may work on logarithms, whose exponentials don't
     keep a sum that well: there the case has a bound of its own. Along the other axis a sum may differ by n times the
     bound of H more. Under ``permutations`` each sum runs over all n! weights of one softmax, so that (n! + 2) u takes
-    its place, on both axes.
+    its place, on both axes. A token whose true H isn't finite is left out.
     """
     residual, expected = item.case.parameters["residual"], item.expected.get("H")
     if residual == "identity" or expected is None or not is_array(H):
         return None
     if H.shape != expected.shape or H.dtype not in UNIT_ROUNDOFF or not H.size:
         return None
-    value = wide(H)
+    whole = np.isfinite(expected).all((-2, -1))  # [batch, seq]: the other tokens' sums say nothing
+    value, expected = wide(H)[whole], expected[whole]  # [tokens, n, n]
+    if not value.size:
+        return None
     if not np.isfinite(value).all():
         return Check(TENSOR, "non-finite", message="an entry isn't finite")
     least = float(value.min())
@@ -38,7 +41,7 @@ def check_stochasticity(item: Item, H: object) -> Check | None:
     worst = Check(TENSOR, "passed", bound=tight)
     for axis, name in ((-1, "rows"), (-2, "columns")):
         allowed = tight if axis == last or residual == "permutations" else loose
-        both = np.concatenate([value, -expected], axis)  # [..., n, 2n] or [..., 2n, n]
+        both = np.concatenate([value, -expected], axis)  # [tokens, n, 2n] or [tokens, 2n, n]
         error = float(np.abs(np.apply_along_axis(math.fsum, axis, both)).max())  # the check itself must not round
         ratio = error / allowed
         if ratio > worst.ratio:

@@ -156,8 +156,12 @@ class BallArithmetic:
         return total
 
 
+def _is_nan(value: flint.arb) -> bool:
+    return math.isnan(float(value))
+
+
 def _decide(value: flint.arb, floor: flint.arb) -> bool:
-    if value > floor:
+    if value > floor or _is_nan(value):  # max(NaN, floor) is NaN
         return True
     if value <= floor:
         return False
@@ -170,7 +174,7 @@ def _side(value: flint.arb, limit: flint.arb) -> int:
         return 1
     if value < -limit:
         return -1
-    if abs(value) <= limit:  # at the limit a logit has its gradient still
+    if abs(value) <= limit or _is_nan(value):  # at the limit a logit has its gradient still
         return 0
     raise NotRounded("a logit can't be told from its limit")
 
@@ -180,9 +184,11 @@ def _midpoints(a: Array) -> np.ndarray:
     return np.asarray(np.frompyfunc(float, 1, 1)(a)).astype(np.float64)
 
 
-def _rounded(ball: flint.arb) -> float:
-    """The one float64 that every point of the ball rounds to, ties to even."""
+def _rounded(ball: flint.arb, infinite: bool) -> float:
+    """The one float64 that every point of the ball rounds to, ties to even; NaN for an infinity and NaN, if allowed."""
     if not ball.is_finite():
+        if infinite and not ball.mid().is_finite():
+            return math.nan
         raise NotRounded(f"{ball} isn't finite")
     if ball.rad().is_zero():
         return _exact_to_float(ball)
@@ -200,28 +206,39 @@ def _exact_to_float(point: flint.arb) -> float:
     return float(Fraction(mantissa) * Fraction(2) ** exponent)
 
 
-def to_float64(a: Array) -> np.ndarray:
-    """The correctly rounded float64 of every element; raises `NotRounded` if a ball is too wide."""
+def to_float64(a: Array, infinite: bool = False) -> np.ndarray:
+    """The correctly rounded float64 of every element; raises `NotRounded` if a ball is too wide.
+
+    Args:
+        infinite: elements may be infinite or NaN, and are NaN in the result.
+    """
     flat = np.asarray(a, dtype=object).reshape(-1)
-    return np.array([_rounded(v) for v in flat], dtype=np.float64).reshape(np.shape(a))
+    return np.array([_rounded(v, infinite) for v in flat], dtype=np.float64).reshape(np.shape(a))
 
 
-def certified(evaluate: Callable[[], dict[str, Array]], label: str) -> dict[str, np.ndarray]:
+def certified(evaluate: Callable[[], dict[str, Array]], label: str, infinite: bool = False) -> dict[str, np.ndarray]:
     """Evaluates at rising precision until every ball rounds to one float64.
 
     Args:
         label: names the values in the error's message.
+        infinite: elements may be infinite or NaN, and are NaN in the result. They must be so at two precisions, since
+            an operation that isn't defined on all of a wide ball gives NaN too.
 
     Raises:
         PrecisionExhausted: at `LAST_PRECISION` bits some value is still undecided.
     """
     precision = FIRST_PRECISION
-    before = flint.ctx.prec
+    before, coarser = flint.ctx.prec, None
     try:
         while True:
             flint.ctx.prec = precision
             try:
-                return {name: to_float64(value) for name, value in evaluate().items()}
+                rounded = {name: to_float64(value, infinite) for name, value in evaluate().items()}
+                if not infinite or (coarser is not None and _agree(rounded, coarser)):
+                    return rounded
+                if precision >= LAST_PRECISION:
+                    raise NotRounded("whether an element is finite changes with the precision")
+                coarser = rounded
             except NotRounded as error:
                 if precision >= LAST_PRECISION:
                     raise PrecisionExhausted(
@@ -230,3 +247,7 @@ def certified(evaluate: Callable[[], dict[str, Array]], label: str) -> dict[str,
             precision *= 2
     finally:
         flint.ctx.prec = before
+
+
+def _agree(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(value, b[name], equal_nan=True) for name, value in a.items())

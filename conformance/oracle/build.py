@@ -20,6 +20,10 @@ LOGIT_SCALE = 1.4
 PER_STREAM = (1, 0.25, 4, 0.5, 2, 1, 0.125, 1)
 
 
+Elements = Sequence[tuple[tuple[int, ...], float]]
+"""Places of a tensor, and the number that isn't finite which stands there."""
+
+
 @dataclass
 class Draft:
     """The contents of a case file before the oracle adds expected values and bounds."""
@@ -39,6 +43,7 @@ class Draft:
     quick: bool = False
     exact: bool = False
     gradients: bool = True
+    non_finite: Mapping[str, Elements] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,6 +59,7 @@ class Wish:
         fine: x and the projections keep all of float32's bits (then no narrow variants).
         weights: arrays that replace generated ones.
         tensors: inputs that replace generated ones.
+        non_finite: by input or weight, the elements that are NaN or infinite.
     """
 
     family: str
@@ -79,6 +85,7 @@ class Wish:
     quick: bool = False
     exact: bool = False
     gradients: bool = True
+    non_finite: Mapping[str, Elements] = field(default_factory=dict)
     row: Dialect | None = None
 
     @property
@@ -205,6 +212,7 @@ def build(wish: Wish) -> Draft:
         id=label, family=wish.family, why=wish.why, clause=wish.clause, dialect=row.told,
         overrides={**row.overrides, **wish.overrides}, parameters=p, stages=stages, variants=variants, tensors=tensors,
         cotangents=cotangents, layout=wish.layout, quick=wish.quick, exact=wish.exact, gradients=wish.gradients,
+        non_finite=wish.non_finite,
     )  # fmt: skip
 
 

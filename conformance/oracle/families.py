@@ -12,7 +12,7 @@ import numpy as np
 
 from conformance.cases.dialects import Dialect, dialect_names, published
 from conformance.cases.rules import most_permuted
-from conformance.oracle import data
+from conformance.oracle import data, non_finite
 from conformance.oracle.build import CORE, PURE, Wish
 
 SLOWEST = json.loads(Path(__file__).with_name("slowest.json").read_text())
@@ -54,6 +54,7 @@ def _of_row(name: str, parameters: dict[str, Any]) -> Iterator[Wish]:
     yield from _activations(name, parameters)
     yield from _plumbing(name, parameters)
     yield _exact_mixing(name, parameters)
+    yield from non_finite.wishes(name, parameters, _every_stage(parameters), name in EVERY_CONTRACT)
 
 
 def _reductions(p: dict[str, Any]) -> list[Any]:
@@ -67,10 +68,12 @@ def _matrix_stage(p: dict[str, Any]) -> list[str]:
     return [] if p["residual"] == "identity" else ["residual_matrix"]
 
 
+def _every_stage(p: dict[str, Any]) -> list[Any]:
+    return ["expand", *_reductions(p), *_matrix_stage(p), "coefficients", "pre", "post", DENSE]
+
+
 def _whole_layers(name: str, p: dict[str, Any]) -> Iterator[Wish]:
-    every = [
-        "expand", *_reductions(p), *_matrix_stage(p), "coefficients", "pre", "post", DENSE,
-    ]  # fmt: skip
+    every = _every_stage(p)
     yield Wish(
         "smoke", "the smallest complete case: if it fails, suspect the harness", "Forward", name,
         streams=2, dim=2, lead=(1, 2), stages=every, variants=F32, quick=name in QUICK_SMOKE,

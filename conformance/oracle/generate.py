@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save
 
-from conformance.cases.case import CaseError, read_tensors
+from conformance.cases.case import FORMAT, INFINITE_FORMAT, CaseError, read_tensors
 from conformance.files import atomic
 from conformance.oracle.arithmetic import Arithmetic, Array
 from conformance.oracle.balls import BallArithmetic, certified
@@ -21,11 +21,12 @@ from conformance.oracle.build import Draft, build
 from conformance.oracle.evaluate import evaluate
 from conformance.oracle.families import wishes
 from conformance.oracle.floats import FloatArithmetic
+from conformance.oracle.non_finite import mark_free, plant
 from conformance.oracle.pool import processes
 from conformance.oracle.residual import axes
 from conformance.oracle.style import GATES, K_FLOAT32, K_ROUNDED, K_STACK, K_SUMS, SUMS, Style, ensemble
 
-CASE_FORMAT, MANIFEST_FORMAT = "mhc-conformance-case/1", "mhc-conformance-manifest/1"
+MANIFEST_FORMAT = "mhc-conformance-manifest/1"
 
 
 def case_ids() -> list[str]:
@@ -44,6 +45,8 @@ def family_names() -> list[str]:
 def complete(case: Draft) -> bytes:
     """Completes a case with expected values and bounds; returns the bytes of its file."""
     _inputs_from_oracle(case)
+    plant(case)
+    infinite = bool(case.non_finite)
     tensors: dict[str, np.ndarray] = {}
     bounds: dict[str, Any] = {}
     for stage, entry in case.stages.items():
@@ -52,7 +55,10 @@ def complete(case: Draft) -> bytes:
         routed = {k: v for k, v in cotangents.items() if k not in ("load_balance_loss", "moe_bias_updates")}
 
         run = _evaluation(case, stage, inputs, routed)
-        expected = certified(lambda run=run: run(BallArithmetic()), f"{case.id}, stage {stage}")
+        expected = certified(lambda run=run: run(BallArithmetic()), f"{case.id}, stage {stage}", infinite)
+        if infinite:
+            with np.errstate(all="ignore"):
+                mark_free(expected, run, dict.fromkeys(_contract(v) for v in case.variants if stage in v["stages"]))
         for name, value in expected.items():
             kind, _, tensor = name.rpartition("/")
             tensors[f"{ {'': 'expected', 'd': 'gradient', 'm': 'magnitude'}[kind] }/{stage}/{tensor}"] = value
@@ -61,7 +67,8 @@ def complete(case: Draft) -> bytes:
             if case.gradients:
                 tensors[f"gradient/{stage}/{name}"] = cotangents[name].astype(np.float64)
         tensors.update({f"cotangent/{stage}/{k}": v for k, v in cotangents.items()})
-        bounds[stage] = _bounds(case, stage, expected, run)
+        with np.errstate(all="ignore" if infinite else None):
+            bounds[stage] = _bounds(case, stage, expected, run)
         for name in set(cotangents) - set(routed):
             for row in bounds[stage].values():
                 row[name] = row[f"d/{name}"] = {"bound": 0.0, "honest": 0.0, "K": 0.0, "scale": 1.0}
@@ -74,7 +81,10 @@ def complete(case: Draft) -> bytes:
         for k in ("id", "family", "why", "clause", "dialect", "overrides", "parameters", "layout", "quick", "stages",
                   "variants")
     }  # fmt: skip
-    metadata = {"format": CASE_FORMAT, "case": json.dumps({**described, "bounds": bounds}, sort_keys=True)}
+    metadata = {
+        "format": INFINITE_FORMAT if infinite else FORMAT,
+        "case": json.dumps({**described, "bounds": bounds}, sort_keys=True),
+    }
     ordered = {k: np.ascontiguousarray(tensors[k]).reshape(tensors[k].shape) for k in sorted(tensors)}
     return canonical_bytes(ordered, metadata)
 
@@ -105,7 +115,7 @@ def _stored(name: str, case: Draft) -> np.ndarray:
     """An input as it is stored: those like x in bfloat16 if their values fit, all others in float32."""
     value = case.tensors[name].astype(np.float32)
     narrow = value.astype(ml_dtypes.bfloat16)
-    fits = np.array_equal(narrow.astype(np.float32), value) and any(
+    fits = np.array_equal(narrow.astype(np.float32), value, equal_nan=True) and any(
         v["x"] in ("bfloat16", "float16") for v in case.variants
     )
     return narrow if fits and name in ("x", "y", "embedding", "norm_scale", "branch_scale") else value
@@ -143,9 +153,7 @@ def _bounds(
     for variant in case.variants:
         if stage not in variant["stages"]:
             continue
-        narrow = variant["x"] if variant["x"] in ("bfloat16", "float16") else None
-        contract = variant["contract"] if narrow or variant["contract"] in ("float64", "tf32") else "float32"
-        key = (contract, narrow)
+        contract, narrow = key = _contract(variant)
         if narrow and key not in measured:
             probe = FloatArithmetic(Style(round_weights=True, round_logits=True), contract, narrow)
             run(probe)
@@ -166,8 +174,14 @@ def _bounds(
     return rows
 
 
+def _contract(variant: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What an honest evaluation of a variant keeps, and the dtype of x if it is narrow."""
+    narrow = variant["x"] if variant["x"] in ("bfloat16", "float16") else None
+    return variant["contract"] if narrow or variant["contract"] in ("float64", "tf32") else "float32", narrow
+
+
 def _row(name: str, expected: np.ndarray, honest: float, factor: float, contract: str, case: Draft) -> dict[str, float]:
-    scale = 1.0 if name in GATES else float(np.max(np.abs(expected), initial=0.0))
+    scale = 1.0 if name in GATES else float(np.max(np.abs(expected), initial=0.0, where=np.isfinite(expected)))
     if case.exact:
         if honest:
             raise ValueError(f"{case.id}: {name} is declared exact, yet an honest evaluation misses it by {honest:g}")
@@ -198,9 +212,10 @@ def _honest(
         if style.potentials and "H" in worst and last_axis is not None:
             # The exponential of a logarithm keeps no sum to (n + 2) u: what remains is measured.
             sums = (values["H"].astype(np.float64) - expected["H"]).sum(last_axis)
+            sums = sums[np.isfinite(expected["H"].sum(last_axis))]
             worst[SUMS] = max(worst.get(SUMS, 0.0), float(np.max(np.abs(sums), initial=0.0)))
         for name in tensors:
-            error = np.abs(values[name].astype(np.float64) - expected[name])
+            error = np.abs(values[name].astype(np.float64) - expected[name])[np.isfinite(expected[name])]
             if not np.isfinite(error).all():
                 raise ValueError(f"{name} isn't finite in {contract}, {narrow or 'wide'}, {style}")
             worst[name] = max(worst[name], float(np.max(error, initial=0.0)))

@@ -18,6 +18,7 @@ CLAUSES = {
     "Single pass": "what a site reads with and hands on, and the gradient that comes back through it",
     "The residual matrix": "Sinkhorn as written, permutations, overflow, gradients of the N iterations",
     "Precision": "where each dialect rounds",
+    "Infinities and NaN": "where something that isn't finite comes out, and where it doesn't",
     "Dialects": "combinations of parameters that no dialect has",
     "Initial values (MaxText)": "what training starts from",
     "Checkpoint layouts": "weights under other names and in other shapes",
