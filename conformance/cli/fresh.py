@@ -1,4 +1,4 @@
-"""Rows that a user writes, on the command line."""
+"""Cases that a command makes: of rows that a user writes, and of new numbers."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def making(rows: Sequence[Dialect]) -> Any:
     try:
         from conformance.oracle import making as module
     except ImportError as error:
+        unmade = next((f"cases of {row.name}" for row in rows if not row.published), "these numbers")
         stop(
-            f"the corpus has no cases of {rows[0].name}, and making them needs the extra 'regenerate': "
+            f"the corpus has no {unmade}, and making them needs the extra 'regenerate': "
             f"pip install 'mhc-conformance[regenerate]' ({error})",
             SETUP,
         )
@@ -66,19 +67,24 @@ class Workshop:
 
     def cases(self, rows: Sequence[Dialect], choose: Callable[[Dialect], list[Any]], jobs: int) -> list[Case]:
         """Makes the cases that ``choose`` picks for each row, and says how many there are and how long it took."""
+        cases: list[Case] = []
+        shared = [row for row in rows if row.published]  # the names of their files differ
+        groups = [shared] if shared else []
+        for number, group in enumerate(groups + [[row] for row in rows if not row.published]):
+            label = group[0].name if len(group) == 1 else f"{len(group)} dialects"
+            cases += self._make(str(number), label, [wish for row in group for wish in choose(row)], group, jobs)
+        return cases
+
+    def _make(self, folder_name: str, label: str, wishes: list[Any], rows: Sequence[Dialect], jobs: int) -> list[Case]:
         from rich.console import Console
         from rich.progress import Progress
 
-        make, cases = making(rows).make, []
-        for number, row in enumerate(rows):
-            folder, started = self.folder / str(number), time.monotonic()
-            folder.mkdir()
-            with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-                task = bar.add_task(f"cases of {row.name}", total=None)
-                made = make(choose(row), folder, jobs, lambda k, n, b=bar, t=task: b.update(t, completed=k, total=n))
-            seconds = time.monotonic() - started
-            typer.echo(f"made {len(made.cases)} cases of {row.name} in {seconds:.0f} s")
-            for line in made.left_out:
-                typer.echo(f"  left out, {line}")
-            cases += made.cases
-        return cases
+        folder, started = self.folder / folder_name, time.monotonic()
+        folder.mkdir()
+        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task(f"cases of {label}", total=None)
+            made = making(rows).make(wishes, folder, jobs, lambda k, n: bar.update(task, completed=k, total=n))
+        typer.echo(f"made {len(made.cases)} cases of {label} in {time.monotonic() - started:.0f} s")
+        for line in made.left_out:
+            typer.echo(f"  left out, {line}")
+        return made.cases

@@ -14,7 +14,7 @@ import typer
 from conformance.cli.app import FAILED, SETUP, USAGE, app, interruptible, known_names, stop
 from conformance.cli.fresh import HELP, Workshop, dialects_given
 from conformance.cli.selection import Choice, selected
-from conformance.cli.sizes import FORMS, FULL, LONG, PREFIX, SHORT, SizeChoice
+from conformance.cli.sizes import FORMS, FULL, LONG, PREFIX, QUICK, SHORT, SizeChoice
 
 if TYPE_CHECKING:
     from conformance.cases.dialects import Dialect
@@ -114,6 +114,15 @@ def run(
             "them), none."
         ),
     ] = SHORT,
+    fresh: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="SEED",
+            help="Instead of the golden cases, run the like with new numbers, made on the spot (a covering subset).",
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Make all cases of --fresh, not a subset of them.")] = False,
     jsonl: Annotated[Path | None, typer.Option(help="Write every check to this file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit report.")] = None,
     known: Annotated[Path | None, typer.Option(help="Known results: a file of failures with their reasons.")] = None,
@@ -162,6 +171,10 @@ def run(
         entries = load_known(known) if known else []
     except CaseError as error:
         stop(str(error), USAGE)
+    if every and (fresh is None or quick or case):
+        stop("--all goes with --fresh SEED, and neither with --quick nor with --case", USAGE)
+    if search and fresh is not None:
+        stop("--search draws cases of its own: it doesn't go with --fresh", USAGE)
     if mesh and search:
         stop("--search draws cases for one device: it doesn't go with --mesh", USAGE)
     if mesh and any(name.startswith(registry.EXEC) for name in impl or []):
@@ -170,9 +183,12 @@ def run(
         _search(impl, dialects, stages, dtypes, search, seed, found)
     (form,) = known_names("sizes", [sizes], list(FORMS))
     patterns = [text for text in case or [] if text.startswith(PREFIX)]
-    of_sizes = SizeChoice(form, dialects, stages, dtypes, patterns, bool(case), once=quick, jobs=jobs)
+    if fresh is not None and (form in (QUICK, FULL) or patterns):
+        stop("sizes have new numbers anyway: --fresh goes neither with --sizes nor with the id of a size", USAGE)
+    new_or_named = bool(case) or fresh is not None
+    of_sizes = SizeChoice(form, dialects, stages, dtypes, patterns, new_or_named, once=quick, jobs=jobs)
     named = [text for text in case or [] if not text.startswith(PREFIX)]
-    choice = Choice(dialects, bool(dialect), dtypes, stages, named, quick)
+    choice = Choice(dialects, bool(dialect), dtypes, stages, named, quick, fresh, every)
     selection = selected(choice, [] if of_sizes.alone or (patterns and not named) else cases)
     questions = of_sizes.questions()
     if listing:

@@ -28,6 +28,8 @@ class Choice:
         dtypes: those of x.
         cases: globs of case ids, and paths of case files.
         quick: whether a covering subset is enough.
+        fresh: the seed of new numbers, which take the place of the corpus; None for the corpus.
+        every: whether all families get new numbers.
     """
 
     dialects: Sequence[Dialect]
@@ -36,6 +38,8 @@ class Choice:
     stages: Sequence[str]
     cases: Sequence[str]
     quick: bool
+    fresh: int | None = None
+    every: bool = False
 
     @property
     def files(self) -> list[Path]:
@@ -46,15 +50,24 @@ class Choice:
         return [text for text in self.cases if not text.endswith(CASE_FILE)]
 
     @property
-    def unpublished(self) -> list[Dialect]:
+    def unmade(self) -> list[Dialect]:
         """Rows whose cases have to be made; none where case files alone are asked for."""
-        return [row for row in self.dialects if not row.published] if self.patterns or not self.cases else []
+        made = [row for row in self.dialects if self.fresh is not None or not row.published]
+        return made if self.patterns or not self.cases else []
+
+    def wishes_of(self, row: Dialect) -> list[Any]:
+        """The cases of a row that have to be made; of new numbers a covering subset, unless more is asked for."""
+        covering = self.fresh is not None and not (self.every or self.patterns)
+        return making(self.unmade).chosen(
+            row, self.stages, self.dtypes, self.patterns, quick=self.quick, seed=self.fresh, covering=covering
+        )
 
     def takes(self, case: Case) -> bool:
         """Whether a case of the corpus is selected."""
         published = {row.told for row in self.dialects if row.published}
         return (
-            case.dialect in published
+            self.fresh is None
+            and case.dialect in published
             and (not self.quick or case.quick)
             and (not self.cases or any(fnmatch.fnmatchcase(case.id, pattern) for pattern in self.patterns))
         )
@@ -80,18 +93,18 @@ class Selection:
 
     def ids(self) -> list[str]:
         """Ids of all items; nothing is made for them."""
-        rows = self.choice.unpublished
-        unmade = [
+        rows = self.choice.unmade
+        lines = [
             line
             for row in rows
             for wish in self.wishes[row.name]
             for line in making(rows).item_ids(wish, self.choice.stages)
         ]
-        return [item.id for item in self.choice.items_of(self.cases)] + unmade
+        return [item.id for item in self.choice.items_of(self.cases)] + lines
 
     def items(self, workshop: Workshop, jobs: int) -> list[Item]:
         """All items; the cases that are missing are made."""
-        rows = self.choice.unpublished
+        rows = self.choice.unmade
         made = workshop.cases(rows, lambda row: self.wishes[row.name], jobs) if rows else []
         return self.choice.items_of([*self.cases, *made])
 
@@ -106,15 +119,13 @@ def selected(choice: Choice, corpus: Sequence[Case]) -> Selection:
             _ = case.tensors  # read and checked before anything runs
     except CaseError as error:
         stop(str(error), USAGE)
-    rows = choice.unpublished
-    wishes = {
-        row.name: making(rows).chosen(row, choice.stages, choice.dtypes, choice.patterns, quick=choice.quick)
-        for row in rows
-    }
-    ids = [case.id for case in corpus] + [wish.id for row in rows for wish in wishes[row.name]]
+    rows = choice.unmade
+    wishes = {row.name: choice.wishes_of(row) for row in rows}
+    ids = [case.id for case in corpus if choice.fresh is None]
+    ids += [wish.id for row in rows for wish in wishes[row.name]]
     for pattern in choice.patterns:
         if not fnmatch.filter(ids, pattern):
-            stop(f"no case matches {pattern!r}; for instance {ids[0]}", USAGE)
+            stop(f"no case matches {pattern!r}{f'; for instance {ids[0]}' if ids else ''}", USAGE)
     told = {row.told for row in choice.dialects}
     cases = [case for case in corpus if choice.takes(case)]
     cases += [case for case in files if not choice.named or case.dialect in told]

@@ -20,6 +20,8 @@ LOGIT_SCALE = 1.4
 PER_STREAM = (1, 0.25, 4, 0.5, 2, 1, 0.125, 1)
 
 
+FRESH = "fresh"
+"""What the ids of cases with a seed begin with."""
 Elements = Sequence[tuple[tuple[int, ...], float]]
 """Places of a tensor, and the number that isn't finite which stands there."""
 
@@ -59,6 +61,7 @@ class Wish:
         fine: x and the projections keep all of float32's bits (then no narrow variants).
         weights: arrays that replace generated ones.
         tensors: inputs that replace generated ones.
+        seed: of data that are made on the spot; None for a golden file's.
         non_finite: by input or weight, the elements that are NaN or infinite.
     """
 
@@ -87,11 +90,13 @@ class Wish:
     gradients: bool = True
     non_finite: Mapping[str, Elements] = field(default_factory=dict)
     row: Dialect | None = None
+    seed: int | None = None
 
     @property
     def id(self) -> str:
         """Unique, and never used again for other data: a row whose function was corrected has its edition in it."""
-        return "-".join(part for part in (self.family, self.label, self.dialect, edition(self.dialect)) if part)
+        fresh = "" if self.seed is None else f"{FRESH}-{self.seed}"
+        return "-".join(part for part in (fresh, self.family, self.label, self.dialect, edition(self.dialect)) if part)
 
 
 def _float32(values: np.ndarray) -> np.ndarray:

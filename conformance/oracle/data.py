@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -36,3 +37,34 @@ def shared_grid(values: np.ndarray) -> np.ndarray:
 
 def powers_of_two(label: str, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
     return np.exp2(uniform(label, shape, low, high)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The functions above for one seed: every label gives other numbers. Without a seed they are the golden files'."""
+
+    seed: int | None = None
+
+    def _label(self, label: str) -> str:
+        return label if self.seed is None else f"fresh/{self.seed}/{label}"
+
+    def normal(self, label: str, shape: tuple[int, ...]) -> np.ndarray:
+        return normal(self._label(label), shape)
+
+    def uniform(self, label: str, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
+        return uniform(self._label(label), shape, low, high)
+
+    def powers_of_two(self, label: str, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
+        return powers_of_two(self._label(label), shape, low, high)
+
+    def shuffled(self, label: str, matrix: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
+        """One matrix ``[n, n]`` for every token, ``[*lead, n, n]``; with a seed each has its rows and columns in an
+        order of its own."""
+        repeated = np.broadcast_to(matrix, (*lead, *matrix.shape))
+        if self.seed is None:
+            return repeated
+        for axis in (-2, -1):
+            keys = self.uniform(f"{label}/{axis}", (*lead, matrix.shape[0]), 0, 10**6)
+            order = np.argsort(keys, axis=-1, kind="stable")  # [*lead, n]
+            repeated = np.take_along_axis(repeated, np.expand_dims(order, -3 - axis), axis)  # [*lead, n, n]
+        return repeated

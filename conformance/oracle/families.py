@@ -14,6 +14,7 @@ from conformance.cases.dialects import Dialect, dialect_names, published
 from conformance.cases.rules import most_permuted
 from conformance.oracle import data, non_finite
 from conformance.oracle.build import CORE, PURE, Wish
+from conformance.oracle.data import Draws
 
 SLOWEST = json.loads(Path(__file__).with_name("slowest.json").read_text())
 NARROW = ("bfloat16-float32", "float16-float32")
@@ -32,28 +33,29 @@ DENSE = ("layer", {"branch": "mlp_dense"})
 SINGLE_PASS = {"pre_from": "previous", "reduce": "carried"}
 
 
-def wishes() -> Iterator[Wish]:
-    """Every case of the corpus, in a fixed order."""
+def wishes(seed: int | None = None) -> Iterator[Wish]:
+    """Every case of the corpus, in a fixed order; with a seed the same cases with other numbers."""
     for name in dialect_names():
-        yield from wishes_of(published(name))
-    yield from _exact()
-    yield from _other_parameters()
+        yield from wishes_of(published(name), seed)
+    draws = Draws(seed)
+    for wish in (*_exact(draws), *_other_parameters(draws)):
+        yield dataclasses.replace(wish, seed=seed)
 
 
-def wishes_of(dialect: Dialect) -> Iterator[Wish]:
+def wishes_of(dialect: Dialect, seed: int | None = None) -> Iterator[Wish]:
     """The cases of every family that fits a row, published or not."""
-    for wish in _of_row(dialect.name, dict(dialect.parameters)):
-        yield dataclasses.replace(wish, row=dialect)
+    for wish in _of_row(dialect.name, dict(dialect.parameters), Draws(seed)):
+        yield dataclasses.replace(wish, row=dialect, seed=seed)
 
 
-def _of_row(name: str, parameters: dict[str, Any]) -> Iterator[Wish]:
+def _of_row(name: str, parameters: dict[str, Any], draws: Draws) -> Iterator[Wish]:
     yield from _whole_layers(name, parameters)
     yield from _sizes(name, parameters)
     if parameters["residual"] != "identity":
-        yield from _matrices(name, parameters)
-    yield from _activations(name, parameters)
-    yield from _plumbing(name, parameters)
-    yield _exact_mixing(name, parameters)
+        yield from _matrices(name, parameters, draws)
+    yield from _activations(name, parameters, draws)
+    yield from _plumbing(name, parameters, draws)
+    yield _exact_mixing(name, parameters, draws)
     yield from non_finite.wishes(name, parameters, _every_stage(parameters), name in EVERY_CONTRACT)
 
 
@@ -129,7 +131,7 @@ def _sizes(name: str, p: dict[str, Any]) -> Iterator[Wish]:
         )  # fmt: skip
 
 
-def _matrices(name: str, p: dict[str, Any]) -> Iterator[Wish]:
+def _matrices(name: str, p: dict[str, Any], draws: Draws) -> Iterator[Wish]:
     n = 4
     clause = "The residual matrix"
     near = np.full((n, n), 0.0)
@@ -138,15 +140,15 @@ def _matrices(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     # What is hard for rows first is hard for columns first once it is transposed.
     turned = (lambda a: np.swapaxes(a, -1, -2)) if p["order"] == "columns-first" else (lambda a: a)
     if sinkhorn:
-        yield _matrix_wish("permutation", "orientation, rows that have not converged", name, p, near, 1.0)
+        yield _matrix_wish("permutation", "orientation, rows that have not converged", name, p, near, 1.0, draws)
     yield Wish("wide", "logits of deviation 5: rows that have not converged, wrong gradients", clause, name,
                stages=MATRIX, logit_deviation=5.0, weights={"res_alpha_scale": 3.0},
                only={"residual_matrix": _sharp(CORE, p)})  # fmt: skip
     offsets = (120.0, 9984.0)
     for offset in offsets:
         shape = (3, 4, n, n) if sinkhorn else (3, 4, 24)
-        rows = data.uniform(f"overflow/{offset}", (*shape[:-1], 1), -1, 1) * offset
-        noise = data.normal(f"overflow/noise/{name}/{offset}", shape) * 2
+        rows = draws.uniform(f"overflow/{offset}", (*shape[:-1], 1), -1, 1) * offset
+        noise = draws.normal(f"overflow/noise/{name}/{offset}", shape) * 2
         grid = data.shared_grid if p["coefficients"] == "activation" else (lambda v: np.asarray(v, np.float32))
         bias = np.array([offset, -offset, 0.0, offset])[:, None] if sinkhorn else rows[0, 0]
         logits = grid(rows + np.round(noise * 64) / 64)
@@ -158,14 +160,16 @@ def _matrices(name: str, p: dict[str, Any]) -> Iterator[Wish]:
         return
     blocks = np.array([[0, 1, -5, -6], [2, 0, -6, -5], [-6, -5, 1, 0], [-5, -7, 0, 3]], float)
     yield _matrix_wish("slow", "nearly decoupled blocks: 19 against 20 iterations, order, ending on rows",
-                       name, p, turned(blocks), 0.25)  # fmt: skip
+                       name, p, turned(blocks), 0.25, draws)  # fmt: skip
     for streams in (2, 3, 4, 8):
         logits = turned(np.array(SLOWEST[f"n{streams}-N20"]))
-        yield _matrix_wish("slowest", "searched: the largest change from iteration N - 1 to N", name, p, logits, 0.0)
+        yield _matrix_wish(
+            "slowest", "searched: the largest change from iteration N - 1 to N", name, p, logits, 0.0, draws
+        )
     floor = np.zeros((n, n))
     floor[:, 2] = -13.0
     yield _matrix_wish("eps-floor", "one column 13 below the rest: eps added against clipped, or missing",
-                       name, p, turned(floor), 1.0)  # fmt: skip
+                       name, p, turned(floor), 1.0, draws)  # fmt: skip
 
 
 def _sharp(variants: Sequence[str], p: dict[str, Any]) -> list[str]:
@@ -173,22 +177,24 @@ def _sharp(variants: Sequence[str], p: dict[str, Any]) -> list[str]:
     return [v for v in variants if v != "float16-float32" or p["matrix"] == "float32"]
 
 
-def _matrix_wish(family: str, why: str, name: str, p: dict[str, Any], logits: np.ndarray, noise: float) -> Wish:
+def _matrix_wish(
+    family: str, why: str, name: str, p: dict[str, Any], logits: np.ndarray, noise: float, draws: Draws
+) -> Wish:
     """Logits through both doors: as the input of residual_matrix, and as b_res of the coefficients."""
     n = logits.shape[0]
-    jitter = data.normal(f"{family}/{name}/{n}", (3, 4, n, n)) * noise
+    jitter = draws.normal(f"{family}/{name}/{n}", (3, 4, n, n)) * noise
     grid = data.shared_grid
     label = f"n{n}" if family == "slowest" else ""
     variants = CORE if n == 4 else ("float32-float32", "float64-float64", *NARROW)
     return Wish(
         family, why, "The residual matrix", name, label, streams=n, stages=MATRIX if n == 4 else MATRIX[:1],
         variants=_sharp(variants, p),
-        tensors={"logits": grid(logits + jitter)},
+        tensors={"logits": grid(draws.shuffled(f"{family}/{name}/{n}", logits, (3, 4)) + jitter)},
         weights={"res_beta": logits, "res_alpha_scale": 2.0**-7 if noise < 0.5 else 0.5},
     )  # fmt: skip
 
 
-def _activations(name: str, p: dict[str, Any]) -> Iterator[Wish]:
+def _activations(name: str, p: dict[str, Any], draws: Draws) -> Iterator[Wish]:
     stages = ["coefficients", "pre", DENSE]
     yield Wish("tiny", "x at 1e-3: the norm's eps, inside or outside the root", "Forward", name,
                stages=stages, x_scale=2.0**-10, variants=CORE)  # fmt: skip
@@ -197,7 +203,7 @@ def _activations(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     yield Wish("big", "x at 200: overflow of squares in float16", "Forward", name, stages=stages, x_scale=200.0,
                only={"pre": wide, "layer": wide})  # fmt: skip
     if p["norm_eps"] > 0:
-        base = data.shared_grid(data.normal(f"zero/{name}", (3, 4, 4, 8)))
+        base = data.shared_grid(draws.normal(f"zero/{name}", (3, 4, 4, 8)))
         base[1, 2] = 0.0
         overflows = p["norm_eps_position"] == "root" or p["norm_eps"] < 1e-8  # 1e6 to 1e10 times a cotangent
         yield Wish("zero", "a token of zeros: the norm's eps and its gradient", "Forward", name,
@@ -216,7 +222,7 @@ def _activations(name: str, p: dict[str, Any]) -> Iterator[Wish]:
         # y is 2^8 times u, so that 1e-6 of it can be told from x
         yield Wish("closed-gate", f"post bias -{bias}: only post_eps is left", "Forward", name, f"post-{bias}",
                    stages=[DENSE], weights={"post_beta": -float(bias)},
-                   tensors={"branch_scale": data.powers_of_two(f"closed-gate/{name}", (8,), 8, 8)})  # fmt: skip
+                   tensors={"branch_scale": draws.powers_of_two(f"closed-gate/{name}", (8,), 8, 8)})  # fmt: skip
     eps = {k: v for k, v in {"norm_eps": 0.0625, "eps": 0.03125, "pre_eps": 0.046875, "post_eps": 0.015625}.items()
            if p[k]}  # fmt: skip
     if eps:
@@ -226,17 +232,17 @@ def _activations(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     width, m = 32, {"sinkhorn": 16, "permutations": 24, "identity": 0}[p["residual"]]
     alternate = np.where(np.arange(width) % 2, -1.0, 1.0)[:, None]
     large = {
-        f"{k}_alpha": alternate * 24 + data.normal(f"cancel/{name}/{k}", (width, count)) * 0.25
+        f"{k}_alpha": alternate * 24 + draws.normal(f"cancel/{name}/{k}", (width, count)) * 0.25
         for k, count in (("pre", 4), ("post", 4), ("res", m))
     }
-    ones = data.shared_grid(1 + data.normal(f"cancel/{name}/x", (3, 4, 4, 8)) / 64)
+    ones = data.shared_grid(1 + draws.normal(f"cancel/{name}/x", (3, 4, 4, 8)) / 64)
     yield Wish("cancel-projection", "large terms of opposite sign in flat @ phi: accumulation in bfloat16, TF32",
                "Precision", name, stages=["coefficients"], tensors={"x": ones},
                weights={**large, "pre_alpha_scale": 0.25, "post_alpha_scale": -0.25, "res_alpha_scale": 0.25},
                tf32=True)  # fmt: skip
 
 
-def _plumbing(name: str, p: dict[str, Any]) -> Iterator[Wish]:
+def _plumbing(name: str, p: dict[str, Any], draws: Draws) -> Iterator[Wish]:
     clause = "Forward"
     shapes: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
         ("zero-tokens", {"lead": (1, 0)}, F32),
@@ -251,7 +257,7 @@ def _plumbing(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     for branch, variants in (("attention", BF16), ("mlp_moe", F32)):
         yield Wish("branch", "what the branch is handed and what it returns", clause, name, branch.replace("_", "-"),
                    stages=[("layer", {"branch": branch})], variants=variants)  # fmt: skip
-    yield _cancel_branch(name, p)
+    yield _cancel_branch(name, p, draws)
     (_, options), *head = _reductions(p)
     other = {"how": "sum" if options["how"] == "mean" else "mean"}
     yield Wish("head", "the other reduction; a head with one gate closed", "Forward", name,
@@ -262,24 +268,24 @@ def _plumbing(name: str, p: dict[str, Any]) -> Iterator[Wish]:
     yield Wish("stack", "24 layers: growth of error", clause, name, stages=[("stack", {"layers": 24, "reduce": how})],
                layers=24, lead=(1, 3), variants=F32_BF16 if name in EVERY_CONTRACT else BF16,
                weights={"pre_alpha_scale": 0.125, "post_alpha_scale": -0.125, "res_alpha_scale": 0.25},
-               tensors={"branch_scale": data.powers_of_two(f"stack/{name}", (8,), -5, -3)})  # fmt: skip
+               tensors={"branch_scale": draws.powers_of_two(f"stack/{name}", (8,), -5, -3)})  # fmt: skip
     if p["pre_from"] == "previous":
-        yield from _short_stacks(name)
+        yield from _short_stacks(name, draws)
 
 
-def _short_stacks(name: str) -> Iterator[Wish]:
+def _short_stacks(name: str, draws: Draws) -> Iterator[Wish]:
     """A few single-pass sites, which show the first site's read and the gradient of the carried pre in every dtype."""
     for layers in (1, 2, 3):
         yield Wish("stack", "a chain of sites, each reading with the pre of the one before", "Single pass", name,
                    f"{layers}-sites", stages=[("stack", {"layers": layers, "reduce": "carried"})], layers=layers,
                    weights={"pre_alpha_scale": 0.5, "post_alpha_scale": -0.5, "res_alpha_scale": 1.0},
-                   tensors={"branch_scale": data.powers_of_two(f"stack/{layers}/{name}", (8,), -3, 0)})  # fmt: skip
+                   tensors={"branch_scale": draws.powers_of_two(f"stack/{layers}/{name}", (8,), -3, 0)})  # fmt: skip
 
 
-def _cancel_branch(name: str, p: dict[str, Any]) -> Wish:
+def _cancel_branch(name: str, p: dict[str, Any], draws: Draws) -> Wish:
     """Constant post and H make the cancelling y easy to write down: y = -(sum of x)/n - a little."""
-    x = data.shared_grid(data.normal(f"cancel-branch/{name}", (3, 4, 4, 8)) * 4)
-    H = np.full((3, 4, 4, 4), 0.25) + np.round(data.normal(f"cancel-branch/H/{name}", (3, 4, 4, 4)) * 4) / 64
+    x = data.shared_grid(draws.normal(f"cancel-branch/{name}", (3, 4, 4, 8)) * 4)
+    H = np.full((3, 4, 4, 4), 0.25) + np.round(draws.normal(f"cancel-branch/H/{name}", (3, 4, 4, 4)) * 4) / 64
     H = np.broadcast_to(np.eye(4), H.shape) if p["residual"] == "identity" else H
     grid = data.shared_grid
     H, post = grid(H), np.full((3, 4, 4), 1.0, np.float32)
@@ -289,9 +295,9 @@ def _cancel_branch(name: str, p: dict[str, Any]) -> Wish:
                 name, stages=["post"], tensors={"x": x, "H": H, "post": post, "y": grid(-mixed)})  # fmt: skip
 
 
-def _exact() -> Iterator[Wish]:
+def _exact(draws: Draws) -> Iterator[Wish]:
     zero = {f"{k}_alpha": 0.0 for k in ("pre", "post", "res")} | {f"{k}_beta": 0.0 for k in ("pre", "post", "res")}
-    small = data.uniform("exact/x", (3, 4, 4, 8), -8, 8).astype(np.float32)
+    small = draws.uniform("exact/x", (3, 4, 4, 8), -8, 8).astype(np.float32)
     for name in ("paper", "transformer-engine"):
         yield Wish("exact", "small integers and uniform gates: zero tolerance", "Forward", name, "uniform",
                    stages=["expand", ("reduce", {"how": "mean"}), "residual_matrix", "coefficients", "pre",
@@ -300,14 +306,14 @@ def _exact() -> Iterator[Wish]:
                    gradients=False, quick=name == "paper")  # fmt: skip
 
 
-def _exact_mixing(name: str, p: dict[str, Any]) -> Wish:
-    small = data.uniform("exact/x", (3, 4, 4, 8), -8, 8).astype(np.float32)
-    order = np.argsort(data.uniform("exact/order", (3, 4, 4), 0, 10**6), axis=-1, kind="stable")
+def _exact_mixing(name: str, p: dict[str, Any], draws: Draws) -> Wish:
+    small = draws.uniform("exact/x", (3, 4, 4, 8), -8, 8).astype(np.float32)
+    order = np.argsort(draws.uniform("exact/order", (3, 4, 4), 0, 10**6), axis=-1, kind="stable")
     matrices = np.eye(4, dtype=np.float32)[order]
     H = np.broadcast_to(np.eye(4, dtype=np.float32), matrices.shape) if p["residual"] == "identity" else matrices
     return Wish("exact", "permutation matrices: zero tolerance", "Forward", name, "permutation", stages=["post"],
                 tensors={"x": small, "y": small[..., 1, :] * 2, "H": np.ascontiguousarray(H),
-                         "post": np.exp2(data.uniform(f"exact/post/{name}", (3, 4, 4), -1, 1)).astype(np.float32)},
+                         "post": np.exp2(draws.uniform(f"exact/post/{name}", (3, 4, 4), -1, 1)).astype(np.float32)},
                 exact=True, gradients=False)  # fmt: skip
 
 
@@ -338,7 +344,7 @@ def _seen_in_every_dtype() -> Iterator[Wish]:
             yield Wish("parameters", why, "Dialects", name, label, overrides=overrides, variants=variants, **rest)
 
 
-def _other_parameters() -> Iterator[Wish]:
+def _other_parameters(draws: Draws) -> Iterator[Wish]:
     """Parameters that no published dialect combines: each must work on its own."""
     stages = ["residual_matrix", "coefficients", DENSE]
     combinations = (
@@ -374,7 +380,8 @@ def _other_parameters() -> Iterator[Wish]:
     for name in ("paper", "deepseek-v4"):
         turned = np.transpose if name == "paper" else np.array
         for streams in (2, 3, 4, 8):
+            searched = turned(np.array(SLOWEST[f"n{streams}-N10"]))
             yield Wish("slowest", "searched: the largest change from iteration 9 to 10", "The residual matrix", name,
                        f"n{streams}-N10", streams=streams, stages=MATRIX[:1], overrides={"iterations": 10},
-                       variants=F32, tensors={"logits": data.shared_grid(np.broadcast_to(
-                           turned(np.array(SLOWEST[f"n{streams}-N10"])), (3, 4, streams, streams)))})  # fmt: skip
+                       variants=F32, tensors={"logits": data.shared_grid(
+                           draws.shuffled(f"slowest/{name}/{streams}", searched, (3, 4)))})  # fmt: skip

@@ -1,4 +1,4 @@
-"""Makes cases on the spot, for a row that the corpus has no cases of.
+"""Makes cases on the spot: for a row that the corpus has no cases of, and of new numbers for one that it has.
 
 They are made as the corpus is: true values come from ball arithmetic, bounds from the honest ensemble. This needs the
 extra ``regenerate`` (python-flint).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +20,17 @@ from conformance.cases.case import Case, load_case
 from conformance.cases.dialects import Dialect
 from conformance.oracle.balls import PrecisionExhausted
 from conformance.oracle.build import Wish, build
-from conformance.oracle.families import wishes_of
+from conformance.oracle.families import wishes, wishes_of
 from conformance.oracle.generate import complete
 from conformance.oracle.pool import processes
 
 QUICK = (("smoke", ""), ("generic", "n4"), ("closed-gate", ""), ("closed-gate", "post-18"), ("big-eps", ""))
 """Families and labels that a quick run takes."""
+COVERING = (
+    *QUICK, ("generic", "n3"), ("wide", ""), ("overflow", "9984"), ("zero", ""), ("non-finite", "tokens"),
+    ("exact", "permutation"), ("stack", "2-sites"),
+)  # fmt: skip
+"""Families and labels of new numbers that are made where not all of them are asked for: every stage in every dtype."""
 WORKERS = 2
 NARROW = ("float16", "bfloat16")
 """The dtypes that a row which overflows does without, one after the other."""
@@ -50,6 +56,8 @@ def chosen(
     patterns: Sequence[str] = (),
     families: Collection[str] = (),
     quick: bool = False,
+    seed: int | None = None,
+    covering: bool = False,
 ) -> list[Wish]:
     """The wishes that fit a row, without the stages and dtypes that aren't asked for.
 
@@ -58,15 +66,30 @@ def chosen(
         patterns: globs; a case's id must match one of them, if there are any.
         families: the families that are asked for; empty for all.
         quick: whether only `QUICK` is asked for.
+        seed: of the data; None for those that the golden files of a published row have.
+        covering: whether only `COVERING` is asked for.
     """
-    wishes = [
+    kinds = QUICK if quick else COVERING if covering else ()
+    fitting = [
         wish
-        for wish in wishes_of(dialect)
-        if (not quick or (wish.family, wish.label) in QUICK)
+        for wish in _fitting(dialect, seed)
+        if (not kinds or (wish.family, wish.label) in kinds)
         and (not families or wish.family in families)
         and (not patterns or any(fnmatch.fnmatchcase(wish.id, pattern) for pattern in patterns))
     ]
-    return [kept for wish in wishes if (kept := _narrowed(wish, stages, dtypes))]
+    return [kept for wish in fitting if (kept := _narrowed(wish, stages, dtypes))]
+
+
+def _fitting(dialect: Dialect, seed: int | None) -> list[Wish]:
+    """All wishes of a row; those of new numbers for a published one include its cases of other parameters."""
+    if dialect.published and seed is not None:
+        return [wish for wish in _of_seed(seed) if wish.dialect == dialect.name]
+    return list(wishes_of(dialect, seed))
+
+
+@functools.lru_cache(1)
+def _of_seed(seed: int) -> tuple[Wish, ...]:
+    return tuple(wishes(seed))
 
 
 def _narrowed(wish: Wish, stages: Collection[str], dtypes: Collection[str]) -> Wish | None:
@@ -107,7 +130,7 @@ def make(
     """
     made = Made()
     jobs = min(jobs, WORKERS, len(wishes))
-    paths = [folder / f"{'-'.join(part for part in (w.family, w.label) if part)}.safetensors" for w in wishes]
+    paths = [folder / f"{_name(wish)}.safetensors" for wish in wishes]
     with processes(jobs) if jobs > 1 else _Alone() as pool:
         notes = pool.imap(_write, list(zip(wishes, paths, strict=True)))
         for done, (path, lines) in enumerate(zip(paths, notes, strict=True), 1):
@@ -117,6 +140,13 @@ def make(
             if progress:
                 progress(done, len(wishes))
     return made
+
+
+def _name(wish: Wish) -> str:
+    """A file's name; the ids of rows of a user's own may be longer than a name can be."""
+    if wish.row is None or wish.row.published:
+        return wish.id
+    return "-".join(part for part in (wish.family, wish.label) if part)
 
 
 class _Alone:
