@@ -125,7 +125,8 @@ def selected(choice: Choice, corpus: Sequence[Case]) -> Selection:
     ids += [wish.id for row in rows for wish in wishes[row.name]]
     for pattern in choice.patterns:
         if not fnmatch.filter(ids, pattern):
-            stop(f"no case matches {pattern!r}{f'; for instance {ids[0]}' if ids else ''}", USAGE)
+            example = f"for instance {ids[0]}" if ids else f"those of new numbers begin with fresh-{choice.fresh}-"
+            stop(f"no case matches {pattern!r}; {example}", USAGE)
     told = {row.told for row in choice.dialects}
     cases = [case for case in corpus if choice.takes(case)]
     cases += [case for case in files if not choice.named or case.dialect in told]
