@@ -131,7 +131,9 @@ def _call(implementation: Implementation, item: Item, outcome: Outcome) -> None:
     before = {name: array.tobytes() for name, array in inputs.items()}
     started = time.perf_counter()
     try:
-        outputs, gradients = mappings(implementation.call(item.stage, dict(inputs), item.config, cotangents))
+        with np.errstate(all="ignore" if item.case.infinite else None):  # NumPy warns of what was handed over
+            result = implementation.call(item.stage, dict(inputs), item.config, cotangents)
+        outputs, gradients = mappings(result)
     except NotImplementedError as error:
         outcome.skipped = f"refused: {describe(error)}"
         return

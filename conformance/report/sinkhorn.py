@@ -28,8 +28,10 @@ def logits_of(case: Case) -> np.ndarray | None:
 
 
 def convergence(case: Case) -> dict[str, Any] | None:
-    """``{"rows", "columns"}``: for each iteration the largest distance of a sum from 1, over all tokens."""
-    logits = logits_of(case)
+    """``{"rows", "columns"}``: for each iteration the largest distance of a sum from 1, over all finite tokens."""
+    with np.errstate(all="ignore"):  # inputs may be NaN or infinite
+        logits = logits_of(case)
+    logits = None if logits is None else logits[np.isfinite(logits).all((-2, -1))]
     if logits is None or not logits.size:
         return None
     distances: dict[str, Any] = {"rows": [], "columns": [], "iterations": []}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -138,3 +140,16 @@ def test_an_item_with_nan_among_its_inputs_is_handed_over_and_judged():
     assert np.isnan(handed[1]["x"]).sum() == 1
     hiding = Answers({"out": array([[[2.0]]], "float32")}, {})
     assert [check.verdict for check in run_item(hiding, item).checks] == ["hidden"]
+
+
+def test_numpy_warns_of_no_number_that_it_was_handed_and_of_every_other_one():
+    def subtract(inputs):
+        return inputs["x"] - np.float32(INF)  # inf - inf
+
+    item = made(inputs={"x": [[[[INF], [2.0]]]]}, outputs={"out": [[[NAN]]]})
+    handed = replace(item, case=replace(item.case, infinite=True))
+    handed.case.__dict__["tensors"] = item.case.tensors
+    right = Answers({"out": array([[[NAN]]], "float32")}, {}, meanwhile=subtract)
+    assert [check.verdict for check in run_item(right, handed).checks] == ["passed"]
+    (check,) = run_item(right, item).checks
+    assert check.verdict == "errored" and check.message.startswith("RuntimeWarning: invalid value")
