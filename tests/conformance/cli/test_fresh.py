@@ -85,10 +85,11 @@ def test_a_subset_covers_each_dialect_stage_and_dtype_and_all_has_every_case():
     whole = [w for name in dialect_names() for w in chosen(name)]
     assert sorted(w.id.removeprefix("fresh-5-") for w in whole) == sorted(GOLDEN)
     assert len(subset) < len(whole) / 2
+    short = [w for w in whole if w.family != "parameters" and (w.family, w.label) != ("stack", "")]
     for name in dialect_names():
         of_all, of_subset = (
             {(stage, variant.partition("-")[0]) for w in wishes if w.dialect == name for stage, variant in pairs(w)}
-            for wishes in (whole, subset)
+            for wishes in (short, subset)
         )
         assert of_all == of_subset, name
 
