@@ -28,10 +28,10 @@ def _weigh(x: Array, gates: Array) -> Array:
 def _repeated(y: Array, gates: Array) -> Array:
     """y for each stream, ``[..., n, dim]`` in float32 or wider.
 
-    The select takes y wherever the gate is a number, so it changes no result. Without it XLA converts y before it is
-    repeated, and writes it to memory in float32: 26.4 units for 22.4 forward, measured as above.
+    The select takes y always, since nothing is less than -inf, which XLA doesn't know. Without it XLA converts y before
+    it is repeated, and writes it to memory in float32: 26.4 units for 22.4 forward, measured as above.
     """
-    repeated = jnp.where((gates == gates)[..., None], y[..., None, :], jnp.zeros((), y.dtype))  # [..., n, dim]
+    repeated = jnp.where(~(gates < -jnp.inf)[..., None], y[..., None, :], jnp.zeros((), y.dtype))  # [..., n, dim]
     return repeated.astype(jnp.promote_types(y.dtype, jnp.float32))
 
 
