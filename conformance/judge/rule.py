@@ -124,7 +124,7 @@ def check_tensor(
         return Check(tensor, "passed", bound=bound)
     true = np.where(judged, expected, 0.0)
     error = np.abs(np.where(judged, value, 0.0) - true)
-    parts = None if magnitude is None else np.where(judged, magnitude, 0.0)
+    parts = None if magnitude is None else np.nan_to_num(magnitude)  # NaN where nothing is judged
     excess = np.maximum(0.0, error - allowance(dtype, contract, true, parts))
     units = excess / bound if bound > 0 else np.where(excess > 0, np.inf, 0.0)
     ratio = float(units.max())
