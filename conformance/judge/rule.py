@@ -122,21 +122,20 @@ def check_tensor(
     judged = np.isfinite(expected)
     if not judged.any():
         return Check(tensor, "passed", bound=bound)
-    true = np.where(judged, expected, 0.0)
-    error = np.abs(np.where(judged, value, 0.0) - true)
-    parts = None if magnitude is None else np.nan_to_num(magnitude)  # NaN where nothing is judged
+    places, true = np.argwhere(judged), expected[judged]  # [elements, axes], [elements]
+    error = np.abs(value[judged] - true)
+    parts = None if magnitude is None else magnitude[judged]
     excess = np.maximum(0.0, error - allowance(dtype, contract, true, parts))
     units = excess / bound if bound > 0 else np.where(excess > 0, np.inf, 0.0)
     ratio = float(units.max())
     check = Check(tensor, verdict_of(ratio), ratio, float(error.max()), bound)
-    ranked = np.argsort(excess, axis=None)[::-1]
-    largest: list[int] = ranked[judged.ravel()[ranked]][:WORST].tolist()
+    largest: list[int] = np.argsort(excess)[::-1][:WORST].tolist()
     for k in largest:
-        index = tuple(map(int, np.unravel_index(k, excess.shape)))
-        row = {"actual": float(value[index]), "expected": float(expected[index]), "error": float(error[index])}
+        index: tuple[int, ...] = tuple(places[k].tolist())
+        row = {"actual": float(value[index]), "expected": float(expected[index]), "error": float(error[k])}
         check.worst.append({"index": list(index), **row})
     if check.verdict == "failed":
-        bins = np.digitize(units[judged], EDGES) - 1
+        bins = np.digitize(units, EDGES) - 1
         check.histogram = np.bincount(bins, minlength=len(EDGES)).tolist()
         _mistrust(check, value, inputs)
     return check

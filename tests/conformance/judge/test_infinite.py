@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def test_numpy_does_not_warn_of_a_number_that_it_was_handed():
     handed.case.__dict__["tensors"] = item.case.tensors
     with np.errstate(all="warn"):
         for judged, state in ((handed, "ignore"), (item, "warn")):
-            seen: list[dict[str, str]] = []
+            seen: list[Any] = []
             answers = Answers(
                 {"out": array([[[NAN]]], "float32")}, {}, meanwhile=lambda _, s=seen: s.append(np.geterr())
             )
