@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from conformance.interface import Arrays, Result
+from conformance.interface import Arrays, Result, asked_for
 from conformance.stages import STAGES
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -37,12 +37,17 @@ def vector_jacobian(
     stage: str, function: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], inputs: Arrays,
     cotangents: Arrays | None,
 ) -> Result:  # fmt: skip
-    """Outputs of ``function`` and the gradients of its floating inputs by autograd; zeros where it ignores one."""
+    """Outputs of ``function`` and the gradients of its floating inputs by autograd; zeros where it ignores one.
+
+    Without cotangents it runs as in inference: no tensor requires a gradient, and autograd is off.
+    """
     tensors = {k: to_torch(v) for k, v in inputs.items()}
-    wanted = [k for k in tensors if k not in STAGES[stage].constants]
+    differentiated = [k for k in tensors if k not in STAGES[stage].constants and asked_for(k)]
+    wanted = [] if cotangents is None else differentiated
     for name in wanted:
-        tensors[name] = tensors[name].detach().requires_grad_(cotangents is not None)
-    outputs = function(tensors)
+        tensors[name] = tensors[name].detach().requires_grad_()
+    with torch.set_grad_enabled(cotangents is not None):
+        outputs = function(tensors)
     gradients: dict[str, np.ndarray] = {}
     if cotangents is not None:
         reached = [k for k, v in outputs.items() if v.requires_grad]
