@@ -19,7 +19,7 @@ from conformance.judge.modes_memory import poison
 from conformance.judge.modes_plan import Plan
 from conformance.selftest.plain import Plain
 
-CASE = load_case(fixtures() / "golden" / "generic-deepseek-v4-n4.safetensors")
+CASE = load_case(fixtures() / "golden" / "generic-n4-deepseek-v4.safetensors")
 DTYPES = ("float32", "bfloat16", "float16")
 CLAIMED = replace(
     wrap(Plain()).capabilities, stages=frozenset({"post", "coefficients"}), dtypes=frozenset(DTYPES)
@@ -131,12 +131,9 @@ class Unwritten(Planted):
 
 
 def judged(implementation, stage, dtype):
-    items = [i for i in CASE.items() if i.stage in ("post", "coefficients")]
-    plan = Plan(items)
-    chosen = [i for i in items if i.stage == stage and i.variant.x == dtype and not i.variant.secondary]
-    if isinstance(implementation, StateOfAnotherDtype):
-        implementation.last = chosen[0].dtype("x")
-    return run_item(implementation, chosen[0], plan=plan)
+    item = next(i for i in CASE.items() if i.stage == stage and i.variant.name == f"{dtype}-float32")
+    implementation.last = item.dtype("x")
+    return run_item(implementation, item, plan=Plan([item]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
