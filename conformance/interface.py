@@ -14,7 +14,7 @@ A `NotImplementedError` is a refusal and counts as skipped; every other exceptio
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -93,7 +93,7 @@ _UNASKED: ContextVar[frozenset[str]] = ContextVar("unasked", default=frozenset()
 
 
 @contextmanager
-def without_gradients_of(names: Collection[str]) -> Iterator[None]:
+def without_gradients_of(names: Collection[str]) -> Generator[None]:
     """In it, the gradients of these inputs and weights aren't asked for."""
     token = _UNASKED.set(frozenset(names))
     try:

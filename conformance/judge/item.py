@@ -112,6 +112,8 @@ def run_item(implementation: Implementation, item: Item, probe: bool = False, pl
         outcome.file = str(item.case.path)
     claimed = implementation.capabilities
     outcome.about = {"device": claimed.device, "description": claimed.description, **claimed.settings}
+    if plan is not None:
+        outcome.about["modes"] = plan.fewer(claimed)
     outcome.skipped = refusal(item, claimed)
     if not outcome.skipped:
         answer = _call(implementation, item, outcome)

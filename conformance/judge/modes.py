@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from conformance.interface import Capabilities, Implementation, without_gradient
 from conformance.judge.item import Answer, Outcome, answered, judged
 from conformance.judge.modes_items import Varied, one_row, rolled, unasked
 from conformance.judge.modes_layouts import EXPANDED, lay, layouts_of
-from conformance.judge.modes_memory import poison, sizes
+from conformance.judge.modes_memory import sizes, unwritten
 from conformance.judge.rule import GOOD, Check, is_array, wide
 
 FORWARD = "without gradients"
@@ -175,9 +176,8 @@ class Further:
                 arrays[name], memory[name], _ = lay(arrays[name], kind)
         if call.after:
             self._sibling(call.after)
-        if call.memory:
-            poison(sizes([*memory.values(), *item.expected.values()]))
-        with without_gradients_of(item.unasked):
+        dirty = unwritten(sizes([*memory.values(), *item.expected.values()])) if call.memory else nullcontext()
+        with without_gradients_of(item.unasked), dirty:
             return item, answered(
                 self.implementation,
                 item,
@@ -282,6 +282,13 @@ class Further:
         elif not any(check.mode == REPEATED for check in self.outcome.checks):
             checks = self._failing(judged(self.item, answer, self.claimed))
             self.outcome.checks += [replace(check, mode=REPEATED) for check in checks]
+
+
+def fail_differences(outcome: Outcome) -> None:
+    """Makes a failing check of each tensor whose bits differed between calls with the same content."""
+    for line in outcome.differences:
+        tensor, _, message = line.partition(": ")
+        outcome.checks.append(Check(tensor, "failed", np.inf, message=message, mode=REPEATED))
 
 
 def _arrays(answer: Answer) -> dict[str, np.ndarray]:

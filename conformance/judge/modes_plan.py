@@ -10,8 +10,9 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from conformance.cases.case import Item
+from conformance.cases.case import Item, load_case
 from conformance.interface import Capabilities, Implementation
 from conformance.judge.item import Answer, Outcome, refusal
 from conformance.judge.modes import UNASKED, Call, Culprits, Further
@@ -42,8 +43,22 @@ class Plan:
     """
 
     def __init__(self, items: Iterable[Item], limit: float = 300.0):
-        self._items, self._limit = tuple(items), limit
+        self._limit = limit
+        self._names: dict[Path, list[tuple[str, str]]] = defaultdict(list)
+        """The stages and variants by the file of their case: all that a worker is sent."""
+        for item in items:
+            self._names[item.case.path].append((item.stage, item.variant.name))
         self._schedules: list[tuple[Capabilities, Schedule]] = []
+
+    @staticmethod
+    def fewer(claimed: Capabilities) -> list[str]:
+        """Why some modes are met on a subset of the items alone, or by none."""
+        reasons: list[str] = []
+        if claimed.compiled:
+            reasons.append("other gradients and layouts on a subset, since each is compiled anew")
+        if claimed.copies:
+            reasons.append("layouts on a subset, since it copies its inputs")
+        return reasons
 
     def judge(self, implementation: Implementation, item: Item, outcome: Outcome, plain: Answer) -> None:
         """Makes the further calls of an item; the outcome has its plain one already."""
@@ -55,13 +70,24 @@ class Plan:
             further.repeat()
 
     def schedule(self, claimed: Capabilities) -> Schedule:
-        """The calls of every item that an implementation claims; worked out once."""
+        """The calls of every item that an implementation claims; worked out once.
+
+        Raises:
+            CaseError: a file doesn't keep the format.
+        """
         for known, schedule in self._schedules:
             if known is claimed:
                 return schedule
-        schedule = scheduled([item for item in self._items if not refusal(item, claimed)], claimed)
+        schedule = scheduled([item for item in self._items() if not refusal(item, claimed)], claimed)
         self._schedules.append((claimed, schedule))
         return schedule
+
+    def _items(self) -> list[Item]:
+        items: list[Item] = []
+        for path, names in self._names.items():
+            by_name = {(item.stage, item.variant.name): item for item in load_case(path).items()}
+            items += [by_name[name] for name in names]
+        return items
 
 
 def scheduled(items: Sequence[Item], claimed: Capabilities) -> Schedule:

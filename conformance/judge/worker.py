@@ -20,13 +20,13 @@ ELSEWHERE = {"sizes:": "conformance.questions.sizes.judging"}
 
 
 def work(connection: Connection) -> None:
-    """Takes (reference, limit, probe), says that it is ready, then judges items until it is handed none.
+    """Takes (reference, limit, probe, plan), says that it is ready, then judges items until it is handed none.
 
     It sends ``("ready", name)``, then ``("done", outcome)`` for each item. After ``("setup", reason)`` or
     ``("case", reason)`` it sends nothing more.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    reference, limit, probe = connection.recv()
+    reference, limit, probe, plan = connection.recv()
     try:
         implementation = load(reference, limit)
     except SetupError as error:
@@ -48,7 +48,7 @@ def work(connection: Connection) -> None:
                 continue
             case = cases.get(path) or cases.setdefault(path, load_case(Path(path)))
             item = next(i for i in case.items() if i.stage == stage and i.variant.name == variant)
-            connection.send(("done", run_item(implementation, item, probe)))
+            connection.send(("done", run_item(implementation, item, probe, plan)))
         except CaseError as error:
             connection.send(("case", str(error)))
             return

@@ -53,6 +53,10 @@ def write_jsonl(path: Path, outcomes: Sequence[Outcome]) -> None:
                   "x": o.x, "dialect": o.dialect, "seconds": round(o.seconds, 6)}  # fmt: skip
         if o.skipped:
             lines.append({"kind": "skip", **shared, "reason": o.skipped})
+        for line in o.differences:
+            lines.append({"kind": "difference", **shared, "message": line})
+        for mode, reason in o.refused.items():
+            lines.append({"kind": "refusal", **shared, "mode": mode, "reason": reason})
         for check in o.checks:
             found = check.as_dict()
             if check.verdict in GOOD:
@@ -96,6 +100,7 @@ def write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:
             if o.skipped:
                 ElementTree.SubElement(test, "skipped", message=o.skipped)
             for check in o.failed:
-                message = f"{check.tensor}: {check.verdict}, {check.ratio:.3g} of the bound. {check.message}"
+                mode = f" ({check.mode})" if check.mode else ""
+                message = f"{check.tensor}: {check.verdict}{mode}, {check.ratio:.3g} of the bound. {check.message}"
                 ElementTree.SubElement(test, "failure", message=message)
     atomic.write(path, ElementTree.tostring(root, encoding="unicode", xml_declaration=True))

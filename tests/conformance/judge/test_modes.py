@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the plain implementation is in PyTorch, which is not installed")
+pytest.importorskip("torch", reason="the plain implementation is in PyTorch, which is not installed")
 
+import torch
+
+from conformance.adapters.torch_gradients import to_numpy, to_torch
 from conformance.cases.case import load_case
-from conformance.cases.corpus import fixtures
+from conformance.cases.corpus import fixtures, load_corpus
 from conformance.implementations.wrapping import wrap
 from conformance.judge import modes
 from conformance.judge.item import run_item
+from conformance.judge.modes_items import Varied, one_row, rolled
 from conformance.judge.modes_layouts import LAYOUTS, ROUNDS, lay, layouts_of
-from conformance.judge.modes_memory import poison
-from conformance.judge.modes_plan import Plan
+from conformance.judge.modes_memory import unwritten
+from conformance.judge.modes_plan import Plan, scheduled
 from conformance.selftest.plain import Plain
 
 CASE = load_case(fixtures() / "golden" / "generic-n4-deepseek-v4.safetensors")
 DTYPES = ("float32", "bfloat16", "float16")
-CLAIMED = replace(
-    wrap(Plain()).capabilities, stages=frozenset({"post", "coefficients"}), dtypes=frozenset(DTYPES)
-)
+CLAIMED = replace(wrap(Plain()).capabilities, stages=frozenset({"post", "coefficients"}), dtypes=frozenset(DTYPES))
 
 
 class Planted:
@@ -166,5 +169,153 @@ def test_an_honest_implementation_passes_in_every_mode(stage, dtype):
     outcome = judged(Planted(), stage, dtype)
     assert not outcome.failed and not outcome.differences and not outcome.refused
     rest = {"without the gradient of x", "with the gradient of x alone"}
-    assert set(outcome.modes) == set(modes.MODES) - {modes.AGAIN} and rest <= set(outcome.modes)
+    assert rest <= set(modes.MODES) and set(outcome.modes) == set(modes.MODES) - {modes.AGAIN}
     assert outcome.repeats == modes.REPEATS
+
+
+def test_a_mistake_in_the_plain_call_is_not_told_again_by_mode():
+    class Wrong(Planted):
+        def spoil(self, stage, inputs, config, cotangents):
+            outputs, gradients = self.right(stage, inputs, config, cotangents)
+            return {name: 1.25 * value for name, value in outputs.items()}, gradients
+
+    assert {check.mode for check in judged(Wrong(), "post", "float32").failed} == {""}
+
+
+def test_a_mode_that_is_refused_is_told_and_the_others_are_judged():
+    class Refuses(Planted):
+        def spoil(self, stage, inputs, config, cotangents):
+            if cotangents is None:
+                raise NotImplementedError("only in training")
+            return self.right(stage, inputs, config, cotangents)
+
+    outcome = judged(Refuses(), "post", "bfloat16")
+    assert (
+        outcome.refused == {"without gradients": "refused: NotImplementedError: only in training"}
+        and not outcome.failed
+    )
+    assert {"layout", "other values", "unwritten memory"} <= set(outcome.modes)
+
+
+def test_an_input_that_is_changed_in_one_mode_alone_is_told():
+    class Writes(Planted):
+        def spoil(self, stage, inputs, config, cotangents):
+            result = self.right(stage, inputs, config, cotangents)
+            if cotangents is None:
+                (inputs["y"] if inputs["y"].base is None else inputs["y"].base)[...] = 0  # beside a view, too
+            return result
+
+    (check, *_) = judged(Writes(), "post", "float32").failed
+    assert (check.tensor, check.verdict) == ("y", "failed") and check.mode.startswith("without gradients")
+
+
+def test_other_bits_are_told_and_fail_only_where_that_is_asked_for():
+    class Drifts(Planted):
+        def spoil(self, stage, inputs, config, cotangents):
+            outputs, gradients = self.right(stage, inputs, config, cotangents)
+            return {name: np.nextafter(v, np.float32(len(self.called) % 2)) for name, v in outputs.items()}, gradients
+
+    outcome = judged(Drifts(), "post", "float32")
+    assert not outcome.failed
+    (line,) = outcome.differences
+    assert line.startswith("out: other bits in 16 of 32 calls with the same content, at most ")
+    modes.fail_differences(outcome)
+    assert [(check.tensor, check.verdict, check.mode) for check in outcome.failed] == [("out", "failed", "repeated")]
+
+
+# ------------------------------------------------------------------------------------------------- which calls are made
+
+
+def items(*stages):
+    return [item for item in CASE.items() if item.stage in stages]
+
+
+def calls(claimed, chosen):
+    return [call for made in scheduled(chosen, claimed).calls.values() for call in made]
+
+
+def test_every_array_of_a_stage_meets_every_layout_in_every_dtype():
+    schedule = scheduled(items("post", "coefficients"), CLAIMED)
+    for stage in ("post", "coefficients"):
+        for dtype in DTYPES:
+            rounds = {
+                call.round
+                for (_, named, variant), made in schedule.calls.items()
+                for call in made
+                if named == stage and variant.startswith(f"{dtype}-")
+            }
+            assert set(range(ROUNDS)) <= rounds
+    names = ["x", "pre_alpha", "cotangent of pre"]
+    assert all({layouts_of(names, round)[name] for round in range(ROUNDS)} == set(LAYOUTS) for name in names)
+
+
+def test_an_item_alone_has_the_calls_that_it_has_among_others():
+    chosen = items("post", "coefficients", "pre", "layer")
+    for claimed in (CLAIMED, replace(CLAIMED, copies=True), replace(CLAIMED, compiled=True)):
+        whole = scheduled(chosen, claimed)
+        for item in chosen:
+            (alone,) = scheduled([item], claimed).calls.values()
+            assert set(whole.calls[item.case.id, item.stage, item.variant.name]) <= set(alone)
+
+
+def test_an_implementation_that_copies_meets_layouts_on_a_few_items():
+    chosen = [item for case in load_corpus() for item in case.items() if item.stage == "post"]
+    laid = [sum(call.round is not None for call in calls(replace(CLAIMED, copies=copies), chosen)) for copies in (0, 1)]
+    assert laid[0] >= len(chosen) and 0 < laid[1] < len(chosen) / 10
+
+
+def test_a_compiled_implementation_is_asked_for_the_same_gradients_and_layouts_in_most_calls():
+    chosen = [item for case in load_corpus() for item in case.items() if item.stage == "post"]
+    made = calls(replace(CLAIMED, compiled=True), chosen)
+    anew = [call for call in made if call.forward or call.unasked or call.round is not None]
+    assert len(made) >= len(chosen) and 0 < len(anew) < len(chosen) / 10
+    assert {call.forward for call in anew} == {True, False}
+
+
+def test_a_plan_that_a_worker_gets_is_small_and_makes_the_same_calls():
+    plan = Plan(item for case in load_corpus() for item in case.items())
+    sent = pickle.dumps(plan)
+    assert len(sent) < 150_000  # what a socket takes before its other end reads
+    assert pickle.loads(sent).schedule(CLAIMED).calls == plan.schedule(CLAIMED).calls
+
+
+# ------------------------------------------------------------------------------------------------- layouts and memory
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_a_layout_has_the_same_values_and_is_not_packed(kind, dtype):
+    value = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).astype(np.dtype(dtype))
+    value[1] = value[0]
+    view, whole, name = lay(value, kind)
+    assert name == kind and np.array_equal(view, value) and view.dtype == value.dtype
+    assert np.may_share_memory(view, whole) and view.strides != value.strides
+    assert np.array_equal(to_numpy(to_torch(view)), value)  # PyTorch takes it as it is
+
+
+def test_an_array_without_a_form_of_a_layout_has_another_one():
+    for kind in LAYOUTS:
+        view, _, name = lay(np.array([1.0, 2.0], np.float32), kind)
+        assert view.tolist() == [1.0, 2.0] and name in ("slice", "part", "every-second")
+    assert lay(np.array(3.0, np.float32), "slice")[0] == 3.0
+
+
+@pytest.mark.parametrize("length", [48, 192, 4096, 60_000])
+@pytest.mark.parametrize("empty", [lambda n: np.empty(n, np.float32), lambda n: torch.empty(n).numpy()])
+def test_memory_that_nobody_writes_shows(length, empty):
+    with unwritten({length}):
+        last = empty(length // 4)[-1]
+    assert np.isnan(last) or abs(last) > 1e38
+
+
+def test_tokens_that_move_take_their_truth_along():
+    item = next(item for item in CASE.items() if item.stage == "coefficients")
+    moved = Varied(item.case, item.stage, item.variant, rolled(item, 5))
+    row = Varied(item.case, item.stage, item.variant, one_row(item))
+    for name in ("pre", "H", "d/x"):
+        flat = item.expected[name].reshape(12, -1)
+        assert np.array_equal(moved.expected[name].reshape(12, -1), np.roll(flat, 5, 0))
+        assert (row.expected[name] == item.expected[name][-1]).all()
+    assert np.array_equal(moved.inputs()["x"].reshape(12, -1), np.roll(item.inputs()["x"].reshape(12, -1), 5, 0))
+    assert np.array_equal(moved.expected["d/pre_alpha"], item.expected["d/pre_alpha"])
+    assert "d/pre_alpha" not in row.expected
