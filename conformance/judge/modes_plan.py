@@ -15,7 +15,7 @@ from pathlib import Path
 from conformance.cases.case import Item, load_case
 from conformance.interface import Capabilities, Implementation
 from conformance.judge.item import Answer, Outcome, refusal
-from conformance.judge.modes import UNASKED, Call, Culprits, Further
+from conformance.judge.modes import AGAIN, REPEATED, UNASKED, Call, Culprits, Further
 from conformance.judge.modes_items import unasked
 from conformance.judge.modes_layouts import ROUNDS
 
@@ -49,6 +49,8 @@ class Plan:
         for item in items:
             self._names[item.case.path].append((item.stage, item.variant.name))
         self._schedules: list[tuple[Capabilities, Schedule]] = []
+        self.announce: Callable[[str], object] | None = None
+        """Is told the modes of each call before it is made."""
 
     @staticmethod
     def fewer(claimed: Capabilities) -> list[str]:
@@ -65,8 +67,12 @@ class Plan:
         schedule = self.schedule(implementation.capabilities)
         further = Further(implementation, item, outcome, plain, self._limit, schedule.culprits)
         for call in schedule.calls.get(_key(item), []):
+            if self.announce:
+                self.announce(" + ".join(call.modes) or AGAIN)
             further.judge(call)
         if _key(item) in schedule.repeated:
+            if self.announce:
+                self.announce(REPEATED)
             further.repeat()
 
     def schedule(self, claimed: Capabilities) -> Schedule:

@@ -135,6 +135,7 @@ class _Worker:
         self.late = False
         self.name = task.reference
         self.current: Key | None = None
+        self.mode = ""
         self.process = PythonChild("conformance.judge.worker:work")
         self.process.send((task.reference, limit, probe, plan))
 
@@ -152,7 +153,10 @@ class _Worker:
             raise SetupError(content)
         if kind == "case":
             raise CaseError(content)
-        outcome = None
+        if kind == "mode":
+            self.mode, self.finished = content, False
+            return None
+        outcome, self.mode = None, ""
         if kind == "ready":
             self.name = content
         else:
@@ -185,5 +189,5 @@ class _Worker:
             message = f"no result within {self.limit + GRACE:g} s: its process was ended"
         return Outcome(
             self.name, label.case, label.stage, label.variant, label.x, label.dialect,
-            [Check("-", "errored", np.inf, message=message)], reference=self.task.reference,
+            [Check("-", "errored", np.inf, message=message, mode=self.mode)], reference=self.task.reference,
         )  # fmt: skip

@@ -22,7 +22,8 @@ ELSEWHERE = {"sizes:": "conformance.questions.sizes.judging"}
 def work(connection: Connection) -> None:
     """Takes (reference, limit, probe, plan), says that it is ready, then judges items until it is handed none.
 
-    It sends ``("ready", name)``, then ``("done", outcome)`` for each item. After ``("setup", reason)`` or
+    It sends ``("ready", name)``, then ``("done", outcome)`` for each item, and before it ``("mode", names)`` for each
+    further call, so that it is known where the process died. After ``("setup", reason)`` or
     ``("case", reason)`` it sends nothing more.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,6 +33,8 @@ def work(connection: Connection) -> None:
     except SetupError as error:
         connection.send(("setup", str(error)))
         return
+    if plan is not None:
+        plan.announce = lambda mode: connection.send(("mode", mode))
     gc.disable()  # tracing makes millions of small objects: a fifth of the time went into looking at them
     gc.freeze()
     connection.send(("ready", implementation.name))

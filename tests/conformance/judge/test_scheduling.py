@@ -64,6 +64,7 @@ class Worker:
         self.handed.append(message)
         if message is not None:
             reply = self.workers.replies.get(self.settings[0], {}).get(message[0][0], 1.0)
+            reply = reply(message) if callable(reply) else reply
             self.reply(("done", outcome(message, reply)) if isinstance(reply, float) else reply)
         return None
 
@@ -256,6 +257,20 @@ def test_a_worker_that_dies_before_its_first_item_cannot_be_set_up(workers):
         run("x", jobs=1)
 
 
+def test_a_death_in_a_further_call_has_its_mode(workers):
+    def die_later(key):
+        worker = workers.made[0]
+        worker.far.send(("mode", "layout + other values"))
+        worker.far.close()
+        return "hang"
+
+    workers.replies["x"] = {"b": die_later}
+    outcomes = run("x", jobs=1)
+    assert [(o.case, o.checks[0].verdict, o.checks[0].mode) for o in outcomes] == [
+        ("a", "passed", ""), ("b", "errored", "layout + other values"), ("c", "passed", ""),
+    ]  # fmt: skip
+
+
 def test_a_worker_that_hangs_is_ended_once_its_time_is_over(workers, monkeypatch):
     workers.replies["x"] = {"b": "hang"}
     monkeypatch.setattr(runner, "GRACE", -2.0)
@@ -335,20 +350,21 @@ def work(monkeypatch):
 
 
 def test_a_worker_runs_what_it_is_handed_until_it_is_handed_none(work):
+    plan = Plan(ITEMS)
     sent, seen = work(
-        ("ref", 3.0, True, "plan"), KEYS["c"], KEYS["c"], ("other.safetensors", "head", "float32-float32"), None
+        ("ref", 3.0, True, plan), KEYS["c"], KEYS["c"], ("other.safetensors", "head", "float32-float32"), None
     )
     assert sent == [("ready", "mine")] + [("done", "outcome")] * 3
     assert seen.loaded == [("ref", 3.0)]
     assert seen.read == ["c.safetensors", "other.safetensors"]  # each case once
-    item = ("mine", "c", "reduce", "float32-float32", True, "plan")
-    assert seen.run == [item, item, ("mine", "made", "head", "float32-float32", True, "plan")]
+    item = ("mine", "c", "reduce", "float32-float32", True, plan)
+    assert seen.run == [item, item, ("mine", "made", "head", "float32-float32", True, plan)]
     assert seen.garbage == [("disable", 0), ("freeze", 0)]
     assert worker.os.environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_garbage_is_collected_after_every_32_items(work):
-    _, seen = work(("ref", 3.0, True, "plan"), *[KEYS["c"]] * 65, None)
+    _, seen = work(("ref", 3.0, True, None), *[KEYS["c"]] * 65, None)
     assert seen.garbage[2:] == [("collect", 32), ("collect", 64)]
 
 
