@@ -13,7 +13,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
-from conformance.implementations.child import Deadline, PythonChild, end_all
+from conformance.implementations.child import DIRTY, Deadline, PythonChild, end_all
 from conformance.interface import Arrays, Capabilities, Result, SetupError
 from conformance.mesh import MARK, Member, Mesh, cropped, filled, refuse_indivisible
 
@@ -78,7 +78,7 @@ class GroupImplementation:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        environment = {"OMP_NUM_THREADS": "1", **DIRTY, **os.environ}
         for _ in range(self._count):
             self._processes.append(PythonChild(SERVE, kept="12", environment=environment))
         for rank, process in enumerate(self._processes):

@@ -208,9 +208,9 @@ class Further:
     def _needed(self, call: Call, goes_wrong: Callable[[Call], bool]) -> Call:
         """The call with as few modes as it takes for it to go wrong."""
         known = call.having(self._culprits.modes)
-        if known.modes and known != call and goes_wrong(known):
+        if known.modes and known != call and not self._late() and goes_wrong(known):
             return known
-        if call.modes and goes_wrong(Call()):
+        if call.modes and not self._late() and goes_wrong(Call()):
             return Call()
         needed = call
         for mode in call.modes:
@@ -222,7 +222,7 @@ class Further:
 
     def _located(self, call: Call, failing: list[Check]) -> tuple[str, list[Check]]:
         """The name of what is to blame and its failing checks: of a layout, the arrays that fail in it alone."""
-        failing = self._tried(call)[1] or failing
+        failing = failing if self._late() else self._tried(call)[1] or failing
         if call.round is None:
             return self._label(call), failing
         names = list(self.varied(call)[1])

@@ -31,6 +31,8 @@ def answer(request: dict, how: str) -> dict | None:
         found["output/x/y"] = found["gradient/unknown"] = x
     if how == "refuses":
         return {"id": request["id"], "status": "refused", "reason": "not today"}
+    if how == "memory":
+        return {"id": request["id"], "status": "error", "reason": os.environ.get("MALLOC_PERTURB_", "")}
     if how == "reports":
         return {"id": request["id"], "status": "error", "reason": "no such kernel"}
     if how == "killed":
