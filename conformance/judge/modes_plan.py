@@ -123,6 +123,8 @@ def scheduled(items: Sequence[Item], claimed: Capabilities) -> Schedule:
     for group in _groups(items, _kind):
         item = group[0]
         schedule.calls[_key(item)].append(Call(after=_sibling(item, claimed)))
+        if claimed.gradients and everywhere:
+            schedule.calls[_key(item)].append(Call(forward=True, values=True))
     for group in _groups(items, _dtype):
         schedule.repeated.add(_key(min(group, key=_untypical)))
     return schedule
@@ -163,11 +165,15 @@ def _kind(item: Item) -> tuple[str, ...]:
 
 
 def _groups(items: Iterable[Item], kind: Callable[[Item], tuple[str, ...]]) -> list[list[Item]]:
-    """The items of each kind, the widest first."""
+    """The items of each kind, the widest first; those of unusual shapes, some of one token, last."""
     groups: dict[tuple[str, ...], list[Item]] = defaultdict(list)
     for item in items:
         groups[kind(item)].append(item)
-    return [sorted(group, key=lambda item: (-width(item), _number(item))) for _, group in sorted(groups.items())]
+    return [sorted(group, key=_rank) for _, group in sorted(groups.items())]
+
+
+def _rank(item: Item) -> tuple[bool, int, int]:
+    return item.case.family == "shape", -width(item), _number(item)
 
 
 def width(item: Item) -> int:

@@ -6,6 +6,7 @@ import gc
 import importlib
 import itertools
 import os
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def work(connection: Connection) -> None:
         connection.send(("setup", str(error)))
         return
     if plan is not None:
-        plan.announce = lambda mode: connection.send(("mode", mode))
+        plan.announce = partial(_announce, connection)
     gc.disable()  # tracing makes millions of small objects: a fifth of the time went into looking at them
     gc.freeze()
     connection.send(("ready", implementation.name))
@@ -57,3 +58,7 @@ def work(connection: Connection) -> None:
             return
         if count % COLLECTED == 0:
             gc.collect()
+
+
+def _announce(connection: Connection, mode: str) -> None:
+    connection.send(("mode", mode))
