@@ -139,6 +139,9 @@ def _first_calls(items: Sequence[Item], claimed: Capabilities) -> Iterable[tuple
         for number, round in enumerate(rounds):
             item = group[number % len(group)]
             yield Call(forward=claimed.gradients, round=round, values=True, memory=True), item
+    if claimed.compiled:
+        for group in _groups(items, lambda item: (item.stage, item.case.dialect)):
+            yield Call(forward=claimed.gradients, values=True, memory=True), min(group, key=_number)
 
 
 def _gradient_calls(items: Sequence[Item], claimed: Capabilities) -> Iterable[tuple[Call, Item]]:
