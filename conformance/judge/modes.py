@@ -31,6 +31,7 @@ AFTER = "after another dtype"
 AGAIN = "called again"
 REPEATED = "repeated"
 MODES = (FORWARD, *UNASKED.values(), LAYOUT, VALUES, MEMORY, AFTER, AGAIN, REPEATED)
+NONE = " (cotangents is None where no gradients are asked for: docs/contract.md, \"Modes\")"
 COTANGENT = "cotangent of "
 REPEATS = 32
 REPEATING = 1.0
@@ -147,7 +148,10 @@ class Further:
         if failing:
             needed = self._needed(call, lambda attempt: bool(self._tried(attempt)[1]))
             label, failing = self._located(needed, failing)
-            self.outcome.checks += [replace(check, mode=label) for check in failing]
+            if needed.forward:
+                failing = [replace(c, message=c.message + NONE * (c.verdict == "errored")) for c in failing]
+            told = {(check.tensor, check.mode) for check in self.outcome.checks}
+            self.outcome.checks += [replace(c, mode=label) for c in failing if (c.tensor, label) not in told]
 
     def _late(self) -> bool:
         spent = time.perf_counter() - self._began
