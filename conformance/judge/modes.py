@@ -31,7 +31,7 @@ AFTER = "after another dtype"
 AGAIN = "called again"
 REPEATED = "repeated"
 MODES = (FORWARD, *UNASKED.values(), LAYOUT, VALUES, MEMORY, AFTER, AGAIN, REPEATED)
-NONE = " (cotangents is None where no gradients are asked for: docs/contract.md, \"Modes\")"
+NONE = ' (cotangents is None where no gradients are asked for: docs/contract.md, "Modes")'
 COTANGENT = "cotangent of "
 REPEATS = 32
 REPEATING = 1.0
@@ -117,6 +117,8 @@ class Further:
     culprits: dict[tuple[str, str], Culprits]
     _wrong: frozenset[str] = field(init=False)
     _first: dict[str, np.ndarray] = field(init=False)
+    _ignored: set[str] = field(init=False, default_factory=set[str])
+    """The modes of `UNASKED` in which it returned every gradient all the same."""
     _began: float = field(init=False, default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -144,7 +146,8 @@ class Further:
             if rest.modes and rest != call:
                 self.judge(rest)
             return
-        self.outcome.modes = tuple(dict.fromkeys((*self.outcome.modes, *(call.modes or (AGAIN,)))))
+        modes = [mode for mode in call.modes or (AGAIN,) if mode not in self._ignored]
+        self.outcome.modes = tuple(dict.fromkeys((*self.outcome.modes, *modes)))
         if failing:
             needed = self._needed(call, lambda attempt: bool(self._tried(attempt)[1]))
             label, failing = self._located(needed, failing)
@@ -162,6 +165,8 @@ class Further:
         item, answer = self._called(call)
         if answer.refused:
             return answer.refused, []
+        if item.unasked & answer.gradients.keys():
+            self._ignored.add(UNASKED[call.unasked])
         claimed = replace(self.claimed, gradients=False) if call.forward else self.claimed
         return "", self._failing(judged(item, answer, claimed))
 
@@ -169,7 +174,7 @@ class Further:
         """Those that fail, and didn't fail in the plain call."""
         return [check for check in checks if check.verdict not in GOOD and check.tensor not in self._wrong]
 
-    def _called(self, call: Call) -> tuple[Item, Answer]:
+    def _called(self, call: Call) -> tuple[Varied, Answer]:
         item, kinds = self.varied(call)
         inputs = item.inputs()
         cotangents = item.cotangents() if self.claimed.gradients and not call.forward else {}

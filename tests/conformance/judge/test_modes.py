@@ -16,6 +16,7 @@ from conformance.adapters.torch_gradients import to_numpy, to_torch
 from conformance.cases.case import load_case
 from conformance.cases.corpus import fixtures, load_corpus
 from conformance.implementations.wrapping import wrap
+from conformance.interface import without_gradients_of
 from conformance.judge import modes
 from conformance.judge.item import run_item
 from conformance.judge.modes_items import Varied, one_row, rolled
@@ -195,6 +196,16 @@ def test_a_mode_that_is_refused_is_told_and_the_others_are_judged():
         and not outcome.failed
     )
     assert {"layout", "other values", "unwritten memory"} <= set(outcome.modes)
+
+
+def test_a_gradient_that_is_returned_unasked_counts_as_no_mode():
+    class ReturnsAll(Planted):
+        def spoil(self, stage, inputs, config, cotangents):
+            with without_gradients_of(()):
+                return self.right(stage, inputs, config, cotangents)
+
+    outcome = judged(ReturnsAll(), "post", "float32")
+    assert not outcome.failed and not {"without the gradient of x", "with the gradient of x alone"} & set(outcome.modes)
 
 
 def test_an_input_that_is_changed_in_one_mode_alone_is_told():
