@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -33,6 +34,8 @@ REPEATED = "repeated"
 MODES = (FORWARD, *UNASKED.values(), LAYOUT, VALUES, MEMORY, AFTER, AGAIN, REPEATED)
 NONE = ' (cotangents is None where no gradients are asked for: docs/contract.md, "Modes")'
 COTANGENT = "cotangent of "
+Wrong = TypeVar("Wrong")
+"""What is wrong with a call: a reason or checks; empty where nothing is."""
 REPEATS = 32
 REPEATING = 1.0
 """Seconds after which an item isn't repeated any more."""
@@ -50,7 +53,7 @@ class Call:
         forward: no gradients are asked for.
         unasked: a key of `UNASKED`: some of them aren't.
         round: every array has the layout of this round (`modes_layouts.layouts_of`).
-        only: of them this one alone.
+        packed: but for these, which are packed.
         values: the tokens stand in other places.
         memory: freed memory is full of NaN.
         after: the variant that is called just before.
@@ -59,7 +62,7 @@ class Call:
     forward: bool = False
     unasked: str = ""
     round: int | None = None
-    only: str = ""
+    packed: frozenset[str] = frozenset()
     values: bool = False
     memory: bool = False
     after: str = ""
@@ -73,7 +76,7 @@ class Call:
         if self.unasked:
             ways[UNASKED[self.unasked]] = replace(self, unasked="")
         if self.round is not None:
-            ways[LAYOUT] = replace(self, round=None)
+            ways[LAYOUT] = replace(self, round=None, packed=frozenset())
         if self.values:
             ways[VALUES] = replace(self, values=False)
         if self.memory:
@@ -140,17 +143,19 @@ class Further:
             return
         refused, failing = self._tried(call)
         if refused:
-            needed = self._needed(call, lambda attempt: bool(self._tried(attempt)[0]))
-            self.outcome.refused[self._label(needed)] = refused
+            needed, names, _ = self._blamed(call, lambda attempt: self._tried(attempt)[0])
+            self.outcome.refused[self._label(needed, names)] = refused
             rest = call.having(frozenset(call.modes) - frozenset(needed.modes))
+            if names:
+                rest = replace(call, packed=call.packed | frozenset(names))
             if rest.modes and rest != call:
                 self.judge(rest)
             return
         modes = [mode for mode in call.modes or (AGAIN,) if mode not in self._ignored]
         self.outcome.modes = tuple(dict.fromkeys((*self.outcome.modes, *modes)))
         if failing:
-            needed = self._needed(call, lambda attempt: bool(self._tried(attempt)[1]))
-            label, failing = self._located(needed, failing)
+            needed, names, checks = self._blamed(call, lambda attempt: self._tried(attempt)[1])
+            label, failing = self._label(needed, names), checks or failing
             if needed.forward:
                 failing = [replace(c, message=c.message + NONE * (c.verdict == "errored")) for c in failing]
             told = {(check.tensor, check.mode) for check in self.outcome.checks}
@@ -200,8 +205,7 @@ class Further:
         entry = self.item.case.stages[self.item.stage]
         names = [*entry.inputs, *entry.weights, *(COTANGENT + name for name in entry.outputs)]
         kinds = {} if call.round is None else layouts_of(names, call.round)
-        if call.only:
-            kinds = {call.only: kinds[call.only]}
+        kinds = {name: kind for name, kind in kinds.items() if name not in call.packed}
         places = rolled(self.item, ROLL) if call.values else ()
         if any(kinds.get(name) == EXPANDED for name in entry.inputs):
             places = one_row(self.item)
@@ -214,7 +218,27 @@ class Further:
         item = Item(self.item.case, self.item.stage, chosen)
         answered(self.implementation, item, item.inputs(), item.cotangents() if self.claimed.gradients else None)
 
-    def _needed(self, call: Call, goes_wrong: Callable[[Call], bool]) -> Call:
+    def _blamed(self, call: Call, goes_wrong: Callable[[Call], Wrong]) -> tuple[Call, list[str], Wrong | None]:
+        """The modes to blame where a call goes wrong, the arrays of a layout among them, and what goes wrong then."""
+        needed = self._needed(call, goes_wrong)
+        wrong = None if self._late() else goes_wrong(needed)
+        if needed.round is None:
+            return needed, [], wrong
+        names = list(self.varied(needed)[1])
+        known = [name for name in names if name in self._culprits.arrays]
+        for tried in (known, [name for name in names if name not in known]):
+            alone: dict[str, Wrong] = {}
+            for name in tried:
+                others = needed.packed | frozenset(names) - {name}
+                result = None if self._late() else goes_wrong(replace(needed, packed=others))
+                if result:
+                    alone[name] = result
+            if alone:
+                self._culprits.arrays = tuple(alone)
+                return needed, list(alone), next(iter(alone.values()))
+        return needed, [], wrong
+
+    def _needed(self, call: Call, goes_wrong: Callable[[Call], object]) -> Call:
         """The call with as few modes as it takes for it to go wrong."""
         known = call.having(self._culprits.modes)
         if known.modes and known != call and not self._late() and goes_wrong(known):
@@ -228,21 +252,6 @@ class Further:
                 needed = without
         self._culprits.modes = frozenset(needed.modes)
         return needed
-
-    def _located(self, call: Call, failing: list[Check]) -> tuple[str, list[Check]]:
-        """The name of what is to blame and its failing checks: of a layout, the arrays that fail in it alone."""
-        failing = failing if self._late() else self._tried(call)[1] or failing
-        if call.round is None:
-            return self._label(call), failing
-        names = list(self.varied(call)[1])
-        known = [name for name in names if name in self._culprits.arrays]
-        for tried in (known, [name for name in names if name not in known]):
-            alone = {name: [] if self._late() else self._tried(replace(call, only=name))[1] for name in tried}
-            arrays = [name for name, checks in alone.items() if checks]
-            if arrays:
-                self._culprits.arrays = tuple(arrays)
-                return self._label(call, arrays), alone[arrays[0]]
-        return self._label(call), failing
 
     def _label(self, call: Call, arrays: Sequence[str] = ()) -> str:
         """The names of a call's modes; of a layout, with the arrays to blame and what they are."""
