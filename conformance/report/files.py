@@ -47,7 +47,10 @@ def header(implementations: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def write_jsonl(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Header, one line per check or skip, footer with the count: without it the file was cut off."""
-    lines = [header({o.implementation: o.about for o in outcomes if o.about})]
+    about: dict[str, dict[str, Any]] = {}
+    for o in outcomes:
+        about[o.implementation] = {**about.get(o.implementation, {}), **o.about}
+    lines = [header({name: settings for name, settings in about.items() if settings})]
     for o in outcomes:
         shared = {"implementation": o.implementation, "case": o.case, "stage": o.stage, "variant": o.variant,
                   "x": o.x, "dialect": o.dialect, "seconds": round(o.seconds, 6)}  # fmt: skip

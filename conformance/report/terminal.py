@@ -106,7 +106,7 @@ class TerminalReport:
             counts = Counter(mode for o in mine for mode in o.modes)
             if counts:
                 said = ", ".join(f"{mode} {counts[mode]}" for mode in MODES if counts[mode])
-                thinned = "".join(f"; {reason}" for reason in mine[0].about.get("modes", []))
+                thinned = "".join(f"; {reason}" for reason in next(o.about.get("modes", ()) for o in mine if o.modes))
                 self._line(f"modes: {name}, items: {said}{thinned}")
             refused = Counter((mode, reason) for o in mine for mode, reason in o.refused.items())
             for (mode, reason), count in refused.items():
