@@ -12,7 +12,7 @@ pytest.importorskip("torch", reason="the plain implementation is in PyTorch, whi
 
 import torch
 
-from conformance.adapters.torch_gradients import to_numpy, to_torch
+from conformance.adapters.torch_gradients import refusing_layouts, to_numpy, to_torch
 from conformance.cases.case import load_case
 from conformance.cases.corpus import fixtures, load_corpus
 from conformance.implementations.wrapping import wrap
@@ -196,6 +196,20 @@ def test_a_mode_that_is_refused_is_told_and_the_others_are_judged():
         and not outcome.failed
     )
     assert {"layout", "other values", "unwritten memory"} <= set(outcome.modes)
+
+
+def test_a_view_that_pytorch_cannot_make_is_a_refusal_that_names_the_array():
+    class Views(Planted):
+        def spoil(self, stage, inputs, config, cotangents):
+            with refusing_layouts():
+                to_torch(inputs["x"]).view(inputs["x"].shape[0], -1)
+            return self.right(stage, inputs, config, cotangents)
+
+    outcome = judged(Views(), "post", "float16")
+    assert not outcome.failed and "layout: x slice" in outcome.refused and "layout" in outcome.modes
+    assert all(mode.startswith("layout: x ") for mode in outcome.refused)
+    with pytest.raises(RuntimeError, match="anything else"), refusing_layouts():
+        raise RuntimeError("anything else")
 
 
 def test_a_gradient_that_is_returned_unasked_counts_as_no_mode():
