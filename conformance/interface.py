@@ -8,13 +8,15 @@ An implementation is any object with ``name``, ``capabilities`` and one method p
 ``inputs`` maps the stage's inputs and weights (`stages.STAGES`; weights flat, as in the file) to NumPy arrays,
 bfloat16 by ml_dtypes. ``config`` holds the parameters of ``fixtures/dialects.json`` with ``streams``, ``dim``,
 ``dialect`` and the stage's options (``how``, ``branch``, ``layers``, ``reduce``). ``cotangents`` maps each
-output to its cotangent, or is None where gradients aren't claimed. Expected values are never handed over.
+output to its cotangent, or is None where no gradients are asked for. Expected values are never handed over.
 A `NotImplementedError` is a refusal and counts as skipped; every other exception is a verdict, ``errored``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -45,6 +47,8 @@ class Capabilities:
         device: where it runs.
         description: packages and versions, in a few words.
         settings: what else the figures depend on, as found where it runs: threads, TF32, matmul precision, x64.
+        copies: whether every input is copied in order before anything reads it, so that no layout can show.
+        compiled: whether each new layout and each other set of gradients is compiled anew, which takes long.
     """
 
     stages: frozenset[str]
@@ -60,6 +64,8 @@ class Capabilities:
     device: str = "cpu"
     description: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    copies: bool = False
+    compiled: bool = False
 
     def dtypes_of(self, stage: str) -> frozenset[str]:
         """The dtypes of x that a stage is claimed for; none for a stage that a mapping leaves out."""
@@ -83,6 +89,28 @@ def _of_stage(claim: Collection[str] | Mapping[str, Collection[str]], stage: str
     return frozenset(claim)
 
 
+_UNASKED: ContextVar[frozenset[str]] = ContextVar("unasked", default=frozenset())
+
+
+@contextmanager
+def without_gradients_of(names: Collection[str]) -> Generator[None]:
+    """In it, the gradients of these inputs and weights aren't asked for."""
+    token = _UNASKED.set(frozenset(names))
+    try:
+        yield
+    finally:
+        _UNASKED.reset(token)
+
+
+def asked_for(name: str) -> bool:
+    """Whether a call that has cotangents wants the gradient of this input or weight.
+
+    An implementation that doesn't ask may return all of them. One that does sees x, or the weights, as a model in
+    training has them where nothing before x is trained, or the weights are frozen.
+    """
+    return name not in _UNASKED.get()
+
+
 class Implementation(Protocol):
     """What the suite calls; an object with a method for each stage is wrapped into it (`implementations.wrapping`)."""
 
@@ -96,7 +124,7 @@ class Implementation(Protocol):
             stage: one of ``capabilities.stages``.
             inputs: the stage's inputs and weights under their names.
             config: parameters of the dialect, ``streams``, ``dim``, ``dialect`` and the stage's options.
-            cotangents: a cotangent for each output, or None where gradients aren't claimed.
+            cotangents: a cotangent for each output, or None where no gradients are asked for.
 
         Raises:
             NotImplementedError: it refuses these inputs, with the reason.

@@ -49,6 +49,8 @@ class JaxImplementation:
                 "x64": f"{_set('jax_enable_x64')}, True for float64 items",
                 "matmul_precision": str(_set("jax_default_matmul_precision")),
             },
+            copies=True,
+            compiled=jit,
         )
 
     def _stage(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conformance.interface import Arrays, Result
+from conformance.interface import Arrays, Result, asked_for
 from conformance.stages import STAGES, relevant
 
 Values = dict[str, jax.Array]
@@ -23,7 +23,7 @@ def vector_jacobian(function: Callable[[Values], Values], constants: tuple[str, 
 
     Args:
         function: maps a stage's inputs and weights to its outputs.
-        constants: inputs of the test's own branch, which aren't differentiated.
+        constants: inputs that aren't differentiated: those of the test's own branch, and what isn't asked for.
     """
 
     def run(inputs: Values, cotangents: Values | None) -> tuple[Values, Values]:
@@ -64,9 +64,11 @@ class StageCalls:
         """
         wide = any(v.dtype == np.float64 for v in inputs.values())
         with jax.enable_x64(wide):
-            key = (stage, relevant(stage, config), wide)
+            # A compiled function can't see whether a gradient is asked for.
+            unasked = () if self._jit else tuple(name for name in inputs if not asked_for(name))
+            key = (stage, relevant(stage, config), wide, unasked)
             if self._last[0] != key:  # items of one graph come together; the executables of the others are let go
-                run = vector_jacobian(function, STAGES[stage].constants)
+                run = vector_jacobian(function, (*STAGES[stage].constants, *unasked))
                 self._last = (key, jax.jit(run) if self._jit else run)
             # XLA has no strided arrays: a copy in order is what any caller gets.
             arrays = {k: jnp.asarray(np.ascontiguousarray(v).reshape(v.shape)) for k, v in inputs.items()}

@@ -43,6 +43,7 @@ class JaxMesh:
             device=jax.default_backend(),
             description=f"jax_impl, jax {jax.__version__}, {name}, {member.processes} processes",
             settings={"mesh": str(member.mesh), "devices": jax.device_count()},
+            compiled=True,
         )
         for stage in SHARDABLE:
             setattr(self, stage, self._method(stage))

@@ -40,6 +40,8 @@ class MaxTextImplementation:
             device=jax.default_backend(),
             description=f"maxtext {version}, jax {jax.__version__}, {'jit' if jit else 'eager'}",
             settings={"matmul_precision": "highest"},
+            copies=True,
+            compiled=jit,
         )
 
     def expand(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:

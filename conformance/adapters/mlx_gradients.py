@@ -12,7 +12,7 @@ import ml_dtypes
 import mlx.core as mx  # pyright: ignore[reportMissingImports]
 import numpy as np
 
-from conformance.interface import Arrays, Result
+from conformance.interface import Arrays, Result, asked_for
 from conformance.stages import STAGES
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -36,7 +36,7 @@ def vector_jacobian(
 ) -> Result:
     """Outputs of ``function`` and the gradients of its inputs by ``mx.vjp``; zeros where it ignores one."""
     arrays = {k: to_mlx(v) for k, v in inputs.items()}
-    wanted = [k for k in arrays if k not in STAGES[stage].constants]
+    wanted = [k for k in arrays if k not in STAGES[stage].constants and asked_for(k)]
     names: list[str] = []
 
     def listed(*values: Any) -> list[Any]:

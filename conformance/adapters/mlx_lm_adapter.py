@@ -33,6 +33,7 @@ class MlxLm(Site):
             overrides=frozenset(NAMES),
             empty=False,  # its reshape to [batch, seq, -1] is ambiguous without tokens
             description=f"{PACKAGE}, mlx {version_of('mlx')}",
+            copies=True,
         )
         super().__init__("mlx-lm", claimed, vector_jacobian)
 

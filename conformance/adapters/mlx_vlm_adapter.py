@@ -44,6 +44,7 @@ class MlxVlm(Site):
             outputs={"coefficients": ("post", "H")},
             empty=False,  # its reshape to [batch, seq, -1] is ambiguous without tokens
             description=f"{PACKAGE}, mlx {version_of('mlx')}",
+            copies=True,
         )
         super().__init__("mlx-vlm", claimed, vector_jacobian)
 

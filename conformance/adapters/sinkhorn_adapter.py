@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from conformance.adapters.versions import version_of
@@ -52,7 +53,7 @@ class Mlx:
 
     def __init__(self, name: str, packages: tuple[str, ...], function: Callable[[Any, int], Any]):
         self.name, self._function = name, function
-        self.capabilities = _capabilities(packages, "transformer-engine")
+        self.capabilities = replace(_capabilities(packages, "transformer-engine"), copies=True)
 
     def residual_matrix(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         import mlx.core as mx  # pyright: ignore[reportMissingImports]

@@ -56,6 +56,7 @@ class TorchImplementation:
             overrides=None,
             description=f"torch_impl, torch {torch.__version__}, {how}",
             settings=settings(),
+            compiled=backend is not None,
         )
 
     def _run(self, key: str, function: Callable[..., Any]) -> Callable[..., Any]:

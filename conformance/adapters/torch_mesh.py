@@ -76,7 +76,8 @@ class TorchMesh:
         wanted = [k for k in leaves if k not in STAGES[stage].constants]
         for name in wanted:
             leaves[name].requires_grad_(cotangents is not None)
-        outputs = _run(stage, sites, leaves, config)
+        with torch.set_grad_enabled(cotangents is not None):
+            outputs = _run(stage, sites, leaves, config)
         gradients: dict[str, np.ndarray] = {}
         if cotangents is not None:
             parts = {k: self._part(k, to_torch(np.array(v)).to(self._device)) for k, v in cotangents.items()}

@@ -129,6 +129,16 @@ def run(
     stop_early: Annotated[bool, typer.Option("-x", help="Stop at the first failure.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 2,
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one item.")] = 300.0,
+    modes: Annotated[
+        bool,
+        typer.Option(
+            help="Call each item again without gradients, with arrays that are views, with other values and in memory "
+            "full of NaN."
+        ),
+    ] = True,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where a call with the same content has other bits.")
+    ] = False,
     probe: Annotated[
         bool,
         typer.Option(
@@ -157,6 +167,8 @@ def run(
     from conformance.interface import SetupError
     from conformance.judge.agreement import Agreement
     from conformance.judge.known import judge, load_known
+    from conformance.judge.modes import fail_differences
+    from conformance.judge.modes_plan import Plan
     from conformance.judge.run import Label
     from conformance.judge.run import run as run_items
     from conformance.mesh import MARK, parse_mesh
@@ -222,7 +234,10 @@ def run(
     broken: tuple[str, int] | None = None
     try:
         with interruptible(lambda: f"after {len(outcomes)} of {total} items; no report is written"), report:
-            for outcome in run_items(chosen, items, jobs, stop_early, limit, probe, by_key):
+            plan = Plan(items, limit) if modes else None
+            for outcome in run_items(chosen, items, jobs, stop_early, limit, probe, by_key, plan):
+                if strict:
+                    fail_differences(outcome)
                 crossed.add(outcome)
                 outcomes.append(outcome)
                 report.add(outcome)

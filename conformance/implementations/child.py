@@ -27,6 +27,10 @@ PATIENCE = 10.0  # seconds for a supervisor to end everything, before it is kill
 LONGEST_WORD = 200  # characters of a last line that are shown
 
 
+DIRTY = {"MALLOC_PERTURB_": "128"}
+"""glibc fills memory with large numbers when it is allocated, so that an element that nobody writes shows."""
+
+
 class Deadline:
     """A moment so many seconds from now."""
 

@@ -42,6 +42,7 @@ class Claims(Struct, frozen=True, forbid_unknown_fields=True):
     empty: bool = True
     device: str = "cpu"
     description: str = ""
+    compiled: bool = False
 
 
 class Greeting(Struct, frozen=True):
@@ -103,6 +104,8 @@ def _capabilities(claims: Claims) -> Capabilities:
         empty=claims.empty,
         device=claims.device,
         description=claims.description,
+        copies=True,  # it is handed files
+        compiled=claims.compiled,
     )
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
-from conformance.implementations.child import Deadline, PythonChild, end_all
-from conformance.interface import Arrays, Result, SetupError
+from conformance.implementations.child import DIRTY, Deadline, PythonChild, end_all
+from conformance.interface import Arrays, Capabilities, Result, SetupError
 from conformance.mesh import MARK, Member, Mesh, cropped, filled, refuse_indivisible
 
 SERVE = "conformance.implementations.member:serve"
@@ -47,7 +48,7 @@ class GroupImplementation:
         self._reference, self._mesh, self._count, self._limit = reference, mesh, processes, limit
         self._processes: list[PythonChild] = []
         try:
-            self.capabilities = self._start()
+            self.capabilities: Capabilities = replace(self._start(), copies=True)  # arrays are sent to the processes
         except (GroupError, CallError, NotImplementedError, OSError) as error:
             self._stop()
             raise SetupError(f"{self.name}: {error}") from error
@@ -77,7 +78,7 @@ class GroupImplementation:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        environment = {"OMP_NUM_THREADS": "1", **DIRTY, **os.environ}
         for _ in range(self._count):
             self._processes.append(PythonChild(SERVE, kept="12", environment=environment))
         for rank, process in enumerate(self._processes):

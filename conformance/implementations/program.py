@@ -24,7 +24,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from conformance.cases.case import CaseError, read_metadata, read_tensors
-from conformance.implementations.child import Child, Deadline
+from conformance.implementations.child import DIRTY, Child, Deadline
 from conformance.implementations.greeting import PROTOCOL, ProgramError, read_answer, read_greeting
 from conformance.implementations.registry import EXEC
 from conformance.interface import Arrays, Result, SetupError
@@ -113,7 +113,12 @@ class ProgramImplementation:
 
     def _start(self) -> bytes:
         self._process = Child(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, kept="2", largest=LARGEST_FILE
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            kept="2",
+            environment={**DIRTY, **os.environ},
+            largest=LARGEST_FILE,
         )
         return self._exchange(self._process, {"protocol": PROTOCOL})
 

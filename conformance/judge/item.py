@@ -6,16 +6,19 @@ import shlex
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from conformance.cases.case import Item
 from conformance.cases.corpus import is_golden
-from conformance.interface import Capabilities, Implementation, describe
+from conformance.interface import Arrays, Capabilities, Implementation, describe
 from conformance.judge.rule import GOOD, Check, check_item
 from conformance.judge.stochasticity import check_stochasticity
 from conformance.stages import relevant
+
+if TYPE_CHECKING:
+    from conformance.judge.modes_plan import Plan
 
 MESSAGE = 500
 """Characters of an exception that are kept."""
@@ -42,6 +45,14 @@ class Outcome:
     seconds: float = 0.0
     values: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     """The arrays that were judged by their figures, for comparing implementations with one another."""
+    modes: tuple[str, ...] = ()
+    """The modes in which it was called again."""
+    refused: dict[str, str] = field(default_factory=dict[str, str])
+    """The modes that it refused, with the reasons."""
+    repeats: int = 0
+    """How often it was called with the same content, for its bits to be compared."""
+    differences: list[str] = field(default_factory=list[str])
+    """The tensors whose bits weren't the same each time, and how far they were from one another."""
 
     @property
     def reproduce(self) -> str:
@@ -87,11 +98,12 @@ def refusal(item: Item, claimed: Capabilities) -> str:
     return ""
 
 
-def run_item(implementation: Implementation, item: Item, probe: bool = False) -> Outcome:
+def run_item(implementation: Implementation, item: Item, probe: bool = False, plan: Plan | None = None) -> Outcome:
     """Calls an implementation with one item and judges what it returns. Never raises for what the implementation does.
 
     Args:
         probe: hand over what isn't claimed too: it must be refused, or come out right.
+        plan: further calls of the item, each in other modes; none where it is None.
     """
     outcome = Outcome(
         implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect
@@ -100,9 +112,13 @@ def run_item(implementation: Implementation, item: Item, probe: bool = False) ->
         outcome.file = str(item.case.path)
     claimed = implementation.capabilities
     outcome.about = {"device": claimed.device, "description": claimed.description, **claimed.settings}
+    if plan is not None:
+        outcome.about["modes"] = plan.fewer(claimed)
     outcome.skipped = refusal(item, claimed)
     if not outcome.skipped:
-        _call(implementation, item, outcome)
+        answer = _call(implementation, item, outcome)
+        if plan is not None and not answer.refused and not answer.error:
+            plan.judge(implementation, item, outcome, answer)
     elif probe and item.stage in claimed.stages and item.variant.contract in claimed.contracts:
         _probe(implementation, item, outcome)
     return outcome
@@ -124,33 +140,83 @@ def _probe(implementation: Implementation, item: Item, outcome: Outcome) -> None
         outcome.checks = failed
 
 
-def _call(implementation: Implementation, item: Item, outcome: Outcome) -> None:
+def _call(implementation: Implementation, item: Item, outcome: Outcome) -> Answer:
     """Calls the stage and fills in the verdicts."""
     claimed = implementation.capabilities
     inputs, cotangents = item.inputs(), item.cotangents() if claimed.gradients else None
-    before = {name: array.tobytes() for name, array in inputs.items()}
+    answer = answered(implementation, item, inputs, cotangents)
+    outcome.seconds, outcome.skipped = answer.seconds, answer.refused
+    if not answer.refused:
+        outcome.checks = judged(item, answer, claimed)
+        returned = answer.returned
+        outcome.values = {check.tensor: returned[check.tensor] for check in outcome.checks if check.worst}
+    return answer
+
+
+@dataclass
+class Answer:
+    """What an implementation did in one call."""
+
+    inputs: Mapping[str, np.ndarray]
+    """What it was handed, with the cotangents."""
+    cotangents: Mapping[str, np.ndarray] | None = None
+    outputs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    gradients: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    refused: str = ""
+    """Its reason, where it refused."""
+    error: str = ""
+    """The exception that it raised, or the kind of thing that it returned in place of a result."""
+    changed: tuple[str, ...] = ()
+    """The inputs and cotangents whose memory isn't what it was before."""
+    seconds: float = 0.0
+
+    @property
+    def returned(self) -> dict[str, Any]:
+        """Outputs, and gradients under ``d/<input>``."""
+        return {**self.outputs, **{f"d/{name}": gradient for name, gradient in self.gradients.items()}}
+
+
+def answered(
+    implementation: Implementation, item: Item, inputs: Arrays, cotangents: Arrays | None,
+    memory: Mapping[str, np.ndarray] | None = None,
+) -> Answer:  # fmt: skip
+    """The answer to one call. Never raises for what the implementation does.
+
+    Args:
+        inputs, cotangents: what it is handed.
+        memory: for each array that must not change the buffer that holds it; the inputs themselves where it is None.
+    """
+    memory = inputs if memory is None else memory
+    before = {name: array.tobytes() for name, array in memory.items()}
+    answer = Answer(inputs, cotangents)
     started = time.perf_counter()
     try:
         with np.errstate(all="ignore" if item.case.infinite else None):  # NumPy warns of what was handed over
             result = implementation.call(item.stage, dict(inputs), item.config, cotangents)
-        outputs, gradients = mappings(result)
+        answer.outputs, answer.gradients = mappings(result)
     except NotImplementedError as error:
-        outcome.skipped = f"refused: {describe(error)}"
-        return
+        answer.refused = f"refused: {describe(error)}"
+        return answer
     except Exception as error:
-        outcome.checks = [Check("-", "errored", np.inf, message=describe(error)[:MESSAGE])]
-        return
+        answer.error = describe(error)[:MESSAGE]
+        return answer
     finally:
-        outcome.seconds = time.perf_counter() - started
-    outcome.checks = check_item(item, outputs, gradients, claimed)
-    returned = {**outputs, **{f"d/{name}": gradient for name, gradient in gradients.items()}}
-    outcome.values = {check.tensor: returned[check.tensor] for check in outcome.checks if check.worst}
-    stochastic = check_stochasticity(item, outputs.get("H"))
+        answer.seconds = time.perf_counter() - started
+    answer.changed = tuple(name for name, array in memory.items() if array.tobytes() != before[name])
+    return answer
+
+
+def judged(item: Item, answer: Answer, claimed: Capabilities) -> list[Check]:
+    """Every check of an answer that is no refusal."""
+    if answer.error:
+        return [Check("-", "errored", np.inf, message=answer.error)]
+    checks = check_item(item, answer.outputs, answer.gradients, claimed, answer.inputs)
+    stochastic = check_stochasticity(item, answer.outputs.get("H"))
     if stochastic:
-        outcome.checks.append(stochastic)
-    for name, array in inputs.items():
-        if array.tobytes() != before[name]:
-            outcome.checks.append(Check(name, "failed", np.inf, message=f"changed its input {name}"))
+        checks.append(stochastic)
+    for name in answer.changed:
+        checks.append(Check(name, "failed", np.inf, message=f"changed its input {name}"))
+    return checks
 
 
 def mappings(result: object) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -35,6 +35,7 @@ class Known(Struct, frozen=True, forbid_unknown_fields=True):
         source: a link or a file of that package.
         verdicts, tensors: of the checks that fail.
         cases: globs of case ids; ``stage`` and ``variant`` are globs too.
+        modes: globs of the modes in which it fails so; the plain call's is empty.
     """
 
     implementation: Text
@@ -46,6 +47,7 @@ class Known(Struct, frozen=True, forbid_unknown_fields=True):
     tensors: tuple[str, ...] = ("*",)
     stage: str = "*"
     variant: str = "*"
+    modes: tuple[str, ...] = ("*",)
 
     def concerns(self, outcome: Outcome) -> bool:
         return (
@@ -57,7 +59,11 @@ class Known(Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def covers(self, check: Check) -> bool:
-        return check.verdict in self.verdicts and any(fnmatch.fnmatchcase(check.tensor, t) for t in self.tensors)
+        return (
+            check.verdict in self.verdicts
+            and any(fnmatch.fnmatchcase(check.tensor, glob) for glob in self.tensors)
+            and any(fnmatch.fnmatchcase(check.mode, glob) for glob in self.modes)
+        )
 
 
 class List(Struct, frozen=True):

@@ -52,6 +52,8 @@ class Check:
     worst: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     histogram: list[int] = field(default_factory=list[int])
     """Elements by error in units of the bound (`EDGES`), of a tensor that failed."""
+    mode: str = ""
+    """What was special about the call (`judge.modes`); empty for the plain one."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -151,10 +153,18 @@ def _mistrust(check: Check, value: np.ndarray, inputs: Mapping[str, np.ndarray])
 
 
 def check_item(
-    item: Item, outputs: Mapping[str, Any], gradients: Mapping[str, Any], claimed: Capabilities
+    item: Item,
+    outputs: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    claimed: Capabilities,
+    inputs: Mapping[str, np.ndarray] | None = None,
 ) -> list[Check]:
-    """A check for every expected tensor of an item that the implementation claims to return."""
-    inputs = item.inputs()
+    """A check for every expected tensor of an item that the implementation claims to return.
+
+    Args:
+        inputs: the item's, where they are at hand.
+    """
+    inputs = item.inputs() if inputs is None else inputs
     checks: list[Check] = []
     for tensor, expected in _returned(item, claimed).items():
         gradient, name = tensor.startswith("d/"), tensor.removeprefix("d/")

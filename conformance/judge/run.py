@@ -14,6 +14,7 @@ from conformance.cases.case import CaseError, Item
 from conformance.implementations.child import Deadline, PythonChild, end_all
 from conformance.interface import SetupError
 from conformance.judge.item import Outcome, order
+from conformance.judge.modes_plan import Plan
 from conformance.judge.rule import Check
 
 POLL = 0.5  # seconds after which it is considered again whether to start a second worker
@@ -44,6 +45,7 @@ def run(
     limit: float = 300.0,
     probe: bool = False,
     sizes: Mapping[Key, Label] | None = None,
+    plan: Plan | None = None,
 ) -> Iterator[Outcome]:
     """Outcomes of every implementation and item, as they come.
 
@@ -54,6 +56,7 @@ def run(
         limit: seconds for one item; its process is ended after them, and the rest goes on in another.
         probe: hand over what isn't claimed too.
         sizes: items of other sizes than the corpus has, by their keys; they come last.
+        plan: the further calls of each item; none where it is None.
 
     Raises:
         SetupError: an implementation can't be set up.
@@ -70,7 +73,7 @@ def run(
                 task = _next_task(tasks, [worker.task for worker in active.values()])
                 if task is None:
                     break
-                worker = _Worker(task, limit, probe, backwards=any(w.task is task for w in active.values()))
+                worker = _Worker(task, limit, probe, plan, backwards=any(w.task is task for w in active.values()))
                 active[worker.connection] = worker
             if not active:
                 deadline = Deadline(LEAVE)
@@ -126,14 +129,15 @@ class _Worker:
     finished: bool
     """Whether it has nothing more to do; known after each `receive`."""
 
-    def __init__(self, task: _Task, limit: float, probe: bool, backwards: bool):
+    def __init__(self, task: _Task, limit: float, probe: bool, plan: Plan | None, backwards: bool):
         self.task, self.limit, self.backwards = task, limit, backwards
         self.deadline = Deadline(limit + GRACE)
         self.late = False
         self.name = task.reference
         self.current: Key | None = None
+        self.mode = ""
         self.process = PythonChild("conformance.judge.worker:work")
-        self.process.send((task.reference, limit, probe))
+        self.process.send((task.reference, limit, probe, plan))
 
     @property
     def connection(self) -> Connection:
@@ -149,7 +153,10 @@ class _Worker:
             raise SetupError(content)
         if kind == "case":
             raise CaseError(content)
-        outcome = None
+        if kind == "mode":
+            self.mode, self.finished = content, False
+            return None
+        outcome, self.mode = None, ""
         if kind == "ready":
             self.name = content
         else:
@@ -182,5 +189,5 @@ class _Worker:
             message = f"no result within {self.limit + GRACE:g} s: its process was ended"
         return Outcome(
             self.name, label.case, label.stage, label.variant, label.x, label.dialect,
-            [Check("-", "errored", np.inf, message=message)], reference=self.task.reference,
+            [Check("-", "errored", np.inf, message=message, mode=self.mode)], reference=self.task.reference,
         )  # fmt: skip

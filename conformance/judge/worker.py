@@ -6,6 +6,7 @@ import gc
 import importlib
 import itertools
 import os
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -20,18 +21,21 @@ ELSEWHERE = {"sizes:": "conformance.questions.sizes.judging"}
 
 
 def work(connection: Connection) -> None:
-    """Takes (reference, limit, probe), says that it is ready, then judges items until it is handed none.
+    """Takes (reference, limit, probe, plan), says that it is ready, then judges items until it is handed none.
 
-    It sends ``("ready", name)``, then ``("done", outcome)`` for each item. After ``("setup", reason)`` or
+    It sends ``("ready", name)``, then ``("done", outcome)`` for each item, and before it ``("mode", names)`` for each
+    further call, so that it is known where the process died. After ``("setup", reason)`` or
     ``("case", reason)`` it sends nothing more.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    reference, limit, probe = connection.recv()
+    reference, limit, probe, plan = connection.recv()
     try:
         implementation = load(reference, limit)
     except SetupError as error:
         connection.send(("setup", str(error)))
         return
+    if plan is not None:
+        plan.announce = partial(_announce, connection)
     gc.disable()  # tracing makes millions of small objects: a fifth of the time went into looking at them
     gc.freeze()
     connection.send(("ready", implementation.name))
@@ -48,9 +52,13 @@ def work(connection: Connection) -> None:
                 continue
             case = cases.get(path) or cases.setdefault(path, load_case(Path(path)))
             item = next(i for i in case.items() if i.stage == stage and i.variant.name == variant)
-            connection.send(("done", run_item(implementation, item, probe)))
+            connection.send(("done", run_item(implementation, item, probe, plan)))
         except CaseError as error:
             connection.send(("case", str(error)))
             return
         if count % COLLECTED == 0:
             gc.collect()
+
+
+def _announce(connection: Connection, mode: str) -> None:
+    connection.send(("mode", mode))

@@ -47,12 +47,19 @@ def header(implementations: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def write_jsonl(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Header, one line per check or skip, footer with the count: without it the file was cut off."""
-    lines = [header({o.implementation: o.about for o in outcomes if o.about})]
+    about: dict[str, dict[str, Any]] = {}
+    for o in outcomes:
+        about[o.implementation] = {**about.get(o.implementation, {}), **o.about}
+    lines = [header({name: settings for name, settings in about.items() if settings})]
     for o in outcomes:
         shared = {"implementation": o.implementation, "case": o.case, "stage": o.stage, "variant": o.variant,
                   "x": o.x, "dialect": o.dialect, "seconds": round(o.seconds, 6)}  # fmt: skip
         if o.skipped:
             lines.append({"kind": "skip", **shared, "reason": o.skipped})
+        for line in o.differences:
+            lines.append({"kind": "difference", **shared, "message": line})
+        for mode, reason in o.refused.items():
+            lines.append({"kind": "refusal", **shared, "mode": mode, "reason": reason})
         for check in o.checks:
             found = check.as_dict()
             if check.verdict in GOOD:
@@ -96,6 +103,7 @@ def write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:
             if o.skipped:
                 ElementTree.SubElement(test, "skipped", message=o.skipped)
             for check in o.failed:
-                message = f"{check.tensor}: {check.verdict}, {check.ratio:.3g} of the bound. {check.message}"
+                mode = f" ({check.mode})" if check.mode else ""
+                message = f"{check.tensor}: {check.verdict}{mode}, {check.ratio:.3g} of the bound. {check.message}"
                 ElementTree.SubElement(test, "failure", message=message)
     atomic.write(path, ElementTree.tostring(root, encoding="unicode", xml_declaration=True))

@@ -23,9 +23,10 @@ def markdown(content: dict[str, Any]) -> str:
     lines += [""] if content["failures"] else []
     for check in content["failures"][:MOST]:
         figure = "" if not check.get("worst") else f", {_ratio(check['ratio'])} times the bound"
+        mode = f" ({check['mode']})" if check.get("mode") else ""
         lines.append(
             f"* {check['implementation']}: {check['case']}, {check['stage']}, {check['variant']}, `{check['tensor']}`: "
-            f"{check['verdict']}{figure} {check['message']}".rstrip()
+            f"{check['verdict']}{mode}{figure} {check['message']}".rstrip()
         )
         lines.append(f"  `{check.get('reproduce', '')}`")
     more = len(content["failures"]) + content["hidden"] - MOST

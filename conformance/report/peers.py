@@ -59,7 +59,7 @@ def _outcomes(runs: Sequence[Run]) -> list[Outcome]:
         for line in run.checks:
             key = (*line.item, line.x, line.dialect)
             ratio = math.inf if line.ratio is None else line.ratio
-            check = Check(line.tensor, line.verdict, ratio, message=line.message)
+            check = Check(line.tensor, line.verdict, ratio, message=line.message, mode=line.mode)
             outcomes.setdefault(key, Outcome(*key)).checks.append(check)
     return list(outcomes.values())
 

@@ -71,11 +71,25 @@ class CheckLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="check"):
     worst: tuple[Element, ...] = ()
     histogram: tuple[int, ...] = ()
     reproduce: str = ""
+    mode: str = ""
 
 
 class SkipLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="skip"):
     """An item that wasn't run, and why."""
 
+    reason: str
+
+
+class DifferenceLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="difference"):
+    """A tensor whose bits weren't the same in every call with the same content."""
+
+    message: str
+
+
+class RefusalLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="refusal"):
+    """A mode that an implementation refused in an item that it claims."""
+
+    mode: str
     reason: str
 
 
@@ -93,9 +107,11 @@ class Run:
     header: Header
     checks: list[CheckLine] = field(default_factory=list[CheckLine])
     skips: list[SkipLine] = field(default_factory=list[SkipLine])
+    differences: list[DifferenceLine] = field(default_factory=list[DifferenceLine])
+    refusals: list[RefusalLine] = field(default_factory=list[RefusalLine])
 
 
-Entry = CheckLine | SkipLine | Footer
+Entry = CheckLine | SkipLine | DifferenceLine | RefusalLine | Footer
 WHAT = "a line that run --jsonl writes"
 FIRST = Reader(Header, WHAT, ReportError, FORMAT)
 ENTRY = Reader(cast("type[Entry]", Entry), WHAT, ReportError)
@@ -158,9 +174,13 @@ def read_run(path: Path) -> Run:
             run.checks.append(entry)
         elif isinstance(entry, SkipLine):
             run.skips.append(entry)
+        elif isinstance(entry, DifferenceLine):
+            run.differences.append(entry)
+        elif isinstance(entry, RefusalLine):
+            run.refusals.append(entry)
         else:
             footer = entry
-    count = len(run.checks) + len(run.skips)
+    count = len(run.checks) + len(run.skips) + len(run.differences) + len(run.refusals)
     if footer is None or footer.lines != count:
         came = "no footer" if footer is None else f"one of {footer.lines}"
         raise ReportError(f"{path}: cut off: expected a footer that counts {count} lines, got {came}")

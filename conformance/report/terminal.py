@@ -15,6 +15,7 @@ from rich.text import Text
 
 from conformance.judge.item import Outcome
 from conformance.judge.known import Known
+from conformance.judge.modes import MODES
 from conformance.mesh import MARK
 from conformance.stages import STAGES
 
@@ -64,6 +65,7 @@ class TerminalReport:
         for line in self.crossed:
             self._line(line)
         self._skipped()
+        self._modes()
         for entry, count in self.known:
             self._line(f"known: {entry.implementation}: {count} items: {entry.why} ({entry.version}; {entry.source})")
         for outcome in failures[:MOST_FAILURES]:
@@ -96,6 +98,22 @@ class TerminalReport:
                 self._line(f"skipped: {name}: {count} x {reason}")
         for name, count in unclaimed.items():
             self._line(f"skipped: {name}: {count} items that it doesn't claim (--verbose names each reason)")
+
+    def _modes(self) -> None:
+        """A line for each implementation that was called again, with the items of each mode; then what differed."""
+        for name in dict.fromkeys(o.implementation for o in self.outcomes):
+            mine = [o for o in self.outcomes if o.implementation == name]
+            counts = Counter(mode for o in mine for mode in o.modes)
+            if counts:
+                said = ", ".join(f"{mode} {counts[mode]}" for mode in MODES if counts[mode])
+                thinned = "".join(f"; {reason}" for reason in next(o.about.get("modes", ()) for o in mine if o.modes))
+                self._line(f"modes: {name}, items: {said}{thinned}")
+            refused = Counter((mode, reason) for o in mine for mode, reason in o.refused.items())
+            for (mode, reason), count in refused.items():
+                self._line(f"refused: {name}: {mode}: {count} x {reason.removeprefix('refused: ')}")
+            for o in mine:
+                for line in o.differences:
+                    self._line(f"not repeated: {name}: {o.case}, {o.stage}, {o.variant}: {line}")
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -132,7 +150,8 @@ class TerminalReport:
         out(f"\n{outcome.implementation}: {outcome.case}, stage {outcome.stage}, {outcome.variant}")
         for check in outcome.failed[:6]:
             figure = f" {check.ratio:.3g} x the bound {check.bound:.3g}" if check.worst else ""
-            out(f"  {check.verdict}: {check.tensor}{figure} {check.message}".rstrip())
+            mode = f" ({check.mode})" if check.mode else ""
+            out(f"  {check.verdict}{mode}: {check.tensor}{figure} {check.message}".rstrip())
             for element in check.worst[:3]:
                 out(f"    {element['index']}: got {element['actual']:.9g}, expected {element['expected']:.9g}, "
                     f"off by {element['error']:.3g}")  # fmt: skip

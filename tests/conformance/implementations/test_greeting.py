@@ -46,12 +46,12 @@ def test_an_answer_that_is_nearly_right():
 
 def test_a_plain_greeting_has_the_defaults_of_the_contract():
     line = json.dumps({**GREETING, "capabilities": {"stages": ["pre"], "dialects": ["paper"]}, "later": 1}).encode()
-    expected = Capabilities(frozenset({"pre"}), frozenset({"paper"}))
+    expected = Capabilities(frozenset({"pre"}), frozenset({"paper"}), copies=True)
     assert read_greeting(line) == ("mine", expected)
 
 
 def test_every_claim_may_be_made_by_a_program():
-    assert set(Claims.__struct_fields__) == set(Capabilities.__dataclass_fields__) - {"settings"}
+    assert set(Claims.__struct_fields__) == set(Capabilities.__dataclass_fields__) - {"settings", "copies"}
     _, claimed = read_greeting(json.dumps(GREETING).encode())
     assert claimed.streams == {4} and claimed.outputs == {"pre": ("u",)} and not claimed.empty
     assert claimed.contracts == {"float32"} and claimed.description == "mine 1.0"

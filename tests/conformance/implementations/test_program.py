@@ -57,6 +57,12 @@ def test_each_way_to_be_wrong_is_said(how, said):
     assert verdicts == ["errored"] and said in message and "\n" not in message
 
 
+def test_its_memory_is_filled_unless_its_user_says_how(monkeypatch):
+    assert verdict("memory")[1].endswith("status 'error': 128")
+    monkeypatch.setenv("MALLOC_PERTURB_", "7")
+    assert verdict("memory")[1].endswith("status 'error': 7")
+
+
 @pytest.mark.parametrize("how, said", [("hangs", "no answer within 1.5 s"), ("silent", "standard output")])
 def test_one_that_hangs_is_ended(how, said):
     verdicts, message = verdict(how, limit=1.5)

@@ -44,6 +44,15 @@ def test_several_entries_may_explain_one_item(tmp_path):
     assert not judged.unknown and not judged.stale
 
 
+def test_an_entry_may_be_about_a_mode_alone(tmp_path):
+    checks = [Check("H", "failed", mode="layout: logits slice"), Check("H", "failed", mode="repeated")]
+    strided, repeated = (Outcome("a", "smoke-x", "residual_matrix", "v", "float32", "paper", [c]) for c in checks)
+    (entry,) = entries(tmp_path, {"modes": ["layout*"]})
+    assert judge([strided, repeated], [entry]).unknown == [repeated]
+    assert judge([outcome()], entries(tmp_path, {"modes": [""]})).unknown == []
+    assert judge([strided, repeated], entries(tmp_path, {})).unknown == []
+
+
 def test_an_entry_that_matches_nothing_or_passes_is_stale(tmp_path):
     judged = judge([outcome(verdicts=("passed",))], entries(tmp_path, {}, {"cases": ["nothing-*"]}))
     assert "but smoke-paper-2 did not fail so" in judged.stale[0] and "matches nothing that ran" in judged.stale[1]

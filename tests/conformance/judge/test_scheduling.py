@@ -15,6 +15,7 @@ from conformance.interface import SetupError
 from conformance.judge import run as runner
 from conformance.judge import worker
 from conformance.judge.item import Outcome
+from conformance.judge.modes_plan import Plan
 from conformance.judge.rule import Check
 from tests.conformance.judge.made import made
 
@@ -63,6 +64,7 @@ class Worker:
         self.handed.append(message)
         if message is not None:
             reply = self.workers.replies.get(self.settings[0], {}).get(message[0][0], 1.0)
+            reply = reply(message) if callable(reply) else reply
             self.reply(("done", outcome(message, reply)) if isinstance(reply, float) else reply)
         return None
 
@@ -122,13 +124,14 @@ def test_every_item_of_every_implementation_is_run_once_in_order(workers):
     assert [(o.reference, o.case) for o in outcomes] == [(r, c) for r in "xy" for c in "abc"]
     assert workers.log == [("x", "abc."), ("y", "abc.")]
     assert workers.made[0].handed == [KEYS["a"], KEYS["b"], KEYS["c"], None]
-    assert [w.settings for w in workers.made] == [("x", 300.0, False), ("y", 300.0, False)]
+    assert [w.settings for w in workers.made] == [("x", 300.0, False, None), ("y", 300.0, False, None)]
     assert [w.ended for w in workers.made] == [1, 1] and not any(w.over for w in workers.made)
 
 
-def test_the_limit_and_the_probe_are_handed_on(workers):
-    run("x", jobs=1, limit=7.0, probe=True)
-    assert workers.made[0].settings == ("x", 7.0, True)
+def test_the_limit_the_probe_and_the_plan_are_handed_on(workers):
+    plan = Plan(ITEMS)
+    run("x", jobs=1, limit=7.0, probe=True, plan=plan)
+    assert workers.made[0].settings == ("x", 7.0, True, plan)
     assert Clock.asked == [17.0, 17.0, 17.0, 17.0, 17.0, 5.0]  # 10 s more to start and for each item; 5 s to leave
     assert workers.made[0].patience == [5.0]
 
@@ -254,6 +257,20 @@ def test_a_worker_that_dies_before_its_first_item_cannot_be_set_up(workers):
         run("x", jobs=1)
 
 
+def test_a_death_in_a_further_call_has_its_mode(workers):
+    def die_later(key):
+        worker = workers.made[0]
+        worker.far.send(("mode", "layout + other values"))
+        worker.far.close()
+        return "hang"
+
+    workers.replies["x"] = {"b": die_later}
+    outcomes = run("x", jobs=1)
+    assert [(o.case, o.checks[0].verdict, o.checks[0].mode) for o in outcomes] == [
+        ("a", "passed", ""), ("b", "errored", "layout + other values"), ("c", "passed", ""),
+    ]  # fmt: skip
+
+
 def test_a_worker_that_hangs_is_ended_once_its_time_is_over(workers, monkeypatch):
     workers.replies["x"] = {"b": "hang"}
     monkeypatch.setattr(runner, "GRACE", -2.0)
@@ -315,8 +332,8 @@ def work(monkeypatch):
             raise CaseError("no such case")
         return SimpleNamespace(items=lambda: [made("head"), made(variant="float64-float64"), *ITEMS])
 
-    def run_item(implementation, item, probe):
-        seen.run.append((implementation.name, item.case.id, item.stage, item.variant.name, probe))
+    def run_item(implementation, item, probe, plan):
+        seen.run.append((implementation.name, item.case.id, item.stage, item.variant.name, probe, plan))
         return "outcome"
 
     monkeypatch.setattr(worker, "load", load)
@@ -333,31 +350,34 @@ def work(monkeypatch):
 
 
 def test_a_worker_runs_what_it_is_handed_until_it_is_handed_none(work):
-    sent, seen = work(("ref", 3.0, True), KEYS["c"], KEYS["c"], ("other.safetensors", "head", "float32-float32"), None)
+    plan = Plan(ITEMS)
+    sent, seen = work(
+        ("ref", 3.0, True, plan), KEYS["c"], KEYS["c"], ("other.safetensors", "head", "float32-float32"), None
+    )
     assert sent == [("ready", "mine")] + [("done", "outcome")] * 3
     assert seen.loaded == [("ref", 3.0)]
     assert seen.read == ["c.safetensors", "other.safetensors"]  # each case once
-    item = ("mine", "c", "reduce", "float32-float32", True)
-    assert seen.run == [item, item, ("mine", "made", "head", "float32-float32", True)]
+    item = ("mine", "c", "reduce", "float32-float32", True, plan)
+    assert seen.run == [item, item, ("mine", "made", "head", "float32-float32", True, plan)]
     assert seen.garbage == [("disable", 0), ("freeze", 0)]
     assert worker.os.environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_garbage_is_collected_after_every_32_items(work):
-    _, seen = work(("ref", 3.0, True), *[KEYS["c"]] * 65, None)
+    _, seen = work(("ref", 3.0, True, None), *[KEYS["c"]] * 65, None)
     assert seen.garbage[2:] == [("collect", 32), ("collect", 64)]
 
 
 def test_a_number_of_threads_that_is_given_stays(work, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    work(("ref", 3.0, False), None)
+    work(("ref", 3.0, False, None), None)
     assert worker.os.environ["OMP_NUM_THREADS"] == "2"
 
 
 def test_a_worker_that_cannot_set_up_says_so_and_leaves(work):
-    assert work(("absent", 3.0, False))[0] == [("setup", "no such implementation")]
+    assert work(("absent", 3.0, False, None))[0] == [("setup", "no such implementation")]
 
 
 def test_a_worker_that_meets_a_broken_case_says_so_and_leaves(work):
-    sent, _ = work(("ref", 3.0, False), ("broken.safetensors", "head", "float32-float32"))
+    sent, _ = work(("ref", 3.0, False, None), ("broken.safetensors", "head", "float32-float32"))
     assert sent == [("ready", "mine"), ("case", "no such case")]

@@ -6,8 +6,12 @@ import json
 
 import pytest
 
-from conformance.report.files import FORMAT, write_jsonl
+from conformance.judge.item import Outcome
+from conformance.judge.rule import Check
+from conformance.report.files import FORMAT, write_jsonl, write_junit
+from conformance.report.markdown import markdown
 from conformance.report.read import SELFTEST_FORMAT, ReportError, merge, read_run, read_selftest
+from conformance.report.summary import summary
 from tests.conformance.judge.made import Answers, array, claims, made
 
 CORPUS = "a" * 64
@@ -189,3 +193,19 @@ def test_what_a_run_writes_is_what_is_read(tmp_path):
         ("wrong", "failed", None),  # a bound of 0 has no ratio
     ]
     assert [(s.implementation, s.reason) for s in run.skips] == [("refuses", "stage reduce not claimed")]
+
+
+def test_what_a_run_says_of_modes_is_read_too(tmp_path):
+    check = Check("out", "failed", 2.0, mode="layout: x slice", worst=[])
+    outcome = Outcome("mine", "made", "reduce", "float32-float32", "float32", "paper", [check])
+    outcome.differences, outcome.refused = ["out: other bits in 1 of 32 calls"], {"without gradients": "refused: no"}
+    write_jsonl(tmp_path / "run.jsonl", [outcome])
+    run = read_run(tmp_path / "run.jsonl")
+    assert [(c.tensor, c.mode) for c in run.checks] == [("out", "layout: x slice")]
+    assert [d.message for d in run.differences] == ["out: other bits in 1 of 32 calls"]
+    assert [(r.mode, r.reason) for r in run.refusals] == [("without gradients", "refused: no")]
+    write_junit(tmp_path / "run.xml", [outcome])
+    assert "out: failed (layout: x slice), 2 of the bound" in (tmp_path / "run.xml").read_text()
+    content = {**summary([run], None), "sinkhorn": {}}
+    assert "`out`: failed (layout: x slice)" in markdown(content)
+    assert content["failures"][0]["mode"] == "layout: x slice"

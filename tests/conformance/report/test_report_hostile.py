@@ -86,7 +86,8 @@ def test_a_run_of_which_a_line_is_nearly_right(written):
     [
         (lambda lines: [lines[0], lines[1].replace(b'"x": "float32"', b'"x": 3'), *lines[2:]],
          "line 2: x: expected a text, got 3"),
-        (lambda lines: [lines[0], *lines], "line 2: kind: expected one of check, skip, footer, got 'header'"),
+        (lambda lines: [lines[0], *lines],
+         "line 2: kind: expected one of check, skip, difference, refusal, footer, got 'header'"),
         (lambda lines: [*lines, lines[-1]], "line 7: expected no line after the footer"),
         (lambda lines: [lines[0], lines[1], *lines[1:]], "expected a footer that counts 5 lines, got one of 4"),
         (lambda lines: lines[1:], "line 1: expected format"),

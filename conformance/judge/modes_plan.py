@@ -1,0 +1,210 @@
+"""Which further calls each item of a run has: some modes on every item, others on a subset that covers them.
+
+A subset is made of what the run has and the implementation claims, so that in a run of one item that item has all the
+calls that it has in any larger run: the line that repeats a failure repeats its modes too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conformance.cases.case import Item, load_case
+from conformance.interface import Capabilities, Implementation
+from conformance.judge.item import Answer, Outcome, refusal
+from conformance.judge.modes import AGAIN, REPEATED, UNASKED, Call, Culprits, Further
+from conformance.judge.modes_items import unasked
+from conformance.judge.modes_layouts import ROUNDS
+
+TYPICAL = 32
+"""Streams x dim of the items that are repeated: small, but more than one vector register."""
+Key = tuple[str, str, str]
+"""The id of the case, stage and variant."""
+
+
+@dataclass
+class Schedule:
+    """The further calls of each item, in their order, and the items that are repeated."""
+
+    calls: dict[Key, list[Call]] = field(default_factory=lambda: defaultdict[Key, list[Call]](list))
+    repeated: set[Key] = field(default_factory=set[Key])
+    culprits: dict[tuple[str, str], Culprits] = field(default_factory=dict[tuple[str, str], Culprits])
+
+
+class Plan:
+    """The modes of a run. It is handed to its workers, each of which works out what its implementation claims.
+
+    Args:
+        items: those of the run.
+        limit: seconds that an item may take.
+    """
+
+    def __init__(self, items: Iterable[Item], limit: float = 300.0):
+        self._limit = limit
+        self._names: dict[Path, list[tuple[str, str]]] = defaultdict(list)
+        """The stages and variants by the file of their case: all that a worker is sent."""
+        for item in items:
+            self._names[item.case.path].append((item.stage, item.variant.name))
+        self._schedules: list[tuple[Capabilities, Schedule]] = []
+        self.announce: Callable[[str], object] | None = None
+        """Is told the modes of each call before it is made."""
+
+    @staticmethod
+    def fewer(claimed: Capabilities) -> list[str]:
+        """Why some modes are met on a subset of the items alone, or by none."""
+        reasons: list[str] = []
+        if claimed.compiled:
+            reasons.append("other gradients and layouts on a subset, since each is compiled anew")
+        if claimed.copies:
+            reasons.append("layouts on a subset, since it copies its inputs")
+        return reasons
+
+    def judge(self, implementation: Implementation, item: Item, outcome: Outcome, plain: Answer) -> None:
+        """Makes the further calls of an item; the outcome has its plain one already."""
+        schedule = self.schedule(implementation.capabilities)
+        further = Further(implementation, item, outcome, plain, self._limit, schedule.culprits)
+        for call in schedule.calls.get(_key(item), []):
+            if self.announce:
+                self.announce(" + ".join(call.modes) or AGAIN)
+            further.judge(call)
+        if _key(item) in schedule.repeated:
+            if self.announce:
+                self.announce(REPEATED)
+            further.repeat()
+
+    def schedule(self, claimed: Capabilities) -> Schedule:
+        """The calls of every item that an implementation claims; worked out once.
+
+        Raises:
+            CaseError: a file doesn't keep the format.
+        """
+        for known, schedule in self._schedules:
+            if known is claimed:
+                return schedule
+        schedule = scheduled([item for item in self._items() if not refusal(item, claimed)], claimed)
+        self._schedules.append((claimed, schedule))
+        return schedule
+
+    def _items(self) -> list[Item]:
+        items: list[Item] = []
+        for path, names in self._names.items():
+            by_name = {(item.stage, item.variant.name): item for item in load_case(path).items()}
+            items += [by_name[name] for name in names]
+        return items
+
+
+def scheduled(items: Sequence[Item], claimed: Capabilities) -> Schedule:
+    """The calls of these items.
+
+    Every item has one in which the values differ and freed memory is full of NaN, in the first place. It asks for no
+    gradients and has the layouts of the item's own round, unless the implementation is compiled, and would be anew for
+    each of them, or copies its inputs: then that is so on a subset.
+    """
+    schedule = Schedule()
+    everywhere = not claimed.compiled
+    for item in items:
+        schedule.calls[_key(item)].append(
+            Call(
+                forward=claimed.gradients and everywhere,
+                round=own_round(item) if everywhere and not claimed.copies else None,
+                values=True,
+                memory=True,
+            )
+        )
+    for call, item in _first_calls(items, claimed):
+        if call not in schedule.calls[_key(item)]:
+            schedule.calls[_key(item)].append(call)
+    if claimed.gradients:
+        for call, item in _gradient_calls(items, claimed):
+            schedule.calls[_key(item)].append(call)
+    for group in _groups(items, _kind):
+        item = group[0]
+        schedule.calls[_key(item)].append(Call(after=_sibling(item, claimed)))
+        if claimed.gradients and everywhere:
+            schedule.calls[_key(item)].append(Call(forward=True, values=True))
+    for group in _groups(items, _dtype):
+        schedule.repeated.add(_key(min(group, key=_untypical)))
+    return schedule
+
+
+def _first_calls(items: Sequence[Item], claimed: Capabilities) -> Iterable[tuple[Call, Item]]:
+    """Further calls without gradients, in the layouts that a stage, dtype and kind of weights hasn't met."""
+    for group in _groups(items, _kind):
+        rounds: Iterable[int] = [own_round(group[0])]
+        if not claimed.copies and not claimed.compiled:
+            rounds = sorted(set(range(ROUNDS)) - {own_round(item) for item in group})
+        for number, round in enumerate(rounds):
+            item = group[number % len(group)]
+            yield Call(forward=claimed.gradients, round=round, values=True, memory=True), item
+    if claimed.compiled:
+        for group in _groups(items, lambda item: (item.stage, item.case.dialect)):
+            yield Call(forward=claimed.gradients, values=True, memory=True), min(group, key=_number)
+
+
+def _gradient_calls(items: Sequence[Item], claimed: Capabilities) -> Iterable[tuple[Call, Item]]:
+    """Calls with gradients: every layout of inputs and cotangents for a stage and dtype, or one where that is dear."""
+    ways = ["", *UNASKED]
+    for group in _groups(items, _dtype):
+        for number in range(1 if claimed.compiled else len(ways) if claimed.copies else ROUNDS):
+            item = group[number % len(group)]
+            round = own_round(item) if claimed.copies or claimed.compiled else number
+            way = ways[(number + zlib.crc32("".join(_dtype(item)).encode())) % len(ways)]
+            yield Call(unasked=way if unasked(item, way) else "", round=round, values=True, memory=True), item
+
+
+def _key(item: Item) -> Key:
+    return item.case.id, item.stage, item.variant.name
+
+
+def _dtype(item: Item) -> tuple[str, ...]:
+    return item.stage, item.variant.x
+
+
+def _kind(item: Item) -> tuple[str, ...]:
+    return item.stage, item.variant.x, item.variant.weights
+
+
+def _groups(items: Iterable[Item], kind: Callable[[Item], tuple[str, ...]]) -> list[list[Item]]:
+    """The items of each kind, the widest first; those of unusual shapes, some of one token, last."""
+    groups: dict[tuple[str, ...], list[Item]] = defaultdict(list)
+    for item in items:
+        groups[kind(item)].append(item)
+    return [sorted(group, key=_rank) for _, group in sorted(groups.items())]
+
+
+def _rank(item: Item) -> tuple[bool, int, int]:
+    return item.case.family == "shape", -width(item), _number(item)
+
+
+def width(item: Item) -> int:
+    """Elements of a token."""
+    return int(item.case.parameters["streams"]) * int(item.case.parameters["dim"])
+
+
+def _untypical(item: Item) -> tuple[bool, int, int]:
+    return item.case.family == "shape", abs(width(item) - TYPICAL), _number(item)
+
+
+def _number(item: Item) -> int:
+    """A number that depends on nothing but the item's name."""
+    return zlib.crc32(item.id.encode())
+
+
+def own_round(item: Item) -> int:
+    """The layouts that an item has in every run."""
+    return _number(item) % ROUNDS
+
+
+def _sibling(item: Item, claimed: Capabilities) -> str:
+    """The variant of the same stage and case in another dtype that comes before; empty where none is claimed."""
+    others = [
+        variant.name
+        for variant in item.case.variants
+        if item.stage in variant.stages
+        and variant.x != item.variant.x
+        and not refusal(Item(item.case, item.stage, variant), claimed)
+    ]
+    return others[_number(item) % len(others)] if others else ""
