@@ -46,6 +46,8 @@ class GroupImplementation:
         self.name = f"{reference}{MARK}{mesh}"
         self._reference, self._mesh, self._count, self._limit = reference, mesh, processes, limit
         self._processes: list[PythonChild] = []
+        self.borrowed: list[str] = []
+        """Which of our implementations the processes have imported that theirs isn't (`borrowed`)."""
         try:
             self.capabilities = self._start()
         except (GroupError, CallError, NotImplementedError, OSError) as error:
@@ -59,7 +61,7 @@ class GroupImplementation:
             self._restart()
         try:
             given, wanted = filled(stage, inputs, cotangents, self._mesh)
-            result = self._exchange((stage, given, config, wanted), f"in {stage}", self._limit)
+            result, self.borrowed = self._exchange((stage, given, config, wanted), f"in {stage}", self._limit)
         except GroupError:
             self._stop()
             raise

@@ -13,6 +13,7 @@ import numpy as np
 from conformance.cases.case import Item
 from conformance.cases.corpus import is_golden
 from conformance.interface import Capabilities, Implementation, describe
+from conformance.judge.held import Held, changes
 from conformance.judge.rule import GOOD, Check, check_item
 from conformance.judge.stochasticity import check_stochasticity
 from conformance.stages import relevant
@@ -39,6 +40,8 @@ class Outcome:
     """The case's file where it isn't one of the corpus."""
     about: dict[str, Any] = field(default_factory=dict[str, Any])
     """The implementation's device, description and settings, read in the process that ran it."""
+    altered: str = ""
+    """What is wrong with the case's file, where it is one of the corpus and wasn't as promised when it was read."""
     seconds: float = 0.0
     values: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     """The arrays that were judged by their figures, for comparing implementations with one another."""
@@ -128,7 +131,7 @@ def _call(implementation: Implementation, item: Item, outcome: Outcome) -> None:
     """Calls the stage and fills in the verdicts."""
     claimed = implementation.capabilities
     inputs, cotangents = item.inputs(), item.cotangents() if claimed.gradients else None
-    before = {name: array.tobytes() for name, array in inputs.items()}
+    held = Held(inputs, cotangents)
     started = time.perf_counter()
     try:
         outputs, gradients = mappings(implementation.call(item.stage, dict(inputs), item.config, cotangents))
@@ -146,9 +149,9 @@ def _call(implementation: Implementation, item: Item, outcome: Outcome) -> None:
     stochastic = check_stochasticity(item, outputs.get("H"))
     if stochastic:
         outcome.checks.append(stochastic)
-    for name, array in inputs.items():
-        if array.tobytes() != before[name]:
-            outcome.checks.append(Check(name, "failed", np.inf, message=f"changed its input {name}"))
+    outcome.checks += [
+        Check(name, "failed", np.inf, message=message) for name, message in changes(implementation, held)
+    ]
 
 
 def mappings(result: object) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -32,6 +32,8 @@ class Header(Struct, frozen=True, tag_field="kind", tag="header"):
     system: str = ""
     processors: int | None = None
     environment: dict[str, str] = {}
+    altered: tuple[str, ...] = ()
+    """A line for each file of the corpus that wasn't as promised."""
 
 
 class Element(Struct, frozen=True):

@@ -16,6 +16,7 @@ from rich.text import Text
 from conformance.judge.item import Outcome
 from conformance.judge.known import Known
 from conformance.mesh import MARK
+from conformance.report import borrowing
 from conformance.stages import STAGES
 
 MOST_FAILURES = 40
@@ -61,7 +62,7 @@ class TerminalReport:
     def show(self, failures: Sequence[Outcome]) -> None:
         """Prints the result; ``failures`` are those that no known result covers."""
         self.console.print(self.table())
-        for line in self.crossed:
+        for line in [*self.crossed, *borrowing.lines(borrowing.settings(self.outcomes))]:
             self._line(line)
         self._skipped()
         for entry, count in self.known:
