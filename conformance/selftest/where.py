@@ -85,8 +85,8 @@ class Where(Mutant):
         if not self.struck:
             return super()._run(stage, body, inputs, config, cotangents)
         found = self.handed(call)
-        outputs, gradients = super()._run(stage, body, found.inputs, config, found.cotangents)
-        outputs, gradients = ({k: v.copy() for k, v in part.items()} for part in (outputs, gradients))
+        right = super()._run(stage, body, found.inputs, config, found.cotangents)
+        outputs, gradients = ({k: v.copy() for k, v in part.items()} for part in right)
         self.spoil(call, outputs, gradients)
         return outputs, gradients
 
