@@ -124,7 +124,7 @@ class FlushedInMixing(Where):
 
 
 class BiasedGradient(Where):
-    """In bfloat16 every gradient is too large by a thousandth."""
+    """A gradient in bfloat16 is too large by a thousandth."""
 
     blind: ClassVar[dict[str, str]] = {
         dtype: "the mistake is that of bfloat16 alone" for dtype in ("float32", "float16")
@@ -139,7 +139,8 @@ class BiasedGradient(Where):
         single = np.dtype(np.float32)
         inputs, cotangents = ({k: v.astype(single) for k, v in part.items()} for part in (call.inputs, call.cotangents))
         for name, value in self.gradients(call.stage, inputs, call.config, cotangents).items():
-            gradients[name] = (value * single.type(1 + OFF)).astype(gradients[name].dtype)
+            if gradients[name].dtype == call.dtype:
+                gradients[name] = (value * single.type(1 + OFF)).astype(call.dtype)
 
 
 # Other calls
