@@ -14,6 +14,7 @@ from conformance.cases.dialects import Dialect, dialect_names, published
 from conformance.cases.rules import most_permuted
 from conformance.oracle import data
 from conformance.oracle.build import CORE, PURE, Wish
+from conformance.oracle.families_small import faint, fifty_iterations
 
 SLOWEST = json.loads(Path(__file__).with_name("slowest.json").read_text())
 NARROW = ("bfloat16-float32", "float16-float32")
@@ -249,6 +250,8 @@ def _plumbing(name: str, p: dict[str, Any]) -> Iterator[Wish]:
         yield Wish("branch", "what the branch is handed and what it returns", clause, name, branch.replace("_", "-"),
                    stages=[("layer", {"branch": branch})], variants=variants)  # fmt: skip
     yield _cancel_branch(name, p)
+    if p["mix"] != "identity":
+        yield faint(name, p)
     (_, options), *head = _reductions(p)
     other = {"how": "sum" if options["how"] == "mean" else "mean"}
     yield Wish("head", "the other reduction; a head with one gate closed", "Forward", name,
@@ -368,6 +371,7 @@ def _other_parameters() -> Iterator[Wish]:
                    stages=stages, overrides=overrides, only={"layer": F32},
                    variants=(*F32, *NARROW) if label in EVERY_DTYPE else F32_BF16)  # fmt: skip
     yield from _seen_in_every_dtype()
+    yield from fifty_iterations(np.array(SLOWEST["n4-N20"]))
     for name in ("paper", "deepseek-v4"):
         turned = np.transpose if name == "paper" else np.array
         for streams in (2, 3, 4, 8):
