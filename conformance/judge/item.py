@@ -13,6 +13,7 @@ import numpy as np
 from conformance.cases.case import Item
 from conformance.cases.corpus import is_golden
 from conformance.interface import Capabilities, Implementation, describe
+from conformance.judge.faint import check_faint
 from conformance.judge.held import Held, changes
 from conformance.judge.rule import GOOD, Check, check_item
 from conformance.judge.stochasticity import check_stochasticity
@@ -146,9 +147,9 @@ def _call(implementation: Implementation, item: Item, outcome: Outcome) -> None:
     outcome.checks = check_item(item, outputs, gradients, claimed)
     returned = {**outputs, **{f"d/{name}": gradient for name, gradient in gradients.items()}}
     outcome.values = {check.tensor: returned[check.tensor] for check in outcome.checks if check.worst}
-    stochastic = check_stochasticity(item, outputs.get("H"))
-    if stochastic:
-        outcome.checks.append(stochastic)
+    H = outputs.get("H")
+    whole = (check_stochasticity(item, H), check_faint(H, item.expected.get("H"), item.variant.contract))
+    outcome.checks += [check for check in whole if check]
     outcome.checks += [
         Check(name, "failed", np.inf, message=message) for name, message in changes(implementation, held)
     ]

@@ -10,7 +10,7 @@ import pytest
 
 from conformance.cases.format import DTYPES
 from conformance.judge.rule import allowance, wide
-from conformance.judge.scale import FEWEST, FLOAT32, SECOND_ORDER, Z, Scale
+from conformance.judge.scale import FEWEST, FLOAT32, SECOND_ORDER, Scale, Z
 
 BFLOAT16, FLOAT16 = DTYPES["bfloat16"], DTYPES["float16"]
 
