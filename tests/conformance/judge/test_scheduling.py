@@ -320,7 +320,7 @@ def work(monkeypatch):
         return "outcome"
 
     def tell(outcome, path):
-        seen.told.append((outcome, str(path)))
+        seen.told.append((outcome, path))
 
     monkeypatch.setattr(worker, "Guard", lambda: SimpleNamespace(load=load, read=read, tell=tell))
     monkeypatch.setattr(worker, "run_item", run_item)
