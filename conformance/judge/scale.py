@@ -33,8 +33,14 @@ class Scale:
 
     With a the results and e the true values, the factor that fits best is 1 + sum (a - e) e / sum e^2. Elements of one
     token may be off together, since they share gates; tokens share nothing that is rounded.
+
+    Args:
+        dtype: that of the tensor.
+        contract: the variant's.
     """
 
+    dtype: np.dtype
+    contract: str
     errors: list[np.ndarray] = field(default_factory=list[np.ndarray])
     """sum (a - e) e of each token."""
     energies: list[np.ndarray] = field(default_factory=list[np.ndarray])
@@ -42,8 +48,15 @@ class Scale:
     absolute: float = 0.0
     largest: float = 0.0
 
+    @property
+    def applies(self) -> bool:
+        """Whether anything can be said of tensors in this dtype under this contract."""
+        return self.dtype in NARROW and self.contract in CONTRACTS
+
     def add(self, actual: np.ndarray, expected: np.ndarray) -> None:
         """``[tokens, …]`` of finite numbers."""
+        if not self.applies:
+            return
         true = expected.reshape(len(expected), math.prod(expected.shape[1:]))
         off = wide(actual).reshape(true.shape) - true
         self.errors.append(np.einsum("tk,tk->t", off, true))
@@ -51,16 +64,16 @@ class Scale:
         self.absolute += float(np.abs(true).sum())
         self.largest = max(self.largest, float(np.abs(true).max(initial=0.0)))
 
-    def check(self, tensor: str, dtype: np.dtype, contract: str) -> Check | None:
+    def check(self, tensor: str) -> Check | None:
         """The check; None where it says nothing: another dtype or contract, too few tokens, or nothing but zeros."""
-        if dtype not in NARROW or contract not in CONTRACTS or not self.errors:
+        if not self.errors:
             return None
         errors, energies = np.concatenate(self.errors), np.concatenate(self.energies)
         total, tokens = float(energies.sum()), len(energies)
         if tokens < FEWEST or not total:
             return None
         deviation = float(errors.sum()) / total
-        allowed = self._allowed(errors - deviation * energies, total, dtype)
+        allowed = self._allowed(errors - deviation * energies, total)
         check = Check(f"{tensor} {NAME}", "passed", abs(deviation) / allowed, abs(deviation), allowed)
         check.verdict = verdict_of(check.ratio)
         if check.verdict == "failed":
@@ -69,7 +82,7 @@ class Scale:
             )
         return check
 
-    def _allowed(self, rest: np.ndarray, total: float, dtype: np.dtype) -> float:
+    def _allowed(self, rest: np.ndarray, total: float) -> float:
         """How far the factor may be from 1.
 
         Args:
@@ -80,4 +93,4 @@ class Scale:
         factor = Z * math.sqrt((tokens - 1) / (tokens - Z * Z))
         spread = factor * math.sqrt(float(np.square(rest).sum()) * tokens / (tokens - 1)) / total
         systematic = FLOAT32 * self.largest * self.absolute / total
-        return spread + systematic + SECOND_ORDER * UNIT_ROUNDOFF[dtype] ** 2
+        return spread + systematic + SECOND_ORDER * UNIT_ROUNDOFF[self.dtype] ** 2

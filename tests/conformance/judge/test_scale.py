@@ -16,10 +16,10 @@ BFLOAT16, FLOAT16 = DTYPES["bfloat16"], DTYPES["float16"]
 
 
 def checked(actual, expected, dtype=BFLOAT16, contract="float32", tile=0):
-    scale, tile = Scale(), tile or max(1, len(expected))
+    scale, tile = Scale(dtype, contract), tile or max(1, len(expected))
     for start in range(0, len(expected), tile):
         scale.add(actual[start : start + tile], expected[start : start + tile])
-    return scale.check("d/x", dtype, contract)
+    return scale.check("d/x")
 
 
 def drawn(tokens, width=256, seed=0):
@@ -94,7 +94,7 @@ def test_it_says_something_of_narrow_dtypes_that_are_rounded_to_nearest(change, 
 def test_it_says_nothing_of_few_tokens_of_zeros_and_of_nothing():
     assert checked(np.ones((63, 4)) * 2, np.ones((63, 4))) is None
     assert checked(np.ones((64, 4)), np.zeros((64, 4))) is None
-    assert Scale().check("d/x", BFLOAT16, "float32") is None
+    assert Scale(BFLOAT16, "float32").check("d/x") is None
     assert checked(np.ones((0, 4)), np.ones((0, 4))) is None
 
 
