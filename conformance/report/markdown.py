@@ -36,7 +36,8 @@ def markdown(content: dict[str, Any]) -> str:
         problems = len(content["selftest"]["problems"])
         lines += [
             "",
-            f"Self-test: {len(content['selftest']['mutants'])} mutants, {problems} problems. "
+            f"Self-test: {len(content['selftest']['mutants']) + len(content['selftest']['where'])} mutants, "
+            f"{problems} problems. "
             f"{content['selftest']['honest']}",
         ]
     return "\n".join(lines).rstrip() + "\n"

@@ -119,6 +119,23 @@ class MutantLine(Struct, frozen=True):
     blind: dict[str, str]
 
 
+class PlaceFigures(Struct, frozen=True):
+    """What killed a mistake of *where* in one dtype: the tier, the modes or sizes, and the worst check."""
+
+    tier: str
+    places: tuple[str, ...]
+    ratio: float | None
+    where: str
+
+
+class WhereLine(Struct, frozen=True):
+    """One planted mistake of *where*; null for a dtype in which nothing killed it."""
+
+    name: str
+    figures: dict[str, PlaceFigures | None]
+    blind: dict[str, str]
+
+
 class Selftest(Struct, frozen=True):
     """The figures of a self-test (`conformance.selftest.table.as_json`)."""
 
@@ -128,6 +145,7 @@ class Selftest(Struct, frozen=True):
     format: str
     corpus: str
     quick: bool = False
+    where: tuple[WhereLine, ...] = ()
 
 
 class SelftestOrigin(Struct, frozen=True):

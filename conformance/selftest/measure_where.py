@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,15 +56,14 @@ def kills(check: Check) -> bool:
     return bool(check.ratio > FACTOR) or (not check.worst and check.ratio <= 1)
 
 
-def measure_where(number: int, quick: bool, measured_in: Sequence[Tier] | None = None) -> dict[str, Deaths]:
+def measure_where(number: int, measured_in: Sequence[Tier]) -> dict[str, Deaths]:
     """What came of mutant ``number`` of `WHERE`, by dtype.
 
     A tier is left after as many items as must kill a mutant, and the tiers after the one that killed it aren't asked.
     """
     mutant = WHERE[number]()
     implementations = wrap(mutant), wrap(Plain())
-    chosen = tiers(quick) if measured_in is None else measured_in
-    return {dtype: _in_dtype(implementations, dtype, chosen, dtype in mutant.blind) for dtype in DTYPES}
+    return {dtype: _in_dtype(implementations, dtype, measured_in, dtype in mutant.blind) for dtype in DTYPES}
 
 
 def _in_dtype(
@@ -89,9 +89,13 @@ def _of(outcome: Outcome, tier: Tier, item: Any) -> Iterator[Death]:
     """The worst check of an outcome that kills the mutant, if there is one."""
     failed = [check for check in outcome.failed if kills(check)]
     if failed:
-        worst = max(failed, key=lambda check: check.ratio if check.worst else np.inf)
-        ratio = worst.ratio if worst.worst else np.inf
-        yield Death(tier.name, tier.place(item, worst), f"{outcome.case}, {outcome.stage}", ratio)
+        worst = max(failed, key=_figure)
+        yield Death(tier.name, tier.place(item, worst), f"{outcome.case}, {outcome.stage}", _figure(worst))
+
+
+def _figure(check: Check) -> float:
+    """How far beyond its bound a failed check is; infinite where it has no figure."""
+    return check.ratio if check.ratio > 1 else np.inf
 
 
 def same_bits(a: Outcome, b: Outcome) -> bool:
@@ -125,13 +129,14 @@ def measure_places(
 ) -> Places:
     """Runs mutants (by number) in ``jobs`` processes."""
     places = Places()
-    with processes(jobs) as pool:
-        tasks = [(number, quick) for number in numbers]
+    with tempfile.TemporaryDirectory(prefix="mhc-conformance-") as folder, processes(jobs) as pool:
+        tasks = [(number, quick, folder) for number in numbers]
         for done, (number, figures) in enumerate(pool.imap_unordered(_measure, tasks), 1):
             places.mutants[number] = figures
             progress(done, len(tasks))
     return places
 
 
-def _measure(task: tuple[int, bool]) -> tuple[int, dict[str, Deaths]]:
-    return task[0], measure_where(*task)
+def _measure(task: tuple[int, bool, str]) -> tuple[int, dict[str, Deaths]]:
+    number, quick, folder = task
+    return number, measure_where(number, tiers(quick, folder))

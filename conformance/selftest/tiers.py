@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from conformance.cases.case import Item
+from conformance.cases.dialects import published
 from conformance.interface import Capabilities, Implementation
 from conformance.judge.item import Outcome, order, run_item
 from conformance.judge.rule import Check
+from conformance.questions.sizes.design import largest_here, sizes
+from conformance.questions.sizes.item import SizeItem, sized
+from conformance.questions.sizes.judging import WITHOUT_GRADIENTS, judged
+from conformance.questions.sizes.tensors import STAGES_OF_SIZES
 from conformance.selftest.measure import items_of_mutants
 
 
@@ -54,6 +59,42 @@ class Golden:
         return ""
 
 
-def tiers(quick: bool) -> list[Tier]:
-    """The tiers, the cheapest first; ``quick`` leaves out most golden cases."""
-    return [Golden(quick)]
+ROWS = ("paper", "deepseek-v4", "liger", "transformer-engine")
+"""Rows in which float32 is kept, with an eps in the sums and without, and columns first."""
+NORM_WEIGHT = ("maxtext-v1", "mhc-lite")
+"""Rows with a norm weight."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Production sizes, those of ``run --sizes quick``, each stage of each in one row."""
+
+    quick: bool
+    folder: str
+    """Where true values are kept, so that all mutants share them."""
+    name: str = "sizes"
+
+    def items(self, dtype: str, claimed: Capabilities) -> Iterable[SizeItem]:
+        form = "short" if self.quick else "quick"
+        for number, size in enumerate(sizes(form, largest_here(2))):
+            rows = [published(ROWS[number % len(ROWS)]), published(NORM_WEIGHT[number % len(NORM_WEIGHT)])]
+            for stage in STAGES_OF_SIZES:
+                items = (sized(size, row, stage, dtype, claimed) for row in rows)
+                yield from [item for item in items if item is not None][:1]
+
+    def judge(self, implementation: Implementation, item: SizeItem) -> Outcome:
+        return judged(implementation, item, self.folder)
+
+    def place(self, item: SizeItem, check: Check) -> str:
+        without = f", {WITHOUT_GRADIENTS}" if check.message.startswith(WITHOUT_GRADIENTS) else ""
+        return item.size.id.removeprefix("size-") + without
+
+
+def tiers(quick: bool, folder: str) -> list[Tier]:
+    """The tiers, the cheapest first.
+
+    Args:
+        quick: leave out most golden cases and sizes.
+        folder: for true values that are made on the way.
+    """
+    return [Golden(quick), Sizes(quick, folder)]

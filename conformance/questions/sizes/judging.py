@@ -181,7 +181,9 @@ def _wrong(
     actual: np.ndarray, expected: np.ndarray, dtype: np.dtype, item: SizeItem, bound: Bound, magnitude: Any
 ) -> np.ndarray:
     """True where an element is beyond its bound, or not finite."""
-    excess = np.abs(wide(actual) - expected) - allowance(dtype, item.variant.contract, expected, magnitude)
+    with np.errstate(invalid="ignore"):
+        excess = np.abs(wide(actual) - expected)
+    excess -= allowance(dtype, item.variant.contract, expected, magnitude)
     return ~(excess <= bound.bound)
 
 

@@ -9,12 +9,14 @@ import pytest
 
 pytest.importorskip("torch", reason="the plain implementation is in PyTorch, which is not installed")
 
+from conformance.cases import corpus
 from conformance.cases.dialects import published
 from conformance.cases.format import DTYPES
 from conformance.interface import Capabilities
 from conformance.judge.item import Outcome
 from conformance.judge.rule import Check
-from conformance.selftest import measure_where, mutants_calls, mutants_sizes
+from conformance.report import read
+from conformance.selftest import measure, measure_where, mutants_calls, mutants_sizes, table
 from conformance.selftest.measure_where import Death, Deaths, Places
 from conformance.selftest.mutants_where import WHERE
 from conformance.selftest.plain import Plain
@@ -237,7 +239,7 @@ class Told:
 
 def test_a_tier_is_left_after_three_kills_and_the_rest_is_not_asked():
     first, second, third = Told("golden", 0.5, 1.5), Told("modes", 3, 0, 7, 2.5, 9), Told("sizes", 99)
-    figures = measure_where.measure_where(0, True, [first, second, third])
+    figures = measure_where.measure_where(0, [first, second, third])
     assert set(figures) == {"float32", "bfloat16", "float16"}
     for deaths in figures.values():
         assert [(d.tier, d.place, d.ratio) for d in deaths.found] == [
@@ -264,3 +266,34 @@ def test_a_wrong_claim_of_blindness_is_a_survivor():
     assert Places({number: {"float32": Deaths(3), "float16": Deaths(3, same_bits=False)}}).survivors == [
         f"{WHERE[number].title()}: said to be invisible in float16, yet its bits differ"
     ]
+
+
+def places():
+    one = {d: Deaths(9, [Death("sizes", "1x13-C8-n4", "a, post", 7.0), Death("sizes", "1x17-C8-n4", "b, post", 99.0)])
+           for d in ("float32", "float16")}  # fmt: skip
+    biased = WHERE.index(mutants_calls.BiasedGradient)
+    alone = {"float32": Deaths(3), "float16": Deaths(3), "bfloat16": Deaths(3, [Death("golden", "", "c, pre", np.inf)])}
+    return Places({0: {**one, "bfloat16": Deaths(9)}, biased: alone})
+
+
+def test_the_table_names_what_kills_a_mutant_in_each_dtype():
+    head, _, first, second = table.markdown_of_places(places()).splitlines()
+    assert head.startswith("| mutant | float32: killed by")
+    killed = "sizes: 1x13-C8-n4, 1x17-C8-n4 · 99 · b, post"
+    assert first == f"| {WHERE[0].title()} | {killed} | **survives** | {killed} |"
+    title = mutants_calls.BiasedGradient.title()
+    assert second == f"| {title} | the same bits | golden · ∞ · c, pre | the same bits |"
+    assert table.terminal_of_places(places()).row_count == 2
+
+
+def test_a_report_shows_them(tmp_path):
+    path = tmp_path / "selftest.json"
+    path.write_text(table.as_json(measure.Findings(True), places()))
+    read_again = read.read_selftest(path, corpus.corpus_hash())
+    first, second = read_again.where
+    assert first.name == WHERE[0].title() and first.figures["bfloat16"] is None
+    assert first.figures["float32"] == read.PlaceFigures("sizes", ("1x13-C8-n4", "1x17-C8-n4"), 99.0, "b, post")
+    assert second.figures["bfloat16"] == read.PlaceFigures("golden", ("",), None, "c, pre") and set(second.blind) == {
+        "float32", "float16",
+    }  # fmt: skip
+    assert read_again.problems == (f"{WHERE[0].title()}: nothing kills it in bfloat16 (9 items)",)
