@@ -161,6 +161,11 @@ class FallsBackUnderAnotherName(Honest):
         sys.modules["vendored"] = importlib.util.module_from_spec(spec)
 
 
+def falls_back_on_a_mesh(member: Any) -> FallsBackUnderAnotherName:
+    """The same in each process of a mesh."""
+    return FallsBackUnderAnotherName()
+
+
 class WritesCotangents(Honest):
     """Uses the cotangent as scratch memory."""
 

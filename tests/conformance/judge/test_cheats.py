@@ -58,6 +58,12 @@ def test_the_modules_of_ours_that_were_imported_are_told(cheat):
     assert failures(found) == [] and {tuple(outcome.about[BORROWED]) for outcome in found} == {("torch_impl",)}
 
 
+def test_what_a_process_of_a_mesh_has_imported_is_told():
+    pytest.importorskip("torch", reason="torch_impl needs it")
+    (outcome,) = run([f"{CHEATS}:falls_back_on_a_mesh@data=2"], REDUCE[:1], jobs=1)
+    assert outcome.failed == [] and outcome.about[BORROWED] == ["torch_impl"]
+
+
 @pytest.mark.parametrize(
     ("adapter", "modules", "expected"),
     [
