@@ -113,7 +113,7 @@ def _sizes(name: str, p: dict[str, Any]) -> Iterator[Wish]:
             yield Wish(
                 "generic", "more streams than any release has: a loop that ends at 8, a matrix that is padded",
                 "Forward", name, f"n{streams}", streams=streams, stages=["coefficients", "post", DENSE],
-                variants=F32_BF16, only={"layer": F32},
+                variants=(*F32, *NARROW), only={"layer": F32},
             )  # fmt: skip
     if name in EVERY_CONTRACT:
         yield Wish(
