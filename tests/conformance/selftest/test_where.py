@@ -15,8 +15,9 @@ from conformance.cases.format import DTYPES
 from conformance.interface import Capabilities
 from conformance.judge.item import Outcome
 from conformance.judge.rule import Check
+from conformance.questions.sizes.design import Size
 from conformance.report import read
-from conformance.selftest import measure, measure_where, mutants_calls, mutants_sizes, table
+from conformance.selftest import measure, measure_where, mutants_calls, mutants_sizes, table, tiers
 from conformance.selftest.measure_where import Death, Deaths, Places
 from conformance.selftest.mutants_where import WHERE
 from conformance.selftest.plain import Plain
@@ -247,6 +248,27 @@ def test_a_tier_is_left_after_three_kills_and_the_rest_is_not_asked():
         ]  # fmt: skip
         assert deaths.items == 6 and deaths.worst.where == "case-2, post"
     assert (first.asked, second.asked, third.asked) == (6, 12, 0)
+
+
+def test_a_size_kills_what_the_golden_cases_do_not_show(tmp_path, monkeypatch):
+    chosen = [item for item in measure.items_of_mutants(True) if item.case.family == "cancel-branch"]
+    monkeypatch.setattr(tiers, "items_of_mutants", lambda quick: chosen)
+    monkeypatch.setattr(tiers, "sizes", lambda form, largest: [Size(1, 7, 32, 2), Size(13, 1, 32, 2)])
+    number = WHERE.index(mutants_sizes.BeyondTwelve)
+    for dtype, deaths in measure_where.measure_where(number, tiers.tiers(True, str(tmp_path))).items():
+        assert {(d.tier, d.place) for d in deaths.found} == {("sizes", "13x1-C32-n2")}, dtype
+        assert deaths.items > len(deaths.found) == 3 and deaths.worst.ratio > 1000
+
+
+def test_a_golden_case_that_shows_a_mistake_is_named(tmp_path, monkeypatch):
+    chosen = [item for item in measure.items_of_mutants(True) if item.case.id.startswith("shape-one-token")]
+    monkeypatch.setattr(tiers, "items_of_mutants", lambda quick: chosen)
+    monkeypatch.setattr(tiers, "sizes", lambda form, largest: [])
+    number = WHERE.index(mutants_sizes.OneToken)
+    figures = measure_where.measure_where(number, tiers.tiers(True, str(tmp_path)))
+    assert {death.tier for death in figures["bfloat16"].found} == {"golden"}
+    assert figures["bfloat16"].places == [""] and figures["bfloat16"].worst.where.startswith("shape-one-token-dim7-")
+    assert figures["float32"].found == [] and figures["float32"].items == 0
 
 
 def test_a_failure_without_a_figure_kills_and_one_within_the_factor_does_not():
