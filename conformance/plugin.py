@@ -58,16 +58,24 @@ def _is_worker(config: pytest.Config) -> bool:
 
 
 def _load(config: pytest.Config, identifiers: list[str]) -> None:
-    """Loads the implementations of golden items, as far as they are selected.
+    """Loads the implementations of golden items, as far as they are selected, and hashes the golden files.
 
     Raises:
-        pytest.UsageError: one can't be loaded, or there is none.
+        pytest.UsageError: one can't be loaded, there is none, or a file isn't as promised.
     """
     if not identifiers:
         return
+    from conformance.files.places import CaseError
     from conformance.implementations.asked import asked, loaded
     from conformance.interface import SetupError
+    from conformance.judge.integrity import Corpus
 
+    try:
+        corpus = Corpus()
+    except CaseError as error:
+        raise pytest.UsageError(str(error)) from error
+    if corpus.problems:
+        raise pytest.UsageError(corpus.told())
     names = asked(config)
     if not names:
         raise pytest.UsageError("expected --mhc-impl NAME: neither JAX with Flax nor PyTorch is installed")

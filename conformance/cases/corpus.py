@@ -65,25 +65,32 @@ def corpus_hash(golden: Path | None = None) -> str:
     return hashlib.sha256(MANIFEST.content(_path(golden))).hexdigest()
 
 
-def verify(golden: Path | None = None) -> list[str]:
-    """A line for each file that is missing, extra or altered by even one bit; empty where all is well."""
+def altered(path: Path, sha256: str) -> str:
+    """A line where a file can't be read or hasn't this hash; empty otherwise."""
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"altered  {path.name}: it can't be read ({reason(error)})"
+    return "" if found == sha256 else f"altered  {path.name}: expected sha256 {sha256}, got {found}"
+
+
+def verify(golden: Path | None = None, promised: dict[str, Promised] | None = None) -> list[str]:
+    """A line for each file that is missing, extra or altered by even one bit; empty where all is well.
+
+    Args:
+        golden: the folder; the corpus's own where none is given.
+        promised: what the manifest said; it is read where nothing is given.
+    """
     golden = golden or fixtures() / "golden"
-    promised = manifest(golden)
+    promised = manifest(golden) if promised is None else promised
     try:
         present = {p.name for p in golden.iterdir()} - {"MANIFEST.json"}
     except OSError as error:
         raise CaseError(f"{golden}: can't be read ({reason(error)})") from error
     problems = [f"missing  {name}" for name in sorted(set(promised) - present)]
     problems += [f"extra    {name}" for name in sorted(present - set(promised))]
-    for name in sorted(present & set(promised)):
-        try:
-            found = hashlib.sha256((golden / name).read_bytes()).hexdigest()
-        except OSError as error:
-            problems.append(f"altered  {name}: it can't be read ({reason(error)})")
-            continue
-        if found != promised[name].sha256:
-            problems.append(f"altered  {name}: expected sha256 {promised[name].sha256}, got {found}")
-    return problems
+    lines = (altered(golden / name, promised[name].sha256) for name in sorted(present & set(promised)))
+    return problems + [line for line in lines if line]
 
 
 def load_corpus(golden: Path | None = None) -> list[Case]:

@@ -15,15 +15,16 @@ app.add_typer(fixtures_app, name="fixtures")
 
 @fixtures_app.command()
 def verify() -> None:
-    """Check every golden file against the manifest, to the bit.
+    """Check every golden file against the manifest, to the bit, and dialects.json against the corpus's record.
 
     Exit status: 0 every file is as promised, 1 one isn't, 2 the manifest can't be read.
     """
     from conformance.cases import corpus
     from conformance.cases.case import CaseError
+    from conformance.judge import integrity
 
     try:
-        problems = corpus.verify()
+        problems = corpus.verify() + integrity.altered_dialects()
         count = len(corpus.manifest())
     except CaseError as error:
         stop(str(error), USAGE)

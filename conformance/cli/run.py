@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -69,6 +69,15 @@ def _search(
         f"--dtype {outcome.x}"
     )
     raise typer.Exit(FAILED)
+
+
+def _write(path: Path | None, write: Callable[[Path], None]) -> None:
+    """Writes a report where one is asked for."""
+    if path:
+        try:
+            write(path)
+        except OSError as error:
+            stop(f"{path}: can't be written ({error.strerror})", USAGE)
 
 
 def _unclaimed(outcomes: Sequence[Any], names: set[str]) -> str:
@@ -166,6 +175,7 @@ def run(
     from conformance.implementations import registry
     from conformance.interface import SetupError
     from conformance.judge.agreement import Agreement
+    from conformance.judge.integrity import Corpus
     from conformance.judge.known import judge, load_known
     from conformance.judge.modes import fail_differences
     from conformance.judge.modes_plan import Plan
@@ -179,7 +189,7 @@ def run(
         dialects = dialects_given(dialect or dialect_names())
         dtypes = known_names("dtype", dtype, list(DTYPES))
         stages = known_names("stage", stage, list(STAGES))
-        cases = load_corpus()
+        cases, corpus = load_corpus(), Corpus()
         entries = load_known(known) if known else []
     except CaseError as error:
         stop(str(error), USAGE)
@@ -253,17 +263,16 @@ def run(
     report.show(judged.unknown)
     for line in judged.stale:
         typer.echo(line)
-    for path, write in ((jsonl, files.write_jsonl), (junit, files.write_junit)):
-        if path:
-            try:
-                write(path, outcomes)
-            except OSError as error:
-                stop(f"{path}: can't be written ({error.strerror})", USAGE)
+    corpus.look_again(o.altered for o in outcomes if o.altered)
+    _write(jsonl, lambda path: files.write_jsonl(path, outcomes, corpus.hash, corpus.problems))
+    _write(junit, lambda path: files.write_junit(path, outcomes))
     if any(o.failed and o.file.startswith(str(workshop.folder)) for o in outcomes):
         workshop.keep()
         typer.echo(f"the cases that were made are in {workshop.folder}")
     if broken:
         stop(f"{broken[0]}; the run ended there", broken[1])
+    if corpus.problems:
+        stop(corpus.told(), USAGE)
     idle = {o.implementation for o in outcomes} - {o.implementation for o in outcomes if not o.skipped}
     if idle and (impl or len(idle) == len(chosen)):
         stop(f"nothing was checked for {', '.join(sorted(idle))}: {_unclaimed(outcomes, idle)}", USAGE)

@@ -24,7 +24,8 @@ def selftest(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
     write: Annotated[
-        Path | None, typer.Option(help="Put the table between the selftest markers of this Markdown file.")
+        Path | None,
+        typer.Option(help="Put the tables between the selftest and the where markers of this Markdown file."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file, for report.")] = None,
 ) -> None:
@@ -35,7 +36,7 @@ def selftest(
     Exit status: 0 every mutant is killed and no honest variant fails, 1 otherwise, 2 usage, 3 PyTorch is missing.
     """
     try:
-        from conformance.selftest import measure, table
+        from conformance.selftest import measure, measure_where, table
     except ImportError as error:
         stop(f"selftest needs PyTorch: pip install 'mhc-conformance[torch]' ({error})", SETUP)
     from rich.console import Console
@@ -43,32 +44,42 @@ def selftest(
 
     from conformance.files import atomic, document
 
-    titles = [m.title() for m in measure.MUTANTS]
-    chosen = [k for k, title in enumerate(titles) if not mutant or any(m.lower() in title.lower() for m in mutant)]
-    if not chosen:
-        stop(f"no mutant's name has {' or '.join(map(repr, mutant or []))}; they are: {', '.join(titles)}", USAGE)
+    titles = [[m.title() for m in mutants] for mutants in (measure.MUTANTS, measure_where.WHERE)]
+    chosen, of_where = (
+        [k for k, title in enumerate(names) if not mutant or any(m.lower() in title.lower() for m in mutant)]
+        for names in titles
+    )
+    if not chosen and not of_where:
+        known = ", ".join(title for names in titles for title in names)
+        stop(f"no mutant's name has {' or '.join(map(repr, mutant or []))}; they are: {known}", USAGE)
     count = (measure.QUICK_VARIANTS if quick else measure.VARIANTS) if variants is None else variants
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("mutants and honest variants", total=None)
         result = measure.measure(
             chosen, list(range(count)), quick, jobs, lambda k, n: bar.update(task, completed=k, total=n)
         )
+        task = bar.add_task("mutants of where", total=None)
+        places = measure_where.measure_places(
+            of_where, quick, jobs, lambda k, n: bar.update(task, completed=k, total=n)
+        )
     console = Console(width=None if sys.stdout.isatty() else 220)
-    console.print(table.terminal(result))
+    for part in (table.terminal(result), table.terminal_of_places(places)):
+        console.print(part)
     for line in [*table.reasons(result), *([table.honest_line(result)] if result.honest else [])]:
         typer.echo(line)
     if write or json:
         try:
             if write:
                 document.rewrite(write, "selftest", table.markdown(result))
+                document.rewrite(write, "where", table.markdown_of_places(places))
             if json:
-                atomic.write(json, table.as_json(result))
+                atomic.write(json, table.as_json(result, places))
         except (OSError, ValueError) as error:
             stop(str(error), USAGE)
-    problems = [*result.survivors, *result.false_alarms]
+    problems = [*result.survivors, *places.survivors, *result.false_alarms]
     for line in problems:
         typer.echo(line)
-    typer.echo(f"{len(chosen)} mutants, {count} honest variants: {len(problems)} problems")
+    typer.echo(f"{len(chosen) + len(of_where)} mutants, {count} honest variants: {len(problems)} problems")
     raise typer.Exit(FAILED if problems else 0)
 
 

@@ -47,6 +47,8 @@ class GroupImplementation:
         self.name = f"{reference}{MARK}{mesh}"
         self._reference, self._mesh, self._count, self._limit = reference, mesh, processes, limit
         self._processes: list[PythonChild] = []
+        self.borrowed: list[str] = []
+        """Which of our implementations the processes have imported that theirs isn't (`borrowed`)."""
         try:
             self.capabilities: Capabilities = replace(self._start(), copies=True)  # arrays are sent to the processes
         except (GroupError, CallError, NotImplementedError, OSError) as error:
@@ -60,7 +62,7 @@ class GroupImplementation:
             self._restart()
         try:
             given, wanted = filled(stage, inputs, cotangents, self._mesh)
-            result = self._exchange((stage, given, config, wanted), f"in {stage}", self._limit)
+            result, self.borrowed = self._exchange((stage, given, config, wanted), f"in {stage}", self._limit)
         except GroupError:
             self._stop()
             raise

@@ -10,7 +10,8 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from conformance.implementations.registry import load_sharded
+from conformance.implementations.borrowed import borrowed
+from conformance.implementations.registry import SHARDED, load_sharded, module_of
 from conformance.interface import Implementation, describe
 from conformance.mesh import Member
 
@@ -33,16 +34,17 @@ def _serve(connection: Connection) -> None:
     reference, member = connection.recv()
     implementation = _answer(connection, lambda: _claims(load_sharded(reference, member)))
     while implementation is not None:
-        _answer(connection, partial(_call, implementation, member, *connection.recv()))
+        _answer(connection, partial(_call, implementation, member, reference, *connection.recv()))
 
 
 def _claims(implementation: Any) -> tuple[Any, Any]:
     return implementation, implementation.capabilities
 
 
-def _call(implementation: Implementation, member: Member, *call: Any) -> tuple[None, Any]:
+def _call(implementation: Implementation, member: Member, reference: str, *call: Any) -> tuple[None, Any]:
     result = implementation.call(*call)
-    return None, result if member.rank == 0 else None  # the same on all: one sends it
+    taken = borrowed(module_of(reference, SHARDED))
+    return None, (result, taken) if member.rank == 0 else None  # the same on all: one sends it
 
 
 def _answer(connection: Connection, run: Any) -> Any:

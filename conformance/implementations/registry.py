@@ -138,6 +138,15 @@ def load(reference: str, limit: float = 60.0) -> Implementation:
         raise SetupError(f"{reference}: could not be set up: {describe(error)}") from error
 
 
+def module_of(reference: str, group: str = GROUP) -> str:
+    """The module that a name or ``module:attribute`` points to; empty for a command, and for what runs on a mesh.
+
+    Raises:
+        SetupError: it is neither.
+    """
+    return "" if reference.startswith(EXEC) or MARK in reference else _target(reference, group)[0]
+
+
 def load_sharded(reference: str, member: Member) -> Implementation:
     """The implementation behind a name or ``module:attribute``, for one process of a mesh.
 

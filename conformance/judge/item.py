@@ -13,6 +13,8 @@ import numpy as np
 from conformance.cases.case import Item
 from conformance.cases.corpus import is_golden
 from conformance.interface import Arrays, Capabilities, Implementation, describe
+from conformance.judge.faint import check_faint
+from conformance.judge.held import Held, changes
 from conformance.judge.rule import GOOD, Check, check_item
 from conformance.judge.stochasticity import check_stochasticity
 from conformance.stages import relevant
@@ -42,6 +44,8 @@ class Outcome:
     """The case's file where it isn't one of the corpus."""
     about: dict[str, Any] = field(default_factory=dict[str, Any])
     """The implementation's device, description and settings, read in the process that ran it."""
+    altered: str = ""
+    """What is wrong with the case's file, where it is one of the corpus and wasn't as promised when it was read."""
     seconds: float = 0.0
     values: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     """The arrays that were judged by their figures, for comparing implementations with one another."""
@@ -166,8 +170,8 @@ class Answer:
     """Its reason, where it refused."""
     error: str = ""
     """The exception that it raised, or the kind of thing that it returned in place of a result."""
-    changed: tuple[str, ...] = ()
-    """The inputs and cotangents whose memory isn't what it was before."""
+    changed: tuple[tuple[str, str], ...] = ()
+    """(array, sentence) for each array whose memory isn't what it was before."""
     seconds: float = 0.0
 
     @property
@@ -187,8 +191,7 @@ def answered(
         memory: for each array that must not change the buffer that holds it; the inputs themselves where it is None.
     """
     memory = inputs if memory is None else memory
-    before = {name: array.tobytes() for name, array in memory.items()}
-    answer = Answer(inputs, cotangents)
+    answer, held = Answer(inputs, cotangents), Held(memory, cotangents)
     started = time.perf_counter()
     try:
         with np.errstate(all="ignore" if item.case.infinite else None):  # NumPy warns of what was handed over
@@ -202,7 +205,7 @@ def answered(
         return answer
     finally:
         answer.seconds = time.perf_counter() - started
-    answer.changed = tuple(name for name, array in memory.items() if array.tobytes() != before[name])
+    answer.changed = tuple(changes(implementation, held))
     return answer
 
 
@@ -211,12 +214,10 @@ def judged(item: Item, answer: Answer, claimed: Capabilities) -> list[Check]:
     if answer.error:
         return [Check("-", "errored", np.inf, message=answer.error)]
     checks = check_item(item, answer.outputs, answer.gradients, claimed, answer.inputs)
-    stochastic = check_stochasticity(item, answer.outputs.get("H"))
-    if stochastic:
-        checks.append(stochastic)
-    for name in answer.changed:
-        checks.append(Check(name, "failed", np.inf, message=f"changed its input {name}"))
-    return checks
+    H = answer.outputs.get("H")
+    whole = (check_stochasticity(item, H), check_faint(H, item.expected.get("H"), item.variant.contract))
+    checks += [check for check in whole if check]
+    return checks + [Check(name, "failed", np.inf, message=message) for name, message in answer.changed]
 
 
 def mappings(result: object) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

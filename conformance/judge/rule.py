@@ -66,7 +66,8 @@ def is_array(value: object) -> TypeGuard[np.ndarray]:
 
 def wide(array: np.ndarray) -> np.ndarray:
     """The same numbers in float64, which holds those of every narrower dtype."""
-    return np.asarray(array, np.float64)
+    with np.errstate(invalid="ignore"):  # memory that was never written may be any kind of NaN
+        return np.asarray(array, np.float64)
 
 
 def verdict_of(ratio: float) -> str:

@@ -10,9 +10,9 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from conformance.cases.case import Case, CaseError, load_case
-from conformance.implementations.registry import load
+from conformance.cases.case import Case, CaseError
 from conformance.interface import SetupError
+from conformance.judge.guard import Guard
 from conformance.judge.item import run_item
 
 COLLECTED = 32  # items between two collections of garbage
@@ -30,9 +30,10 @@ def work(connection: Connection) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     reference, limit, probe, plan = connection.recv()
     try:
-        implementation = load(reference, limit)
-    except SetupError as error:
-        connection.send(("setup", str(error)))
+        guard = Guard()
+        implementation = guard.load(reference, limit)
+    except (SetupError, CaseError) as error:
+        connection.send(("setup" if isinstance(error, SetupError) else "case", str(error)))
         return
     if plan is not None:
         plan.announce = partial(_announce, connection)
@@ -48,11 +49,15 @@ def work(connection: Connection) -> None:
         try:
             module = next((module for scheme, module in ELSEWHERE.items() if path.startswith(scheme)), None)
             if module is not None:
-                connection.send(("done", importlib.import_module(module).put(implementation, key)))
+                outcome = importlib.import_module(module).put(implementation, key)
+                guard.tell(outcome, path)
+                connection.send(("done", outcome))
                 continue
-            case = cases.get(path) or cases.setdefault(path, load_case(Path(path)))
+            case = cases.get(path) or cases.setdefault(path, guard.read(Path(path)))
             item = next(i for i in case.items() if i.stage == stage and i.variant.name == variant)
-            connection.send(("done", run_item(implementation, item, probe, plan)))
+            outcome = run_item(implementation, item, probe, plan)
+            guard.tell(outcome, path)
+            connection.send(("done", outcome))
         except CaseError as error:
             connection.send(("case", str(error)))
             return

@@ -15,6 +15,7 @@ from conformance.cases.rules import most_permuted
 from conformance.oracle import data, non_finite
 from conformance.oracle.build import CORE, PURE, Wish
 from conformance.oracle.data import Draws
+from conformance.oracle.families_small import faint, fifty_iterations
 
 SLOWEST = json.loads(Path(__file__).with_name("slowest.json").read_text())
 NARROW = ("bfloat16-float32", "float16-float32")
@@ -117,7 +118,7 @@ def _sizes(name: str, p: dict[str, Any]) -> Iterator[Wish]:
             yield Wish(
                 "generic", "more streams than any release has: a loop that ends at 8, a matrix that is padded",
                 "Forward", name, f"n{streams}", streams=streams, stages=["coefficients", "post", DENSE],
-                variants=F32_BF16, only={"layer": F32},
+                variants=(*F32, *NARROW), only={"layer": F32},
             )  # fmt: skip
     if name in EVERY_CONTRACT:
         yield Wish(
@@ -258,6 +259,8 @@ def _plumbing(name: str, p: dict[str, Any], draws: Draws) -> Iterator[Wish]:
         yield Wish("branch", "what the branch is handed and what it returns", clause, name, branch.replace("_", "-"),
                    stages=[("layer", {"branch": branch})], variants=variants)  # fmt: skip
     yield _cancel_branch(name, p, draws)
+    if p["mix"] != "identity":
+        yield faint(name, p, draws)
     (_, options), *head = _reductions(p)
     other = {"how": "sum" if options["how"] == "mean" else "mean"}
     yield Wish("head", "the other reduction; a head with one gate closed", "Forward", name,
@@ -377,6 +380,7 @@ def _other_parameters(draws: Draws) -> Iterator[Wish]:
                    stages=stages, overrides=overrides, only={"layer": F32},
                    variants=(*F32, *NARROW) if label in EVERY_DTYPE else F32_BF16)  # fmt: skip
     yield from _seen_in_every_dtype()
+    yield from fifty_iterations(np.array(SLOWEST["n4-N20"]), draws)
     for name in ("paper", "deepseek-v4"):
         turned = np.transpose if name == "paper" else np.array
         for streams in (2, 3, 4, 8):

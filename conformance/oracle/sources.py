@@ -24,7 +24,7 @@ def sources() -> list[Path]:
 
 
 def made_with() -> dict[str, str]:
-    """A hash of the sources, the versions of the packages that compute, and a hash of the corpus."""
+    """Hashes of the sources, of the dialects among them and of the corpus; versions of the packages that compute."""
     digest = hashlib.sha256()
     for path in sources():
         content = path.read_bytes()
@@ -32,6 +32,7 @@ def made_with() -> dict[str, str]:
     manifest = (fixtures() / "golden" / "MANIFEST.json").read_bytes()
     return {
         "sources": digest.hexdigest(),
+        "dialects": hashlib.sha256((fixtures() / "dialects.json").read_bytes()).hexdigest(),
         **{name: version(name) for name in PACKAGES},
         "manifest": hashlib.sha256(manifest).hexdigest(),
     }

@@ -17,13 +17,14 @@ from conformance.cases.corpus import corpus_hash
 from conformance.files import atomic
 from conformance.judge.item import Outcome
 from conformance.judge.rule import GOOD
+from conformance.report import borrowing
 
 FORMAT = "mhc-conformance-report/1"
 PACKAGES = ("mhc-conformance", "numpy", "jax", "jaxlib", "flax", "torch", "transformers", "safetensors", "ml_dtypes")
 ENVIRONMENT = ("XLA_FLAGS", "JAX_PLATFORMS", "NVIDIA_TF32_OVERRIDE", "TRITON_INTERPRET")
 
 
-def header(implementations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def header(implementations: dict[str, dict[str, Any]], corpus: str, altered: Sequence[str]) -> dict[str, Any]:
     """What one must know to read the figures: corpus, versions, machine, and each implementation's own settings."""
     versions = {}
     for name in PACKAGES:
@@ -34,7 +35,8 @@ def header(implementations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "kind": "header",
         "format": FORMAT,
-        "corpus": corpus_hash(),
+        "corpus": corpus,
+        **({"altered": list(altered)} if altered else {}),
         "versions": versions,
         "python": sys.version.split()[0],
         "implementations": implementations,
@@ -45,12 +47,14 @@ def header(implementations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def write_jsonl(path: Path, outcomes: Sequence[Outcome]) -> None:
-    """Header, one line per check or skip, footer with the count: without it the file was cut off."""
-    about: dict[str, dict[str, Any]] = {}
-    for o in outcomes:
-        about[o.implementation] = {**about.get(o.implementation, {}), **o.about}
-    lines = [header({name: settings for name, settings in about.items() if settings})]
+def write_jsonl(path: Path, outcomes: Sequence[Outcome], corpus: str = "", altered: Sequence[str] = ()) -> None:
+    """Header, one line per check or skip, footer with the count: without it the file was cut off.
+
+    Args:
+        corpus: the corpus's hash, or what stands for it where a file isn't as promised; read here if none is given.
+        altered: a line for each such file.
+    """
+    lines = [header(borrowing.settings(outcomes), corpus or corpus_hash(), altered)]
     for o in outcomes:
         shared = {"implementation": o.implementation, "case": o.case, "stage": o.stage, "variant": o.variant,
                   "x": o.x, "dialect": o.dialect, "seconds": round(o.seconds, 6)}  # fmt: skip

@@ -16,6 +16,7 @@ def markdown(content: dict[str, Any]) -> str:
     dtypes = [d for d in ("float64", "float32", "bfloat16", "float16") if any(c["x"] == d for c in content["cells"])]
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "nothing checked"
     lines = [f"**mHC conformance**, corpus `{content['corpus'][:12]}`: {counts}", ""]
+    lines += [f"* {line}" for line in content["warnings"]] + ([""] if content["warnings"] else [])
     lines += [f"| implementation | {' | '.join(dtypes)} |", "|---|" + "---|" * len(dtypes)]
     for name in dict.fromkeys(c["implementation"] for c in content["cells"]):
         row = [_cell([c for c in content["cells"] if c["implementation"] == name and c["x"] == d]) for d in dtypes]
@@ -36,7 +37,8 @@ def markdown(content: dict[str, Any]) -> str:
         problems = len(content["selftest"]["problems"])
         lines += [
             "",
-            f"Self-test: {len(content['selftest']['mutants'])} mutants, {problems} problems. "
+            f"Self-test: {len(content['selftest']['mutants']) + len(content['selftest']['where'])} mutants, "
+            f"{problems} problems. "
             f"{content['selftest']['honest']}",
         ]
     return "\n".join(lines).rstrip() + "\n"

@@ -32,6 +32,8 @@ class Header(Struct, frozen=True, tag_field="kind", tag="header"):
     system: str = ""
     processors: int | None = None
     environment: dict[str, str] = {}
+    altered: tuple[str, ...] = ()
+    """A line for each file of the corpus that wasn't as promised."""
 
 
 class Element(Struct, frozen=True):
@@ -133,6 +135,23 @@ class MutantLine(Struct, frozen=True):
     blind: dict[str, str]
 
 
+class PlaceFigures(Struct, frozen=True):
+    """What killed a mistake of *where* in one dtype: the tier, the modes or sizes, and the worst check."""
+
+    tier: str
+    places: tuple[str, ...]
+    ratio: float | None
+    where: str
+
+
+class WhereLine(Struct, frozen=True):
+    """One planted mistake of *where*; null for a dtype in which nothing killed it."""
+
+    name: str
+    figures: dict[str, PlaceFigures | None]
+    blind: dict[str, str]
+
+
 class Selftest(Struct, frozen=True):
     """The figures of a self-test (`conformance.selftest.table.as_json`)."""
 
@@ -142,6 +161,7 @@ class Selftest(Struct, frozen=True):
     format: str
     corpus: str
     quick: bool = False
+    where: tuple[WhereLine, ...] = ()
 
 
 class SelftestOrigin(Struct, frozen=True):

@@ -10,6 +10,7 @@ import msgspec
 
 from conformance.cases.corpus import corpus_hash, load_corpus
 from conformance.judge.rule import EDGES, GOOD
+from conformance.report import borrowing
 from conformance.report.read import CheckLine, Header, Run, Selftest
 from conformance.report.sinkhorn import convergence
 from conformance.stages import STAGES
@@ -38,6 +39,7 @@ def summary(runs: Sequence[Run], selftest: Selftest | None) -> dict[str, Any]:
     return {
         "corpus": runs[0].header.corpus,
         "runs": [{"file": run.path.name, **_without_kind(run.header)} for run in runs],
+        "warnings": [line for run in runs for line in _warnings(run)],
         "stages": list(STAGES),
         "cells": [
             {**dict(zip(names, key, strict=True)), **cell, "verdicts": dict(cell["verdicts"])}
@@ -55,6 +57,11 @@ def summary(runs: Sequence[Run], selftest: Selftest | None) -> dict[str, Any]:
         ],
         "selftest": msgspec.to_builtins(selftest),
     }
+
+
+def _warnings(run: Run) -> list[str]:
+    """What makes a run's figures worth less: files that weren't as promised, and modules of ours that were imported."""
+    return [f"{run.path.name}: {line}" for line in (*run.header.altered, *borrowing.lines(run.header.implementations))]
 
 
 def _without_kind(line: Header | CheckLine) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from conformance.judge.item import Outcome
 from conformance.judge.known import Known
 from conformance.judge.modes import MODES
 from conformance.mesh import MARK
+from conformance.report import borrowing
 from conformance.stages import STAGES
 
 MOST_FAILURES = 40
@@ -62,7 +63,7 @@ class TerminalReport:
     def show(self, failures: Sequence[Outcome]) -> None:
         """Prints the result; ``failures`` are those that no known result covers."""
         self.console.print(self.table())
-        for line in self.crossed:
+        for line in [*self.crossed, *borrowing.lines(borrowing.settings(self.outcomes))]:
             self._line(line)
         self._skipped()
         self._modes()

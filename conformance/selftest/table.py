@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from rich.table import Table
 
 from conformance.cases.corpus import corpus_hash
 from conformance.report.read import SELFTEST_FORMAT
 from conformance.selftest.measure import DTYPES, Figures, Findings
+from conformance.selftest.measure_where import Deaths, Places
 from conformance.selftest.mutants import MUTANTS
+from conformance.selftest.mutants_where import WHERE
+
+MOST_PLACES = 3
+"""Modes or sizes that a cell names."""
 
 
 def figure(ratio: float) -> str:
@@ -65,7 +71,43 @@ def markdown(findings: Findings) -> str:
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def as_json(findings: Findings) -> str:
+def _killed_by(deaths: Deaths, blind: str) -> str:
+    worst = deaths.worst
+    if blind:
+        return "the same bits"
+    if worst is None:
+        return "**survives**"
+    places = ", ".join(place for place in deaths.places[:MOST_PLACES] if place)
+    tier = f"{worst.tier}: {places}" if places else worst.tier
+    return f"{tier} · {figure(worst.ratio)} · {worst.where}"
+
+
+def rows_of_places(places: Places) -> list[list[str]]:
+    """One row a mistake of *where*: what kills it in each dtype, the largest multiple of the bound, the best case."""
+    return [
+        [WHERE[number].title(), *(_killed_by(figures[d], WHERE[number].blind.get(d, "")) for d in DTYPES)]
+        for number, figures in sorted(places.mutants.items())
+    ]
+
+
+def terminal_of_places(places: Places) -> Table:
+    table = Table(title="what kills it: tier, mode or size · largest multiple of the bound · best case")
+    table.add_column("mutant")
+    for dtype in DTYPES:
+        table.add_column(dtype)
+    for row in rows_of_places(places):
+        table.add_row(*row)
+    return table
+
+
+def markdown_of_places(places: Places) -> str:
+    head = ["mutant", *(f"{dtype}: killed by · multiple of the bound · best case" for dtype in DTYPES)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines += [f"| {' | '.join(row)} |" for row in rows_of_places(places)]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(findings: Findings, places: Places) -> str:
     """The same for `report`: corpus, mutants with their figures by dtype, reasons, and a line on the honest side."""
     content = {
         "format": SELFTEST_FORMAT,
@@ -82,7 +124,24 @@ def as_json(findings: Findings) -> str:
             }
             for number, figures in sorted(findings.mutants.items())
         ],
+        "where": [
+            {
+                "name": WHERE[number].title(),
+                "figures": {dtype: _place(deaths) for dtype, deaths in figures.items()},
+                "blind": WHERE[number].blind,
+            }
+            for number, figures in sorted(places.mutants.items())
+        ],
         "honest": honest_line(findings) if findings.honest else "",
-        "problems": [*findings.survivors, *findings.false_alarms],
+        "problems": [*findings.survivors, *places.survivors, *findings.false_alarms],
     }
     return json.dumps(content, indent=1) + "\n"
+
+
+def _place(deaths: Deaths) -> dict[str, Any] | None:
+    """The worst check that killed a mutant; None where nothing did."""
+    worst = deaths.worst
+    if worst is None:
+        return None
+    ratio = None if worst.ratio == float("inf") else worst.ratio
+    return {"tier": worst.tier, "places": deaths.places, "ratio": ratio, "where": worst.where}

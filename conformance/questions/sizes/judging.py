@@ -14,8 +14,10 @@ import numpy as np
 from conformance.cases.case import Item
 from conformance.cases.description import Bound
 from conformance.interface import Capabilities, Implementation, describe
+from conformance.judge.faint import check_faint
 from conformance.judge.item import MESSAGE, Outcome, mappings
 from conformance.judge.rule import GOOD, UNIT_ROUNDOFF, WORST, Check, allowance, check_tensor, is_array, wide
+from conformance.judge.scale import Scale
 from conformance.judge.stochasticity import check_stochasticity
 from conformance.questions.sizes.item import Question, SizeItem
 from conformance.questions.sizes.store import expected
@@ -116,11 +118,12 @@ def _checks(
         elif name in true.sums:
             yield _tensor(name, actual, true.sums[name], dtype, item, allowed[name], None)
         else:
-            yield _tokens(name, actual, true, dtype, item, tensors, allowed[name])
+            scale = Scale(dtype, item.variant.contract)
+            check = _tokens(name, actual, true, dtype, item, tensors, allowed[name], scale)
+            whole = scale.check(name) if check.verdict in GOOD else None
+            yield from filter(None, (check, whole))
     if "H" in true.tokens and is_array(returned.get("H")):
-        check = _stochastic(item, true, allowed, returned["H"])
-        if check:
-            yield check
+        yield from _matrices(item, true, allowed, returned["H"])
 
 
 def _tensor(
@@ -130,9 +133,20 @@ def _tensor(
 
 
 def _tokens(
-    name: str, actual: Any, true: Truth, dtype: np.dtype, item: SizeItem, tensors: Tensors, bound: Bound
+    name: str,
+    actual: Any,
+    true: Truth,
+    dtype: np.dtype,
+    item: SizeItem,
+    tensors: Tensors,
+    bound: Bound,
+    scale: Scale,
 ) -> Check:
-    """A tensor that has a value for each token, tile by tile; a failure says which tokens and channels are wrong."""
+    """A tensor that has a value for each token, tile by tile; a failure says which tokens and channels are wrong.
+
+    Args:
+        scale: takes each tile that passes.
+    """
     size, expected = item.size, true.tokens[name]
     magnitudes = true.tokens.get(f"m/{name.removeprefix('d/')}") if name.startswith("d/") else None
     shape = (size.batch, size.seq, *expected.shape[1:])
@@ -144,7 +158,9 @@ def _tokens(
     for start, stop in tiles(tensors):
         magnitude = None if magnitudes is None else magnitudes[start:stop]
         check = _tensor(name, rows[start:stop], expected[start:stop], dtype, item, bound, magnitude)
-        if check.verdict not in GOOD:
+        if check.verdict in GOOD:
+            scale.add(rows[start:stop], expected[start:stop])
+        else:
             wrong = _wrong(rows[start:stop], expected[start:stop], dtype, item, bound, magnitude)
             wrong_tokens += [start + int(token) for token in np.flatnonzero(wrong.any(tuple(range(1, wrong.ndim))))]
             wrong_channels |= wrong.any(tuple(range(wrong.ndim - 1)))
@@ -165,7 +181,9 @@ def _wrong(
     actual: np.ndarray, expected: np.ndarray, dtype: np.dtype, item: SizeItem, bound: Bound, magnitude: Any
 ) -> np.ndarray:
     """True where an element is beyond its bound, or not finite."""
-    excess = np.abs(wide(actual) - expected) - allowance(dtype, item.variant.contract, expected, magnitude)
+    with np.errstate(invalid="ignore"):
+        excess = np.abs(wide(actual) - expected)
+    excess -= allowance(dtype, item.variant.contract, expected, magnitude)
     return ~(excess <= bound.bound)
 
 
@@ -191,10 +209,16 @@ def _range(kind: str, indices: list[int], total: int) -> str:
     return f"{kind} {indices[0]} to {indices[-1]} ({len(indices)} of {total})"
 
 
-def _stochastic(item: SizeItem, true: Truth, allowed: Mapping[str, Bound], H: np.ndarray) -> Check | None:
+def _matrices(item: SizeItem, true: Truth, allowed: Mapping[str, Bound], H: np.ndarray) -> Iterator[Check]:
+    """The checks of H as a whole, of the first and the last matrices where there are many."""
     tokens, n = item.size.tokens, item.size.streams
     if H.shape != (item.size.batch, item.size.seq, n, n) or H.dtype not in UNIT_ROUNDOFF:
-        return None
+        return
     chosen = slice(None) if tokens <= STOCHASTIC else np.r_[: STOCHASTIC // 2, tokens - STOCHASTIC // 2 : tokens]
-    matrices = SimpleNamespace(case=item.case, expected={"H": np.asarray(true.tokens["H"][chosen])}, bounds=allowed)
-    return check_stochasticity(cast(Item, matrices), H.reshape(tokens, n, n)[chosen])
+    expected, returned = np.asarray(true.tokens["H"][chosen]), H.reshape(tokens, n, n)[chosen]
+    matrices = SimpleNamespace(case=item.case, expected={"H": expected}, bounds=allowed)
+    checks = (
+        check_stochasticity(cast(Item, matrices), returned),
+        check_faint(returned, expected, item.variant.contract),
+    )
+    yield from filter(None, checks)

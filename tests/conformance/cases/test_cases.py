@@ -248,3 +248,15 @@ def test_a_dialect_that_nobody_knows_is_refused(small_corpus):
                      .replace(b'\\"dialect\\": \\"liger\\"', b'\\"dialect\\": \\"ligar\\"'))  # fmt: skip
     with pytest.raises(CaseError, match="unknown dialect 'ligar'"):
         corpus.load_corpus(small_corpus)
+
+
+def test_the_corpus_has_faint_entries_in_every_dtype_of_x():
+    found = {
+        item.variant.x
+        for case in corpus.load_corpus()
+        if case.family in ("wide", "overflow", "permutation") and case.dialect in ("paper", "xing-4", "liger")
+        for item in case.items()
+        if "H" in item.expected and item.stage in ("coefficients", "residual_matrix")
+        and (H := item.expected["H"]) is not None and ((H >= 2.0**-60) & (H <= 2.0**-24)).any()
+    }  # fmt: skip
+    assert found == {"float32", "bfloat16", "float16", "float64"}

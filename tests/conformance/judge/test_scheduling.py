@@ -314,7 +314,7 @@ class Connection:
 @pytest.fixture
 def work(monkeypatch):
     """Runs the worker's function in this process, on an implementation that is called "mine"."""
-    seen = SimpleNamespace(loaded=[], read=[], run=[], garbage=[])
+    seen = SimpleNamespace(loaded=[], read=[], run=[], told=[], garbage=[])
     names = ("disable", "freeze", "collect")
     garbage = SimpleNamespace(**{k: lambda k=k: seen.garbage.append((k, len(seen.run))) for k in names})
     monkeypatch.setattr(worker, "gc", garbage)
@@ -326,7 +326,7 @@ def work(monkeypatch):
             raise SetupError("no such implementation")
         return SimpleNamespace(name="mine")
 
-    def load_case(path):
+    def read(path):
         seen.read.append(str(path))
         if path.stem == "broken":
             raise CaseError("no such case")
@@ -336,8 +336,10 @@ def work(monkeypatch):
         seen.run.append((implementation.name, item.case.id, item.stage, item.variant.name, probe, plan))
         return "outcome"
 
-    monkeypatch.setattr(worker, "load", load)
-    monkeypatch.setattr(worker, "load_case", load_case)
+    def tell(outcome, path):
+        seen.told.append((outcome, path))
+
+    monkeypatch.setattr(worker, "Guard", lambda: SimpleNamespace(load=load, read=read, tell=tell))
     monkeypatch.setattr(worker, "run_item", run_item)
 
     def run(*messages):
@@ -359,6 +361,7 @@ def test_a_worker_runs_what_it_is_handed_until_it_is_handed_none(work):
     assert seen.read == ["c.safetensors", "other.safetensors"]  # each case once
     item = ("mine", "c", "reduce", "float32-float32", True, plan)
     assert seen.run == [item, item, ("mine", "made", "head", "float32-float32", True, plan)]
+    assert seen.told == [("outcome", "c.safetensors")] * 2 + [("outcome", "other.safetensors")]
     assert seen.garbage == [("disable", 0), ("freeze", 0)]
     assert worker.os.environ["OMP_NUM_THREADS"] == "1"
 
@@ -376,6 +379,16 @@ def test_a_number_of_threads_that_is_given_stays(work, monkeypatch):
 
 def test_a_worker_that_cannot_set_up_says_so_and_leaves(work):
     assert work(("absent", 3.0, False, None))[0] == [("setup", "no such implementation")]
+
+
+def test_a_worker_without_a_manifest_says_so_and_leaves(monkeypatch):
+    def guard():
+        raise CaseError("no manifest")
+
+    monkeypatch.setattr(worker, "Guard", guard)
+    connection = Connection(("ref", 3.0, False, None))
+    worker.work(connection)  # type: ignore[arg-type]
+    assert connection.sent == [("case", "no manifest")]
 
 
 def test_a_worker_that_meets_a_broken_case_says_so_and_leaves(work):
