@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conformance.cases.case import Item, load_case
+from conformance.cases.case import DTYPES, Item, load_case
 from conformance.interface import Capabilities, Implementation
 from conformance.judge.item import Answer, Outcome, refusal
 from conformance.judge.modes import AGAIN, REPEATED, UNASKED, Call, Culprits, Further
@@ -132,7 +132,9 @@ def scheduled(items: Sequence[Item], claimed: Capabilities) -> Schedule:
 
 def _first_calls(items: Sequence[Item], claimed: Capabilities) -> Iterable[tuple[Call, Item]]:
     """Further calls without gradients, in the layouts that a stage, dtype and kind of weights hasn't met."""
+    called: set[tuple[str, str]] = set()
     for group in _groups(items, _kind):
+        called.add((group[0].stage, group[0].case.dialect))
         rounds: Iterable[int] = [own_round(group[0])]
         if not claimed.copies and not claimed.compiled:
             rounds = sorted(set(range(ROUNDS)) - {own_round(item) for item in group})
@@ -140,7 +142,8 @@ def _first_calls(items: Sequence[Item], claimed: Capabilities) -> Iterable[tuple
             item = group[number % len(group)]
             yield Call(forward=claimed.gradients, round=round, values=True, memory=True), item
     if claimed.compiled:
-        for group in _groups(items, lambda item: (item.stage, item.case.dialect)):
+        others = [item for item in items if (item.stage, item.case.dialect) not in called]
+        for group in _groups(others, lambda item: (item.stage, item.case.dialect)):
             yield Call(forward=claimed.gradients, values=True, memory=True), min(group, key=_number)
 
 
@@ -148,10 +151,11 @@ def _gradient_calls(items: Sequence[Item], claimed: Capabilities) -> Iterable[tu
     """Calls with gradients: every layout of inputs and cotangents for a stage and dtype, or one where that is dear."""
     ways = ["", *UNASKED]
     for group in _groups(items, _dtype):
-        for number in range(1 if claimed.compiled else len(ways) if claimed.copies else ROUNDS):
+        for number in range(1 if claimed.copies or claimed.compiled else ROUNDS):
             item = group[number % len(group)]
             round = own_round(item) if claimed.copies or claimed.compiled else number
-            way = ways[(number + zlib.crc32("".join(_dtype(item)).encode())) % len(ways)]
+            turn = zlib.crc32(item.stage.encode()) + list(DTYPES).index(item.variant.x)  # in a stage's dtypes every way
+            way = ways[(number + turn) % len(ways)]
             yield Call(unasked=way if unasked(item, way) else "", round=round, values=True, memory=True), item
 
 
