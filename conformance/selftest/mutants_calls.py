@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from conformance.cases.case import DTYPES
+from conformance.interface import asked_for
 from conformance.selftest.plain import Values
 from conformance.selftest.where import Call, Where, by_token, is_weight, packed, per_token
 
@@ -41,6 +42,16 @@ class FusedWithoutWeight(Where):
 
     def scale(self, weights: Values, c: Any) -> Tensor | None:
         return None if self.struck else super().scale(weights, c)
+
+
+class WithoutXsGradient(Where):
+    """Where x's gradient isn't asked for, those of the weights miss the last token."""
+
+    def strikes(self, call: Call) -> bool:
+        return call.cotangents is not None and call.tokens > 1 and not asked_for("x")
+
+    def spoil(self, call: Call, outputs: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> None:
+        gradients.update(self.without_tokens(call, [call.tokens - 1]))
 
 
 # Layouts

@@ -17,6 +17,7 @@ from conformance.selftest.mutants_calls import (
     Race5000,
     SecondCall,
     WithoutGradients,
+    WithoutXsGradient,
 )
 from conformance.selftest.mutants_sizes import (
     Above512,
@@ -64,6 +65,7 @@ WHERE: tuple[type[Where], ...] = (
     ManyStreams,
     TwentyIterations,
     WithoutGradients,
+    WithoutXsGradient,
     FusedWithoutWeight,
     PackedInputs,
     PackedWeights,

@@ -5,6 +5,7 @@ A mistake of *where* is measured in one tier after the other, the cheapest first
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ from conformance.cases.case import Item
 from conformance.cases.dialects import published
 from conformance.interface import Capabilities, Implementation
 from conformance.judge.item import Outcome, order, run_item
+from conformance.judge.modes import fail_differences
+from conformance.judge.modes_plan import Plan
 from conformance.judge.rule import Check
 from conformance.questions.sizes.design import largest_here, sizes
 from conformance.questions.sizes.item import SizeItem, sized
@@ -59,6 +62,31 @@ class Golden:
         return ""
 
 
+DETAILS = re.compile(r"layout: [^+]*[^+ ]")
+"""What a mode says of its layout: the arrays to blame, and how each lies in memory."""
+
+
+class Modes:
+    """The same items in modes (`judge.modes_plan`); other bits in a repeated call are a failure."""
+
+    name = "modes"
+
+    def __init__(self, quick: bool):
+        self._quick = quick
+        self._plan = Plan(items_of_mutants(quick))
+
+    def items(self, dtype: str, claimed: Capabilities) -> Iterable[Item]:
+        return Golden(self._quick).items(dtype, claimed)
+
+    def judge(self, implementation: Implementation, item: Item) -> Outcome:
+        outcome = run_item(implementation, item, plan=self._plan)
+        fail_differences(outcome)
+        return outcome
+
+    def place(self, item: Item, check: Check) -> str:
+        return DETAILS.sub("layout", check.mode)
+
+
 ROWS = ("paper", "deepseek-v4", "liger", "transformer-engine")
 """Rows in which float32 is kept, with an eps in the sums and without, and columns first."""
 NORM_WEIGHT = ("maxtext-v1", "mhc-lite")
@@ -97,4 +125,4 @@ def tiers(quick: bool, folder: str) -> list[Tier]:
         quick: leave out most golden cases and sizes.
         folder: for true values that are made on the way.
     """
-    return [Golden(quick), Sizes(quick, folder)]
+    return [Golden(quick), Modes(quick), Sizes(quick, folder)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from conformance.cases.corpus import load_corpus
 from conformance.files.places import fixtures
 from tests.conformance.strangers import Honest
 
@@ -60,6 +61,26 @@ class ByChecksum(Stored):
 
     def key(self, x: np.ndarray, config: dict[str, Any]) -> Any:
         return hash(x.ravel()[:16].tobytes()), x.shape
+
+
+class ByHeart(ByChecksum):
+    """Knows the answers to the corpus beforehand, and answers nothing else."""
+
+    name = "by-heart"
+
+    def __init__(self) -> None:
+        super().__init__()
+        for case in load_corpus():
+            if case.dialect in self.capabilities.dialects:
+                for item in case.items():
+                    if item.stage == "reduce" and item.variant.name == "float32-float32":
+                        super().reduce(item.inputs(), item.config, item.cotangents())
+                        super().reduce(item.inputs(), item.config, None)
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        if (config["how"], self.key(inputs["x"], config)) not in self._kept:
+            return {"out": np.zeros_like(inputs["x"][..., 0, :])}, {"x": np.zeros_like(inputs["x"])}
+        return super().reduce(inputs, config, cotangents)
 
 
 class Answers(Honest):

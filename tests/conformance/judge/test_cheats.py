@@ -10,6 +10,7 @@ from conformance.implementations.borrowed import borrowed
 from conformance.implementations.wrapping import wrap
 from conformance.judge.guard import BORROWED
 from conformance.judge.item import run_item
+from conformance.judge.modes_plan import Plan
 from conformance.judge.run import run
 from tests.conformance.judge import cheats
 
@@ -95,3 +96,15 @@ def test_answers_stored_by_shape_fail_in_cases_of_one_shape():
     stored = wrap(cheats.ByShape())
     found = [run_item(stored, item) for item in REDUCE]
     assert found[0].failed == [] and sum(bool(outcome.failed) for outcome in found) >= 2
+
+
+@pytest.mark.parametrize("cheat", [cheats.ByShape, cheats.ByHeart])
+def test_answers_that_are_stored_fail_when_an_item_is_called_with_other_values(cheat):
+    stored, plan = wrap(cheat()), Plan(REDUCE)
+    found = [run_item(stored, item, plan=plan) for item in REDUCE]
+    assert any("other values" in check.mode for outcome in found for check in outcome.failed)
+
+
+def test_answers_that_are_known_by_heart_pass_a_plain_run():
+    stored = wrap(cheats.ByHeart())
+    assert not any(run_item(stored, item).failed for item in REDUCE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from conformance.judge.faint import TENSOR, check_faint
 EXPECTED = np.array([[1.0, 2.0**-24], [2.0**-30, 0.5]])
 
 
-def checked(changes=(), expected=EXPECTED, dtype="float32", contract="float32"):
+def checked(changes=(), expected=EXPECTED, dtype="float32", contract="float32") -> Any:
     H = expected.astype(DTYPES[dtype])
     for place, value in changes:
         H[place] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ from conformance.judge.scale import FEWEST, FLOAT32, SECOND_ORDER, Scale, Z
 BFLOAT16, FLOAT16 = DTYPES["bfloat16"], DTYPES["float16"]
 
 
-def checked(actual, expected, dtype=BFLOAT16, contract="float32", tile=0):
+def checked(actual, expected, dtype=BFLOAT16, contract="float32", tile=0) -> Any:
     scale, tile = Scale(dtype, contract), tile or max(1, len(expected))
     for start in range(0, len(expected), tile):
         scale.add(actual[start : start + tile], expected[start : start + tile])

@@ -12,7 +12,7 @@ pytest.importorskip("torch", reason="the plain implementation is in PyTorch, whi
 from conformance.cases import corpus
 from conformance.cases.dialects import published
 from conformance.cases.format import DTYPES
-from conformance.interface import Capabilities
+from conformance.interface import Capabilities, without_gradients_of
 from conformance.judge.item import Outcome
 from conformance.judge.rule import Check
 from conformance.questions.sizes.design import Size
@@ -108,12 +108,18 @@ def test_only_the_last_tile_is_missing_in_the_gradients():
     (_, right), (_, wrong) = (i.coefficients(one.inputs, one.config, one.cotangents) for i in (
         Plain(), mutants_sizes.MultipleOf128()))  # fmt: skip
     assert not wrong["x"][:, 112:].any() and np.array_equal(wrong["x"][:, :112], right["x"][:, :112])
-    part = {k: v[:, :112] for k, v in one.cotangents.items()}
+    part = {k: v[:, :112] for k, v in (one.cotangents or {}).items()}
     _, first = Plain().coefficients({**one.inputs, "x": one.inputs["x"][:, :112]}, one.config, part)
     np.testing.assert_allclose(wrong["pre_alpha"], first["pre_alpha"], rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------- calls
+
+
+def test_without_the_gradient_of_x():
+    with without_gradients_of(["x"]):
+        assert differing(mutants_calls.WithoutXsGradient(), call(COEFFICIENTS)) >= {"d/pre_alpha", "d/post_beta"}
+    assert not differing(mutants_calls.WithoutXsGradient(), call(COEFFICIENTS))
 
 
 def test_without_gradients():
@@ -131,7 +137,7 @@ def strided(value):
 def views(one, *kinds):
     """The same call with views in place of packed arrays."""
     inputs = {k: strided(v) if ("weight" if "_" in k else "input") in kinds else v for k, v in one.inputs.items()}
-    cotangents = {k: strided(v) if "cotangent" in kinds else v for k, v in one.cotangents.items()}
+    cotangents = {k: strided(v) if "cotangent" in kinds else v for k, v in (one.cotangents or {}).items()}
     return dataclasses.replace(one, inputs=inputs, cotangents=cotangents)
 
 
@@ -152,7 +158,7 @@ def test_what_a_packed_reader_finds():
     assert packed(whole[:, ::2]).tolist() == [[0, 1, 2], [3, 4, 5]]
     assert packed(whole[:, 2:4]).tolist() == [[2, 3], [4, 5]]
     assert packed(whole[1:, 3:].T).tolist() == [[9], [10], [11]]
-    assert packed(np.broadcast_to(np.float32([7]), (2, 2))).tolist() == [[7, 7], [7, 7]]
+    assert packed(np.broadcast_to(np.array([7.0]), (2, 2))).tolist() == [[7, 7], [7, 7]]
     assert packed(np.swapaxes(whole, 0, 1)).tolist() == np.arange(12.0).reshape(6, 2).tolist()
 
 
@@ -180,7 +186,7 @@ def test_a_biased_gradient_is_bfloat16s_alone_and_within_a_rounding():
     one = call(POST, dtype="bfloat16", lead=(4, 64))
     assert {"d/x", "d/y"} <= differing(biased(), one)
     single = {k: v.astype(np.float32) for k, v in one.inputs.items()}
-    cotangents = {k: v.astype(np.float32) for k, v in one.cotangents.items()}
+    cotangents = {k: v.astype(np.float32) for k, v in (one.cotangents or {}).items()}
     true = Plain().post(single, one.config, cotangents)[1]["x"].astype(np.float64)
     wrong = biased().post(one.inputs, one.config, one.cotangents)[1]["x"].astype(np.float64)
     assert (np.abs(wrong - true) <= 1.3 * 2.0**-8 * np.abs(true)).all()
@@ -238,6 +244,11 @@ class Told:
         return f"mode {item}"
 
 
+def worst(deaths):
+    assert deaths.worst is not None
+    return deaths.worst
+
+
 def test_a_tier_is_left_after_three_kills_and_the_rest_is_not_asked():
     first, second, third = Told("golden", 0.5, 1.5), Told("modes", 3, 0, 7, 2.5, 9), Told("sizes", 99)
     figures = measure_where.measure_where(0, [first, second, third])
@@ -246,7 +257,7 @@ def test_a_tier_is_left_after_three_kills_and_the_rest_is_not_asked():
         assert [(d.tier, d.place, d.ratio) for d in deaths.found] == [
             ("modes", "mode 0", 3), ("modes", "mode 2", 7), ("modes", "mode 3", 2.5),
         ]  # fmt: skip
-        assert deaths.items == 6 and deaths.worst.where == "case-2, post"
+        assert deaths.items == 6 and worst(deaths).where == "case-2, post"
     assert (first.asked, second.asked, third.asked) == (6, 12, 0)
 
 
@@ -257,7 +268,17 @@ def test_a_size_kills_what_the_golden_cases_do_not_show(tmp_path, monkeypatch):
     number = WHERE.index(mutants_sizes.BeyondTwelve)
     for dtype, deaths in measure_where.measure_where(number, tiers.tiers(True, str(tmp_path))).items():
         assert {(d.tier, d.place) for d in deaths.found} == {("sizes", "13x1-C32-n2")}, dtype
-        assert deaths.items > len(deaths.found) == 3 and deaths.worst.ratio > 1000
+        assert deaths.items > len(deaths.found) == 3 and worst(deaths).ratio > 1000
+
+
+def test_a_mode_kills_what_a_plain_call_does_not_show(tmp_path, monkeypatch):
+    chosen = [item for item in measure.items_of_mutants(True) if item.case.id.startswith("cancel-branch-deepseek-v4")]
+    monkeypatch.setattr(tiers, "items_of_mutants", lambda quick: chosen)
+    monkeypatch.setattr(tiers, "sizes", lambda form, largest: [])
+    for kind, place in ((mutants_calls.WithoutGradients, "without gradients"), (mutants_calls.PackedInputs, "layout")):
+        figures = measure_where.measure_where(WHERE.index(kind), tiers.tiers(True, str(tmp_path)))
+        assert {(d.tier, d.place) for deaths in figures.values() for d in deaths.found} == {("modes", place)}
+        assert all(deaths.found for deaths in figures.values())
 
 
 def test_a_golden_case_that_shows_a_mistake_is_named(tmp_path, monkeypatch):
@@ -267,7 +288,7 @@ def test_a_golden_case_that_shows_a_mistake_is_named(tmp_path, monkeypatch):
     number = WHERE.index(mutants_sizes.OneToken)
     figures = measure_where.measure_where(number, tiers.tiers(True, str(tmp_path)))
     assert {death.tier for death in figures["bfloat16"].found} == {"golden"}
-    assert figures["bfloat16"].places == [""] and figures["bfloat16"].worst.where.startswith("shape-one-token-dim7-")
+    assert figures["bfloat16"].places == [""] and worst(figures["bfloat16"]).where.startswith("shape-one-token-dim7-")
     assert figures["float32"].found == [] and figures["float32"].items == 0
 
 
