@@ -163,7 +163,11 @@ static void sinkhorn(const double *given, const double *g, double *H, double *gr
     double *logits = malloc(sizeof(double) * (size_t)size);
     int *active = malloc(sizeof(int) * (size_t)(passes * n));
     if (!after_pass || !q || !denominators || !logits || !active) fail("memory");
-    for (int k = 0; k < size; k++) logits[k] = s->limit > 0 ? fmin(fmax(given[k], -s->limit), s->limit) : given[k];
+    for (int k = 0; k < size; k++) {
+        logits[k] = given[k]; /* fmin and fmax would take a NaN for the limit */
+        if (s->limit > 0 && given[k] > s->limit) logits[k] = s->limit;
+        if (s->limit > 0 && given[k] < -s->limit) logits[k] = -s->limit;
+    }
     start(logits, q, s);
     for (int k = 0; k < size; k++) H[k] = q[k] + (s->guard == ADD ? s->eps : 0);
     for (int pass = 0; pass < passes; pass++) {
