@@ -122,3 +122,16 @@ def test_shapes_are_checked_against_the_annotations_here(backend):
         backend.package.post_mix(backend.array(np.zeros((2, 4, 6))), x, context.post, context.H, module.config)
     with pytest.raises(TypeCheckError):
         backend.package.pre_mix(x, backend.array(np.zeros((2, 4, 2))))
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_the_gradient_of_a_gate_doesnt_depend_on_the_gate(backend, number):
+    x, y = streams(backend), backend.array(np.random.default_rng(8).standard_normal((2, 4, 5)), "float32")
+    config = backend.package.MHCConfig.from_dialect("deepseek-v4", streams=3, dim=5)
+    H, gates = backend.array(np.ones((2, 4, 3, 3)), "float32"), np.ones((2, 4, 3))
+    gates[1, 2, 0] = number
+    (of_pre,) = backend.gradients(lambda pre: backend.package.pre_mix(x, pre).sum(), backend.array(gates, "float32"))
+    np.testing.assert_allclose(of_pre, backend.numpy(x).sum(-1), rtol=1e-5, atol=1e-5)
+    mixed = lambda post: backend.package.post_mix(y, x, post, H, config).sum()  # noqa: E731
+    (of_post,) = backend.gradients(mixed, backend.array(gates, "float32"))
+    np.testing.assert_allclose(of_post, np.repeat(backend.numpy(y).sum(-1)[..., None], 3, -1), rtol=1e-5, atol=1e-5)

@@ -69,6 +69,7 @@ def test_a_right_implementation_passes_new_numbers_of_published_and_of_other_row
         (("--fresh", "1", "--all", "--quick"), "and neither with --quick nor with --case"),
         (("--fresh", "1", "--all", "--case", "smoke-*"), "and neither with --quick nor with --case"),
         (("--fresh", "1", "--search", "5"), "--search draws cases of its own"),
+        (("--fresh", "1", "--sizes", "quick"), "--fresh goes neither with --sizes nor with the id of a size"),
         (
             ("--fresh", "1", "--case", "smoke-paper-2"),
             "no case matches 'smoke-paper-2'; those of new numbers begin with fresh-1-",

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from conformance.cases.case import load_case
@@ -130,6 +131,23 @@ def test_convergence_ends_on_the_axis_that_the_row_normalises_last(row, last, ot
 
 def test_a_case_without_sinkhorn_has_no_convergence():
     assert convergence(load_case(fixtures() / "golden" / "generic-n4-mhc-lite-2.safetensors")) is None
+
+
+def test_tokens_that_are_not_finite_have_no_part_in_the_convergence():
+    picture = convergence(load_case(fixtures() / "golden" / "non-finite-tokens-paper-2.safetensors"))
+    assert picture is not None and np.isfinite(picture["rows"]).all() and max(picture["rows"]) < 1e-12
+
+
+def test_a_hidden_nan_is_in_every_report(tmp_path):
+    items = [i for c in load_corpus() if c.id == "non-finite-tokens-glm-5-2" for i in c.items() if i.stage == "reduce"]
+    outcomes = list(run([f"{STRANGERS}:HidesNan"], items, jobs=1))
+    files.write_jsonl(tmp_path / "run.jsonl", outcomes)
+    files.write_junit(tmp_path / "run.xml", outcomes)
+    (failure,) = summary(read.merge([tmp_path / "run.jsonl"]), None)["failures"]
+    assert (failure["verdict"], failure["tensor"], failure["worst"]) == ("hidden", "out", ())
+    assert "out: hidden, 0 of the bound. first at [0, 1, 3]: " in (tmp_path / "run.xml").read_text()
+    done = command("report", str(tmp_path / "run.jsonl"), "--markdown", str(tmp_path / "report.md"))
+    assert done.returncode == 0 and "hidden" in (tmp_path / "report.md").read_text(), done.stderr
 
 
 def test_a_mutant_table_of_another_corpus_is_refused(honest, tmp_path):
