@@ -24,8 +24,10 @@ def peak() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("tokens", 8192), ("dim", 4096), ("streams", 4), ("threads", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--stage", choices=STAGES_OF_SIZES, default="layer")
     parser.add_argument("--dialect", default="deepseek-v4")
     options = parser.parse_args()

@@ -38,7 +38,7 @@ class Exact:
         self.calls.append((stage, str(inputs["x"].dtype), cotangents is not None))
         lead = inputs["x"].shape[:2]
         shapes = {"out": config["dim"], "u": config["dim"], "pre": config["streams"], "post": config["streams"]}
-        nothing = {k: np.zeros((*lead, shapes.get(k, 1))) for k in STAGES[stage].outputs}
+        nothing: dict[str, np.ndarray] = {k: np.zeros((*lead, shapes.get(k, 1))) for k in STAGES[stage].outputs}
         nothing["H"] = np.zeros((*lead, config["streams"], config["streams"]))
         if stage in ("layer", "post"):
             nothing["out"] = np.zeros_like(inputs["x"], np.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_some_outputs_alone_may_be_claimed():
 # What is asked of whom
 
 
-def asked(claimed, sizes=(SIZE,), rows=(ROW,), stages=STAGES, dtypes=DTYPES):
+def asked(claimed, sizes=(SIZE,), rows=(ROW,), stages=STAGES, dtypes=DTYPES) -> list[Any]:
     return [question.item(claimed) for question in questions(sizes, rows, stages, dtypes, "")]
 
 
