@@ -20,6 +20,8 @@ from conformance.judge.watch import Watch, Watched
 
 BORROWED = "imported of ours"
 """The key, among an implementation's settings, of a list of those of our modules that it imported."""
+NAMED = 3
+"""Golden files that a failure names."""
 
 
 class Guard:
@@ -62,6 +64,8 @@ class Guard:
             outcome.about[BORROWED] = names
         self._opened += self._watch.take()
         if self._opened and not outcome.skipped:
-            message = f"opened {', '.join(self._opened)}, which has the expected values"
+            rest = len(self._opened) - NAMED
+            files = ", ".join(self._opened[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
+            message = f"opened {files}: golden files, which have the expected values"
             outcome.checks.append(Check("-", "failed", np.inf, message=message))
             self._opened = []
