@@ -16,7 +16,7 @@ root_doc = "README"
 
 PAGES = {
     "Use it": ["docs/contract", "docs/layer", "docs/weights", "docs/sharding", "docs/porting"],
-    "What is computed": ["docs/mathematics", "docs/bound", "fixtures/README", "docs/glossary"],
+    "What is computed": ["docs/mathematics", "docs/bound", "docs/sizes", "fixtures/README", "docs/glossary"],
     "Figures": ["docs/peers", "docs/mutants", "docs/status", "docs/tpu", "docs/performance"],
     "Work on it": ["CONTRIBUTING", "CHANGELOG"],
 }

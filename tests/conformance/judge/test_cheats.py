@@ -43,13 +43,13 @@ def test_golden_files_that_are_read_in_a_call_are_told(cheat):
     found = outcomes(cheat)
     assert all(outcome.failed for outcome in found)
     for verdict, message in failures(found):
-        assert verdict == "failed" and message.startswith("opened ") and message.endswith("has the expected values")
-    assert "smoke-glm-5-2.safetensors" in str(failures(found))
+        assert verdict == "failed" and message.startswith("opened ") and message.endswith("have the expected values")
+    assert "-glm-5-2.safetensors" in str(failures(found))
 
 
 def test_golden_files_that_are_read_at_the_start_are_told_once():
     ((verdict, message),) = failures(outcomes("ReadsAtTheStart"))
-    assert verdict == "failed" and message.count("smoke-") == 14
+    assert verdict == "failed" and message.count("smoke-") == 3 and "and 11 more" in message
 
 
 @pytest.mark.parametrize("cheat", ["FallsBack", "FallsBackUnderAnotherName"])
