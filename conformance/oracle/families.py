@@ -23,7 +23,12 @@ F32 = ("float32-float32",)
 BF16 = ("bfloat16-float32",)
 F32_BF16 = (*F32, *BF16)
 EVERY_CONTRACT = ("paper", "maxtext", "deepseek-v4-transformers", "megatron", "deepseek-v4.1")
-MANY_STREAMS = {6: ("deepseek-v4", "maxtext-v1"), 7: ("paper", "deepseek-v4"), 12: ("deepseek-v4.1",), 16: ("deepseek-v4",)}
+MANY_STREAMS = {
+    6: ("deepseek-v4", "maxtext-v1"),
+    7: ("paper", "deepseek-v4"),
+    12: ("deepseek-v4.1",),
+    16: ("deepseek-v4",),
+}
 """Numbers of streams beyond those that every dialect has, and where."""
 EVERY_DTYPE = ("norm-weight", "softmax-columns", "softmax-rows", "eps-apart")
 """Labels of parameters that are seen in narrow dtypes nowhere else."""
