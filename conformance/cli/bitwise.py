@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from conformance.cli.app import FAILED, SETUP, USAGE, app, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.sizes import NONE, QUICK, SHORT
 
 
 @app.command()
@@ -19,13 +20,17 @@ def bitwise(
         ),
     ] = None,
     most: Annotated[int, typer.Option(min=0, help="Items for each implementation, 0 for all.")] = 40,
+    sizes: Annotated[
+        str, typer.Option(help="Production sizes in the place of the golden cases: short or quick.")
+    ] = NONE,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 where a bit differs.")] = False,
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
 ) -> None:
     """Check whether results repeat to the last bit.
 
-    An item is called twice, with a token alone, with its batch split in two, and after it is set up and compiled anew.
+    An item is called twice, with a token alone, with its batch split in two, with the same values in other layouts in
+    memory, and after it is set up and compiled anew.
 
     Exit status: 0, 1 with --strict where a bit differs, 2 usage, 3 an implementation could not be set up.
     """
@@ -36,13 +41,16 @@ def bitwise(
     from conformance.interface import SetupError
     from conformance.questions import bitwise as tier
 
+    (form,) = known_names("sizes", [sizes], [NONE, SHORT, QUICK])
     table = Table(title="tensors that differ in a bit, of those compared")
     table.add_column("implementation", no_wrap=True)
     for question in tier.QUESTIONS:
         table.add_column(question, justify="right")
     lines, differ = [], False
     try:
-        for report in tier.measure_all(impl or registry.defaults()[0], time_limit, most, jobs):
+        for report in tier.measure_all(
+            impl or registry.defaults()[0], time_limit, most, jobs, "" if form == NONE else form
+        ):
             if not report.items:
                 stop(f"{report.name} claims none of the cases, or answered none of them", USAGE)
             table.add_row(report.name, *(f"{bits.differ} of {bits.tensors}" for bits in report.answers.values()))

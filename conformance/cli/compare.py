@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
 from conformance.cli.fresh import HELP, dialects_given
+from conformance.cli.sizes import NONE, QUICK, SHORT
+
+if TYPE_CHECKING:
+    from conformance.questions.compare import Call
 
 
 @app.command()
@@ -29,6 +34,12 @@ def compare(
             min=0, help="Largest difference allowed, in units in the last place of the tensor's largest value."
         ),
     ] = 64.0,
+    sizes: Annotated[
+        str, typer.Option(help="Compare at production sizes, short or quick, in place of one shape.")
+    ] = NONE,
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="Hand arrays over as views, each in another layout in memory.")
+    ] = False,
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
 ) -> None:
     """Compare two implementations with each other on fresh data.
@@ -42,6 +53,7 @@ def compare(
     from conformance.implementations import registry
     from conformance.interface import SetupError
     from conformance.questions import compare as comparison
+    from conformance.questions.sizes.item import DTYPES_OF_SIZES
     from conformance.stages import STAGES
 
     (row,) = dialects_given([dialect])
@@ -51,15 +63,20 @@ def compare(
         first, second = (registry.load(name, time_limit) for name in (a, b))
     except SetupError as error:
         stop(str(error), SETUP)
-    try:
-        calls = list(comparison.calls(row, streams, dim, (batch, seq), dtype, seed, deviation))
-    except ValueError as error:
-        stop(str(error), USAGE)
-    compared, differing = 0, ""
-    for call in calls:
+    (form,) = known_names("sizes", [sizes], [NONE, SHORT, QUICK])
+    calls = comparison.calls(row, streams, dim, (batch, seq), dtype, seed, deviation)
+    if form != NONE:
+        if dtype not in DTYPES_OF_SIZES:
+            stop(f"--sizes takes --dtype {', '.join(DTYPES_OF_SIZES)}, got {dtype}", USAGE)
+        calls = comparison.calls_at_sizes(row, form, dtype, seed)
+    compared, differing, place = 0, "", ""
+    for call in _ended_by_a_usage_error(calls):
         if call.stage not in stages:
             continue
-        rows = comparison.compare(first, second, call)
+        if call.place != place:
+            place = call.place
+            typer.echo(place)
+        rows = comparison.compare(first, second, call, layouts)
         if isinstance(rows, str):
             typer.echo(f"{call.stage:16} {rows}")
             continue
@@ -72,8 +89,16 @@ def compare(
                 f"{'   differs' if apart else ''}{' ' + line.note if line.note else ''}"
             )
             if apart and not differing:
-                differing = f"{call.stage}, {line.tensor}"
+                differing = ", ".join(filter(None, (call.place, call.stage, line.tensor)))
     if not compared:
         stop("no stage is claimed by both in this dialect, dtype and shape", USAGE)
     typer.echo(f"the first that differs: {differing}" if differing else f"no difference in {compared} stages")
     raise typer.Exit(FAILED if differing else 0)
+
+
+def _ended_by_a_usage_error(calls: Iterator[Call]) -> Iterator[Call]:
+    """The calls, made one at a time; the command ends where the sizes are none that such a layer has."""
+    try:
+        yield from calls
+    except ValueError as error:
+        stop(str(error), USAGE)

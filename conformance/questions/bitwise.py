@@ -1,7 +1,8 @@
 """The bitwise tier: what an implementation repeats to the last bit. It is reported apart, and fails nothing by itself.
 
-Four questions: the same call twice; a token alone and in its batch; a batch in one piece and split in two; the
-implementation set up, and compiled, anew.
+Five questions: the same call twice; a token alone and in its batch; a batch in one piece and split in two; the same
+values in other layouts in memory; the implementation set up, and compiled, anew. They are asked on golden cases, or on
+production sizes.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ import numpy as np
 
 from conformance.cases.case import Item
 from conformance.cases.corpus import load_corpus
+from conformance.cases.dialects import dialect_names, published
 from conformance.implementations.child import PythonChild, end_all
 from conformance.implementations.registry import load
 from conformance.interface import Implementation, SetupError, describe
 from conformance.judge.item import refusal
+from conformance.judge.modes_layouts import lay, layouts_of
+from conformance.questions.sizes.design import largest_here, sizes
+from conformance.questions.sizes.item import DTYPES_OF_SIZES, SizeItem, questions
+from conformance.questions.sizes.tensors import STAGES_OF_SIZES
 
-PER_TOKEN = ("x", "y", "embedding", "logits", "post", "H")
+PER_TOKEN = ("x", "y", "embedding", "logits", "post", "H", "carried")
 OUTPUTS_PER_TOKEN = ("out", "u", "pre", "post", "H")
-QUESTIONS = ("called twice", "token alone", "batch split", "set up anew")
+QUESTIONS = ("called twice", "token alone", "batch split", "in layouts", "set up anew")
 FAMILIES = ("generic", "wide", "big")
 LINGER = 5.0  # seconds in which a process ends that has hung up
 TOKENS = 2  # of each item, that are run alone
@@ -39,7 +45,7 @@ class Bits:
     where: str = ""
     raised: str = ""
 
-    def add(self, item: Item, tensor: str, a: np.ndarray, b: np.ndarray) -> None:
+    def add(self, item: Asked, tensor: str, a: np.ndarray, b: np.ndarray) -> None:
         self.tensors += 1
         if a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes():
             return
@@ -56,7 +62,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass
 class BitwiseReport:
-    """The four answers of one implementation."""
+    """The answers of one implementation."""
 
     reference: str
     name: str
@@ -64,7 +70,18 @@ class BitwiseReport:
     answers: Answers = field(default_factory=lambda: {question: Bits() for question in QUESTIONS})
 
 
-def chosen(implementation: Implementation) -> list[Item]:
+Asked = Item | SizeItem
+
+
+def chosen_sizes(implementation: Implementation, form: str) -> list[Asked]:
+    """The items of the sizes of a form that the implementation claims."""
+    rows = [published(name) for name in dialect_names()]
+    asked = questions(sizes(form, largest_here(1)), rows, STAGES_OF_SIZES, DTYPES_OF_SIZES, "")
+    items = [question.item(implementation.capabilities) for question in asked]
+    return [item for item in items if not isinstance(item, str)]
+
+
+def chosen(implementation: Implementation) -> list[Asked]:
     """Items of a few cases, four streams, that the implementation claims, with more than one batch row."""
     return [
         item
@@ -77,15 +94,19 @@ def chosen(implementation: Implementation) -> list[Item]:
     ]
 
 
-def measure(reference: str, limit: float = 60.0, most: int = 0) -> BitwiseReport:
-    """Asks one implementation the four questions; ``most`` items, 0 for all.
+def measure(reference: str, limit: float = 60.0, most: int = 0, form: str = "") -> BitwiseReport:
+    """Asks one implementation the questions.
+
+    Args:
+        most: items, 0 for all.
+        form: of sizes (`sizes.design.FORMS`); golden cases where it is empty.
 
     Raises:
         SetupError: it can't be set up.
     """
     implementation, anew = load(reference, limit), load(reference, limit)
     report = BitwiseReport(reference, implementation.name)
-    items = chosen(implementation)
+    items = chosen_sizes(implementation, form) if form else chosen(implementation)
     for item in items[:: max(1, len(items) // most)] if most else items:
         try:
             whole = _call(implementation, item, lambda v: v)
@@ -107,8 +128,11 @@ def measure(reference: str, limit: float = 60.0, most: int = 0) -> BitwiseReport
 Part = tuple[slice | tuple[slice, slice] | None, Arrays]
 
 
-def _questions(implementation: Implementation, anew: Any, item: Item) -> Iterator[tuple[str, Callable[[], list[Part]]]]:
+def _questions(
+    implementation: Implementation, anew: Any, item: Asked
+) -> Iterator[tuple[str, Callable[[], list[Part]]]]:
     yield "called twice", lambda: [(None, _call(implementation, item, lambda v: v))]
+    yield "in layouts", lambda: [(None, _call(implementation, item, lambda v: v, laid=True))]
     yield "set up anew", lambda: [(None, _call(anew, item, lambda v: v))]
     lead = next(v.shape[:2] for k, v in item.inputs().items() if k in PER_TOKEN)
     places = [(slice(b, b + 1), slice(s, s + 1)) for b in range(lead[0]) for s in range(lead[1])]
@@ -119,19 +143,29 @@ def _questions(implementation: Implementation, anew: Any, item: Item) -> Iterato
         yield "batch split", lambda: [(h, _call(implementation, item, lambda v, h=h: v[h])) for h in halves]
 
 
-def _call(implementation: Implementation, item: Item, cut: Callable[[np.ndarray], np.ndarray]) -> Arrays:
-    """Outputs and gradients of an item, its tokens cut as told."""
+def _call(
+    implementation: Implementation, item: Asked, cut: Callable[[np.ndarray], np.ndarray], laid: bool = False
+) -> Arrays:
+    """Outputs and gradients of an item, its tokens cut as told; ``laid`` puts every array into a layout of its own."""
     inputs = {k: np.ascontiguousarray(cut(v)) if k in PER_TOKEN else v for k, v in item.inputs().items()}
     cotangents = None
     if implementation.capabilities.gradients:
         cotangents = {
             k: np.ascontiguousarray(cut(v)) if k in OUTPUTS_PER_TOKEN else v for k, v in item.cotangents().items()
         }
+    if laid:
+        inputs, cotangents = in_layouts(inputs), None if cotangents is None else in_layouts(cotangents)
     outputs, gradients = implementation.call(item.stage, inputs, item.config, cotangents)
     return {**outputs, **{f"d/{k}": v for k, v in gradients.items()}}
 
 
-def _look(bits: Bits, item: Item, whole: Arrays, parts: list[Part]) -> None:
+def in_layouts(arrays: Arrays) -> Arrays:
+    """The same values in memory as callers have them, each array in another layout."""
+    kinds = layouts_of(arrays, 0)
+    return {name: lay(array, kinds[name])[0] for name, array in arrays.items()}
+
+
+def _look(bits: Bits, item: Asked, whole: Arrays, parts: list[Part]) -> None:
     for place, part in parts:
         for tensor, value in part.items():
             names = PER_TOKEN if tensor.startswith("d/") else OUTPUTS_PER_TOKEN
@@ -151,7 +185,9 @@ def work(connection: Connection) -> None:
         connection.send(str(error))
 
 
-def measure_all(references: Sequence[str], limit: float, most: int, jobs: int) -> Iterator[BitwiseReport]:
+def measure_all(
+    references: Sequence[str], limit: float, most: int, jobs: int, form: str = ""
+) -> Iterator[BitwiseReport]:
     """Each implementation in a process of its own, ``jobs`` at a time, in the order in which they are named.
 
     Raises:
@@ -166,7 +202,7 @@ def measure_all(references: Sequence[str], limit: float, most: int, jobs: int) -
                 while queue and len(children) < jobs:
                     number, reference = queue.popleft()
                     child = PythonChild("conformance.questions.bitwise:work")
-                    child.send((reference, limit, most))
+                    child.send((reference, limit, most, form))
                     children[child.connection] = number, child
                 for connection in wait(list(children)):
                     number, child = children.pop(cast(Connection, connection))

@@ -11,8 +11,12 @@ import numpy as np
 
 from conformance.cases.case import DTYPES
 from conformance.cases.dialects import Dialect, check_sizes, unclaimed
-from conformance.interface import Implementation, describe
+from conformance.interface import Capabilities, Implementation, describe
 from conformance.oracle.build import Wish, build
+from conformance.questions.bitwise import in_layouts
+from conformance.questions.sizes.design import largest_here, sizes
+from conformance.questions.sizes.item import sized
+from conformance.questions.sizes.tensors import STAGES_OF_SIZES
 from conformance.stages import ACTIVATION, COEFFICIENT, STAGES
 
 ORDER = ("expand", "residual_matrix", "coefficients", "pre", "post", "layer", "reduce", "head")
@@ -28,6 +32,8 @@ class Call:
     config: dict[str, Any]
     cotangents: dict[str, np.ndarray]
     dialect: Dialect
+    place: str = ""
+    """The size, where there are several."""
 
 
 @dataclass
@@ -92,12 +98,33 @@ def calls(
         yield Call(stage, inputs, config, cotangents, dialect)
 
 
+ANYTHING = Capabilities(frozenset(STAGES), frozenset(), overrides=None, dtypes=frozenset(DTYPES))
+
+
+def calls_at_sizes(dialect: Dialect, form: str, dtype: str, seed: int) -> Iterator[Call]:
+    """The stages of a layer at production sizes (`conformance.questions.sizes`), a size at a time.
+
+    Args:
+        form: of sizes, ``short`` or ``quick``.
+        dtype: of x: float32, bfloat16 or float16.
+    """
+    for size in sizes(form, largest_here(1), seed):
+        for stage in STAGES_OF_SIZES:
+            item = sized(size, dialect, stage, dtype, ANYTHING)
+            if item is not None:
+                yield Call(stage, item.inputs(), item.config, item.cotangents(), dialect, size.id)
+
+
 def _cast(value: np.ndarray, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(value).astype(DTYPES[dtype])).reshape(np.shape(value))
 
 
-def compare(a: Implementation, b: Implementation, call: Call) -> list[Row] | str:
-    """A row for each tensor that both return, or why there is none."""
+def compare(a: Implementation, b: Implementation, call: Call, layouts: bool = False) -> list[Row] | str:
+    """A row for each tensor that both return, or why there is none.
+
+    Args:
+        layouts: hand the arrays over as views, each in another layout in memory.
+    """
     results = []
     for implementation in (a, b):
         claimed = implementation.capabilities
@@ -110,6 +137,8 @@ def compare(a: Implementation, b: Implementation, call: Call) -> list[Row] | str
         try:
             inputs = {k: v.copy() for k, v in call.inputs.items()}
             cotangents = {k: v.copy() for k, v in call.cotangents.items()} if claimed.gradients else None
+            if layouts:
+                inputs, cotangents = in_layouts(inputs), None if cotangents is None else in_layouts(cotangents)
             outputs, gradients = implementation.call(call.stage, inputs, call.config, cotangents)
         except NotImplementedError as error:
             return f"refused by {implementation.name}: {error}"

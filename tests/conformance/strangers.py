@@ -36,6 +36,15 @@ class Raises(Honest):
         raise RuntimeError("no such\nkernel")
 
 
+class ReadsPacked(Honest):
+    name = "reads-packed"
+
+    def reduce(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        x = inputs["x"]
+        packed = np.lib.stride_tricks.as_strided(x, x.shape, np.empty_like(x, order="C").strides)
+        return super().reduce({"x": packed}, config, cotangents)
+
+
 class WrongShape(Honest):
     name = "wrong-shape"
 

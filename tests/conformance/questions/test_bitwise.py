@@ -27,6 +27,20 @@ def test_each_question_has_its_answer(stranger, differing):
     assert found <= differing and (found == differing or (stranger == "Wavers" and "called twice" in found))
 
 
+def test_sizes_are_asked_too():
+    report = measure("tests.conformance.questions.sizes.exact:Exact", most=4, form="short")
+    assert report.items >= 4 and {question for question, bits in report.answers.items() if bits.tensors} == set(
+        QUESTIONS
+    )
+    assert not any(bits.raised for bits in report.answers.values())
+    assert report.answers["called twice"].differ == report.answers["in layouts"].differ == 0
+
+
+def test_a_view_that_is_read_as_packed_differs():
+    report = measure(f"{STRANGERS}:ReadsPacked")
+    assert {question for question, bits in report.answers.items() if bits.differ} == {"in layouts"}
+
+
 def test_what_raises_is_said():
     report = measure(f"{STRANGERS}:Raises")
     assert report.items == 0 and report.answers[QUESTIONS[0]].raised == "RuntimeError: no such kernel"

@@ -72,3 +72,22 @@ def test_the_command():
     assert none.returncode == 2 and "no stage is claimed by both" in none.stderr
     unknown = run("torch", "nobody")
     assert unknown.returncode == 3 and "or a registered name" in unknown.stderr
+
+
+def command(*arguments):
+    line = [sys.executable, "-m", "conformance.cli", "compare", *arguments]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+def test_sizes_are_compared_one_by_one():
+    done = command("jax", "torch", "--dialect", "deepseek-v4", "--stage", "post", "--sizes", "short")
+    assert done.returncode == 0 and done.stdout.count("size-") == 6 and "no difference in 6 stages" in done.stdout
+    done = command("jax", "torch", "--sizes", "short", "--dtype", "float64")
+    assert done.returncode == 2 and "--sizes takes --dtype float32, bfloat16, float16, got float64" in done.stderr
+
+
+def test_arrays_may_be_views():
+    reads_packed = "tests.conformance.strangers:ReadsPacked"
+    for options, status in (((), 0), (("--layouts",), 1)):
+        done = command(reads_packed, "torch", "--dialect", "paper", "--stage", "reduce", *options)
+        assert done.returncode == status, done.stdout + done.stderr
