@@ -135,6 +135,10 @@ def run(
     jsonl: Annotated[Path | None, typer.Option(help="Write every check to this file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit report.")] = None,
     known: Annotated[Path | None, typer.Option(help="Known results: a file of failures with their reasons.")] = None,
+    repeats: Annotated[
+        int,
+        typer.Option(min=1, help="Calls with the same content, of one item of each stage and dtype: finds races."),
+    ] = 32,
     stop_early: Annotated[bool, typer.Option("-x", help="Stop at the first failure.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 2,
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one item.")] = 300.0,
@@ -244,7 +248,7 @@ def run(
     broken: tuple[str, int] | None = None
     try:
         with interruptible(lambda: f"after {len(outcomes)} of {total} items; no report is written"), report:
-            plan = Plan(items, limit) if modes else None
+            plan = Plan(items, limit, repeats) if modes else None
             for outcome in run_items(chosen, items, jobs, stop_early, limit, probe, by_key, plan):
                 if strict:
                     fail_differences(outcome)

@@ -38,7 +38,7 @@ Wrong = TypeVar("Wrong")
 """What is wrong with a call: a reason or checks; empty where nothing is."""
 REPEATS = 32
 REPEATING = 1.0
-"""Seconds after which an item isn't repeated any more."""
+"""Seconds after which an item isn't repeated any more; as many times that as `REPEATS` are asked for."""
 SHARE = 0.5
 """Of the time limit of an item, for all of its further calls."""
 ROLL = 5
@@ -110,6 +110,7 @@ class Further:
         plain: the answer to the plain call.
         limit: seconds for all of them.
         culprits: by stage and dtype of x.
+        repeats: calls with the same content, where the item is repeated.
     """
 
     implementation: Implementation
@@ -118,6 +119,7 @@ class Further:
     plain: Answer
     limit: float
     culprits: dict[tuple[str, str], Culprits]
+    repeats: int = REPEATS
     _wrong: frozenset[str] = field(init=False)
     _first: dict[str, np.ndarray] = field(init=False)
     _ignored: set[str] = field(init=False, default_factory=set[str])
@@ -272,8 +274,9 @@ class Further:
         """Calls the item with the same arrays again and again, and compares the bits with those of the plain call."""
         apart: dict[str, list[float]] = {}
         began = time.perf_counter()
-        for _ in range(REPEATS):
-            if self._late() or time.perf_counter() - began > REPEATING:
+        longest = REPEATING * max(1.0, self.repeats / REPEATS)
+        for _ in range(self.repeats):
+            if self._late() or time.perf_counter() - began > longest:
                 break
             answer = answered(self.implementation, self.item, self.plain.inputs, self.plain.cotangents)
             self.outcome.repeats += 1

@@ -15,7 +15,7 @@ from pathlib import Path
 from conformance.cases.case import DTYPES, Item, load_case
 from conformance.interface import Capabilities, Implementation
 from conformance.judge.item import Answer, Outcome, refusal
-from conformance.judge.modes import AGAIN, REPEATED, UNASKED, Call, Culprits, Further
+from conformance.judge.modes import AGAIN, REPEATED, REPEATS, UNASKED, Call, Culprits, Further
 from conformance.judge.modes_items import unasked
 from conformance.judge.modes_layouts import ROUNDS
 
@@ -40,10 +40,11 @@ class Plan:
     Args:
         items: those of the run.
         limit: seconds that an item may take.
+        repeats: calls with the same content of each item that is repeated.
     """
 
-    def __init__(self, items: Iterable[Item], limit: float = 300.0):
-        self._limit = limit
+    def __init__(self, items: Iterable[Item], limit: float = 300.0, repeats: int = REPEATS):
+        self._limit, self._repeats = limit, repeats
         self._names: dict[Path, list[tuple[str, str]]] = defaultdict(list)
         """The stages and variants by the file of their case: all that a worker is sent."""
         for item in items:
@@ -65,7 +66,7 @@ class Plan:
     def judge(self, implementation: Implementation, item: Item, outcome: Outcome, plain: Answer) -> None:
         """Makes the further calls of an item; the outcome has its plain one already."""
         schedule = self.schedule(implementation.capabilities)
-        further = Further(implementation, item, outcome, plain, self._limit, schedule.culprits)
+        further = Further(implementation, item, outcome, plain, self._limit, schedule.culprits, self._repeats)
         for call in schedule.calls.get(_key(item), []):
             if self.announce:
                 self.announce(" + ".join(call.modes) or AGAIN)

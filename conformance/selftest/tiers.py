@@ -66,6 +66,10 @@ DETAILS = re.compile(r"layout: [^+]*[^+ ]")
 """What a mode says of its layout: the arrays to blame, and how each lies in memory."""
 
 
+REPEATS = 2000
+"""Of one item of each stage and dtype: enough for what goes wrong in one call of 5,000 (``run --repeats``)."""
+
+
 class Modes:
     """The same items in modes (`judge.modes_plan`); other bits in a repeated call are a failure."""
 
@@ -73,7 +77,7 @@ class Modes:
 
     def __init__(self, quick: bool):
         self._quick = quick
-        self._plan = Plan(items_of_mutants(quick))
+        self._plan = Plan(items_of_mutants(quick), repeats=REPEATS)
 
     def items(self, dtype: str, claimed: Capabilities) -> Iterable[Item]:
         return Golden(self._quick).items(dtype, claimed)

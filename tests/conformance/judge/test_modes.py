@@ -134,8 +134,12 @@ class Unwritten(Planted):
         return outputs, gradients
 
 
+def item_of(stage, dtype):
+    return next(i for i in CASE.items() if i.stage == stage and i.variant.name == f"{dtype}-float32")
+
+
 def judged(implementation, stage, dtype):
-    item = next(i for i in CASE.items() if i.stage == stage and i.variant.name == f"{dtype}-float32")
+    item = item_of(stage, dtype)
     implementation.last = item.dtype("x")
     return run_item(implementation, item, plan=Plan([item]))
 
@@ -172,6 +176,11 @@ def test_an_honest_implementation_passes_in_every_mode(stage, dtype):
     rest = {"without the gradient of x", "with the gradient of x alone"}
     assert rest <= set(modes.MODES) and set(outcome.modes) == set(modes.MODES) - {modes.AGAIN}
     assert outcome.repeats == modes.REPEATS
+
+
+def test_a_rare_race_needs_more_repeats():
+    item = item_of("post", "float32")
+    assert run_item(Planted(), item, plan=Plan([item], repeats=300)).repeats == 300
 
 
 def test_a_mistake_in_the_plain_call_is_not_told_again_by_mode():
