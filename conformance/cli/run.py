@@ -136,9 +136,13 @@ def run(
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit report.")] = None,
     known: Annotated[Path | None, typer.Option(help="Known results: a file of failures with their reasons.")] = None,
     repeats: Annotated[
-        int,
-        typer.Option(min=1, help="Calls with the same content, of one item of each stage and dtype: finds races."),
-    ] = 32,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Calls with the same content, of one item of each stage and dtype, to find races. Default: 32, or 4 "
+            "with --quick.",
+        ),
+    ] = None,
     stop_early: Annotated[bool, typer.Option("-x", help="Stop at the first failure.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 2,
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one item.")] = 300.0,
@@ -182,6 +186,7 @@ def run(
     from conformance.judge.integrity import Corpus
     from conformance.judge.known import judge, load_known
     from conformance.judge.modes import fail_differences
+    from conformance.judge.modes import QUICK_REPEATS, REPEATS
     from conformance.judge.modes_plan import Plan
     from conformance.judge.run import Label
     from conformance.judge.run import run as run_items
@@ -248,7 +253,7 @@ def run(
     broken: tuple[str, int] | None = None
     try:
         with interruptible(lambda: f"after {len(outcomes)} of {total} items; no report is written"), report:
-            plan = Plan(items, limit, repeats) if modes else None
+            plan = Plan(items, limit, repeats or (QUICK_REPEATS if quick else REPEATS)) if modes else None
             for outcome in run_items(chosen, items, jobs, stop_early, limit, probe, by_key, plan):
                 if strict:
                     fail_differences(outcome)

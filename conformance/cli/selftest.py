@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from conformance.cli.app import FAILED, SETUP, USAGE, app, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+
+BOTH, WHAT, WHERE = "both", "what", "where"
 
 
 @app.command()
@@ -19,6 +21,7 @@ def selftest(
     mutant: Annotated[
         list[str] | None, typer.Option(help="Only mutants whose name contains this text; repeatable.")
     ] = None,
+    kind: Annotated[str, typer.Option(help="Mistakes in what is computed (what), in where (where), or both.")] = BOTH,
     variants: Annotated[
         int | None, typer.Option(min=0, help="Number of honest variants. Default: 200, or 10 with --quick.")
     ] = None,
@@ -44,15 +47,19 @@ def selftest(
 
     from conformance.files import atomic, document
 
+    (kind,) = known_names("kind", [kind], [BOTH, WHAT, WHERE])
     titles = [[m.title() for m in mutants] for mutants in (measure.MUTANTS, measure_where.WHERE)]
     chosen, of_where = (
         [k for k, title in enumerate(names) if not mutant or any(m.lower() in title.lower() for m in mutant)]
         for names in titles
     )
+    chosen, of_where = [] if kind == WHERE else chosen, [] if kind == WHAT else of_where
     if not chosen and not of_where:
         known = ", ".join(title for names in titles for title in names)
         stop(f"no mutant's name has {' or '.join(map(repr, mutant or []))}; they are: {known}", USAGE)
     count = (measure.QUICK_VARIANTS if quick else measure.VARIANTS) if variants is None else variants
+    if kind == WHERE and variants is None:
+        count = 0
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("mutants and honest variants", total=None)
         result = measure.measure(
@@ -70,8 +77,10 @@ def selftest(
     if write or json:
         try:
             if write:
-                document.rewrite(write, "selftest", table.markdown(result))
-                document.rewrite(write, "where", table.markdown_of_places(places))
+                if kind != WHERE:
+                    document.rewrite(write, "selftest", table.markdown(result))
+                if kind != WHAT:
+                    document.rewrite(write, "where", table.markdown_of_places(places))
             if json:
                 atomic.write(json, table.as_json(result, places))
         except (OSError, ValueError) as error:

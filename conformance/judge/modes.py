@@ -36,7 +36,7 @@ NONE = ' (cotangents is None where no gradients are asked for: docs/contract.md,
 COTANGENT = "cotangent of "
 Wrong = TypeVar("Wrong")
 """What is wrong with a call: a reason or checks; empty where nothing is."""
-REPEATS = 32
+REPEATS, QUICK_REPEATS = 32, 4
 REPEATING = 1.0
 """Seconds after which an item isn't repeated any more; as many times that as `REPEATS` are asked for."""
 SHARE = 0.5

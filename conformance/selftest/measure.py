@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing.pool
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -10,9 +11,14 @@ import numpy as np
 
 from conformance.cases.case import Item
 from conformance.cases.corpus import load_corpus
+from conformance.cases.dialects import dialect_names, published
 from conformance.implementations.wrapping import wrap
 from conformance.judge.item import Outcome, run_item
 from conformance.oracle.pool import processes
+from conformance.questions.sizes.design import largest_here, sizes
+from conformance.questions.sizes.item import DTYPES_OF_SIZES, SizeItem, questions
+from conformance.questions.sizes.judging import judged
+from conformance.questions.sizes.tensors import STAGES_OF_SIZES
 from conformance.selftest.honest import variant
 from conformance.selftest.mutants import MUTANTS
 from conformance.selftest.plain import Plain
@@ -39,7 +45,7 @@ class Figures:
     same_bits: bool = True
     """Whether every result equals the plain implementation's to the bit (looked at only where a mutant is blind)."""
 
-    def add(self, item: Item, outcome: Outcome, limit: float) -> None:
+    def add(self, item: Item | SizeItem, outcome: Outcome, limit: float) -> None:
         self.items += 1
         ratio = outcome.ratio
         if any(not check.worst and check.ratio <= 1 for check in outcome.failed):  # not finite, raised, …
@@ -85,14 +91,24 @@ def _same_bits(a: Outcome, b: Outcome) -> bool:
     return a.values.keys() == b.values.keys() and all(v.tobytes() == b.values[k].tobytes() for k, v in a.values.items())
 
 
-def measure_honest(seed: int) -> Figures:
-    """Figures of honest variant ``seed`` over every item of the corpus that it claims."""
+def measure_honest(seed: int, folder: str = "") -> Figures:
+    """Figures of honest variant ``seed`` over every item of the corpus that it claims, and over production sizes.
+
+    Args:
+        folder: where the truths of sizes are kept, so that all variants share them; no size is asked without one.
+    """
     implementation, figures = wrap(variant(seed)), Figures()
     for case in load_corpus():
         for item in case.items():
             outcome = run_item(implementation, item)
             if not outcome.skipped:
                 figures.add(item, outcome, 1.0)
+    rows = [published(name) for name in dialect_names()]
+    asked = questions(sizes("short", largest_here(2)), rows, STAGES_OF_SIZES, DTYPES_OF_SIZES, folder) if folder else []
+    for question in asked:
+        item = question.item(implementation.capabilities)
+        if not isinstance(item, str):
+            figures.add(item, judged(implementation, item, folder, proved=False), 1.0)
     return figures
 
 
@@ -130,12 +146,12 @@ class Findings:
         ]
 
 
-Task = tuple[str, int, bool]
+Task = tuple[str, int, bool, str]
 
 
 def _measure(task: Task) -> tuple[Task, dict[str, Figures] | Figures]:
-    kind, number, quick = task
-    return task, measure_mutant(number, quick) if kind == "mutant" else measure_honest(number)
+    kind, number, quick, folder = task
+    return task, measure_mutant(number, quick) if kind == "mutant" else measure_honest(number, folder)
 
 
 def measure(
@@ -143,8 +159,8 @@ def measure(
 ) -> Findings:
     """Runs mutants (by number) and honest variants (by seed) in ``jobs`` processes."""
     findings = Findings(quick)
-    tasks: list[Task] = [("mutant", k, quick) for k in mutants] + [("honest", k, quick) for k in seeds]
-    with processes(jobs) as pool:
+    with tempfile.TemporaryDirectory(prefix="mhc-conformance-truths-") as folder, processes(jobs) as pool:
+        tasks: list[Task] = [("mutant", k, quick, "") for k in mutants] + [("honest", k, quick, folder) for k in seeds]
         for done, (task, figures) in enumerate(_unordered(pool, tasks), 1):
             if isinstance(figures, Figures):
                 findings.honest[task[1]] = figures

@@ -33,9 +33,15 @@ def test_every_mutant_that_is_defined_is_in_the_list():
     assert len(MUTANTS) == len(set(MUTANTS)) and set(MUTANTS) == defined
 
 
+@pytest.fixture(scope="module")
+def truths(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("truths"))
+
+
 @pytest.mark.parametrize("seed", range(6))
-def test_an_honest_variant_fails_no_case(seed):
-    assert Findings(True, honest={seed: measure.measure_honest(seed)}).false_alarms == []
+def test_an_honest_variant_fails_no_case_and_no_size(seed, truths):
+    figures = measure.measure_honest(seed, truths)
+    assert Findings(True, honest={seed: figures}).false_alarms == []
 
 
 def test_honest_variants_differ_and_use_every_order():
