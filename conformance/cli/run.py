@@ -185,8 +185,7 @@ def run(
     from conformance.judge.agreement import Agreement
     from conformance.judge.integrity import Corpus
     from conformance.judge.known import judge, load_known
-    from conformance.judge.modes import fail_differences
-    from conformance.judge.modes import QUICK_REPEATS, REPEATS
+    from conformance.judge.modes import QUICK_REPEATS, REPEATS, fail_differences
     from conformance.judge.modes_plan import Plan
     from conformance.judge.run import Label
     from conformance.judge.run import run as run_items
