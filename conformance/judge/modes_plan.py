@@ -67,11 +67,11 @@ class Plan:
         """Makes the further calls of an item; the outcome has its plain one already."""
         schedule = self.schedule(implementation.capabilities)
         further = Further(implementation, item, outcome, plain, self._limit, schedule.culprits, self._repeats)
-        for call in schedule.calls.get(_key(item), []):
+        for call in schedule.calls.get(key_of(item), []):
             if self.announce:
                 self.announce(" + ".join(call.modes) or AGAIN)
             further.judge(call)
-        if _key(item) in schedule.repeated:
+        if key_of(item) in schedule.repeated:
             if self.announce:
                 self.announce(REPEATED)
             further.repeat()
@@ -107,7 +107,7 @@ def scheduled(items: Sequence[Item], claimed: Capabilities) -> Schedule:
     schedule = Schedule()
     everywhere = not claimed.compiled
     for item in items:
-        schedule.calls[_key(item)].append(
+        schedule.calls[key_of(item)].append(
             Call(
                 forward=claimed.gradients and everywhere,
                 round=own_round(item) if everywhere and not claimed.copies else None,
@@ -116,18 +116,18 @@ def scheduled(items: Sequence[Item], claimed: Capabilities) -> Schedule:
             )
         )
     for call, item in _first_calls(items, claimed):
-        if call not in schedule.calls[_key(item)]:
-            schedule.calls[_key(item)].append(call)
+        if call not in schedule.calls[key_of(item)]:
+            schedule.calls[key_of(item)].append(call)
     if claimed.gradients:
         for call, item in _gradient_calls(items, claimed):
-            schedule.calls[_key(item)].append(call)
+            schedule.calls[key_of(item)].append(call)
     for group in _groups(items, _kind):
         item = group[0]
-        schedule.calls[_key(item)].append(Call(after=_sibling(item, claimed)))
+        schedule.calls[key_of(item)].append(Call(after=_sibling(item, claimed)))
         if claimed.gradients and everywhere:
-            schedule.calls[_key(item)].append(Call(forward=True, values=True))
+            schedule.calls[key_of(item)].append(Call(forward=True, values=True))
     for group in _groups(items, _dtype):
-        schedule.repeated.add(_key(min(group, key=_untypical)))
+        schedule.repeated.add(key_of(min(group, key=_untypical)))
     return schedule
 
 
@@ -160,7 +160,8 @@ def _gradient_calls(items: Sequence[Item], claimed: Capabilities) -> Iterable[tu
             yield Call(unasked=way if unasked(item, way) else "", round=round, values=True, memory=True), item
 
 
-def _key(item: Item) -> Key:
+def key_of(item: Item) -> Key:
+    """The name of an item in a schedule."""
     return item.case.id, item.stage, item.variant.name
 
 

@@ -15,7 +15,7 @@ from conformance.cases.dialects import published
 from conformance.interface import Capabilities, Implementation
 from conformance.judge.item import Outcome, order, run_item
 from conformance.judge.modes import fail_differences
-from conformance.judge.modes_plan import Plan
+from conformance.judge.modes_plan import Plan, key_of
 from conformance.judge.rule import Check
 from conformance.questions.sizes.design import largest_here, sizes
 from conformance.questions.sizes.item import SizeItem, sized
@@ -66,10 +66,6 @@ DETAILS = re.compile(r"layout: [^+]*[^+ ]")
 """What a mode says of its layout: the arrays to blame, and how each lies in memory."""
 
 
-REPEATS = 2000
-"""Of one item of each stage and dtype: enough for what goes wrong in one call of 5,000 (``run --repeats``)."""
-
-
 class Modes:
     """The same items in modes (`judge.modes_plan`); other bits in a repeated call are a failure."""
 
@@ -77,7 +73,7 @@ class Modes:
 
     def __init__(self, quick: bool):
         self._quick = quick
-        self._plan = Plan(items_of_mutants(quick), repeats=REPEATS)
+        self._plan = Plan(items_of_mutants(quick))
 
     def items(self, dtype: str, claimed: Capabilities) -> Iterable[Item]:
         return Golden(self._quick).items(dtype, claimed)
@@ -89,6 +85,32 @@ class Modes:
 
     def place(self, item: Item, check: Check) -> str:
         return DETAILS.sub("layout", check.mode)
+
+
+REPEATS = 2000
+"""Enough, over the stages, for what goes wrong in one call of 5,000."""
+
+
+class Repeats:
+    """The items that modes repeat, with more repeats: ``run --repeats 2000``."""
+
+    name = "repeats"
+
+    def __init__(self, quick: bool):
+        self._quick = quick
+        self._plan = Plan(items_of_mutants(quick), repeats=REPEATS)
+
+    def items(self, dtype: str, claimed: Capabilities) -> Iterable[Item]:
+        repeated = self._plan.schedule(claimed).repeated
+        return [item for item in Golden(self._quick).items(dtype, claimed) if key_of(item) in repeated]
+
+    def judge(self, implementation: Implementation, item: Item) -> Outcome:
+        outcome = run_item(implementation, item, plan=self._plan)
+        fail_differences(outcome)
+        return outcome
+
+    def place(self, item: Item, check: Check) -> str:
+        return f"{REPEATS} calls"
 
 
 ROWS = ("paper", "deepseek-v4", "liger", "transformer-engine")
@@ -129,4 +151,4 @@ def tiers(quick: bool, folder: str) -> list[Tier]:
         quick: leave out most golden cases and sizes.
         folder: for true values that are made on the way.
     """
-    return [Golden(quick), Modes(quick), Sizes(quick, folder)]
+    return [Golden(quick), Modes(quick), Sizes(quick, folder), Repeats(quick)]
