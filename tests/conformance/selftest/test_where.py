@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("torch", reason="the plain implementation is in PyTorch, whi
 from conformance.cases import corpus
 from conformance.cases.dialects import published
 from conformance.cases.format import DTYPES
+from conformance.files import document
 from conformance.interface import Capabilities, without_gradients_of
 from conformance.judge.item import Outcome
 from conformance.judge.rule import Check
@@ -281,6 +283,15 @@ def test_a_mode_kills_what_a_plain_call_does_not_show(tmp_path, monkeypatch):
         assert all(deaths.found for deaths in figures.values())
 
 
+def test_a_rare_race_dies_in_many_repeats(monkeypatch):
+    chosen = [item for item in measure.items_of_mutants(True) if item.case.id.startswith("cancel-branch-deepseek-v4")]
+    monkeypatch.setattr(tiers, "items_of_mutants", lambda quick: chosen)
+    monkeypatch.setattr(tiers, "REPEATS", 1500)
+    number = WHERE.index(mutants_calls.Race200)
+    for dtype, deaths in measure_where.measure_where(number, [tiers.Repeats(True)]).items():
+        assert {(d.tier, d.place) for d in deaths.found} == {("repeats", "1500 calls")}, dtype
+
+
 def test_a_golden_case_that_shows_a_mistake_is_named(tmp_path, monkeypatch):
     chosen = [item for item in measure.items_of_mutants(True) if item.case.id.startswith("shape-one-token")]
     monkeypatch.setattr(tiers, "items_of_mutants", lambda quick: chosen)
@@ -340,3 +351,11 @@ def test_a_report_shows_them(tmp_path):
         "float32", "float16",
     }  # fmt: skip
     assert read_again.problems == (f"{WHERE[0].title()}: nothing kills it in bfloat16 (9 items)",)
+
+
+def test_the_page_has_the_table_of_every_mistake_of_where():
+    page = Path(__file__).parents[3] / "docs/mutants.md"
+    _, part, _ = document.split(page, "where")
+    named = [line.split(" | ")[0].removeprefix("| ") for line in part.splitlines() if line.startswith("| ")]
+    assert named == ["mutant", *(mutant.title() for mutant in WHERE)]
+    assert "survives" not in part
