@@ -53,20 +53,28 @@ def honest_line(findings: Findings) -> str:
     )
 
 
-def terminal(findings: Findings) -> Table:
-    table = Table(title="cases that kill it · largest multiple of the bound · best case")
-    table.add_column("mutant")
-    for dtype in DTYPES:
-        table.add_column(dtype)
-    for row in rows(findings):
+def _of_dtypes(title: str, rows: list[list[str]]) -> Table:
+    """A table for the terminal: a mutant a row, a dtype a column."""
+    table = Table(title=title)
+    for column in ("mutant", *DTYPES):
+        table.add_column(column)
+    for row in rows:
         table.add_row(*row)
     return table
 
 
+def _as_markdown(cell: str, rows: list[list[str]]) -> list[str]:
+    """The lines of the same in Markdown; ``cell`` says what stands in each."""
+    head = ["mutant", *(f"{dtype}: {cell}" for dtype in DTYPES)]
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def terminal(findings: Findings) -> Table:
+    return _of_dtypes("cases that kill it · largest multiple of the bound · best case", rows(findings))
+
+
 def markdown(findings: Findings) -> str:
-    head = ["mutant", *(f"{dtype}: cases · multiple of the bound · best case" for dtype in DTYPES)]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    lines += [f"| {' | '.join(row)} |" for row in rows(findings)]
+    lines = _as_markdown("cases · multiple of the bound · best case", rows(findings))
     notes = [*reasons(findings), *([honest_line(findings)] if findings.honest else [])]
     return "\n".join([*lines, "", *notes]) + "\n"
 
@@ -91,19 +99,12 @@ def rows_of_places(places: Places) -> list[list[str]]:
 
 
 def terminal_of_places(places: Places) -> Table:
-    table = Table(title="what kills it: tier, mode or size · largest multiple of the bound · best case")
-    table.add_column("mutant")
-    for dtype in DTYPES:
-        table.add_column(dtype)
-    for row in rows_of_places(places):
-        table.add_row(*row)
-    return table
+    title = "what kills it: tier, mode or size · largest multiple of the bound · best case"
+    return _of_dtypes(title, rows_of_places(places))
 
 
 def markdown_of_places(places: Places) -> str:
-    head = ["mutant", *(f"{dtype}: killed by · multiple of the bound · best case" for dtype in DTYPES)]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    lines += [f"| {' | '.join(row)} |" for row in rows_of_places(places)]
+    lines = _as_markdown("killed by · multiple of the bound · best case", rows_of_places(places))
     return "\n".join(lines) + "\n"
 
 
