@@ -22,6 +22,8 @@ PREFIX = "size-"
 """Begins the ids of sizes."""
 LONG = 3600.0
 """Seconds that an item of the full form may take, truth and bound included."""
+PROOF = {FULL: 10.0}
+"""Seconds for which ball arithmetic looks at the truth of a size, where it isn't one."""
 
 
 @dataclass
@@ -74,7 +76,9 @@ class SizeChoice:
             if not sizes:
                 known = design.sizes(SHORT, largest)[0].id
                 stop(f"no size of the form {self.form} matches {' or '.join(map(repr, globs))}; one is {known}", USAGE)
-        return chosen + item.questions(sizes, self.rows, self.stages, self.dtypes, _folder(), once=self.once)
+        return chosen + item.questions(
+            sizes, self.rows, self.stages, self.dtypes, _folder(), once=self.once, proof=PROOF.get(self.form, 1.0)
+        )
 
 
 def _left_out(pairs: Sequence[str], largest: int) -> list[str]:

@@ -38,3 +38,8 @@ def changes(implementation: Implementation, held: Held) -> list[tuple[str, str]]
     return [(name.removeprefix("input "), f"changed its {name}") for name in held.changed()] + [
         (name.removeprefix("input "), f"changed the {name} of the call before, after it had returned") for name in late
     ]
+
+
+def release(implementation: Implementation) -> None:
+    """From now on the suite may change what this implementation was handed last."""
+    _last.pop(id(implementation), None)

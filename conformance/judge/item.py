@@ -47,6 +47,9 @@ class Outcome:
     altered: str = ""
     """What is wrong with the case's file, where it is one of the corpus and wasn't as promised when it was read."""
     seconds: float = 0.0
+    """Of the plain call."""
+    whole: float = 0.0
+    """Seconds of all its calls, of its truth and of judging it."""
     values: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     """The arrays that were judged by their figures, for comparing implementations with one another."""
     modes: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ import numpy as np
 
 from conformance.cases.case import Item
 from conformance.interface import Capabilities, Implementation, without_gradients_of
+from conformance.judge.held import release
 from conformance.judge.item import Answer, Outcome, answered, judged
 from conformance.judge.modes_items import Varied, one_row, rolled, unasked
 from conformance.judge.modes_layouts import EXPANDED, lay, layouts_of
@@ -28,10 +29,11 @@ UNASKED = {"x": "without the gradient of x", "rest": "with the gradient of x alo
 LAYOUT = "layout"
 VALUES = "other values"
 MEMORY = "unwritten memory"
+SAME = "same arrays"
 AFTER = "after another dtype"
 AGAIN = "called again"
 REPEATED = "repeated"
-MODES = (FORWARD, *UNASKED.values(), LAYOUT, VALUES, MEMORY, AFTER, AGAIN, REPEATED)
+MODES = (FORWARD, *UNASKED.values(), LAYOUT, VALUES, MEMORY, SAME, AFTER, AGAIN, REPEATED)
 NONE = ' (cotangents is None where no gradients are asked for: docs/contract.md, "Modes")'
 COTANGENT = "cotangent of "
 Wrong = TypeVar("Wrong")
@@ -56,6 +58,7 @@ class Call:
         packed: but for these, which are packed.
         values: the tokens stand in other places.
         memory: freed memory is full of NaN.
+        same: its arrays are those of a call just before, at the same addresses, with all tokens moved but the first.
         after: the variant that is called just before.
     """
 
@@ -65,6 +68,7 @@ class Call:
     packed: frozenset[str] = frozenset()
     values: bool = False
     memory: bool = False
+    same: bool = False
     after: str = ""
 
     @property
@@ -81,6 +85,8 @@ class Call:
             ways[VALUES] = replace(self, values=False)
         if self.memory:
             ways[MEMORY] = replace(self, memory=False)
+        if self.same:
+            ways[SAME] = replace(self, same=False)
         if self.after:
             ways[AFTER] = replace(self, after="")
         return ways
@@ -190,6 +196,8 @@ class Further:
         for name, kind in kinds.items():
             if name in arrays:
                 arrays[name], memory[name], _ = lay(arrays[name], kind)
+        if call.same:
+            arrays = memory = self._refilled(arrays)
         if call.after:
             self._sibling(call.after)
         dirty = unwritten(sizes([*memory.values(), *item.expected.values()])) if call.memory else nullcontext()
@@ -202,13 +210,25 @@ class Further:
                 {name: memory[name] for name in inputs},
             )
 
+    def _refilled(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays that a call has had with the item's own values, and that hold these now."""
+        inputs = {name: value.copy() for name, value in self.item.inputs().items()}
+        cotangents = {name: value.copy() for name, value in self.item.cotangents().items()}
+        given = self.claimed.gradients
+        answered(self.implementation, self.item, inputs, cotangents if given else None)
+        release(self.implementation)  # it is the suite that changes them
+        arrays = {**inputs, **{COTANGENT + name: value for name, value in cotangents.items()}}
+        for name, value in values.items():
+            arrays[name][...] = value
+        return arrays
+
     def varied(self, call: Call) -> tuple[Varied, dict[str, str]]:
         """The item with the values and the gradients that a call asks for, and the layouts of its arrays."""
         entry = self.item.case.stages[self.item.stage]
         names = [*entry.inputs, *entry.weights, *(COTANGENT + name for name in entry.outputs)]
         kinds = {} if call.round is None else layouts_of(names, call.round)
         kinds = {name: kind for name, kind in kinds.items() if name not in call.packed}
-        places = rolled(self.item, ROLL) if call.values else ()
+        places = rolled(self.item, ROLL) if call.values else rolled(self.item, ROLL, kept=1) if call.same else ()
         if any(kinds.get(name) == EXPANDED for name in entry.inputs):
             places = one_row(self.item)
         how = unasked(self.item, call.unasked)

@@ -72,11 +72,18 @@ def batch_and_seq(item: Item) -> tuple[int, int]:
     return (shapes[0][0], shapes[0][1]) if shapes else (0, 0)
 
 
-def rolled(item: Item, places: int) -> tuple[int, ...]:
-    """Every token so many places further on, across the rows of the batch; none for an item of at most one token."""
+def rolled(item: Item, places: int, kept: int = 0) -> tuple[int, ...]:
+    """Every token so many places further on, across the rows of the batch; none where there aren't two to move.
+
+    Args:
+        kept: the first so many stay in their place.
+    """
     batch, seq = batch_and_seq(item)
-    tokens = batch * seq
-    return tuple((place - places) % tokens for place in range(tokens)) if tokens > 1 else ()
+    moved = batch * seq - kept
+    if moved < 2:
+        return ()
+    places = places if places % moved else 1
+    return (*range(kept), *(kept + (place - places) % moved for place in range(moved)))
 
 
 def one_row(item: Item) -> tuple[int, ...]:

@@ -127,6 +127,7 @@ def scheduled(items: Sequence[Item], claimed: Capabilities) -> Schedule:
         if claimed.gradients and everywhere:
             schedule.calls[key_of(item)].append(Call(forward=True, values=True))
     for group in _groups(items, _dtype):
+        schedule.calls[key_of(group[0])].append(Call(same=True))
         schedule.repeated.add(key_of(min(group, key=_untypical)))
     return schedule
 

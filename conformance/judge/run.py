@@ -107,6 +107,7 @@ class _Task:
     queue: deque[Key]
     ran: int = 0
     seconds: float = 0.0
+    """Of the items that ran, with all that they took."""
 
     @property
     def left(self) -> float:
@@ -163,7 +164,7 @@ class _Worker:
             outcome = content
             outcome.reference = self.task.reference
             self.task.ran += 1
-            self.task.seconds += outcome.seconds
+            self.task.seconds += outcome.whole
         queue = self.task.queue
         self.current = (queue.pop() if self.backwards else queue.popleft()) if queue else None
         self.deadline = Deadline(self.limit + GRACE)

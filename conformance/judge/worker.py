@@ -6,6 +6,7 @@ import gc
 import importlib
 import itertools
 import os
+import time
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,17 +47,17 @@ def work(connection: Connection) -> None:
         if key is None:
             return
         path, stage, variant = key
+        began = time.perf_counter()
         try:
             module = next((module for scheme, module in ELSEWHERE.items() if path.startswith(scheme)), None)
             if module is not None:
                 outcome = importlib.import_module(module).put(implementation, key)
-                guard.tell(outcome, path)
-                connection.send(("done", outcome))
-                continue
-            case = cases.get(path) or cases.setdefault(path, guard.read(Path(path)))
-            item = next(i for i in case.items() if i.stage == stage and i.variant.name == variant)
-            outcome = run_item(implementation, item, probe, plan)
+            else:
+                case = cases.get(path) or cases.setdefault(path, guard.read(Path(path)))
+                item = next(i for i in case.items() if i.stage == stage and i.variant.name == variant)
+                outcome = run_item(implementation, item, probe, plan)
             guard.tell(outcome, path)
+            outcome.whole = time.perf_counter() - began
             connection.send(("done", outcome))
         except CaseError as error:
             connection.send(("case", str(error)))

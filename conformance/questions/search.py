@@ -215,7 +215,7 @@ def _of_sizes(
 
     def judge(item: SizeItem) -> Outcome | None:
         try:
-            outcome = judge_size(implementation, item, proved=False)
+            outcome = judge_size(implementation, item, proof=0.0)
         except ArithmeticError:  # an honest evaluation isn't finite
             return None
         if outcome.failed:

@@ -108,7 +108,7 @@ def measure_honest(seed: int, folder: str = "") -> Figures:
     for question in asked:
         item = question.item(implementation.capabilities)
         if not isinstance(item, str):
-            figures.add(item, judged(implementation, item, folder, proved=False), 1.0)
+            figures.add(item, judged(implementation, item, folder, proof=0.0), 1.0)
     return figures
 
 

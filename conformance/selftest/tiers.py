@@ -19,7 +19,7 @@ from conformance.judge.modes_plan import Plan, key_of
 from conformance.judge.rule import Check
 from conformance.questions.sizes.design import largest_here, sizes
 from conformance.questions.sizes.item import SizeItem, sized
-from conformance.questions.sizes.judging import WITHOUT_GRADIENTS, judged
+from conformance.questions.sizes.judging import judged
 from conformance.questions.sizes.tensors import STAGES_OF_SIZES
 from conformance.selftest.measure import items_of_mutants
 
@@ -140,8 +140,7 @@ class Sizes:
         return judged(implementation, item, self.folder)
 
     def place(self, item: SizeItem, check: Check) -> str:
-        without = f", {WITHOUT_GRADIENTS}" if check.message.startswith(WITHOUT_GRADIENTS) else ""
-        return item.size.id.removeprefix("size-") + without
+        return ", ".join(filter(None, (item.size.id.removeprefix("size-"), check.mode)))
 
 
 def tiers(quick: bool, folder: str) -> list[Tier]:

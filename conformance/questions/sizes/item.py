@@ -37,6 +37,7 @@ class Question:
         rows: the selected rows.
         stages, dtypes: the selected ones.
         folder: where truths are kept during the run.
+        proof: seconds for which ball arithmetic looks at the truth of one stage of this size.
     """
 
     size: Size
@@ -46,18 +47,15 @@ class Question:
     stages: tuple[str, ...]
     dtypes: tuple[str, ...]
     folder: str = ""
+    proof: float = 1.0
 
     @property
     def key(self) -> tuple[str, str, str]:
         rows = [{"name": r.name, "base": r.base, "parameters": None if r.published else dict(r.parameters)}
                 for r in self.rows]  # fmt: skip
         content = {"size": self.size.id, "number": self.number, "rows": rows, "folder": self.folder}
+        content["proof"] = self.proof if self.slot == 0 or self.size.elements > SMALL else 0.0
         return f"{SCHEME}{json.dumps(content)}", ",".join(self.stages), f"{self.slot}/{','.join(self.dtypes)}"
-
-    @property
-    def proved(self) -> bool:
-        """Whether the truth is compared with ball arithmetic: that of one stage at each size."""
-        return self.slot == 0 or self.size.elements > SMALL
 
     @property
     def case(self) -> str:
@@ -75,7 +73,7 @@ class Question:
         rows = tuple(published(row["name"]) if row["parameters"] is None else Dialect(**row) for row in content["rows"])
         return cls(
             size, content["number"], int(slot), rows, tuple(stages.split(",")), tuple(dtypes.split(",")),
-            content["folder"],
+            content["folder"], content["proof"],
         )  # fmt: skip
 
     def item(self, claimed: Capabilities) -> SizeItem | str:
@@ -114,6 +112,7 @@ def questions(
     dtypes: Sequence[str],
     folder: str,
     once: bool = False,
+    proof: float = 1.0,
 ) -> list[Question]:
     """The questions of some sizes: several dtypes and stages of each small one, one of each large one.
 
@@ -121,13 +120,14 @@ def questions(
         rows, stages, dtypes: those that may be asked.
         folder: where truths are kept.
         once: one dtype and stage of each size.
+        proof: seconds for which ball arithmetic looks at the truth of each size.
     """
     known = tuple(stage for stage in STAGES_OF_SIZES if stage in set(stages))
     kept = tuple(dtype for dtype in DTYPES_OF_SIZES if dtype in dtypes)
     if not known or not kept or not rows:
         return []
     return [
-        Question(size, number, slot, tuple(rows), known, kept, folder)
+        Question(size, number, slot, tuple(rows), known, kept, folder, proof)
         for number, size in enumerate(sizes)
         for slot in (range(SLOTS) if size.elements <= SMALL and not once else (number % SLOTS,))
     ]

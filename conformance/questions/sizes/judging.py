@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
-import time
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,18 +11,18 @@ import numpy as np
 
 from conformance.cases.case import Item
 from conformance.cases.description import Bound
-from conformance.interface import Capabilities, Implementation, describe
+from conformance.interface import Capabilities, Implementation
 from conformance.judge.faint import check_faint
-from conformance.judge.item import MESSAGE, Outcome, mappings
+from conformance.judge.item import Outcome
 from conformance.judge.rule import GOOD, UNIT_ROUNDOFF, WORST, Check, allowance, check_tensor, is_array, wide
 from conformance.judge.scale import Scale
 from conformance.judge.stochasticity import check_stochasticity
+from conformance.questions.sizes.calls import Calls
 from conformance.questions.sizes.item import Question, SizeItem
 from conformance.questions.sizes.store import expected
 from conformance.questions.sizes.tensors import Tensors, tiles
 from conformance.questions.sizes.truth import Truth
 
-WITHOUT_GRADIENTS = "without gradients"
 OF_A_FILE = 2
 """A file of results has as many numbers as the inputs, and one of inputs has cotangents too."""
 STOCHASTIC = 4096
@@ -38,17 +36,17 @@ def put(implementation: Implementation, key: tuple[str, str, str]) -> Outcome:
     if isinstance(item, str):
         outcome = Outcome(implementation.name, question.case, "size", "-", "-", "-", skipped=item)
     else:
-        outcome = judged(implementation, item, question.folder, proved=question.proved)
+        outcome = judged(implementation, item, question.folder, question.proof)
     outcome.about = {"device": claimed.device, "description": claimed.description, **claimed.settings}
     return outcome
 
 
-def judged(implementation: Implementation, item: SizeItem, folder: str = "", proved: bool = True) -> Outcome:
+def judged(implementation: Implementation, item: SizeItem, folder: str = "", proof: float = 1.0) -> Outcome:
     """Calls it with gradients, where it claims them, and without, and judges every result.
 
     Args:
         folder: where truths are kept.
-        proved: whether the truth is compared with ball arithmetic first.
+        proof: seconds for which the truth is compared with ball arithmetic first.
     """
     outcome = Outcome(implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.dialect)
     tensors = item.tensors
@@ -58,41 +56,23 @@ def judged(implementation: Implementation, item: SizeItem, folder: str = "", pro
     if limit is not None and sum(array.nbytes for array in inputs.values()) * OF_A_FILE > limit:
         outcome.skipped = f"too large for a program, whose files may have {limit >> 20} MiB"
         return outcome
-    true, allowed = _expected(item, folder, proved)
-    cotangents = item.cotangents() if claimed.gradients else None
-    for given in (cotangents, None) if claimed.gradients else (None,):
-        mode = WITHOUT_GRADIENTS if given is None and claimed.gradients else ""
-        started = time.perf_counter()
-        try:
-            outputs, gradients = mappings(implementation.call(item.stage, dict(inputs), item.config, given))
-        except NotImplementedError as error:
-            outcome.skipped, outcome.checks = f"refused: {describe(error)}", []
-            return outcome
-        except Exception as error:
-            outcome.checks.append(Check("-", "errored", np.inf, message=_said(mode, describe(error)[:MESSAGE])))
-            return outcome
-        finally:
-            outcome.seconds += time.perf_counter() - started
-        returned = {**outputs, **{f"d/{name}": gradient for name, gradient in gradients.items()}}
-        del outputs, gradients
-        checks = list(_checks(item, tensors, true, allowed, returned, claimed, with_gradients=given is not None))
-        for check in checks:
-            check.message = _said(mode, check.message)
-        outcome.checks += checks if not mode else [check for check in checks if check.verdict not in GOOD]
-        del returned
-        gc.collect()
-        if outcome.failed:
-            return outcome
+    true, allowed = _expected(item, folder, proof)
+    calls = Calls(
+        implementation,
+        item,
+        inputs,
+        outcome,
+        lambda returned, gradients: list(_checks(item, tensors, true, allowed, returned, claimed, gradients)),
+    )
+    calls.plain(item.cotangents() if claimed.gradients else None)
+    if claimed.gradients and not outcome.failed and not outcome.skipped:
+        calls.forward()
     return outcome
 
 
-def _said(mode: str, message: str) -> str:
-    return ": ".join(part for part in (mode, message) if part)
-
-
 @functools.lru_cache(maxsize=1)
-def _expected(item: SizeItem, folder: str, proved: bool) -> tuple[Truth, dict[str, Bound]]:
-    return expected(item.tensors, item.variant.contract, item.variant.x, folder, proved)
+def _expected(item: SizeItem, folder: str, proof: float) -> tuple[Truth, dict[str, Bound]]:
+    return expected(item.tensors, item.variant.contract, item.variant.x, folder, proof)
 
 
 def _checks(

@@ -21,27 +21,25 @@ import numpy as np
 from conformance.cases.description import Bound
 from conformance.files import atomic
 from conformance.files.places import CaseError
-from conformance.questions.sizes.bound import bounds, precision, products
-from conformance.questions.sizes.proof import chosen_tokens, prove
+from conformance.questions.sizes.bound import bounds, precision
+from conformance.questions.sizes.proof import affordable, chosen_tokens, prove
 from conformance.questions.sizes.tensors import Tensors
 from conformance.questions.sizes.truth import Allocate, Truth, truth
 
 MOST_BYTES = 12 << 30
-PROVED = 1 << 20
-"""Products of projections that ball arithmetic makes for a size: about a second."""
 MOST_OF_A_BOUND = 0.01
 """How much of a bound the truth itself may be off by."""
 
 
 def expected(
-    tensors: Tensors, contract: str, x: str, folder: str, proved: bool = True
+    tensors: Tensors, contract: str, x: str, folder: str, proof: float = 1.0
 ) -> tuple[Truth, dict[str, Bound]]:
     """The truth of a size and the bounds of a variant, from the folder or made for it.
 
     Args:
         contract, x: of the variant.
         folder: empty where nothing is kept.
-        proved: whether ball arithmetic looks at the truth.
+        proof: seconds, roughly, for which ball arithmetic looks at the truth.
 
     Raises:
         CaseError: the truth is further from the proved values than it may be, where python-flint is there to prove any.
@@ -51,20 +49,19 @@ def expected(
     if folder and place.is_file():
         return true, msgspec.json.decode(place.read_bytes(), type=dict[str, Bound])
     allowed = bounds(tensors, true, kept_contract, narrow)
-    if proved:
-        _check(tensors, true, allowed)
+    if proof:
+        _check(tensors, true, allowed, proof)
     if folder and place.parent.is_dir():
         atomic.write(place, msgspec.json.encode(allowed))
     return true, allowed
 
 
-def _check(tensors: Tensors, true: Truth, allowed: Mapping[str, Bound]) -> None:
-    """Compares the truth with ball arithmetic at as many of the chosen tokens as a second or so allows."""
-    if importlib.util.find_spec("flint") is None:
+def _check(tensors: Tensors, true: Truth, allowed: Mapping[str, Bound], seconds: float) -> None:
+    """Compares the truth with ball arithmetic at as many of the chosen tokens as the seconds allow."""
+    most = affordable(tensors, seconds)
+    if importlib.util.find_spec("flint") is None or not most:
         return
-    tokens = chosen_tokens(tensors, max(1, PROVED // products(tensors)))
-    proof = prove(tensors, true, tokens)
-    for name, error in proof.errors.items():
+    for name, error in prove(tensors, true, chosen_tokens(tensors, most)).errors.items():
         off, bound = error * true.scales[name], allowed[name].bound
         if off > bound * MOST_OF_A_BOUND:
             raise CaseError(

@@ -153,7 +153,7 @@ def judged(implementation, stage, dtype):
         (PackedInput, "post", {f"layout: x {kind}" for kind in LAYOUTS}),
         (PackedWeight, "coefficients", {f"layout: pre_alpha {kind}" for kind in LAYOUTS}),
         (PackedCotangents, "post", {f"layout: cotangent of out {kind}" for kind in LAYOUTS}),
-        (Stale, "post", {"other values"}),
+        (Stale, "post", {"other values", "same arrays"}),
         (WrongTheSecondTime, "post", {"called again", "repeated"}),
         (StateOfAnotherDtype, "post", {f"after {dtype}" for dtype in DTYPES}),
         (Unwritten, "post", {"without gradients", "without gradients + unwritten memory"}),

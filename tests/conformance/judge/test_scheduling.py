@@ -26,7 +26,7 @@ KEYS = {item.case.id: (f"{item.case.id}.safetensors", "reduce", "float32-float32
 
 def outcome(key, seconds=1.0, verdict="passed"):
     name = key[0].removesuffix(".safetensors")
-    return Outcome("mine", name, "reduce", key[2], "float32", "paper", [Check("out", verdict)], seconds=seconds)
+    return Outcome("mine", name, "reduce", key[2], "float32", "paper", [Check("out", verdict)], whole=seconds)
 
 
 @dataclass
@@ -334,10 +334,10 @@ def work(monkeypatch):
 
     def run_item(implementation, item, probe, plan):
         seen.run.append((implementation.name, item.case.id, item.stage, item.variant.name, probe, plan))
-        return "outcome"
+        return SimpleNamespace(name="outcome", whole=0.0)
 
     def tell(outcome, path):
-        seen.told.append((outcome, path))
+        seen.told.append((outcome.name, path))
 
     monkeypatch.setattr(worker, "Guard", lambda: SimpleNamespace(load=load, read=read, tell=tell))
     monkeypatch.setattr(worker, "run_item", run_item)
@@ -356,7 +356,8 @@ def test_a_worker_runs_what_it_is_handed_until_it_is_handed_none(work):
     sent, seen = work(
         ("ref", 3.0, True, plan), KEYS["c"], KEYS["c"], ("other.safetensors", "head", "float32-float32"), None
     )
-    assert sent == [("ready", "mine")] + [("done", "outcome")] * 3
+    assert sent[0] == ("ready", "mine") and [kind for kind, _ in sent[1:]] == ["done"] * 3
+    assert all(outcome.name == "outcome" and outcome.whole > 0 for _, outcome in sent[1:])
     assert seen.loaded == [("ref", 3.0)]
     assert seen.read == ["c.safetensors", "other.safetensors"]  # each case once
     item = ("mine", "c", "reduce", "float32-float32", True, plan)

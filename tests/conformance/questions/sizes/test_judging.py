@@ -12,7 +12,7 @@ from conformance.cases.dialects import parse, published
 from conformance.judge.worker import ELSEWHERE
 from conformance.questions.sizes.design import Size
 from conformance.questions.sizes.item import ENOUGH, SCHEME, Question, questions, sized
-from conformance.questions.sizes.judging import WITHOUT_GRADIENTS, judged, put
+from conformance.questions.sizes.judging import judged, put
 from tests.conformance.questions.sizes.exact import CLAIMED, Exact
 
 STAGES = ("coefficients", "pre", "post", "layer", "head")
@@ -92,7 +92,7 @@ def test_a_call_without_gradients_has_its_own_verdict():
 
     (check,) = failures(change).values()
     assert (check.tensor, check.verdict) == ("out", "failed")
-    assert check.message == f"{WITHOUT_GRADIENTS}: tokens 36 to 44 (9 of 45); all 40 channels"
+    assert check.mode == "without gradients" and check.message == "tokens 36 to 44 (9 of 45); all 40 channels"
 
 
 def test_no_value_at_all_is_mistrusted_and_one_that_is_missing_is_not_finite():
