@@ -19,7 +19,7 @@ from conformance.cases.case import Item
 from conformance.interface import Capabilities, Implementation, without_gradients_of
 from conformance.judge.held import release
 from conformance.judge.item import Answer, Outcome, answered, judged
-from conformance.judge.modes_items import Varied, one_row, rolled, unasked
+from conformance.judge.modes_items import COTANGENT, Varied, array_names, one_row, rolled, streams_equal, unasked
 from conformance.judge.modes_layouts import EXPANDED, lay, layouts_of
 from conformance.judge.modes_memory import sizes, unwritten
 from conformance.judge.rule import GOOD, Check, is_array, wide
@@ -35,7 +35,6 @@ AGAIN = "called again"
 REPEATED = "repeated"
 MODES = (FORWARD, *UNASKED.values(), LAYOUT, VALUES, MEMORY, SAME, AFTER, AGAIN, REPEATED)
 NONE = ' (cotangents is None where no gradients are asked for: docs/contract.md, "Modes")'
-COTANGENT = "cotangent of "
 Wrong = TypeVar("Wrong")
 """What is wrong with a call: a reason or checks; empty where nothing is."""
 REPEATS, QUICK_REPEATS = 32, 4
@@ -224,12 +223,11 @@ class Further:
 
     def varied(self, call: Call) -> tuple[Varied, dict[str, str]]:
         """The item with the values and the gradients that a call asks for, and the layouts of its arrays."""
-        entry = self.item.case.stages[self.item.stage]
-        names = [*entry.inputs, *entry.weights, *(COTANGENT + name for name in entry.outputs)]
-        kinds = {} if call.round is None else layouts_of(names, call.round)
+        kinds = {} if call.round is None else layouts_of(array_names(self.item), call.round)
         kinds = {name: kind for name, kind in kinds.items() if name not in call.packed}
         places = rolled(self.item, ROLL) if call.values else rolled(self.item, ROLL, kept=1) if call.same else ()
-        if any(kinds.get(name) == EXPANDED for name in entry.inputs):
+        entry = self.item.case.stages[self.item.stage]
+        if any(kinds.get(name) == EXPANDED and not streams_equal(self.item, name) for name in entry.inputs):
             places = one_row(self.item)
         how = unasked(self.item, call.unasked)
         return Varied(self.item.case, self.item.stage, self.item.variant, places, how, call.forward), kinds

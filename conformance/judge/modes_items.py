@@ -60,6 +60,16 @@ class Varied(Item):
         return flat[list(self.places)].reshape(value.shape)
 
 
+COTANGENT = "cotangent of "
+"""Stands before an output's name where it names the output's cotangent."""
+
+
+def array_names(item: Item) -> list[str]:
+    """All arrays that a call hands over: inputs, weights and cotangents, in an order of their own."""
+    entry = item.case.stages[item.stage]
+    return [*entry.inputs, *entry.weights, *(COTANGENT + name for name in entry.outputs)]
+
+
 def token_arrays(item: Item) -> frozenset[str]:
     """The inputs that have tokens: axes of batch and seq, and another one."""
     inputs = item.case.stages[item.stage].inputs
@@ -92,6 +102,12 @@ def one_row(item: Item) -> tuple[int, ...]:
     if batch > 1:
         return tuple((batch - 1) * seq + place % seq for place in range(batch * seq))
     return (seq - 1,) * seq if seq > 1 else ()
+
+
+def streams_equal(item: Item, name: str) -> bool:
+    """Whether an input ``[batch, seq, streams, dim]`` has the same streams at each token, so that one is enough."""
+    value = item.case.tensors[f"input/{name}"]
+    return value.ndim == 4 and value.shape[2] > 1 and bool((value == value[:, :, :1]).all())
 
 
 def differentiated(item: Item) -> list[str]:

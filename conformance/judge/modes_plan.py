@@ -16,11 +16,14 @@ from conformance.cases.case import DTYPES, Item, load_case
 from conformance.interface import Capabilities, Implementation
 from conformance.judge.item import Answer, Outcome, refusal
 from conformance.judge.modes import AGAIN, REPEATED, REPEATS, UNASKED, Call, Culprits, Further
-from conformance.judge.modes_items import unasked
-from conformance.judge.modes_layouts import ROUNDS
+from conformance.judge.modes_items import array_names, unasked
+from conformance.judge.modes_layouts import EXPANDED, ROUNDS, layouts_of
 
 TYPICAL = 32
 """Streams x dim of the items that are repeated: small, but more than one vector register."""
+EQUAL_STREAMS = "expanded"
+"""The family whose streams are equal, so that ``expand`` may have made them."""
+UNUSUAL = ("shape", EQUAL_STREAMS)
 Key = tuple[str, str, str]
 """The id of the case, stage and variant."""
 
@@ -159,6 +162,9 @@ def _gradient_calls(items: Sequence[Item], claimed: Capabilities) -> Iterable[tu
             turn = zlib.crc32(item.stage.encode()) + list(DTYPES).index(item.variant.x)  # in a stage's dtypes every way
             way = ways[(number + turn) % len(ways)]
             yield Call(unasked=way if unasked(item, way) else "", round=round, values=True, memory=True), item
+    for item in items:
+        if item.case.family == EQUAL_STREAMS and not claimed.copies and not claimed.compiled:
+            yield Call(round=own_round(item), values=True), item
 
 
 def key_of(item: Item) -> Key:
@@ -175,7 +181,7 @@ def _kind(item: Item) -> tuple[str, ...]:
 
 
 def _groups(items: Iterable[Item], kind: Callable[[Item], tuple[str, ...]]) -> list[list[Item]]:
-    """The items of each kind, the widest first; those of unusual shapes, some of one token, last."""
+    """The items of each kind, the widest first; those of unusual shapes, some of one token, or streams last."""
     groups: dict[tuple[str, ...], list[Item]] = defaultdict(list)
     for item in items:
         groups[kind(item)].append(item)
@@ -183,7 +189,7 @@ def _groups(items: Iterable[Item], kind: Callable[[Item], tuple[str, ...]]) -> l
 
 
 def _rank(item: Item) -> tuple[bool, int, int]:
-    return item.case.family == "shape", -width(item), _number(item)
+    return item.case.family in UNUSUAL, -width(item), _number(item)
 
 
 def width(item: Item) -> int:
@@ -192,7 +198,7 @@ def width(item: Item) -> int:
 
 
 def _untypical(item: Item) -> tuple[bool, int, int]:
-    return item.case.family == "shape", abs(width(item) - TYPICAL), _number(item)
+    return item.case.family in UNUSUAL, abs(width(item) - TYPICAL), _number(item)
 
 
 def _number(item: Item) -> int:
@@ -201,7 +207,9 @@ def _number(item: Item) -> int:
 
 
 def own_round(item: Item) -> int:
-    """The layouts that an item has in every run."""
+    """The layouts that an item has in every run; streams that are equal have the stride 0 in one of them."""
+    if item.case.family == EQUAL_STREAMS:
+        return next(round for round in range(ROUNDS) if layouts_of(array_names(item), round)["x"] == EXPANDED)
     return _number(item) % ROUNDS
 
 

@@ -15,13 +15,15 @@ from conformance.cases.rules import most_permuted
 from conformance.oracle import data, non_finite
 from conformance.oracle.build import CORE, PURE, Wish
 from conformance.oracle.data import Draws
-from conformance.oracle.families_small import faint, fifty_iterations
+from conformance.oracle.families_small import DENSE, expanded, faint, fifty_iterations
 
 SLOWEST = json.loads(Path(__file__).with_name("slowest.json").read_text())
 NARROW = ("bfloat16-float32", "float16-float32")
 F32 = ("float32-float32",)
 BF16 = ("bfloat16-float32",)
 F32_BF16 = (*F32, *BF16)
+EXPANDED = ("paper", "maxtext", "deepseek-v4", "deepseek-v4.1", "megatron")
+"""Rows that read x in different ways: norm before the projection and after it, with a weight, single pass, bfloat16."""
 EVERY_CONTRACT = ("paper", "maxtext", "deepseek-v4-transformers", "megatron", "deepseek-v4.1")
 MANY_STREAMS = {
     6: ("deepseek-v4", "maxtext-v1"),
@@ -35,7 +37,6 @@ EVERY_DTYPE = ("norm-weight", "softmax-columns", "softmax-rows", "eps-apart")
 QUICK_SMOKE = ("paper", "glm-5", "megatron", "mhc-lite", "hunyuan-v4")
 QUICK_GENERIC = ("maxtext", "deepseek-v4-transformers")
 MATRIX = ("residual_matrix", "coefficients")
-DENSE = ("layer", {"branch": "mlp_dense"})
 SINGLE_PASS = {"pre_from": "previous", "reduce": "carried"}
 
 
@@ -266,6 +267,8 @@ def _plumbing(name: str, p: dict[str, Any], draws: Draws) -> Iterator[Wish]:
     yield _cancel_branch(name, p, draws)
     if p["mix"] != "identity":
         yield faint(name, p, draws)
+    if name in EXPANDED:
+        yield expanded(name, draws)
     (_, options), *head = _reductions(p)
     other = {"how": "sum" if options["how"] == "mean" else "mean"}
     yield Wish("head", "the other reduction; a head with one gate closed", "Forward", name,

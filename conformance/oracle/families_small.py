@@ -1,4 +1,4 @@
-"""Cases in which something small is all that shows: faint entries of H, iterations beyond the twentieth."""
+"""Cases of one point each: faint entries of H, iterations beyond the twentieth, streams as `expand` leaves them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from conformance.oracle.build import CORE, Wish
 from conformance.oracle.data import Draws
 
 NARROWEST = "float16-float32"
+DENSE = ("layer", {"branch": "mlp_dense"})
 
 
 def faint(name: str, p: dict[str, Any], draws: Draws) -> Wish:
@@ -50,3 +51,13 @@ def fifty_iterations(logits: np.ndarray, draws: Draws) -> Iterator[Wish]:
             tensors={"logits": data.shared_grid(draws.shuffled(f"fifty/{name}", turned, (3, 4)))},
             weights={"res_beta": turned, "res_alpha_scale": 2.0**-7},
         )  # fmt: skip
+
+
+def expanded(name: str, draws: Draws) -> Wish:
+    """All streams are equal, so that a caller may hand them over with the stride 0, as after ``expand``."""
+    one = draws.normal(f"expanded/x/{name}", (3, 4, 1, 8))
+    return Wish(
+        "expanded", "streams that are equal, with the stride 0 between them: read as packed, or written into",
+        "Forward", name, stages=["coefficients", "pre", "post", DENSE], variants=CORE,
+        tensors={"x": data.shared_grid(np.broadcast_to(one, (3, 4, 4, 8)))},
+    )  # fmt: skip

@@ -292,6 +292,36 @@ def test_an_item_alone_has_the_calls_that_it_has_among_others():
             assert set(whole.calls[item.case.id, item.stage, item.variant.name]) <= set(alone)
 
 
+EQUAL = load_case(fixtures() / "golden" / "expanded-deepseek-v4.safetensors")
+
+
+def test_streams_that_are_equal_have_the_stride_0_with_and_without_gradients():
+    for item in EQUAL.items():
+        if "x" in item.case.stages[item.stage].inputs and item.variant.x in DTYPES:
+            implementation = Planted(stages=frozenset({item.stage}))
+            implementation.spoil = lambda *call: ({}, {})
+            run_item(implementation, item, plan=Plan([item]))
+            laid = [c for _, inputs, c in implementation.called if inputs["x"].strides[2] == 0]
+            assert None in laid and any(c is not None for c in laid)
+            tokens = [i["x"] for _, i, _ in implementation.called if i["x"].strides[2] == 0 and i["x"].strides[0] > 0]
+            assert tokens and not any(np.array_equal(x[0], x[1]) for x in tokens)
+
+
+class PackedStreams(Planted):
+    def spoil(self, stage, inputs, config, cotangents):
+        x = inputs["x"]
+        return self.right(
+            stage, {**inputs, "x": packed(x) if x.strides[2] == 0 < x.strides[1] else x}, config, cotangents
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_streams_with_the_stride_0_that_are_read_as_packed_fail(dtype):
+    item = next(i for i in EQUAL.items() if i.stage == "post" and i.variant.name == f"{dtype}-float32")
+    found = run_item(PackedStreams(), item, plan=Plan([item]))
+    assert {check.mode for check in found.failed} == {"layout: x expanded"}
+
+
 def test_an_implementation_that_copies_meets_layouts_on_a_few_items():
     chosen = [item for case in load_corpus() for item in case.items() if item.stage == "post"]
     laid = [sum(call.round is not None for call in calls(replace(CLAIMED, copies=copies), chosen)) for copies in (0, 1)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -113,6 +115,28 @@ def test_a_value_that_never_rounds_is_said():
 
     with pytest.raises(balls.PrecisionExhausted, match=r"some value: undecided at 4096 bits"):
         balls.certified(between, "some value")
+
+
+def test_an_enclosure_holds_the_value_and_is_small():
+    seen = []
+
+    def evaluate():
+        seen.append(flint.ctx.prec)
+        wide = flint.arb(0, 2.0**-200) if flint.ctx.prec < 300 else flint.arb(0)
+        values = {"third": [flint.arb(1) / 3, flint.arb(10) ** 20 / 3 + wide * 10**61], "zero": [wide]}
+        return {name: np.array(value, dtype=object) for name, value in values.items()}
+
+    found = balls.enclosed(evaluate)
+    assert seen == [160, 320] and flint.ctx.prec not in seen
+    (third, large), (radius, of_large) = found["third"]
+    assert abs(Fraction(third) - Fraction(1, 3)) <= Fraction(radius) <= Fraction(1, 2**53)
+    assert abs(Fraction(large) - Fraction(10**20, 3)) <= Fraction(of_large) <= 2**13
+    assert found["zero"][0] == 0 and found["zero"][1] < 1e-60
+
+
+def test_what_stays_wide_is_not_enclosed():
+    with pytest.raises(balls.PrecisionExhausted, match="4096 bits"):
+        balls.enclosed(lambda: {"value": np.array([flint.arb(1).union(flint.arb(2))], dtype=object)})
 
 
 @pytest.mark.parametrize("name", ["exp", "log"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -93,6 +94,48 @@ def test_a_call_without_gradients_has_its_own_verdict():
     (check,) = failures(change).values()
     assert (check.tensor, check.verdict) == ("out", "failed")
     assert check.mode == "without gradients" and check.message == "tokens 36 to 44 (9 of 45); all 40 channels"
+
+
+class Packed(Exact):
+    """Without gradients it takes arrays for packed: it finds the first elements of the memory behind a view."""
+
+    def __init__(self, *named):
+        super().__init__()
+        self.named = named
+
+    def call(self, stage, inputs, config, cotangents):
+        found = {k: self._found(v) if cotangents is None and k in self.named else v for k, v in inputs.items()}
+        return super().call(stage, found, config, cotangents)
+
+    def _found(self, value):
+        whole = value
+        while isinstance(whole.base, np.ndarray):
+            whole = whole.base
+        return value if value.flags.c_contiguous else np.nan_to_num(np.resize(whole, value.shape))
+
+
+def test_an_array_that_is_read_as_packed_is_named_with_its_layout():
+    found = judged(Packed("y"), item("post"))
+    (check,) = found.failed
+    assert check.tensor == "out" and re.fullmatch(r"without gradients \+ layout: y [a-z-]+", check.mode)
+    assert found.modes == ("without gradients", "layout")
+    copies = Packed("y")
+    copies.capabilities = replace(copies.capabilities, copies=True)
+    found = judged(copies, item("post"))
+    assert not found.failed and found.modes == ("without gradients",)
+
+
+def test_a_layout_that_is_refused_is_told_and_the_call_made_with_packed_arrays():
+    class Refuses(Exact):
+        def call(self, stage, inputs, config, cotangents):
+            if not inputs["x"].flags.c_contiguous:
+                raise NotImplementedError("packed arrays only")
+            return super().call(stage, inputs, config, cotangents)
+
+    found = judged(Refuses(), item("post"))
+    ((mode, reason),) = found.refused.items()
+    assert mode.startswith("without gradients + layout: x ") and reason.endswith("packed arrays only")
+    assert not found.failed and found.modes == ("without gradients",)
 
 
 def test_no_value_at_all_is_mistrusted_and_one_that_is_missing_is_not_finite():

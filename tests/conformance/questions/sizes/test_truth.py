@@ -96,6 +96,20 @@ def test_it_is_near_proved_values(dialect):
     assert {"out", "d/x", "d/pre_alpha"} <= result.errors.keys()
 
 
+def test_more_seconds_prove_more_tokens_until_a_projection_is_too_large():
+    proof = pytest.importorskip("conformance.questions.sizes.proof")
+    row = published("deepseek-v4").parameters
+
+    def affordable(size, seconds, stage="layer"):
+        tensors = Tensors(size, stage, {**row, "streams": size.streams, "dim": size.dim})
+        return proof.affordable(tensors, seconds)
+
+    wide = Size(1, 4096, 4096, 4)
+    assert 1 <= affordable(wide, 1.0) < affordable(wide, 10.0) < affordable(Size(1, 4096, 128, 4), 10.0)
+    assert affordable(Size(1, 7, 512, 16), 1e-9) == 1
+    assert affordable(Size(1, 7, 2560, 16), 10.0) == 0 < affordable(Size(1, 7, 2560, 16), 10.0, "post")
+
+
 def test_a_wrong_truth_is_never_judged_by(monkeypatch):
     pytest.importorskip("flint")
 
