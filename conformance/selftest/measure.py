@@ -14,9 +14,11 @@ from conformance.cases.corpus import load_corpus
 from conformance.cases.dialects import dialect_names, published
 from conformance.implementations.wrapping import wrap
 from conformance.judge.item import Outcome, run_item
+from conformance.judge.modes import QUICK_REPEATS
+from conformance.judge.modes_plan import Plan
 from conformance.oracle.pool import processes
 from conformance.questions.sizes.design import largest_here, sizes
-from conformance.questions.sizes.item import DTYPES_OF_SIZES, SizeItem, questions
+from conformance.questions.sizes.item import DTYPES_OF_SIZES, Question, SizeItem, questions
 from conformance.questions.sizes.judging import judged
 from conformance.questions.sizes.tensors import STAGES_OF_SIZES
 from conformance.selftest.honest import variant
@@ -29,6 +31,8 @@ FACTOR = 2.0
 ENOUGH = 3
 """Cases that must kill each mutant in each dtype."""
 VARIANTS, QUICK_VARIANTS = 200, 10
+TURNS_OF_MODES, TURNS_OF_SIZES = 8, 5
+"""An honest variant meets modes in one item of so many, and one of so many sizes of the form quick."""
 QUICK_DIALECTS = ("deepseek-v4", "deepseek-v4.1", "liger", "hunyuan-v4")
 
 
@@ -94,22 +98,35 @@ def _same_bits(a: Outcome, b: Outcome) -> bool:
 def measure_honest(seed: int, folder: str = "") -> Figures:
     """Figures of honest variant ``seed`` over every item of the corpus that it claims, and over production sizes.
 
+    Modes and the sizes of ``run --sizes quick`` take turns: each variant meets some, and in 200 each is met often.
+
     Args:
         folder: where the truths of sizes are kept, so that all variants share them; no size is asked without one.
     """
     implementation, figures = wrap(variant(seed)), Figures()
-    for case in load_corpus():
-        for item in case.items():
-            outcome = run_item(implementation, item)
-            if not outcome.skipped:
-                figures.add(item, outcome, 1.0)
-    rows = [published(name) for name in dialect_names()]
-    asked = questions(sizes("short", largest_here(2)), rows, STAGES_OF_SIZES, DTYPES_OF_SIZES, folder) if folder else []
-    for question in asked:
+    items = [item for case in load_corpus() for item in case.items()]
+    plan = Plan(items[seed % TURNS_OF_MODES :: TURNS_OF_MODES], repeats=QUICK_REPEATS)
+    for number, item in enumerate(items):
+        outcome = run_item(
+            implementation, item, plan=plan if number % TURNS_OF_MODES == seed % TURNS_OF_MODES else None
+        )
+        if not outcome.skipped:
+            figures.add(item, outcome, 1.0)
+    for question in _sizes_of_honest(seed, folder) if folder else []:
         item = question.item(implementation.capabilities)
         if not isinstance(item, str):
             figures.add(item, judged(implementation, item, folder, proof=0.0), 1.0)
     return figures
+
+
+def _sizes_of_honest(seed: int, folder: str) -> list[Question]:
+    """All sizes of the short form, and those of ``quick`` whose turn it is."""
+    rows = [published(name) for name in dialect_names()]
+    short, quick = (
+        questions(sizes(form, largest_here(2)), rows, STAGES_OF_SIZES, DTYPES_OF_SIZES, folder)
+        for form in ("short", "quick")
+    )
+    return short + [question for question in quick if question.number % TURNS_OF_SIZES == seed % TURNS_OF_SIZES]
 
 
 @dataclass
