@@ -7,6 +7,7 @@ nothing, or whose items pass by now, is an error, so that the list can't go stal
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,10 @@ from conformance.judge.item import Outcome
 from conformance.judge.rule import Check
 
 FORMAT = "mhc-conformance-known/1"
+FRESH = re.compile(r"^fresh-\d+-")
+"""Begins the id of a case of ``run --fresh SEED``; the rest is the id of the golden case in whose place it is."""
+SIZE = "size-"
+"""Begins the id of a size."""
 
 
 Text = Annotated[str, Meta(min_length=1)]
@@ -34,7 +39,7 @@ class Known(Struct, frozen=True, forbid_unknown_fields=True):
         why: a sentence.
         source: a link or a file of that package.
         verdicts, tensors: of the checks that fail.
-        cases: globs of case ids; ``stage`` and ``variant`` are globs too.
+        cases: globs of ids of golden cases, which those of ``--fresh`` match too; ``stage`` and ``variant`` are globs.
         modes: globs of the modes in which it fails so; the plain call's is empty.
     """
 
@@ -53,10 +58,15 @@ class Known(Struct, frozen=True, forbid_unknown_fields=True):
         return (
             outcome.implementation == self.implementation
             and not outcome.skipped
-            and any(fnmatch.fnmatchcase(outcome.case, glob) for glob in self.cases)
+            and any(fnmatch.fnmatchcase(FRESH.sub("", outcome.case), glob) for glob in self.cases)
             and fnmatch.fnmatchcase(outcome.stage, self.stage)
             and fnmatch.fnmatchcase(outcome.variant, self.variant)
         )
+
+    def may_go_stale_by(self, outcome: Outcome) -> bool:
+        """Whether an item is of the kind that the entry is about: of a size where all of its globs are, or golden."""
+        of_sizes = all(glob.startswith(SIZE) for glob in self.cases)
+        return outcome.case.startswith(SIZE) == of_sizes and not FRESH.match(outcome.case)
 
     def covers(self, check: Check) -> bool:
         return (
@@ -96,14 +106,15 @@ def load_known(path: Path) -> list[Known]:
 def judge(outcomes: Sequence[Outcome], entries: Sequence[Known]) -> Judged:
     """Which failures are known, and which entries no longer hold.
 
-    An item is known where one entry or several together cover every one of its failing checks.
+    An item is known where one entry or several together cover every one of its failing checks. Whether an entry still
+    holds is asked of golden cases, or of sizes where it is about these: other numbers may pass.
     """
     found = Judged()
-    ran = {o.implementation for o in outcomes}
     for number, entry in enumerate(entries):
-        if entry.implementation not in ran:
+        asked = [o for o in outcomes if o.implementation == entry.implementation and entry.may_go_stale_by(o)]
+        if not asked:
             continue
-        concerned = [o for o in outcomes if entry.concerns(o)]
+        concerned = [o for o in asked if entry.concerns(o)]
         what = f"known result {number + 1} ({entry.implementation}, {', '.join(entry.cases)})"
         if not concerned:
             found.stale.append(f"{what} matches nothing that ran")

@@ -58,6 +58,23 @@ def test_an_entry_that_matches_nothing_or_passes_is_stale(tmp_path):
     assert "but smoke-paper-2 did not fail so" in judged.stale[0] and "matches nothing that ran" in judged.stale[1]
 
 
+def test_other_numbers_are_excused_as_the_golden_case_in_whose_place_they_are_and_make_no_entry_stale(tmp_path):
+    fresh, other = outcome("fresh-17-smoke-paper-2"), outcome("fresh-17-wide-paper-2")
+    judged = judge([fresh, other], entries(tmp_path, {}))
+    assert judged.unknown == [other] and judged.known == {0: [fresh]} and not judged.stale
+    passing = outcome("fresh-17-smoke-paper-2", ("passed",))
+    assert not judge([passing], entries(tmp_path, {}, {"cases": ["nothing-*"]})).stale
+
+
+def test_an_entry_about_sizes_goes_stale_by_sizes_and_one_about_golden_cases_by_these(tmp_path):
+    size = outcome("size-1x1-C128-n4-paper", ("passed",))
+    about = entries(tmp_path, {}, {"cases": ["size-1x1-*"]})
+    (line,) = judge([size], about).stale
+    assert "but size-1x1-C128-n4-paper did not fail so" in line
+    assert judge([outcome()], about).stale == []
+    assert judge([outcome("size-1x1-C128-n4-paper")], about).unknown == []
+
+
 def test_an_entry_of_an_implementation_that_did_not_run_is_left_alone(tmp_path):
     assert judge([outcome(name="b", verdicts=("passed",))], entries(tmp_path, {})).stale == []
 
