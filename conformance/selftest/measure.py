@@ -95,12 +95,13 @@ def _same_bits(a: Outcome, b: Outcome) -> bool:
     return a.values.keys() == b.values.keys() and all(v.tobytes() == b.values[k].tobytes() for k, v in a.values.items())
 
 
-def measure_honest(seed: int, folder: str = "") -> Figures:
+def measure_honest(seed: int, quick: bool = False, folder: str = "") -> Figures:
     """Figures of honest variant ``seed`` over every item of the corpus that it claims, and over production sizes.
 
     Modes and the sizes of ``run --sizes quick`` take turns: each variant meets some, and in 200 each is met often.
 
     Args:
+        quick: leave those sizes out.
         folder: where the truths of sizes are kept, so that all variants share them; no size is asked without one.
     """
     implementation, figures = wrap(variant(seed)), Figures()
@@ -112,21 +113,22 @@ def measure_honest(seed: int, folder: str = "") -> Figures:
         )
         if not outcome.skipped:
             figures.add(item, outcome, 1.0)
-    for question in _sizes_of_honest(seed, folder) if folder else []:
+    for question in _sizes_of_honest(seed, quick, folder) if folder else []:
         item = question.item(implementation.capabilities)
         if not isinstance(item, str):
             figures.add(item, judged(implementation, item, folder, proof=0.0), 1.0)
     return figures
 
 
-def _sizes_of_honest(seed: int, folder: str) -> list[Question]:
+def _sizes_of_honest(seed: int, quick: bool, folder: str) -> list[Question]:
     """All sizes of the short form, and those of ``quick`` whose turn it is."""
     rows = [published(name) for name in dialect_names()]
-    short, quick = (
+    short, more = (
         questions(sizes(form, largest_here(2)), rows, STAGES_OF_SIZES, DTYPES_OF_SIZES, folder)
         for form in ("short", "quick")
     )
-    return short + [question for question in quick if question.number % TURNS_OF_SIZES == seed % TURNS_OF_SIZES]
+    turn = [question for question in more if question.number % TURNS_OF_SIZES == seed % TURNS_OF_SIZES]
+    return short if quick else short + turn
 
 
 @dataclass
@@ -168,7 +170,7 @@ Task = tuple[str, int, bool, str]
 
 def _measure(task: Task) -> tuple[Task, dict[str, Figures] | Figures]:
     kind, number, quick, folder = task
-    return task, measure_mutant(number, quick) if kind == "mutant" else measure_honest(number, folder)
+    return task, measure_mutant(number, quick) if kind == "mutant" else measure_honest(number, quick, folder)
 
 
 def measure(

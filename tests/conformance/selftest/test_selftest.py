@@ -40,7 +40,7 @@ def truths(tmp_path_factory):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_an_honest_variant_fails_no_case_and_no_size(seed, truths):
-    figures = measure.measure_honest(seed, truths)
+    figures = measure.measure_honest(seed, quick=True, folder=truths)
     assert Findings(True, honest={seed: figures}).false_alarms == []
 
 
