@@ -60,7 +60,20 @@ def _normalise(p: Array, axis: int, config: MHCConfig) -> Array:
         total = total + eps
     elif config.guard == "clip":
         total = jnp.maximum(total, eps)
+    return _divided(p, total)
+
+
+@jax.custom_jvp
+def _divided(p: Array, total: Array) -> Array:
     return p / total
+
+
+@_divided.defjvp
+def _divided_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Divides twice where JAX's own rule has total^-2, which overflows in float16 from a total of 2^-8 down."""
+    (p, total), (dp, dtotal) = primals, tangents
+    quotient = p / total
+    return quotient, (dp - quotient * dtotal) / total
 
 
 def _largest(logits: Array, axis: int) -> Array:

@@ -93,7 +93,11 @@ def precision(tensors: Tensors, contract: str, x: str) -> tuple[str, str | None]
 
 
 def bounds(tensors: Tensors, truth: Truth, contract: str, narrow: str | None) -> dict[str, Bound]:
-    """A bound for each output and gradient, in what `precision` gives."""
+    """A bound for each output and gradient, in what `precision` gives.
+
+    Raises:
+        ArithmeticError: an honest evaluation isn't finite.
+    """
     tokens = sampled_tokens(tensors, truth)
     inputs, cotangents = at(tensors, tokens)
     true = evaluated(tensors, inputs, cotangents, Wide())
@@ -135,7 +139,7 @@ def _honest(
     last_axis = axes(tensors.parameters)[1] if tensors.parameters["guard"] == "none" else None
     for style in styles(tensors):
         arithmetic = Sampled(style, contract, narrow)
-        with np.errstate(over="ignore", under="ignore"):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             values = evaluated(tensors, inputs, cotangents, arithmetic)
         rounded |= arithmetic.rounded
         if style.potentials and "H" in errors and last_axis is not None:
@@ -143,10 +147,15 @@ def _honest(
             errors[SUMS] = max(errors.get(SUMS, 0.0), float(np.max(np.abs(sums))))
         for name in names:
             error = float(np.max(np.abs(values[name].astype(np.float64) - true[name]), initial=0.0))
-            if not math.isfinite(error):
-                raise ArithmeticError(f"{name} isn't finite in an honest evaluation ({contract}, {narrow or 'wide'})")
+            _finite(name, error, contract, narrow)
             errors[name] = max(errors[name], error)
     return errors, rounded
+
+
+def _finite(name: str, error: float, contract: str, narrow: str | None) -> None:
+    """Raises `ArithmeticError` where an honest error is no number."""
+    if not math.isfinite(error):
+        raise ArithmeticError(f"{name} isn't finite in an honest evaluation ({contract}, {narrow or 'wide'})")
 
 
 def _growth(name: str, truth: Truth, true: dict[str, np.ndarray], scale: float) -> float:
@@ -173,7 +182,7 @@ def _of_sums(tensors: Tensors, contract: str, narrow: str | None) -> dict[str, f
         largest = {name: np.zeros_like(value) for name, value in true.items()}
         for number in FEW_STYLES:
             arithmetic = Sampled(ensemble()[number], contract, narrow)
-            with np.errstate(over="ignore", under="ignore"):
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
                 values = of_weights(tensors, evaluated(tensors, inputs, cotangents, arithmetic))
             for name, value in values.items():
                 largest[name] = np.maximum(largest[name], np.abs(value.astype(np.float64) - true[name]))
@@ -185,6 +194,7 @@ def _of_sums(tensors: Tensors, contract: str, narrow: str | None) -> dict[str, f
         unit = 2.0**-53 if contract == "float64" else 2.0**-24
         if narrow and contract == "activation" and name.endswith(("_scale", "_beta")):
             unit = NARROW_UNITS[narrow]  # they may be added up in x's dtype
+        _finite(name, of_errors, contract, narrow)
         spread = math.sqrt(2 * math.log(2 + terms[0][name].size)) * (1 + SMALL_SAMPLE / count)
         result[name] = spread * (math.sqrt(total) * of_errors + unit * total * of_terms * OF_THE_TERMS)
     return result

@@ -11,6 +11,7 @@ import pytest
 
 from conformance.cases.dialects import parse, published
 from conformance.judge.worker import ELSEWHERE
+from conformance.questions.sizes import tensors
 from conformance.questions.sizes.design import Size
 from conformance.questions.sizes.item import ENOUGH, SCHEME, Question, questions, sized
 from conformance.questions.sizes.judging import judged, put
@@ -136,6 +137,15 @@ def test_a_layout_that_is_refused_is_told_and_the_call_made_with_packed_arrays()
     ((mode, reason),) = found.refused.items()
     assert mode.startswith("without gradients + layout: x ") and reason.endswith("packed arrays only")
     assert not found.failed and found.modes == ("without gradients",)
+
+
+def test_a_size_at_which_no_honest_evaluation_is_finite_is_left_out(monkeypatch):
+    sharp = {"pre": 0.9, "post": -1.3, "res": 60.0}
+    monkeypatch.setattr(tensors, "ALPHAS", sharp)
+    row = published("megatron")
+    claimed = replace(CLAIMED, dialects=frozenset({"megatron"}), contracts=frozenset({"float32", "activation"}))
+    outcome = judged(Exact(), item("coefficients", "float16", Size(4, 16, 8, 4), row, claimed))
+    assert outcome.skipped.startswith("left out: ") and outcome.skipped.endswith("(activation, float16)")
 
 
 def test_no_value_at_all_is_mistrusted_and_one_that_is_missing_is_not_finite():
