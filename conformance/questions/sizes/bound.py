@@ -24,8 +24,9 @@ from conformance.oracle.style import GATES, K_FLOAT32, K_ROUNDED, K_SUMS, SUMS, 
 from conformance.questions.sizes.tensors import Tensors
 from conformance.questions.sizes.truth import Truth, Wide, evaluated, of_weights
 
-DRAWN = 2
-"""Tokens beside the first, the last and those with the largest values."""
+DRAWN, MOST_DRAWN, DRAWN_ELEMENTS = 2, 64, 1 << 16
+"""Tokens beside the first, the last and those with the largest values: as many as have so many elements of x. A tensor
+with one number a token needs dozens, or the largest of their errors says little of the largest of all."""
 TERMS = 12
 """Tokens whose terms of the sums are evaluated one by one."""
 MOST_PRODUCTS = 1 << 24
@@ -59,7 +60,8 @@ class Sampled(FloatArithmetic):
 def sampled_tokens(tensors: Tensors, truth: Truth) -> list[int]:
     """The first, the last, those with the largest output and gradient, and a few drawn ones."""
     total = tensors.size.tokens
-    drawn = tensors.source.uniform("sampled tokens", 0, DRAWN, 0, total - 1)
+    count = min(max(DRAWN, DRAWN_ELEMENTS // (tensors.size.streams * tensors.size.dim)), MOST_DRAWN)
+    drawn = tensors.source.uniform("sampled tokens", 0, count, 0, total - 1)
     largest = [
         int(np.argmax(np.abs(value).max(tuple(range(1, value.ndim)))))
         for name, value in truth.tokens.items()
