@@ -48,6 +48,8 @@ class Capabilities:
         description: packages and versions, in a few words.
         settings: what else the figures depend on, as found where it runs: threads, TF32, matmul precision, x64.
         copies: whether every input is copied in order before anything reads it, so that no layout can show.
+        tokens: how many it may be asked for in one call at production sizes, None for any: an interpreter takes minutes
+            for a thousand.
         compiled: whether each new layout and each other set of gradients is compiled anew, which takes long.
     """
 
@@ -66,6 +68,7 @@ class Capabilities:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     copies: bool = False
     compiled: bool = False
+    tokens: int | None = None
 
     def dtypes_of(self, stage: str) -> frozenset[str]:
         """The dtypes of x that a stage is claimed for; none for a stage that a mapping leaves out."""

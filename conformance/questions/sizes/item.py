@@ -87,6 +87,8 @@ class Question:
     def _choice(self, claimed: Capabilities, slot: int) -> SizeItem | str:
         if claimed.streams is not None and self.size.streams not in claimed.streams:
             return f"{self.size.streams} streams not claimed"
+        if claimed.tokens is not None and self.size.tokens > claimed.tokens:
+            return f"more than {claimed.tokens} tokens not claimed"
         possible: list[list[SizeItem]] = []
         for row in self.rows:
             items = [

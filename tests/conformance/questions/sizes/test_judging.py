@@ -148,6 +148,12 @@ def test_a_size_at_which_no_honest_evaluation_is_finite_is_left_out(monkeypatch)
     assert outcome.skipped.startswith("left out: ") and outcome.skipped.endswith("(activation, float16)")
 
 
+def test_more_tokens_than_are_claimed_are_not_asked_for():
+    (question, *_) = questions([SIZE], [ROW], STAGES, DTYPES, "")
+    assert question.item(replace(CLAIMED, tokens=44)) == "more than 44 tokens not claimed"
+    assert not isinstance(question.item(replace(CLAIMED, tokens=45)), str)
+
+
 def test_no_value_at_all_is_mistrusted_and_one_that_is_missing_is_not_finite():
     def nothing(results, with_gradients):
         results["out"][:] = 0
