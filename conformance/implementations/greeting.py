@@ -27,7 +27,7 @@ class Claims(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         dtypes, weights: for all stages, or for each.
         overrides: names of parameters, or the values that each may take; null for any.
-        streams: null for any.
+        streams, tokens: null for any.
     """
 
     stages: tuple[str, ...]
@@ -43,6 +43,7 @@ class Claims(Struct, frozen=True, forbid_unknown_fields=True):
     device: str = "cpu"
     description: str = ""
     compiled: bool = False
+    tokens: int | None = None
 
 
 class Greeting(Struct, frozen=True):
@@ -106,6 +107,7 @@ def _capabilities(claims: Claims) -> Capabilities:
         description=claims.description,
         copies=True,  # it is handed files
         compiled=claims.compiled,
+        tokens=claims.tokens,
     )
 
 

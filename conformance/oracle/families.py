@@ -177,17 +177,6 @@ def _matrices(name: str, p: dict[str, Any], draws: Draws) -> Iterator[Wish]:
     floor[:, 2] = -13.0
     yield _matrix_wish("eps-floor", "one column 13 below the rest: eps added against clipped, or missing",
                        name, p, turned(floor), 1.0, draws)  # fmt: skip
-    if p["matrix"] == "activation":
-        yield _thin_column(name, turned(floor) / 2, draws)
-
-
-def _thin_column(name: str, logits: np.ndarray, draws: Draws) -> Wish:
-    """What is left of `_sharp` in float16: a sum of about 2^-9, whose square has no reciprocal there."""
-    jitter = draws.normal(f"thin/{name}", (3, 4, 4, 4)) / 4
-    return Wish("eps-floor", "a column 6.5 below the rest: the square of a sum in the gradient overflows in float16",
-                "The residual matrix", name, "thin", stages=MATRIX, variants=[v for v in CORE if v in NARROW],
-                tensors={"logits": data.shared_grid(draws.shuffled(f"thin/{name}", logits, (3, 4)) + jitter)},
-                weights={"res_beta": logits, "res_alpha_scale": 0.125})  # fmt: skip
 
 
 def _sharp(variants: Sequence[str], p: dict[str, Any]) -> list[str]:

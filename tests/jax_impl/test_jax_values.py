@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_impl import ManifoldConstrainedHyperConnections, MHCConfig, load_model, weights
+from jax_impl import ManifoldConstrainedHyperConnections, MHCConfig, load_model, residual, weights
 
 CONFIG = MHCConfig.from_dialect("deepseek-v4", streams=3, dim=4)
 
@@ -30,3 +30,20 @@ def test_the_dtype_of_a_float64_file_depends_on_x64(tmp_path, x64):
         if x64:
             load_model(path, {"a.": (site := layer(dtype=jnp.float64))})
             assert all((value == loaded[name]).all() for name, value in site.weights().items())
+
+
+def test_gradients_in_float16_stay_finite_where_a_sum_is_below_2_to_the_minus_8():
+    config = MHCConfig(dialect="megatron", streams=4, dim=8)
+    assert config.matrix == "activation"
+    logits = np.random.default_rng(0).normal(size=(4, 4)) / 4
+    logits[:, 2] -= 6.5  # a column's sum is about 2^-9, and JAX's rule for a division has its square
+    weights = np.arange(16.0).reshape(4, 4) % 5
+
+    def gradient(dtype):
+        def loss(z):
+            return (residual.sinkhorn(z, config).astype(jnp.float32) * weights).sum()
+
+        return np.asarray(jax.grad(loss)(jnp.asarray(logits, dtype)), np.float32)
+
+    narrow, wide = gradient(jnp.float16), gradient(jnp.float32)
+    assert np.isfinite(narrow).all() and np.abs(narrow - wide).max() < 2.0**-8
