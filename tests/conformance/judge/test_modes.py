@@ -295,11 +295,15 @@ def test_an_item_alone_has_the_calls_that_it_has_among_others():
 EQUAL = load_case(fixtures() / "golden" / "expanded-deepseek-v4.safetensors")
 
 
+class Silent(Planted):
+    def spoil(self, stage, inputs, config, cotangents):
+        return {}, {}
+
+
 def test_streams_that_are_equal_have_the_stride_0_with_and_without_gradients():
     for item in EQUAL.items():
         if "x" in item.case.stages[item.stage].inputs and item.variant.x in DTYPES:
-            implementation = Planted(stages=frozenset({item.stage}))
-            implementation.spoil = lambda *call: ({}, {})
+            implementation = Silent(stages=frozenset({item.stage}))
             run_item(implementation, item, plan=Plan([item]))
             laid = [c for _, inputs, c in implementation.called if inputs["x"].strides[2] == 0]
             assert None in laid and any(c is not None for c in laid)
