@@ -33,7 +33,7 @@ def test_the_dtype_of_a_float64_file_depends_on_x64(tmp_path, x64):
 
 
 def test_gradients_in_float16_stay_finite_where_a_sum_is_below_2_to_the_minus_8():
-    config = MHCConfig.from_dialect("megatron", streams=4, dim=8)
+    config = MHCConfig.from_dialect("megatron", streams=4, dim=8, iterations=1)  # more of them leave no gradient
     assert config.matrix == "activation"
     logits = np.random.default_rng(0).normal(size=(4, 4)) / 4
     logits[:, 2] -= 6.5  # a column's sum is about 2^-9, and JAX's rule for a division has its square
@@ -46,4 +46,4 @@ def test_gradients_in_float16_stay_finite_where_a_sum_is_below_2_to_the_minus_8(
         return np.asarray(jax.grad(loss)(jnp.asarray(logits, dtype)), np.float32)
 
     narrow, wide = gradient(jnp.float16), gradient(jnp.float32)
-    assert np.isfinite(narrow).all() and np.abs(narrow - wide).max() < 2.0**-8
+    assert np.abs(wide).max() > 0.1 and np.abs(narrow - wide).max() < 0.02 * np.abs(wide).max()
