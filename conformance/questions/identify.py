@@ -17,7 +17,7 @@ import numpy as np
 from conformance.cases.case import Item, Variant
 from conformance.cases.description import Bound, Bounds
 from conformance.interface import Implementation
-from conformance.questions.identifying import precision
+from conformance.questions.identifying import derivatives, precision
 from conformance.questions.identifying.candidates import Candidate, Functions, relevant, same_layer
 from conformance.questions.identifying.configured import configured
 from conformance.questions.identifying.forward import STAGES
@@ -61,6 +61,7 @@ class Identity:
         rounded: where nothing matches, the rows that roundings alone may be the difference to, and the largest error
             as a fraction of the largest value of an output.
         gradients: where the told row matches, (case, stage, gradient) that miss their bounds, inner stages first.
+        findings: what these gradients are instead, where that is found.
         infinite: (case, stage, output) with numbers that aren't finite; they are left out of the comparison.
     """
 
@@ -75,6 +76,7 @@ class Identity:
     rounded: dict[str, float] = field(default_factory=dict)
     raised: list[str] = field(default_factory=list)
     gradients: list[tuple[str, str, str]] = field(default_factory=list)
+    findings: list[derivatives.Finding] = field(default_factory=list)
     infinite: list[tuple[str, str, str]] = field(default_factory=list)
 
     @property
@@ -89,9 +91,9 @@ class Identity:
 
     @property
     def as_told(self) -> bool:
-        """Whether it computes what it was told, the gradients left aside."""
+        """Whether it computes what it was told, gradients among it."""
         right = self.told in self.dialects and not self.nearest.candidate.changes
-        return right and not (self.infinite or self.configured or self.extreme)
+        return right and not (self.infinite or self.configured or self.extreme or self.gradients)
 
     @property
     def nearest(self) -> Answer:
@@ -171,6 +173,7 @@ def identify(
     elif told in identity.dialects:
         missed = [(r.item.case.id, r.stage, tensor) for r in records for tensor in r.gradients]
         identity.gradients = sorted(missed, key=lambda entry: STAGES.index(entry[1]))
+        identity.findings = derivatives.findings(records, functions, plain[0])
         identity.configured = configured(implementation, told, rows[told], items, dtype)
     identity.precision = precision.words(records, identity.nearest.candidate)
     return identity

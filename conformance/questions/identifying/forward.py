@@ -3,6 +3,9 @@
 Every step obeys the parameters of a dialect and those of `STRUCTURE`, whose defaults are the layer as it should be.
 The oracle's formulas have no place for a mistake, and evaluate the gradients with every value; this is the value alone,
 in plain NumPy. A test holds it to the true values of the corpus.
+
+Arrays may be complex: an imaginary part of 1e-30 is a tangent, which each step carries along exactly (`derivatives`).
+What a mistaken backward pass takes for a constant loses its imaginary part.
 """
 
 from __future__ import annotations
@@ -39,8 +42,14 @@ STRUCTURE: dict[str, Any] = {
     "first_carried": "stream 0",  # or "all streams"
     "reduces": "as told",  # or "sum", "mean", "other", "carried"
     "head_eps": None,  # or what is added to the head's gates, where it isn't pre_eps
+    "backward": "whole",  # or one of `derivatives.MISTAKES`, which leave the values as they are
 }
 """What a layer does beside the parameters of its dialect."""
+
+
+def kept(value: Array, p: Parameters, mistake: str) -> Array:
+    """The value, as a constant where the backward pass has this mistake."""
+    return np.real(value) if p["backward"] == mistake else value
 
 
 def evaluate(stage: str, values: Arrays, p: Parameters, options: Mapping[str, Any]) -> dict[str, Array]:
@@ -64,7 +73,8 @@ def normalise(x: Array, w: Array | None, p: Parameters) -> Array:
         over = (-1,) if p["norm_over"] == "stream" else (-2, -1)
         mean = np.mean(x * x, axis=over, keepdims=True)
         inside = p["norm_eps_position"] == "mean"
-        x = x / (np.sqrt(mean + p["norm_eps"]) if inside else np.sqrt(mean) + p["norm_eps"])
+        rms = np.sqrt(mean + p["norm_eps"]) if inside else np.sqrt(mean) + p["norm_eps"]
+        x = x / kept(rms, p, "constant norm")
     if p["flattening"] == "dim, streams":
         x = np.swapaxes(x, -1, -2)  # [..., C, n]
     flat = x.reshape(*x.shape[:-2], -1)  # [..., n*C]
@@ -74,15 +84,18 @@ def normalise(x: Array, w: Array | None, p: Parameters) -> Array:
 
 
 def sigmoid(z: Array) -> Array:
-    e = np.exp(-np.abs(z))
-    return np.where(z >= 0, 1, e) / (1 + e)
+    open_, e = np.real(z) >= 0, np.exp(np.where(np.real(z) >= 0, -z, z))
+    return np.where(open_, 1, e) / (1 + e)
 
 
 def logits(kind: str, normed: Array, weights: Arrays, p: Parameters) -> Array:
     """``α h + b`` of one projection, ``[..., m]``."""
     other = {"pre": "post", "post": "pre", "res": "res"}[kind]
     own = other if p["slices"] == "all weights" else kind
-    h = normed @ weights[f"{kind if p['slices'] == 'pre, post' else other}_alpha"]
+    phi = weights[f"{kind if p['slices'] == 'pre, post' else other}_alpha"]
+    h = normed @ phi
+    if p["backward"] == "folded w" and "mhc_norm.scale" in weights:
+        h = normed @ np.real(phi) + 1j * (np.real(normed) / np.real(weights["mhc_norm.scale"]) @ np.imag(phi))
     scale, bias = weights[f"{own}_alpha_scale"], weights[f"{own}_beta"]
     bias = (bias.T if p["bias"] == "transposed" else bias).reshape(-1)
     bias = scale * bias if p["alpha"] in ("on the bias too", "on the layer's bias too") else bias
@@ -92,10 +105,11 @@ def logits(kind: str, normed: Array, weights: Arrays, p: Parameters) -> Array:
 def coefficients(x: Array, weights: Arrays, p: Parameters) -> dict[str, Array]:
     """pre ``[..., n]``, post ``[..., n]`` and H ``[..., n, n]``."""
     n = x.shape[-2]
-    normed = normalise(x, weights.get("mhc_norm.scale"), p)
+    normed = normalise(kept(x, p, "x constant in the gates"), weights.get("mhc_norm.scale"), p)
     z = {k: logits(k, normed, weights, p) for k in PROJECTIONS if f"{k}_alpha" in weights}
     post = np.ones_like(z["post"]) if p["post_gate"] == "1" else p["post_scale"] * sigmoid(z["post"]) + p["post_eps"]
-    gates = {"pre": sigmoid(z["pre"]) + p["pre_eps"], "post": post}
+    pre = sigmoid(z["pre"]) + p["pre_eps"]
+    gates = {"pre": kept(pre, p, "constant pre"), "post": kept(post, p, "constant post")}
     if "res" not in z:
         return {**gates, "H": np.broadcast_to(np.eye(n), (*x.shape[:-2], n, n))}
     shape = z["res"].shape if p["residual"] == "permutations" else (*x.shape[:-2], n, n)
@@ -115,11 +129,16 @@ def matrix(z: Array, p: Parameters) -> Array:
         H = _permutations(z, p["streams"])
     else:
         H = _sinkhorn(np.swapaxes(z, -1, -2) if p["logits"] == "[j, i]" else z, p)
+    H = kept(H, p, "constant H")
     return np.swapaxes(H, -1, -2) if p["H"] == "[j, i]" else H
 
 
+def _shifted(z: Array, axis: int) -> Array:
+    return z - np.take_along_axis(z, np.argmax(np.real(z), axis, keepdims=True), axis)
+
+
 def _softmax(z: Array, axis: int) -> Array:
-    e = np.exp(z - z.max(axis, keepdims=True))
+    e = np.exp(_shifted(z, axis))
     return e / e.sum(axis, keepdims=True)
 
 
@@ -131,19 +150,32 @@ def _permutations(z: Array, n: int) -> Array:
 def _sinkhorn(z: Array, p: Parameters) -> Array:
     guard, eps = p["guard"], p["eps"]
     if p["logit_limit"] is not None:
-        z = np.clip(z, -p["logit_limit"], p["logit_limit"])
+        z = np.where(np.abs(np.real(z)) < p["logit_limit"], z, np.clip(np.real(z), -p["logit_limit"], p["logit_limit"]))
     if p["softmax"] == "none":
-        P = np.exp(z - z.max(axes(p)[0], keepdims=True))
+        P = np.exp(_shifted(z, axes(p)[0]))
     else:
         axis = AXES[p["softmax"]]
         P = _softmax(z, -3 - axis if p["start"] == "other axis" else axis)
         P = P + eps if guard in ("add", "softmax alone") else P
-    for axis in _passes(p):
+    start, every = P, _passes(p)
+    for number, axis in enumerate(every):
+        if p["backward"] == "last iteration" and number == len(every) - 2:
+            P = np.real(P) + 1j * np.imag(start)
         total = P.sum(axis, keepdims=True)
         if guard in ("add", "denominator"):
             total = total + eps
-        P = P / (np.maximum(total, eps) if guard == "clip" else total)
-    return P
+        P = P / (np.where(np.real(total) > eps, total, eps) if guard == "clip" else total)
+    return _converged(P, z) if p["backward"] == "limit" else P
+
+
+def _converged(P: Array, z: Array) -> Array:
+    """P with the tangent that the limit of infinitely many iterations has (the implicit function theorem)."""
+    H, tangent = np.real(P), np.real(P) * np.imag(z)
+    rows, columns = (np.eye(H.shape[-1]) * H.sum(axis)[..., None] for axis in (-1, -2))
+    system = np.block([[rows, H], [np.swapaxes(H, -1, -2), columns]])  # [..., 2n, 2n]
+    sums = np.concatenate([tangent.sum(-1), tangent.sum(-2)], -1)[..., None]
+    u, v = np.split((np.linalg.pinv(system, hermitian=True) @ sums)[..., 0], 2, -1)
+    return H + 1j * (tangent - H * (u[..., :, None] + v[..., None, :]))
 
 
 def _passes(p: Parameters) -> list[int]:
@@ -166,7 +198,8 @@ def read(x: Array, own: Array, carried: Array | None, p: Parameters) -> Array:
     gates = own
     if p["pre_from"] == "previous":
         gates = carried if carried is not None else one_hot(x) if p["reads_alone"] == "stream 0" else own
-    return np.sum(gates[..., None] * x, -2)
+        gates = kept(gates, p, "constant carried")
+    return np.sum(gates[..., None] * kept(x, p, "x constant in the reading"), -2)
 
 
 def one_hot(x: Array) -> Array:
@@ -176,10 +209,13 @@ def one_hot(x: Array) -> Array:
 
 def mix(y: Array, x: Array, post: Array, H: Array, p: Parameters) -> Array:
     """out ``[..., n, C]``."""
-    gated = y[..., None, :] * (1 if p["gated_by"] == "1" else post[..., None])
+    gated = kept(y, p, "constant y")[..., None, :] * (1 if p["gated_by"] == "1" else post[..., None])
+    x = kept(x, p, "x constant in the mixing")
     if p["mix"] == "identity" or p["mixed_by"] == "identity":
         return gated + x
     by_output = np.swapaxes(H, -1, -2) if p["mix"] == "in-out" else H  # [..., output, input]
+    if p["backward"] == "H untransposed":
+        return gated + by_output @ np.real(x) + 1j * (np.real(np.swapaxes(by_output, -1, -2)) @ np.imag(x))
     return gated + by_output @ x
 
 

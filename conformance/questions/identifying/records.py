@@ -29,6 +29,7 @@ class Record:
         bounds, scales: the bound of each of these outputs, and the largest of its true values.
         infinite: outputs with a number that isn't finite, where the true values are.
         gradients: those that miss their bounds.
+        vjps: the finite gradients that were returned, under ``d/<input>``.
     """
 
     item: Item
@@ -38,6 +39,7 @@ class Record:
     scales: dict[str, float] = field(default_factory=dict)
     infinite: list[str] = field(default_factory=list)
     gradients: list[str] = field(default_factory=list)
+    vjps: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def stage(self) -> str:
@@ -90,6 +92,18 @@ def recorded(item: Item, outputs: Mapping[str, Any]) -> Record:
     return record
 
 
+def _comparable(item: Item, gradients: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The returned gradients that are finite arrays of the right shape."""
+    found = {}
+    for name, value in gradients.items():
+        expected = item.expected.get(f"d/{name}")
+        if not isinstance(value, np.ndarray) or expected is None or value.shape != expected.shape:
+            continue
+        if np.isfinite(value.astype(np.float64)).all() and np.isfinite(expected).all():
+            found[f"d/{name}"] = value
+    return found
+
+
 def run(implementation: Implementation, items: Sequence[Item]) -> tuple[list[Record], list[str]]:
     """What the implementation returned for each item that it claims, and a line for each that raised."""
     records, raised = [], []
@@ -109,5 +123,6 @@ def run(implementation: Implementation, items: Sequence[Item]) -> tuple[list[Rec
         if claimed.gradients and isinstance(gradients, Mapping):
             checks = [check for check in check_item(item, {}, gradients, claimed) if check.tensor.startswith("d/")]
             record.gradients = [check.tensor for check in checks if check.verdict not in GOOD]
+            record.vjps = _comparable(item, gradients)
         records.append(record)
     return records, raised

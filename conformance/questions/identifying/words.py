@@ -45,6 +45,7 @@ def lines(
         case, stage, tensor = identity.gradients[0]
         count = f"{len(identity.gradients)} miss their bounds, first {tensor} of {case}, {stage}"
         yield f"  but its gradients are not this function's: {count}"
+        yield from (f"    {finding}" for finding in identity.findings)
     yield from _by_stage(identity)
     yield from _read(nearest.candidate)
     yield from _not_finite(identity)

@@ -214,12 +214,6 @@ def test_numbers_that_are_not_finite_do_not_hide_the_rest():
     assert "not finite" in text and "is the maximum subtracted before exp?" in text
 
 
-@pytest.mark.parametrize("mistake, tensor", [("LastIterationOnly", "d/logits"), ("AlphaFromOneRow", "alpha_scale")])
-def test_gradients_of_another_function_are_said(mistake, tensor):
-    found, text = said(wrong(mistake), "deepseek-v4")
-    assert found.as_told and "its gradients are not this function's" in text and tensor in text, text
-
-
 @pytest.mark.parametrize("mistake, told, sentence", [
     (("NormEpsOfSinkhorn",), "deepseek-v4", "the norm's eps is taken from Sinkhorn's eps"),
     (("HeadWithTheLayersEps",), "maxtext", "the head's norm eps is taken from the layer's"),

@@ -6,6 +6,7 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from conformance.cases.dialects import dialect_rows
@@ -88,3 +89,40 @@ class Claims(Plain):
     def _run(self, stage: str, body: Any, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
         outputs, gradients = super()._run(stage, body, inputs, config, cotangents)
         return {k: v for k, v in outputs.items() if k in self.returned.get(stage, outputs)}, gradients
+
+
+class _Backwards(Plain):
+    """Changes the gradients of every stage alone."""
+
+    def changed(self, gradients: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _run(self, stage: str, body: Any, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        outputs, gradients = super()._run(stage, body, inputs, config, cotangents)
+        return outputs, self.changed(gradients) if gradients else gradients
+
+
+class HalfOfPhi(_Backwards):
+    """Half of the gradient of pre's projection is missing."""
+
+    def changed(self, gradients: dict[str, Any]) -> dict[str, Any]:
+        return {k: (v / 2).astype(v.dtype) if k == "pre_alpha" else v for k, v in gradients.items()}
+
+
+class NoisyGradient(_Backwards):
+    """The gradient of x is off by a random number in each element."""
+
+    def changed(self, gradients: dict[str, Any]) -> dict[str, Any]:
+        rng = np.random.default_rng(0)
+        return {
+            k: (v * rng.uniform(0.5, 1.5, v.shape)).astype(v.dtype) if k == "x" else v for k, v in gradients.items()
+        }
+
+
+class BackwardOfFewer(Plain):
+    """The values of all iterations with the gradients of half of them."""
+
+    def _run(self, stage: str, body: Any, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        outputs, _ = super()._run(stage, body, inputs, config, cotangents)
+        half = {**config, "iterations": (config["iterations"] or 0) // 2}
+        return outputs, super()._run(stage, body, inputs, half, cotangents)[1]
