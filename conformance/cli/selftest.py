@@ -31,6 +31,10 @@ def selftest(
         typer.Option(help="Put the tables between the selftest and the where markers of this Markdown file."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file, for report.")] = None,
+    seen: Annotated[
+        Path | None,
+        typer.Option(help="Write the stages that see each mistake to this file, for what run says at its end."),
+    ] = None,
 ) -> None:
     """Measure the suite itself.
 
@@ -74,7 +78,7 @@ def selftest(
         console.print(part)
     for line in [*table.reasons(result), *([table.honest_line(result)] if result.honest else [])]:
         typer.echo(line)
-    if write or json:
+    if write or json or seen:
         try:
             if write:
                 if kind != WHERE:
@@ -83,6 +87,8 @@ def selftest(
                     document.rewrite(write, "where", table.markdown_of_places(places))
             if json:
                 atomic.write(json, table.as_json(result, places))
+            if seen:
+                atomic.write(seen, table.as_seen(result))
         except (OSError, ValueError) as error:
             stop(str(error), USAGE)
     problems = [*result.survivors, *places.survivors, *result.false_alarms]

@@ -46,6 +46,8 @@ class Figures:
     ratio: float = 0.0
     """Largest multiple of a bound; infinite where a verdict has no figure."""
     where: str = ""
+    stages: dict[str, float] = field(default_factory=dict)
+    """The largest multiple in each stage."""
     same_bits: bool = True
     """Whether every result equals the plain implementation's to the bit (looked at only where a mutant is blind)."""
 
@@ -56,6 +58,7 @@ class Figures:
             ratio = np.inf
         if ratio > limit:
             self.cases.add(item.case.id)
+        self.stages[item.stage] = max(ratio, self.stages.get(item.stage, 0.0))
         if ratio > self.ratio or not self.where:
             self.ratio, self.where = ratio, f"{item.case.id}, {item.stage}"
 

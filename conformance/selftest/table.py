@@ -9,7 +9,7 @@ from rich.table import Table
 
 from conformance.cases.corpus import corpus_hash
 from conformance.report.read import SELFTEST_FORMAT
-from conformance.selftest.measure import DTYPES, Figures, Findings
+from conformance.selftest.measure import DTYPES, FACTOR, Figures, Findings
 from conformance.selftest.measure_where import Deaths, Places
 from conformance.selftest.mutants import MUTANTS
 from conformance.selftest.mutants_where import WHERE
@@ -137,6 +137,17 @@ def as_json(findings: Findings, places: Places) -> str:
         "problems": [*findings.survivors, *places.survivors, *findings.false_alarms],
     }
     return json.dumps(content, indent=1) + "\n"
+
+
+def as_seen(findings: Findings) -> str:
+    """For `report.blind`: the stages that see each mistake with x in float32."""
+    content = {
+        MUTANTS[number].title(): sorted(stage for stage, ratio in figures["float32"].stages.items() if ratio > FACTOR)
+        for number, figures in sorted(findings.mutants.items())
+    }
+    return (
+        json.dumps({title: stages for title, stages in content.items() if stages}, indent=1, ensure_ascii=False) + "\n"
+    )
 
 
 def _place(deaths: Deaths) -> dict[str, Any] | None:
