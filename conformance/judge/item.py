@@ -58,6 +58,10 @@ class Outcome:
     """The modes that it refused, with the reasons."""
     repeats: int = 0
     """How often it was called with the same content, for its bits to be compared."""
+    family: str = ""
+    """Of the case; ``size`` for a production size."""
+    elements: int = 0
+    """Numbers that the item hands over."""
     differences: list[str] = field(default_factory=list[str])
     """The tensors whose bits weren't the same each time, and how far they were from one another."""
 
@@ -113,8 +117,9 @@ def run_item(implementation: Implementation, item: Item, probe: bool = False, pl
         plan: further calls of the item, each in other modes; none where it is None.
     """
     outcome = Outcome(
-        implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect
-    )
+        implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect,
+        family=item.case.family,
+    )  # fmt: skip
     if not is_golden(item.case.path):
         outcome.file = str(item.case.path)
     claimed = implementation.capabilities
@@ -151,6 +156,7 @@ def _call(implementation: Implementation, item: Item, outcome: Outcome) -> Answe
     """Calls the stage and fills in the verdicts."""
     claimed = implementation.capabilities
     inputs, cotangents = item.inputs(), item.cotangents() if claimed.gradients else None
+    outcome.elements = sum(array.size for array in inputs.values())
     answer = answered(implementation, item, inputs, cotangents)
     outcome.seconds, outcome.skipped = answer.seconds, answer.refused
     if not answer.refused:

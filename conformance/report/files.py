@@ -1,4 +1,4 @@
-"""The result as files: JSON lines for programs, JUnit for CI systems; whole or not at all."""
+"""The result as files: JSON lines for programs, written as they come; JUnit for CI systems, whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -17,15 +18,28 @@ from conformance.cases.corpus import corpus_hash
 from conformance.files import atomic
 from conformance.judge.item import Outcome
 from conformance.judge.rule import GOOD
-from conformance.report import borrowing
 
-FORMAT = "mhc-conformance-report/1"
+FORMAT = "mhc-conformance-report/2"
 PACKAGES = ("mhc-conformance", "numpy", "jax", "jaxlib", "flax", "torch", "transformers", "safetensors", "ml_dtypes")
 ENVIRONMENT = ("XLA_FLAGS", "JAX_PLATFORMS", "NVIDIA_TF32_OVERRIDE", "TRITON_INTERPRET")
 
 
-def header(implementations: dict[str, dict[str, Any]], corpus: str, altered: Sequence[str]) -> dict[str, Any]:
-    """What one must know to read the figures: corpus, versions, machine, and each implementation's own settings."""
+@dataclass(frozen=True)
+class Diagnosis:
+    """What an implementation's failures come from.
+
+    Attributes:
+        cause: one sentence; empty where none was found.
+        lines: what supports it, and what else was found.
+    """
+
+    implementation: str
+    cause: str
+    lines: list[str] = field(default_factory=list[str])
+
+
+def header(corpus: str, altered: Sequence[str], asked: Sequence[str]) -> dict[str, Any]:
+    """What one must know to read the figures: corpus, versions, machine, and what was asked."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -39,40 +53,112 @@ def header(implementations: dict[str, dict[str, Any]], corpus: str, altered: Seq
         **({"altered": list(altered)} if altered else {}),
         "versions": versions,
         "python": sys.version.split()[0],
-        "implementations": implementations,
         "machine": platform.machine(),
         "system": platform.system(),
         "processors": os.cpu_count(),
         "environment": {k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
+        "asked": list(asked),
     }
 
 
-def write_jsonl(path: Path, outcomes: Sequence[Outcome], corpus: str = "", altered: Sequence[str] = ()) -> None:
-    """Header, one line per check or skip, footer with the count: without it the file was cut off.
+def lines_of(o: Outcome) -> list[dict[str, Any]]:
+    """The lines of one item: its checks or the reason to skip it, then a line that says that this was all."""
+    shared = {"implementation": o.implementation, "case": o.case, "stage": o.stage, "variant": o.variant,
+              "x": o.x, "dialect": o.dialect, "seconds": round(o.seconds, 6), "family": o.family,
+              "elements": o.elements}  # fmt: skip
+    lines: list[dict[str, Any]] = []
+    if o.skipped:
+        lines.append({"kind": "skip", **shared, "reason": o.skipped})
+    for line in o.differences:
+        lines.append({"kind": "difference", **shared, "message": line})
+    for mode, reason in o.refused.items():
+        lines.append({"kind": "refusal", **shared, "mode": mode, "reason": reason})
+    for check in o.checks:
+        found = check.as_dict()
+        if check.verdict in GOOD:
+            del found["histogram"], found["worst"]
+        else:
+            found["reproduce"] = o.reproduce
+        lines.append({"kind": "check", **shared, **found})
+    item = {"reference": o.reference, "file": o.file, "modes": list(o.modes), "repeats": o.repeats}
+    return [*lines, {"kind": "item", **shared, **item, "lines": len(lines)}]
+
+
+class Lines:
+    """Writes a run to a file as it comes, so that what was measured is kept whatever happens to the run.
+
+    A line that ends an item says how many lines it has; the footer counts all of them. A file without one is of a run
+    that was cut off.
 
     Args:
-        corpus: the corpus's hash, or what stands for it where a file isn't as promised; read here if none is given.
+        corpus: the corpus's hash, or what stands for it where a file isn't as promised.
         altered: a line for each such file.
+        asked: the arguments of the command.
+
+    Raises:
+        OSError: the file can't be written.
     """
-    lines = [header(borrowing.settings(outcomes), corpus or corpus_hash(), altered)]
-    for o in outcomes:
-        shared = {"implementation": o.implementation, "case": o.case, "stage": o.stage, "variant": o.variant,
-                  "x": o.x, "dialect": o.dialect, "seconds": round(o.seconds, 6)}  # fmt: skip
-        if o.skipped:
-            lines.append({"kind": "skip", **shared, "reason": o.skipped})
-        for line in o.differences:
-            lines.append({"kind": "difference", **shared, "message": line})
-        for mode, reason in o.refused.items():
-            lines.append({"kind": "refusal", **shared, "mode": mode, "reason": reason})
-        for check in o.checks:
-            found = check.as_dict()
-            if check.verdict in GOOD:
-                del found["histogram"], found["worst"]
-            else:
-                found["reproduce"] = o.reproduce
-            lines.append({"kind": "check", **shared, **found})
-    lines.append({"kind": "footer", "lines": len(lines) - 1, "failed": sum(bool(o.failed) for o in outcomes)})
-    atomic.write(path, "".join(json.dumps(_plain(line)) + "\n" for line in lines))
+
+    def __init__(self, path: Path, corpus: str = "", altered: Sequence[str] = (), asked: Sequence[str] = ()):
+        self._corpus, self._altered = corpus or corpus_hash(), list(altered)
+        self._file = path.open("w", encoding="utf-8")
+        self._count = self._failed = 0
+        self._settings: dict[str, dict[str, Any]] = {}
+        self._write([header(self._corpus, altered, asked)])
+
+    def add(self, outcome: Outcome) -> None:
+        """Adds one item, after its implementation's settings where these are new.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        own = self._settings.setdefault(outcome.implementation, {})
+        if outcome.about and {**own, **outcome.about} != own:
+            own.update(outcome.about)
+            self._write([{"kind": "implementation", "name": outcome.implementation, "settings": own}])
+        lines = lines_of(outcome)
+        self._count, self._failed = self._count + len(lines), self._failed + bool(outcome.failed)
+        self._write(lines)
+
+    def end(self, diagnoses: Iterable[Diagnosis] = (), corpus: str = "", altered: Sequence[str] = (),
+            interrupted: bool = False) -> None:  # fmt: skip
+        """Adds the diagnoses and the footer, and closes the file.
+
+        Args:
+            corpus, altered: as they are after the run.
+            interrupted: whether the run was ended before it had asked for all of its items.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        footer = {"kind": "footer", "lines": self._count, "failed": self._failed, "interrupted": interrupted,
+                  "corpus": corpus or self._corpus, "altered": list(altered) or self._altered}  # fmt: skip
+        self._write([*({"kind": "diagnosis", **asdict(diagnosis)} for diagnosis in diagnoses), footer])
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Hands whole lines to the system, so that a process that dies leaves all but the last one whole."""
+        self._file.write("".join(json.dumps(_plain(line)) + "\n" for line in lines))
+        self._file.flush()
+
+
+def write_jsonl(
+    path: Path, outcomes: Sequence[Outcome], corpus: str = "", altered: Sequence[str] = (),
+    diagnoses: Iterable[Diagnosis] = (),
+) -> None:  # fmt: skip
+    """A whole run at once.
+
+    Raises:
+        OSError: it can't be written; what was there before still is.
+    """
+    with atomic.whole(path) as temporary:
+        lines = Lines(temporary, corpus, altered)
+        for outcome in outcomes:
+            lines.add(outcome)
+        lines.end(diagnoses)
 
 
 def _plain(value: Any) -> Any:

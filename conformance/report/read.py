@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from conformance.files.places import CaseError
 from conformance.files.reading import Reader, too_deep
@@ -34,6 +34,8 @@ class Header(Struct, frozen=True, tag_field="kind", tag="header"):
     environment: dict[str, str] = {}
     altered: tuple[str, ...] = ()
     """A line for each file of the corpus that wasn't as promised."""
+    asked: tuple[str, ...] = ()
+    """The arguments of the command."""
 
 
 class Element(Struct, frozen=True):
@@ -55,6 +57,8 @@ class Line(Struct, frozen=True):
     x: str
     dialect: str
     seconds: float = 0.0
+    family: str = ""
+    elements: int = 0
 
     @property
     def item(self) -> tuple[str, str, str, str]:
@@ -95,10 +99,39 @@ class RefusalLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="refusa
     reason: str
 
 
-class Footer(Struct, frozen=True, tag_field="kind", tag="footer"):
-    """The last line, without which the file was cut off."""
+class ItemLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="item"):
+    """The end of an item: so many lines before it are its own."""
 
     lines: int
+    reference: str = ""
+    file: str = ""
+    modes: tuple[str, ...] = ()
+    repeats: int = 0
+
+
+class ImplementationLine(Struct, frozen=True, tag_field="kind", tag="implementation"):
+    """The settings of an implementation as they are from here on."""
+
+    name: str
+    settings: dict[str, Any]
+
+
+class DiagnosisLine(Struct, frozen=True, tag_field="kind", tag="diagnosis"):
+    """What an implementation's failures come from; the cause is empty where none was found."""
+
+    implementation: str
+    cause: str
+    lines: tuple[str, ...] = ()
+
+
+class Footer(Struct, frozen=True, tag_field="kind", tag="footer"):
+    """The last line, without which the run was cut off; corpus and altered files as they were after it."""
+
+    lines: int
+    failed: int = 0
+    interrupted: bool = False
+    corpus: str = ""
+    altered: tuple[str, ...] = ()
 
 
 @dataclass
@@ -111,9 +144,14 @@ class Run:
     skips: list[SkipLine] = field(default_factory=list[SkipLine])
     differences: list[DifferenceLine] = field(default_factory=list[DifferenceLine])
     refusals: list[RefusalLine] = field(default_factory=list[RefusalLine])
+    items: list[ItemLine] = field(default_factory=list[ItemLine])
+    diagnoses: list[DiagnosisLine] = field(default_factory=list[DiagnosisLine])
+    cut: str = ""
+    """Why it isn't the whole run; empty where it is."""
 
 
-Entry = CheckLine | SkipLine | DifferenceLine | RefusalLine | Footer
+Entry = CheckLine | SkipLine | DifferenceLine | RefusalLine | ItemLine | ImplementationLine | DiagnosisLine | Footer
+OfItem = CheckLine | SkipLine | DifferenceLine | RefusalLine
 WHAT = "a line that run --jsonl writes"
 FIRST = Reader(Header, WHAT, ReportError, FORMAT)
 ENTRY = Reader(cast("type[Entry]", Entry), WHAT, ReportError)
@@ -176,44 +214,63 @@ SELFTEST = Reader(Selftest, SELFTEST_WHAT, ReportError, SELFTEST_FORMAT)
 
 
 def read_run(path: Path) -> Run:
-    """One report.
+    """One report; of a run that was cut off, the items that were finished.
 
     Raises:
-        ReportError: not a report, another format, or cut off before its footer.
+        ReportError: not a report, another format, or lines that don't go together.
     """
     lines = ENTRY.lines(path)
-    run, footer = Run(path, FIRST.decode(next(lines, b""), f"{path}: line 1")), None
-    if too_deep(run.header.implementations):
-        raise ReportError(f"{path}: line 1: implementations: expected settings, got lists that are nested too deeply")
-    for number, (line, last) in enumerate(_marked(lines), 2):
+    header = FIRST.decode(next(lines, b""), f"{path}: line 1")
+    run, settings, own, footer, counted = Run(path, header), dict[str, dict[str, Any]](), list[OfItem](), None, 0
+    for number, line in enumerate(lines, 2):
         place = f"{path}: line {number}"
         if footer:
             raise ReportError(f"{place}: expected no line after the footer")
-        entry = ENTRY.decode(line, f"{place} (cut off?)" if last else place)
-        if isinstance(entry, CheckLine):
-            run.checks.append(entry)
-        elif isinstance(entry, SkipLine):
-            run.skips.append(entry)
-        elif isinstance(entry, DifferenceLine):
-            run.differences.append(entry)
-        elif isinstance(entry, RefusalLine):
-            run.refusals.append(entry)
-        else:
+        if not line.endswith(b"\n"):
+            break  # a process that died wrote a part of it
+        entry = ENTRY.decode(line, place)
+        if isinstance(entry, ItemLine):
+            _keep(run, entry, own, place)
+            own, counted = [], counted + entry.lines + 1
+        elif isinstance(entry, ImplementationLine):
+            settings[entry.name] = entry.settings
+            if too_deep(entry.settings):
+                raise ReportError(f"{place}: settings: expected settings, got lists that are nested too deeply")
+        elif isinstance(entry, DiagnosisLine):
+            run.diagnoses.append(entry)
+        elif isinstance(entry, Footer):
             footer = entry
-    count = len(run.checks) + len(run.skips) + len(run.differences) + len(run.refusals)
-    if footer is None or footer.lines != count:
-        came = "no footer" if footer is None else f"one of {footer.lines}"
-        raise ReportError(f"{path}: cut off: expected a footer that counts {count} lines, got {came}")
+        else:
+            own.append(entry)
+    if footer is None:
+        run.cut = f"cut off after {len(run.items)} items: the run didn't end"
+    elif own or footer.lines != counted:
+        raise ReportError(f"{path}: expected a footer that counts {counted + len(own)} lines, got {footer.lines}")
+    elif footer.interrupted:
+        run.cut = f"interrupted after {len(run.items)} items"
+    after = {"corpus": footer.corpus, "altered": footer.altered} if footer and footer.altered else {}
+    run.header = structs.replace(header, implementations=settings, **after)
     return run
 
 
-def _marked(lines: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Each line, and whether it is the last."""
-    line = next(lines, None)
-    while line is not None:
-        following = next(lines, None)
-        yield line, following is None
-        line = following
+def _keep(run: Run, item: ItemLine, own: Sequence[OfItem], place: str) -> None:
+    """Adds the lines of an item to a run.
+
+    Raises:
+        ReportError: they aren't as many as it says, or are of another one.
+    """
+    if len(own) != item.lines or any(line.item != item.item for line in own):
+        raise ReportError(f"{place}: expected the {item.lines} lines of {', '.join(item.item)} before it")
+    run.items.append(item)
+    for line in own:
+        if isinstance(line, CheckLine):
+            run.checks.append(line)
+        elif isinstance(line, SkipLine):
+            run.skips.append(line)
+        elif isinstance(line, DifferenceLine):
+            run.differences.append(line)
+        else:
+            run.refusals.append(line)
 
 
 def merge(paths: Sequence[Path]) -> list[Run]:

@@ -11,7 +11,7 @@ import msgspec
 from conformance.cases.corpus import corpus_hash, load_corpus
 from conformance.judge.rule import EDGES, GOOD
 from conformance.report import borrowing
-from conformance.report.read import CheckLine, Header, Run, Selftest
+from conformance.report.read import CheckLine, DiagnosisLine, Header, Run, Selftest
 from conformance.report.sinkhorn import convergence
 from conformance.stages import STAGES
 
@@ -39,6 +39,7 @@ def summary(runs: Sequence[Run], selftest: Selftest | None) -> dict[str, Any]:
     return {
         "corpus": runs[0].header.corpus,
         "runs": [{"file": run.path.name, **_without_kind(run.header)} for run in runs],
+        "diagnoses": [_without_kind(diagnosis) for run in runs for diagnosis in run.diagnoses],
         "warnings": [line for run in runs for line in _warnings(run)],
         "stages": list(STAGES),
         "cells": [
@@ -60,11 +61,13 @@ def summary(runs: Sequence[Run], selftest: Selftest | None) -> dict[str, Any]:
 
 
 def _warnings(run: Run) -> list[str]:
-    """What makes a run's figures worth less: files that weren't as promised, and modules of ours that were imported."""
-    return [f"{run.path.name}: {line}" for line in (*run.header.altered, *borrowing.lines(run.header.implementations))]
+    """What makes a run's figures worth less: an early end, files that weren't as promised, modules of ours in use."""
+    cut = [run.cut] if run.cut else []
+    said = (*cut, *run.header.altered, *borrowing.lines(run.header.implementations))
+    return [f"{run.path.name}: {line}" for line in said]
 
 
-def _without_kind(line: Header | CheckLine) -> dict[str, Any]:
+def _without_kind(line: Header | CheckLine | DiagnosisLine) -> dict[str, Any]:
     return {k: v for k, v in msgspec.to_builtins(line).items() if k != "kind"}
 
 

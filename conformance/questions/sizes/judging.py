@@ -48,9 +48,13 @@ def judged(implementation: Implementation, item: SizeItem, folder: str = "", pro
         folder: where truths are kept.
         proof: seconds for which the truth is compared with ball arithmetic first.
     """
-    outcome = Outcome(implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.dialect)
+    outcome = Outcome(
+        implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.dialect,
+        family=item.case.family,
+    )  # fmt: skip
     tensors = item.tensors
     inputs = item.inputs()
+    outcome.elements = sum(array.size for array in inputs.values())
     claimed = implementation.capabilities
     limit = getattr(implementation, "largest_file", None)
     if limit is not None and sum(array.nbytes for array in inputs.values()) * OF_A_FILE > limit:

@@ -80,16 +80,14 @@ def header(lines, **values):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda lines: lines[:-1], "cut off: expected a footer"),
-        (lambda lines: [*lines[:3], *lines[4:]], "cut off: expected a footer"),
-        (lambda lines: [*lines[:-1], lines[-1][:10]], "isn't JSON"),
+        (lambda lines: [*lines[:3], *lines[4:]], "expected the [0-9]+ lines of"),
         (
             lambda lines: [lines[0], "[]", *lines[1:]],
             "line 2: expected a line that run --jsonl writes, got an empty list",
         ),
         (
             lambda lines: header(lines, format="other/1"),
-            "line 1: expected format 'mhc-conformance-report/1', got 'other/1'",
+            "line 1: expected format 'mhc-conformance-report/2', got 'other/1'",
         ),
         (lambda lines: header(lines, corpus=None), "line 1: corpus: expected a text, got null"),
         (lambda lines: ["", *lines], "isn't JSON"),
