@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
-from conformance.cli.app import FAILED, SETUP, USAGE, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, stop
 from conformance.cli.fresh import HELP, dialects_given
 from conformance.cli.options import DIALECT, DTYPE, STAGE, argument, command, one_of, option
 from conformance.cli.sizes import NONE, QUICK, SHORT
 
 if TYPE_CHECKING:
+    from conformance.interface import Implementation
     from conformance.questions.compare import Call
 
 
 @command()
 @argument("a", help="An implementation: a registered name, module:attribute or exec:COMMAND.")
 @argument("b", help="The other implementation.")
-@option("--dialect", type=DIALECT, default="paper", help=f"Compare in this dialect: {HELP}.")
-@option("--streams", type=click.IntRange(min=1), default=4, help="Number of residual streams.")
+@option("--dialect", type=DIALECT, help=f"Compare in this dialect: {HELP}. Default: the first that both claim.")
+@option(
+    "--streams",
+    type=click.IntRange(min=1),
+    help="Number of residual streams. Default: 4, or the least that both take.",
+)
 @option("--dim", type=click.IntRange(min=1), default=64, help="Width of one stream.")
 @option("--batch", type=click.IntRange(min=1), default=2, help="Number of sequences.")
 @option("--seq", type=click.IntRange(min=1), default=8, help="Tokens in a sequence.")
-@option("--dtype", type=DTYPE, default="float32", help="Dtype of x.")
-@option("--stage", type=STAGE, multiple=True, help="Only this stage; repeatable.")
+@option("--dtype", type=DTYPE, help="Dtype of x. Default: float32, or else the first that both claim.")
+@option("--stage", type=STAGE, multiple=True, help="Only this stage; repeatable. Default: those that both claim.")
 @option("--deviation", type=click.FloatRange(min=0), default=2.0, help="Standard deviation of the logits.")
 @option("--seed", type=int, default=0, help="Seed of the data.")
 @option(
@@ -45,12 +51,12 @@ if TYPE_CHECKING:
 def compare(
     a: str,
     b: str,
-    dialect: str,
-    streams: int,
+    dialect: str | None,
+    streams: int | None,
     dim: int,
     batch: int,
     seq: int,
-    dtype: str,
+    dtype: str | None,
     stage: tuple[str, ...],
     deviation: float,
     seed: int,
@@ -61,29 +67,45 @@ def compare(
 ) -> None:
     """Compare two implementations with each other on fresh data.
 
-    The data have any shape, and the oracle isn't needed. Stages are compared from the inside out; the first that
-    differs is where to look.
+    What both claim is compared, in a dialect and a dtype that both claim; the first line says in which. The data have
+    any shape, and the oracle isn't needed. Stages are compared from the inside out; the first that differs is where to
+    look.
 
     Exit status: 0 no stage differs, 1 one does, 2 usage, 3 one could not be set up.
     """
-    from conformance.cases.case import DTYPES
     from conformance.implementations import registry
     from conformance.interface import SetupError
     from conformance.questions import compare as comparison
     from conformance.questions.sizes.item import DTYPES_OF_SIZES
-    from conformance.stages import STAGES
 
-    (row,) = dialects_given([dialect])
-    known_names("dtype", [dtype], list(DTYPES))
-    stages = known_names("stage", stage, list(STAGES))
+    row = dialects_given([dialect])[0] if dialect else None
+    if sizes != NONE and dtype and dtype not in DTYPES_OF_SIZES:
+        stop(f"--sizes takes --dtype {', '.join(DTYPES_OF_SIZES)}, got {dtype}", USAGE)
     try:
         first, second = (registry.load(name, time_limit) for name in (a, b))
     except SetupError as error:
         stop(str(error), SETUP)
+    both = comparison.shared(first.capabilities, second.capabilities)
+    if sizes != NONE:
+        both = replace(both, dtypes=tuple(name for name in both.dtypes if name in DTYPES_OF_SIZES))
+    named = {"stage": stage, "dialect": dialect, "dtype": dtype, "number of streams": streams}
+    lacking = [kind for kind in both.missing if not named[kind]]
+    if lacking:
+        stop(
+            f"{first.name} and {second.name} claim no {lacking[0]} together; {_claims(first, second, lacking[0])}",
+            USAGE,
+        )
+    row = row or dialects_given([both.dialects[0]])[0]
+    dtype = dtype or ("float32" if "float32" in both.dtypes else both.dtypes[0])
+    streams = streams or both.streams
+    stages = stage or both.stages
+    click.echo(f"{row.name}, {dtype}{f', {streams} streams' if sizes == NONE else ''}: {', '.join(stages)}")
+    for kind, names in (("dialect", both.dialects), ("dtype", both.dtypes)):
+        others = [name for name in names if name not in (row.name, dtype)]
+        if others and not named[kind]:
+            click.echo(f"both also claim {', '.join(others)}: --{kind} names another")
     calls = comparison.calls(row, streams, dim, (batch, seq), dtype, seed, deviation)
     if sizes != NONE:
-        if dtype not in DTYPES_OF_SIZES:
-            stop(f"--sizes takes --dtype {', '.join(DTYPES_OF_SIZES)}, got {dtype}", USAGE)
         calls = comparison.calls_at_sizes(row, sizes, dtype, seed)
     compared, differing, place = 0, "", ""
     for call in _ended_by_a_usage_error(calls):
@@ -107,9 +129,24 @@ def compare(
             if apart and not differing:
                 differing = ", ".join(filter(None, (call.place, call.stage, line.tensor)))
     if not compared:
-        stop("no stage is claimed by both in this dialect, dtype and shape", USAGE)
+        stop("none of these stages is claimed by both in this dialect, dtype and shape", USAGE)
     click.echo(f"the first that differs: {differing}" if differing else f"no difference in {compared} stages")
     raise click.exceptions.Exit(FAILED if differing else 0)
+
+
+def _claims(first: Implementation, second: Implementation, kind: str) -> str:
+    """What each of them claims of a kind of which they have nothing in common."""
+    texts = []
+    for implementation in (first, second):
+        claimed = implementation.capabilities
+        names: Collection[object] = {
+            "stage": claimed.stages,
+            "dialect": claimed.dialects,
+            "dtype": {dtype for stage in claimed.stages for dtype in claimed.dtypes_of(stage)},
+            "number of streams": claimed.streams or ("any",),
+        }[kind]
+        texts.append(f"{implementation.name} has {', '.join(sorted(map(str, names))) or 'none'}")
+    return ", ".join(texts)
 
 
 def _ended_by_a_usage_error(calls: Iterator[Call]) -> Iterator[Call]:

@@ -37,6 +37,14 @@ class Slipped(Honest):
     capabilities = replace(CLAIMED, dialects=frozenset({"papers"}))
 
 
+class ClaimsPost(Honest):
+    name = "claims-post"
+    capabilities = replace(CLAIMED, stages=frozenset({"post"}))
+
+    def post(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        raise NotImplementedError("not done yet")
+
+
 class Raises(Honest):
     name = "raises"
 
