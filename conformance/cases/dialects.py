@@ -139,6 +139,11 @@ def edition(name: str) -> str:
     return str(number or "")
 
 
+def summary(name: str) -> str:
+    """What a published row is, in a sentence."""
+    return _published()[name].summary
+
+
 def evidence(name: str) -> dict[str, str]:
     """What a published row rests on: the software that ``ran``, or what was ``read`` and the ``date``; a ``note``."""
     return dict(_published()[name].evidence)
