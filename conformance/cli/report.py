@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from conformance.cli.app import SETUP, USAGE, app, stop
+from conformance.cli.app import SETUP, USAGE, stop
+from conformance.cli.options import FILE, argument, command, option
 
 
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Files that run --jsonl wrote, of one corpus.")],
-    html: Annotated[Path | None, typer.Option(help="Write a page: one file, nothing is fetched.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write a short text, for a pull request.")] = None,
-    selftest: Annotated[
-        Path | None, typer.Option("--selftest", "--power", help="A file that selftest --json wrote: adds the mutants.")
-    ] = None,
-) -> None:
+@command()
+@argument("runs", type=FILE, nargs=-1, required=True, help="Files that run --jsonl wrote, of one corpus.")
+@option("--html", type=FILE, help="Write a page: one file, nothing is fetched.")
+@option("--markdown", type=FILE, help="Write a short text, for a pull request.")
+@option("--selftest", "--power", "selftest", type=FILE, help="A file that selftest --json wrote: adds the mutants.")
+def report(runs: tuple[Path, ...], html: Path | None, markdown: Path | None, selftest: Path | None) -> None:
     """Merge runs of several machines into a page and a short text.
 
     The command prints the text if neither --html nor --markdown is given.
@@ -49,4 +46,4 @@ def report(
     except OSError as error:
         stop(f"can't be written: {error}", USAGE)
     if not html and not markdown:
-        typer.echo(text.markdown(content), nl=False)
+        click.echo(text.markdown(content), nl=False)

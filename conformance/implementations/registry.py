@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from conformance.files.problems import meant
 from conformance.implementations.wrapping import wrap
 from conformance.interface import Implementation, SetupError, describe
 from conformance.mesh import MARK, Member, parse_mesh
@@ -162,10 +163,11 @@ def _target(reference: str, group: str) -> tuple[str, str]:
     module, separator, attribute = registered(group).get(reference, reference).partition(":")
     if not separator:
         known = ", ".join(registered(group)) or "none"
+        near = meant(reference, registered(group))
         kind = "registered name" if group == GROUP else "name registered to run on a mesh"
         command = f" or {EXEC}COMMAND" if group == GROUP else ""
         example = f"{Path(reference).stem}:Mine for a class of {Path(reference).stem}.py"
-        raise SetupError(f"{reference}: expected module:attribute ({example}){command}, or a {kind}: {known}")
+        raise SetupError(f"{reference}: expected module:attribute ({example}){command}, or a {kind}: {known}{near}")
     return module, attribute
 
 
