@@ -40,6 +40,8 @@ class Outcome:
     skipped: str = ""
     reference: str = ""
     """What ``--impl`` was given: a registered name or ``module:attribute``."""
+    asked: str = ""
+    """The id of the item, which is the same in every run with the same options (`judge.run.Label.id`)."""
     file: str = ""
     """The case's file where it isn't one of the corpus."""
     about: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -116,6 +118,24 @@ def run_item(implementation: Implementation, item: Item, probe: bool = False, pl
         probe: hand over what isn't claimed too: it must be refused, or come out right.
         plan: further calls of the item, each in other modes; none where it is None.
     """
+    outcome = _begun(implementation, item, plan)
+    if not outcome.skipped:
+        answer = _call(implementation, item, outcome)
+        if plan is not None and not answer.refused and not answer.error:
+            plan.judge(implementation, item, outcome, answer)
+    elif probe and _may_be_probed(item, implementation.capabilities):
+        _probe(implementation, item, outcome)
+    return outcome
+
+
+def skipped(implementation: Implementation, item: Item, plan: Plan | None = None) -> Outcome | None:
+    """The outcome of an item that isn't claimed; None for one that is, and would be called."""
+    outcome = _begun(implementation, item, plan)
+    return outcome if outcome.skipped else None
+
+
+def _begun(implementation: Implementation, item: Item, plan: Plan | None) -> Outcome:
+    """What is known before a call: the item, the implementation's settings, and whether it claims the item."""
     outcome = Outcome(
         implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect,
         family=item.case.family,
@@ -127,13 +147,11 @@ def run_item(implementation: Implementation, item: Item, probe: bool = False, pl
     if plan is not None:
         outcome.about["modes"] = plan.fewer(claimed)
     outcome.skipped = refusal(item, claimed)
-    if not outcome.skipped:
-        answer = _call(implementation, item, outcome)
-        if plan is not None and not answer.refused and not answer.error:
-            plan.judge(implementation, item, outcome, answer)
-    elif probe and item.stage in claimed.stages and item.variant.contract in claimed.contracts:
-        _probe(implementation, item, outcome)
     return outcome
+
+
+def _may_be_probed(item: Item, claimed: Capabilities) -> bool:
+    return item.stage in claimed.stages and item.variant.contract in claimed.contracts
 
 
 def _probe(implementation: Implementation, item: Item, outcome: Outcome) -> None:
