@@ -25,6 +25,8 @@ ABSOLUTE = {DTYPES["float16"]: 2.0**-25}
 """Half of the smallest subnormal number, where it is large enough to matter."""
 PARTS = 3.0
 """Separately rounded parts of a gradient: their magnitudes count three times."""
+MOST_KEYS = 12
+"""Keys of a result that a message names."""
 MARGINAL = 0.5
 """A ratio above this is reported."""
 WORST = 4
@@ -54,6 +56,8 @@ class Check:
     """Elements by error in units of the bound (`EDGES`), of a tensor that failed."""
     mode: str = ""
     """What was special about the call (`judge.modes`); empty for the plain one."""
+    trace: list[str] = field(default_factory=list[str])
+    """The frames of an exception, outermost first."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -171,7 +175,10 @@ def check_item(
         gradient, name = tensor.startswith("d/"), tensor.removeprefix("d/")
         actual = (gradients if gradient else outputs).get(name)
         if actual is None:
-            checks.append(Check(tensor, "wrong-shape", message=f"expected {list(expected.shape)}, got nothing"))
+            part, given = ("gradients", gradients) if gradient else ("outputs", outputs)
+            came = f"these have {', '.join(map(str, list(given)[:MOST_KEYS]))}" if given else "these are empty"
+            message = f"expected {list(expected.shape)} under {name!r} of the {part}, got nothing; {came}"
+            checks.append(Check(tensor, "wrong-shape", message=message))
             continue
         dtype = inputs[name].dtype if gradient else item.output_dtype(name)
         bound = item.bounds[tensor].bound

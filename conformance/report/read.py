@@ -34,8 +34,8 @@ class Header(Struct, frozen=True, tag_field="kind", tag="header"):
     environment: dict[str, str] = {}
     altered: tuple[str, ...] = ()
     """A line for each file of the corpus that wasn't as promised."""
-    asked: tuple[str, ...] = ()
-    """The arguments of the command."""
+    asked: dict[str, Any] = {}
+    """The options that select what is measured, where they aren't as they are by default."""
 
 
 class Element(Struct, frozen=True):
@@ -78,6 +78,7 @@ class CheckLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="check"):
     histogram: tuple[int, ...] = ()
     reproduce: str = ""
     mode: str = ""
+    trace: tuple[str, ...] = ()
 
 
 class SkipLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="skip"):
@@ -104,6 +105,7 @@ class ItemLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="item"):
 
     lines: int
     reference: str = ""
+    asked: str = ""
     file: str = ""
     modes: tuple[str, ...] = ()
     repeats: int = 0

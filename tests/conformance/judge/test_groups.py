@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conformance.report.groups import Failure, grouped
+from conformance.judge.groups import Failure, grouped
 
 
 def failure(stage, tensor, case="generic-n4-paper", x="float32", mode="", ratio=5.0, elements=100, **changes):
@@ -37,10 +37,13 @@ def test_a_stage_that_is_handed_its_coefficients_does_not_follow_from_them():
     ]
 
 
-def test_what_fails_in_more_dtypes_or_dialects_does_not_follow():
+def test_what_fails_where_the_earlier_stage_is_right_does_not_follow():
     for wider in ({"x": "bfloat16"}, {"dialect": "liger"}):
-        groups = grouped([failure("pre", "u"), failure("layer", "out"), failure("layer", "out", **wider)])
-        assert shown(groups) == [("pre", "u", ""), ("layer", "out", "")]
+        failures = [failure("pre", "u"), failure("layer", "out"), failure("layer", "out", **wider)]
+        where = {"x": "float32", "dialect": "paper", **wider}
+        right = {("mine", "pre", where["x"], where["dialect"])}
+        assert shown(grouped(failures, right)) == [("pre", "u", ""), ("layer", "out", "")]
+        assert shown(grouped(failures)) == [("pre", "u", ""), ("layer", "out", "pre")]  # it wasn't asked there
 
 
 def test_an_output_does_not_follow_from_a_gradient_nor_a_plain_failure_from_one_in_a_mode():
