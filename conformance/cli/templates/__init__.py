@@ -46,7 +46,7 @@ LANGUAGES = {
     ".c": Language(
         gap=r"\n\n(?=static |int |/\*)",
         function=r"()(?:/\*(?:.|\n)*?\*/\n)?static [\w *]*?\b(\w+)\([^;]*?\{",
-        called=r"\b(\w+)\b",
+        called=r"\b(run_\w+|\w+(?=\())",
         stage=r"^ *\{\"(\w+)\", run_\w+\},\n",
     ),
 }

@@ -33,8 +33,8 @@ def wide(x):
 def finished(stage, inputs, outputs, gradients):
     """Outputs as they are, and each gradient in the dtype and shape of its input; zeros where there is none."""
     found = {}
-    for name, value in inputs.items() if gradients is not None else ():
-        if name not in STAGES[stage].constants:
+    for name, value in inputs.items():
+        if gradients is not None and name not in STAGES[stage].constants:
             gradient = np.asarray(gradients.get(name, np.zeros(value.shape)))
             found[name] = gradient.reshape(value.shape).astype(value.dtype)
     return outputs, found
@@ -316,12 +316,12 @@ class Mine:
 
     @np.errstate(all="ignore")
     def coefficients(self, inputs, config, cotangents):
-        *outputs, saved = coefficients(inputs["x"], inputs, config)
+        pre, post, H, saved = coefficients(inputs["x"], inputs, config)
         gradients = None
         if cotangents is not None:
-            of_outputs = [wide(cotangents[name]) for name in ("pre", "post", "H")]
-            gradients = coefficients_back(*of_outputs, saved, inputs["x"], inputs, config)
-        return finished("coefficients", inputs, dict(zip(("pre", "post", "H"), outputs, strict=True)), gradients)
+            of_pre, of_post, of_H = (wide(cotangents[name]) for name in ("pre", "post", "H"))
+            gradients = coefficients_back(of_pre, of_post, of_H, saved, inputs["x"], inputs, config)
+        return finished("coefficients", inputs, {"pre": pre, "post": post, "H": H}, gradients)
 
     @np.errstate(all="ignore")
     def pre(self, inputs, config, cotangents):
@@ -339,12 +339,12 @@ class Mine:
 
     @np.errstate(all="ignore")
     def post(self, inputs, config, cotangents):
-        names = ("y", "x", "post", "H")
-        values = [inputs[name] for name in names]
-        gradients = cotangents and dict(
-            zip(names, post_mix_back(cotangents["out"], *values, config), strict=True)
-        )  # fmt: skip
-        return finished("post", inputs, {"out": post_mix(*values, config)}, gradients)
+        y, x, post, H = (inputs[name] for name in ("y", "x", "post", "H"))
+        gradients = None
+        if cotangents is not None:
+            of_y, of_x, of_post, of_H = post_mix_back(cotangents["out"], y, x, post, H, config)
+            gradients = {"y": of_y, "x": of_x, "post": of_post, "H": of_H}
+        return finished("post", inputs, {"out": post_mix(y, x, post, H, config)}, gradients)
 
     @np.errstate(all="ignore")
     def layer(self, inputs, config, cotangents):
