@@ -18,7 +18,7 @@ FAILED, USAGE, SETUP = 1, 2, 3
 INTERRUPTED = 130  # 128 and SIGINT, as a shell has it
 
 COMMANDS = {
-    "Test an implementation": ("new", "run", "identify", "compare", "bitwise", "report", "dialects"),
+    "Test an implementation": ("doctor", "new", "run", "identify", "compare", "bitwise", "report", "dialects"),
     "Move weights": ("inspect", "port", "verdicts"),
     "Keep the corpus": ("fixtures", "selftest", "status", "peers"),
 }
