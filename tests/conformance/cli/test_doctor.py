@@ -17,7 +17,8 @@ from conformance.report import health
 ROOT = Path(__file__).parents[3]
 WORKING = {
     "torch.py": "class cuda:\n    is_available = staticmethod(lambda: True)\n"
-    "    device_count = staticmethod(lambda: 2)\n    get_device_name = staticmethod(lambda k: f'Great GPU\\x1b[31m {k}')\n",
+    "    device_count = staticmethod(lambda: 2)\n"
+    "    get_device_name = staticmethod(lambda k: f'Great GPU\\x1b[31m {k}')\n",
     "jax.py": "class Device:\n    platform, id, device_kind = 'tpu', 3, 'TPU v9'\ndevices = lambda: [Device]\n",
     "flax.py": "",
     "flint.py": "arb = int\n",
