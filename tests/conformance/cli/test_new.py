@@ -99,7 +99,7 @@ def test_other_dialects_pass_too(tmp_path, monkeypatch, framework, dialect):
         pytest.skip("its functions are those of the template for PyTorch, and take long to compile")
     implementation, _ = made(tmp_path, monkeypatch, framework, "--dialect", dialect)
     ran, failed = failures(implementation, dialect)
-    assert failed == [] and sum(ran.values()) > 10
+    assert failed == [] and sum(ran.values()) >= 10
 
 
 def test_the_rows_of_these_tests_differ_in_what_the_templates_depend_on():
