@@ -18,7 +18,17 @@ FAILED, USAGE, SETUP = 1, 2, 3
 INTERRUPTED = 130  # 128 and SIGINT, as a shell has it
 
 COMMANDS = {
-    "Test an implementation": ("run", "identify", "compare", "search", "bitwise", "report", "dialects"),
+    "Test an implementation": (
+        "doctor",
+        "new",
+        "run",
+        "identify",
+        "search",
+        "compare",
+        "bitwise",
+        "report",
+        "dialects",
+    ),  # fmt: skip
     "Move weights": ("inspect", "port", "verdicts"),
     "Keep the corpus": ("fixtures", "selftest", "status", "peers"),
 }

@@ -41,12 +41,30 @@ class Names(click.ParamType[str]):
             self.fail(unknown(self.name, value, self._names()), param, ctx)
         return value
 
+    def listed_with_commas(self) -> NamesWithCommas:
+        """The type of an option that takes several of these names at once."""
+        return NamesWithCommas(self)
+
     def listed(self) -> str:
         """The sentence of --help."""
         return f"{'A name is one' if self._others else 'One'} of {', '.join(self._names())}."
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(name) for name in self._names() if name.startswith(incomplete)]
+
+
+class NamesWithCommas(click.ParamType[tuple[str, ...]]):
+    """Several names of a list with commas between them; the last of them is completed."""
+
+    def __init__(self, names: Names):
+        self.names, self.name = names, names.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return tuple(self.names.convert(name.strip(), param, ctx) for name in value.split(","))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        before, comma, last = incomplete.rpartition(",")
+        return [CompletionItem(f"{before}{comma}{item.value}") for item in self.names.shell_complete(ctx, param, last)]
 
 
 def dialects() -> list[str]:
@@ -77,6 +95,7 @@ def one_of(kind: str, names: Sequence[str]) -> Names:
 
 
 def _described(help_text: str, kind: Any) -> str:
+    kind = kind.names if isinstance(kind, NamesWithCommas) else kind
     return f"{help_text} {kind.listed()}" if isinstance(kind, Names) else help_text
 
 

@@ -63,7 +63,7 @@ def registered(group: str = GROUP) -> dict[str, str]:
 
 def missing_modules(name: str) -> list[str]:
     """What would have to be installed for a registered implementation."""
-    return [module for module in _of_prefix(MODULES, name) or () if not _installed(module)]
+    return [module for module in _of_prefix(MODULES, name) or () if not installed(module)]
 
 
 def unavailable(name: str) -> str:
@@ -84,7 +84,8 @@ def _of_prefix(table: Mapping[str, Any], name: str) -> Any:
     return next((value for prefix, value in table.items() if f"{name}-".startswith(f"{prefix}-")), None)
 
 
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
+    """Whether a module is here; it isn't imported, but the package that it is in may be."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the package that it is in
