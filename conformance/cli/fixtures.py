@@ -1,15 +1,18 @@
-"""``mhc-conformance fixtures verify`` and ``regenerate``."""
+"""``mhc-conformance fixtures verify``, ``regenerate`` and ``export``."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
 
-fixtures_app = typer.Typer(help="Verify or regenerate the golden corpus.", no_args_is_help=True, rich_markup_mode=None)
+fixtures_app = typer.Typer(
+    help="Verify, regenerate or export the golden corpus.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(fixtures_app, name="fixtures")
 
 
@@ -82,3 +85,40 @@ def regenerate(
     what = "would change" if check else "changed"
     typer.echo(f"{len(changes)} files {what} ({', '.join(families) or 'all families'})")
     raise typer.Exit(FAILED if (check or frozen) and changes else 0)
+
+
+@fixtures_app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="The folder to write: a new one, or an empty one.")],
+    to: Annotated[str, typer.Option("--to", help="Whose format: flashinfer-bench.")],
+    dialect: Annotated[list[str] | None, typer.Option(help="Only this dialect; repeatable.")] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="Only this stage: pre, post, residual_matrix or head; repeatable.")
+    ] = None,
+    solution: Annotated[
+        str | None, typer.Option(help="Write an implementation beside each definition: torch, for torch_impl.")
+    ] = None,
+) -> None:
+    """Write golden cases as a data set for benchmarks of kernels, which neither need this package nor are needed here.
+
+    Exit status: 0 it is written, 2 it can't be.
+    """
+    known_names("format", [to], ["flashinfer-bench"])
+    known_names("solution", [solution] if solution else None, ["torch"])
+    from conformance.cases.case import CaseError
+    from conformance.cases.corpus import load_corpus
+    from conformance.cases.dialects import dialect_names
+    from conformance.cases.flashinfer_bench.export import ExportError
+    from conformance.cases.flashinfer_bench.export import export as write
+    from conformance.cases.flashinfer_bench.kernel import STAGES
+
+    try:
+        dialects = known_names("dialect", dialect, dialect_names())
+        stages = known_names("stage", stage, list(STAGES))
+        exported = write(folder, load_corpus(), dialects, stages, solution is not None)
+    except (ExportError, CaseError) as error:
+        stop(str(error), USAGE)
+    except OSError as error:
+        stop(f"{folder}: can't be written ({error.strerror or error})", USAGE)
+    solutions = f", {exported.solutions} solutions" if solution else ""
+    typer.echo(f"{exported.definitions} definitions, {exported.workloads} workloads{solutions}: {folder}")
