@@ -95,6 +95,14 @@ def export(
     stage: Annotated[
         list[str] | None, typer.Option(help="Only this stage: pre, post, residual_matrix or head; repeatable.")
     ] = None,
+    dim: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=1 << 16, help="Also this width, with 4 streams and random numbers; repeatable."),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=1 << 20, help="How many tokens with --dim; repeatable. Default: 1, 128 and 4096."),
+    ] = None,
     solution: Annotated[
         str | None, typer.Option(help="Write an implementation beside each definition: torch, for torch_impl.")
     ] = None,
@@ -105,17 +113,21 @@ def export(
     """
     known_names("format", [to], ["flashinfer-bench"])
     known_names("solution", [solution] if solution else None, ["torch"])
+    if tokens and not dim:
+        stop("--tokens goes with --dim: golden cases have the tokens that they have", USAGE)
     from conformance.cases.case import CaseError
     from conformance.cases.corpus import load_corpus
     from conformance.cases.dialects import dialect_names
-    from conformance.cases.flashinfer_bench.export import ExportError
+    from conformance.cases.flashinfer_bench.export import ExportError, Wish
     from conformance.cases.flashinfer_bench.export import export as write
     from conformance.cases.flashinfer_bench.kernel import STAGES
 
     try:
         dialects = known_names("dialect", dialect, dialect_names())
         stages = known_names("stage", stage, list(STAGES))
-        exported = write(folder, load_corpus(), dialects, stages, solution is not None)
+        sizes = {"tokens": tokens} if tokens else {}
+        wish = Wish(dialects, stages, widths=dim or (), solution=solution is not None, **sizes)
+        exported = write(folder, load_corpus(), wish)
     except (ExportError, CaseError) as error:
         stop(str(error), USAGE)
     except OSError as error:

@@ -142,6 +142,11 @@ class Kernel:
         tokens = Variable("the tokens: batch times seq")
         return {TOKENS: tokens, **{name: axis for name, axis in lengths.items() if name in used}}
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The lengths of all axes but the tokens."""
+        return {name: axis.value for name, axis in self.axes.items() if isinstance(axis, Constant)}
+
     @cached_property
     def definition(self) -> Definition:
         """The operation as FlashInfer-Bench describes it."""

@@ -55,11 +55,15 @@ class Safetensors(Struct, frozen=True, tag_field="type", tag="safetensors"):
     tensor_key: str
 
 
+class Random(Struct, frozen=True, tag_field="type", tag="random"):
+    """An argument that FlashInfer-Bench draws from the normal distribution."""
+
+
 class Workload(Struct, frozen=True):
     """The numbers of one call."""
 
     axes: dict[str, int]
-    inputs: dict[str, Safetensors]
+    inputs: dict[str, Safetensors | Random]
     uuid: str
 
 
