@@ -12,6 +12,8 @@ import pytest
 from conformance.cases.corpus import load_corpus
 from conformance.cases.flashinfer_bench.export import Wish, export
 from conformance.cases.flashinfer_bench.kernel import STAGES
+from conformance.cases.flashinfer_bench.solutions import torch_solution
+from conformance.cases.flashinfer_bench.workloads import calls
 
 pytest.importorskip("torch", reason="FlashInfer-Bench stands on PyTorch: install the extra torch")
 bench: Any = pytest.importorskip(
@@ -95,3 +97,21 @@ def test_a_wrong_solution_does_not_pass(folder, tmp_path):
         )
     statuses = {trace.evaluation.status.value for trace in evaluated(other)}
     assert "INCORRECT_NUMERICAL" in statuses
+
+
+def test_nineteen_iterations_pass_there_and_fail_here(tmp_path):
+    """What docs/kernel-benchmarks.md, "What its verdict means", says."""
+    from tests.conformance.cases.flashinfer_bench.on_cpu import evaluated
+    from tests.conformance.cases.flashinfer_bench.test_references import checks, function_of
+
+    right, wrong = "streams=", "iterations=19, streams="
+    export(tmp_path / "mhc", load_corpus(), Wish(["deepseek-v4"], ["pre"], solution=True))
+    for path in (tmp_path / "mhc" / "solutions").rglob("*.json"):
+        path.write_text(path.read_text().replace(right, wrong))
+    there = [trace.evaluation.status.value for trace in evaluated(tmp_path / "mhc")]
+    assert there == ["PASSED"] * 67
+    failed = 0
+    for call in calls(load_corpus(), ["deepseek-v4"], ["pre"]):
+        run = function_of(torch_solution(call.kernel).sources[0].content.replace(right, wrong))
+        failed += any(check.verdict == "failed" for check in checks(call, run))
+    assert 67 / 2 < failed < 67
