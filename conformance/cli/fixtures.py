@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, app, interruptible, known_names, stop
 
 fixtures_app = typer.Typer(
     help="Verify, regenerate or export the golden corpus.", no_args_is_help=True, rich_markup_mode=None
@@ -121,16 +121,20 @@ def export(
     from conformance.cases.flashinfer_bench.export import ExportError, Wish
     from conformance.cases.flashinfer_bench.export import export as write
     from conformance.cases.flashinfer_bench.kernel import STAGES
+    from conformance.files.problems import one_line
 
     try:
         dialects = known_names("dialect", dialect, dialect_names())
         stages = known_names("stage", stage, list(STAGES))
         sizes = {"tokens": tokens} if tokens else {}
         wish = Wish(dialects, stages, widths=dim or (), solution=solution is not None, **sizes)
-        exported = write(folder, load_corpus(), wish)
+        with interruptible(lambda: "before the folder was whole; nothing is left of it"):
+            exported = write(folder, load_corpus(), wish)
     except (ExportError, CaseError) as error:
-        stop(str(error), USAGE)
+        stop(one_line(str(error)), USAGE)
     except OSError as error:
-        stop(f"{folder}: can't be written ({error.strerror or error})", USAGE)
+        stop(one_line(f"{folder}: can't be written ({error.strerror or error})"), USAGE)
     solutions = f", {exported.solutions} solutions" if solution else ""
-    typer.echo(f"{exported.definitions} definitions, {exported.workloads} workloads{solutions}: {folder}")
+    typer.echo(
+        f"{exported.definitions} definitions, {exported.workloads} workloads{solutions}: {one_line(str(folder))}"
+    )

@@ -79,12 +79,13 @@ def export(folder: Path, cases: Iterable[Case], wish: Wish) -> Exported:
     """Writes the folder, all of it or nothing.
 
     Args:
-        folder: is made; it may be there if it is empty.
+        folder: is made; it may be there if it is empty. A link is followed.
 
     Raises:
         ExportError: the folder isn't empty, or there is no such case.
         OSError: it can't be written.
     """
+    folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         came = "one with files in it" if folder.is_dir() else "a file"
         raise ExportError(f"{folder}: expected a new or an empty folder, got {came}; name another")

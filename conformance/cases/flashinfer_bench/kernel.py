@@ -38,10 +38,11 @@ TENSORS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "base": (("columns",), "weights", "the bias of each logit"),
 }
 """For each argument and result its axes, its role (`conformance.stages`) and its meaning."""
-FLASHINFER = {
-    "mhc_pre": "vLLM's mhc_pre calls these residual (our x), fn, hc_scale and hc_base.",
-    "mhc_post": "flashinfer.mhc_post calls these x (our y), residual (our x), post_layer_mix and comb_res_mix.",
+ELSEWHERE = {
+    "mhc_pre": "mhc_pre_torch of vLLM 0.32.0 calls these residual (our x), fn, hc_scale and hc_base.",
+    "mhc_post": "mhc_post of FlashInfer 0.7.2 calls these x (our y), residual (our x), post_layer_mix and comb_res_mix.",
 }
+"""What the arguments are called elsewhere, where a kernel's H is summed over its first index."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ class Kernel:
         """The operation as FlashInfer-Bench describes it."""
         axes = self.axes
         said = [f"Stage {self.stage} of manifold-constrained hyper-connections (arXiv:2512.24880), as {self.dialect}."]
-        if self.op_type in FLASHINFER and self.row["mix"] == "in-out":
-            said.append(FLASHINFER[self.op_type])
+        if self.op_type in ELSEWHERE and self.row["mix"] == "in-out":
+            said.append(ELSEWHERE[self.op_type])
         return Definition(
             name=self.name,
             op_type=self.op_type,

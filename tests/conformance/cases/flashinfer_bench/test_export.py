@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,34 @@ def test_a_folder_with_files_is_left_as_it_is(tmp_path):
         export(tmp_path / "mine", [], Wish([], []))
 
 
+def test_a_link_is_followed_and_the_current_folder_is_one(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    wish = Wish(["deepseek-v4"], ["post"])
+    export(tmp_path / "link", cases(CASE), wish)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "README.md").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(Path("."), cases(CASE), wish)
+    assert (tmp_path / "here" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("name", ["[/red]", "a\x1b[31mb", "lone-\udc80", "line\nbreak"])
+def test_a_strange_name_is_written_and_told_in_one_plain_line(tmp_path, name):
+    done = call(str(tmp_path / name), "--to", "flashinfer-bench", "--dialect", "hunyuan-v4", "--stage", "head")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert len(done.stdout.splitlines()) == 1 and done.stdout.rstrip("\n").isprintable()
+    assert (tmp_path / name / "README.md").is_file()
+    again = call(str(tmp_path / name), "--to", "flashinfer-bench")
+    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1 and "\x1b" not in again.stderr
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "/dev/null/mhc", "/proc/mhc", "n" * 300])
+def test_where_no_folder_can_be_is_2_in_one_line(place):
+    done = call(place, "--to", "flashinfer-bench", "--dialect", "hunyuan-v4", "--stage", "head")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
     written = exporting._golden_workload
 
@@ -154,3 +184,15 @@ def test_the_command_says_what_it_wrote_and_needs_no_framework(tmp_path):
     assert not (tmp_path / "mhc" / "solutions").exists()
     code = "import sys, conformance.cases.flashinfer_bench.export; sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_an_interruption_is_130_and_leaves_nothing(tmp_path):
+    command = [sys.executable, "-m", "conformance.cli", "fixtures", "export", str(tmp_path / "mhc")]
+    process = subprocess.Popen([*command, "--to", "flashinfer-bench"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".mhc.*/workloads")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and len(said.splitlines()) == 1 and "interrupted" in said
+    assert list(tmp_path.iterdir()) == []
