@@ -40,7 +40,7 @@ TENSORS: dict[str, tuple[tuple[str, ...], str, str]] = {
 """For each argument and result its axes, its role (`conformance.stages`) and its meaning."""
 ELSEWHERE = {
     "mhc_pre": "mhc_pre_torch of vLLM 0.32.0 calls these residual (our x), fn, hc_scale and hc_base.",
-    "mhc_post": "mhc_post of FlashInfer 0.7.2 calls these x (our y), residual (our x), post_layer_mix and comb_res_mix.",
+    "mhc_post": "mhc_post of FlashInfer 0.7.2 calls these x (our y), residual (our x), post_layer_mix, comb_res_mix.",
 }
 """What the arguments are called elsewhere, where a kernel's H is summed over its first index."""
 
