@@ -28,7 +28,7 @@ COMMANDS = {
         "bitwise",
         "report",
         "dialects",
-    ),  # fmt: skip
+    ),
     "Move weights": ("inspect", "port", "verdicts"),
     "Keep the corpus": ("fixtures", "selftest", "status", "peers"),
 }

@@ -1,18 +1,19 @@
-"""``mhc-conformance fixtures verify`` and ``regenerate``."""
+"""``mhc-conformance fixtures verify``, ``regenerate`` and ``export``."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
-from conformance.cli.app import FAILED, SETUP, USAGE, known_names, stop
-from conformance.cli.options import Command, option
+from conformance.cli.app import FAILED, SETUP, USAGE, interruptible, known_names, stop
+from conformance.cli.options import DIALECT, FILE, Command, argument, one_of, option
 
 
 @click.group(no_args_is_help=True)
 def fixtures() -> None:
-    """Verify or regenerate the golden corpus.
+    """Verify, regenerate or export the golden corpus.
 
     Exit status: see the help of each of its commands.
     """
@@ -86,3 +87,70 @@ def regenerate(jobs: int, check: bool, frozen: bool, family: tuple[str, ...], sa
     what = "would change" if check else "changed"
     click.echo(f"{len(changes)} files {what} ({', '.join(families) or 'all families'})")
     raise click.exceptions.Exit(FAILED if (check or frozen) and changes else 0)
+
+
+@fixtures.command(cls=Command)
+@argument("folder", type=FILE, help="The folder to write: a new one, or an empty one.")
+@option("--to", required=True, type=one_of("format", ("flashinfer-bench",)), help="Whose format.")
+@option("--dialect", multiple=True, type=DIALECT, help="Only this dialect; repeatable.")
+@option(
+    "--stage",
+    multiple=True,
+    type=one_of("stage", ("pre", "post", "residual_matrix", "head")),
+    help="Only this stage; repeatable.",
+)
+@option(
+    "--dim",
+    type=click.IntRange(1, 1 << 16),
+    multiple=True,
+    help="Also this width, with 4 streams and random numbers; repeatable.",
+)
+@option(
+    "--tokens",
+    type=click.IntRange(1, 1 << 20),
+    multiple=True,
+    help="How many tokens with --dim; repeatable. Default: 1, 128 and 4096.",
+)
+@option(
+    "--solution",
+    type=one_of("solution", ("torch",)),
+    help="Write an implementation beside each definition: torch, for torch_impl.",
+)
+def export(
+    folder: Path,
+    to: str,
+    dialect: tuple[str, ...],
+    stage: tuple[str, ...],
+    dim: tuple[int, ...],
+    tokens: tuple[int, ...],
+    solution: str | None,
+) -> None:
+    """Write golden cases as a data set for benchmarks of kernels, which neither need this package nor are needed here.
+
+    Exit status: 0 it is written, 2 it can't be.
+    """
+    if tokens and not dim:
+        stop("--tokens goes with --dim: golden cases have the tokens that they have", USAGE)
+    from conformance.cases.case import CaseError
+    from conformance.cases.corpus import load_corpus
+    from conformance.cases.dialects import dialect_names
+    from conformance.cases.flashinfer_bench.export import ExportError, Wish
+    from conformance.cases.flashinfer_bench.export import export as write
+    from conformance.cases.flashinfer_bench.kernel import STAGES
+    from conformance.files.problems import one_line
+
+    try:
+        dialects = known_names("dialect", dialect, dialect_names())
+        stages = known_names("stage", stage, list(STAGES))
+        sizes = {"tokens": tokens} if tokens else {}
+        wish = Wish(dialects, stages, widths=dim or (), solution=solution is not None, **sizes)
+        with interruptible(lambda: "before the folder was whole; nothing is left of it"):
+            exported = write(folder, load_corpus(), wish)
+    except (ExportError, CaseError) as error:
+        stop(one_line(str(error)), USAGE)
+    except OSError as error:
+        stop(one_line(f"{folder}: can't be written ({error.strerror or error})"), USAGE)
+    solutions = f", {exported.solutions} solutions" if solution else ""
+    click.echo(
+        f"{exported.definitions} definitions, {exported.workloads} workloads{solutions}: {one_line(str(folder))}"
+    )
