@@ -15,6 +15,7 @@ from conformance.cases.corpus import load_corpus
 from conformance.cases.dialects import dialect_rows, published
 from conformance.implementations import registry
 from conformance.interface import Implementation
+from conformance.judge.item import run_item
 from conformance.questions.diagnosis.places import Asked, Over, place
 from conformance.questions.identify import Identity, identify
 from conformance.questions.sizes.design import Size, parsed
@@ -67,13 +68,18 @@ class Function:
 
 
 def work(connection: Connection) -> None:
-    """Takes a `Task`, and sends what it finds as it finds it: ``("function", Function)``, ``("place", words)``."""
+    """Takes a `Task`, and sends what it finds as it finds it.
+
+    ``("alone", passes)``: whether the golden item passes as the first call of a process; ``("function", Function)``;
+    ``("place", words)``; ``("end", None)``.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     task: Task = connection.recv()
     ends = time.monotonic() + task.seconds
     implementation = registry.load(task.reference, task.seconds)
     cases = load_corpus()
     if task.golden:
+        connection.send(("alone", _alone(implementation, task, cases)))
         connection.send(("function", _function(implementation, task, cases)))
     size = _size(task, cases) if task.stage in STAGES_OF_SIZES else None
     if size is not None:
@@ -83,6 +89,12 @@ def work(connection: Connection) -> None:
         except Over:
             connection.send(("place", asked.said))
     connection.send(("end", None))
+
+
+def _alone(implementation: Implementation, task: Task, cases: list[Case]) -> bool:
+    items = [item for case in cases if case.id == task.case for item in case.items()]
+    item = next((i for i in items if i.stage == task.stage and i.variant.x == task.x), None)
+    return item is not None and not run_item(implementation, item).failed
 
 
 def _function(implementation: Implementation, task: Task, cases: list[Case]) -> Function:

@@ -10,6 +10,7 @@ from conformance.cases.dialects import dialect_names
 from conformance.implementations.child import PythonChild
 from conformance.judge.groups import Diagnosis
 from conformance.judge.item import Outcome
+from conformance.judge.modes import AFTER
 from conformance.mesh import MARK
 from conformance.questions.diagnosis import measured
 from conformance.questions.diagnosis.child import Function, Task
@@ -38,17 +39,18 @@ def _diagnosed(name: str, seen: Shown, reference: str, seconds: float) -> Diagno
     cause = measured.at_once(seen)
     if cause:
         return Diagnosis(name, cause, _standing(seen))
-    function, place = _asked(seen, reference, seconds)
-    causes = list(dict.fromkeys(filter(None, _causes(seen, function, place))))
+    found = _asked(seen, reference, seconds)
+    function = found.get("function")
+    causes = list(dict.fromkeys(filter(None, _causes(seen, found))))
     cause = causes[0] if causes else ""
     return Diagnosis(name, cause, [*causes[1:], *_supports(seen, function)])
 
 
-def _asked(seen: Shown, reference: str, seconds: float) -> tuple[Function | None, str]:
-    """What a process of its own finds in time: the function, and the place where it fails."""
+def _asked(seen: Shown, reference: str, seconds: float) -> dict[str, Any]:
+    """What a process of its own finds in time, under the names of `child.work`."""
     leader = seen.leader
     if MARK in reference or leader.dialect not in dialect_names():
-        return None, ""
+        return {}
     stage = "" if leader.mode else leader.stage
     task = Task(
         reference, leader.dialect, seen.dtype, leader.case, stage, leader.x, leader.gradient, seen.golden, seconds
@@ -65,11 +67,17 @@ def _asked(seen: Shown, reference: str, seconds: float) -> tuple[Function | None
         pass
     finally:
         child.end()
-    return found.get("function"), found.get("place", "")
+    return found
 
 
-def _causes(seen: Shown, function: Function | None, place: str) -> Iterator[str]:
+def _causes(seen: Shown, found: dict[str, Any]) -> Iterator[str]:
     """Every cause that was found, the most telling first."""
+    function: Function | None = found.get("function")
+    place: str = found.get("place", "")
+    if found.get("alone"):
+        dtype = any(AFTER in o.mode for out in seen.outcomes for o in out.failed)
+        others = "others in another dtype" if dtype else "others"
+        yield f"right as the first call of a process, wrong after {others}: it keeps state of them, or is a race"
     where = f"{'' if seen.golden else 'right at small sizes; '}wrong {place}" if place else ""
     if not seen.golden:
         yield where
@@ -82,6 +90,7 @@ def _causes(seen: Shown, function: Function | None, place: str) -> Iterator[str]
     if function and function.gradients:
         yield f"the values are right; {'; '.join(function.gradients)}"
     yield where
+    yield measured.of_parameters(seen)
     yield measured.of_dtype(seen, function.precision if function else "")
     yield measured.of_family(seen)
     if function and function.configured:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from conformance.cases.corpus import load_corpus
 from conformance.judge import modes
 from conformance.judge.groups import Failure, clean, grouped, of_outcomes
 from conformance.judge.item import Outcome
@@ -23,8 +24,8 @@ MODES = {
     modes.VALUES: "gives the answer of an earlier call where tokens stand in other places",
     modes.MEMORY: "leaves elements unwritten: they hold what the memory held before",
     modes.FORWARD: "wrong where no gradients are asked for: that path is another",
-    modes.REPEATED: "gives other results for the same content: a race, or memory that isn't written",
     modes.AGAIN: "a second call with the same content gives another result",
+    modes.REPEATED: "gives other results for the same content: a race, or memory that isn't written",
 }
 """What a failure in one mode alone means; of several modes the first of this order is named first."""
 
@@ -42,6 +43,11 @@ FAMILIES = {
     "expanded": "x whose streams share memory (stride 0) is read wrongly",
 }
 """What it means that one family of cases fails alone."""
+
+
+FAINT = "H faint"
+"""What `judge.faint` calls the small entries of H."""
+PARAMETERS = {"iterations": "iterations", "streams": "streams", "dim": "channels"}
 
 
 @dataclass(frozen=True)
@@ -99,10 +105,32 @@ def at_once(seen: Shown) -> str:
         return f"accepts what it doesn't claim, and gets it wrong: {leader.message}"
     if leader.mode:
         return _of_mode(seen)
+    if leader.tensor == FAINT:
+        return FAMILIES["faint"]
+    if all(_laid_out(f) for f in seen.failures):
+        return f"{MODES[modes.LAYOUT]}: nothing but views fails, whose strides aren't those of a packed array"
     if leader.message.startswith("written to") or "was changed" in leader.message:
         return f"writes into its input {leader.tensor}"
     if leader.verdict == "mistrusted":
         return f"{leader.tensor} of {leader.stage} is {leader.message}: the harness may not write its result"
+    return ""
+
+
+def _laid_out(failure: Failure) -> bool:
+    """Whether a case hands over views."""
+    return failure.family == "expanded" or "strided" in failure.case
+
+
+def of_parameters(seen: Shown) -> str:
+    """A parameter from whose value on the golden cases of a stage fail; empty where none tells failing from passing."""
+    leader, cases = seen.leader, {case.id: case for case in load_corpus()}
+    failing = {f.case for f in seen.failures if f.stage == leader.stage and f.x == leader.x} & cases.keys()
+    ran = {o.case for o in seen.outcomes if _same_item_kind(o, leader) and not o.skipped} & cases.keys()
+    passing = ran - failing
+    for name, word in PARAMETERS.items():
+        wrong, right = ({cases[c].parameters[name] or 0 for c in some} for some in (failing, passing))
+        if wrong and right and min(wrong) > max(right):
+            return f"wrong with {min(wrong)} {word} and more, right up to {max(right)} ({leader.stage})"
     return ""
 
 
