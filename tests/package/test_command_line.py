@@ -150,7 +150,7 @@ def test_a_shell_gets_what_fits(typed, expected):
         (("rnu",), "mhc-conformance: unknown command 'rnu', expected one of "),
         (("rnu",), "did you mean 'run'?"),
         (("fixtures", "verfy"), "mhc-conformance fixtures: No such command 'verfy'. Did you mean 'verify'?"),
-        (("run", "--dialects", "paper"), "Did you mean '--dialect'?"),
+        (("run", "--dtypes", "float32"), "'--dtype'"),
         (("run", "--stage", "redcue"), "did you mean 'reduce'?"),
         (("run", "--dtype", "bfloat"), "did you mean 'bfloat16'?"),
         (("run", "--dialect", "papers"), "did you mean 'paper'?"),
