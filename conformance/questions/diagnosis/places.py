@@ -163,16 +163,23 @@ def _with(size: Size, name: str, value: int) -> Size:
 
 
 def _elements(asked: Asked, size: Size, needed: list[str]) -> str:
-    """Whether the number of elements of x is what matters, where two of its factors can't be made smaller."""
-    if len(needed) < 2 or "dim" not in needed:
+    """Whether the number of elements of x is what matters, where C and another factor of it can't be made smaller.
+
+    It is where the smallest C that fails and the smallest other factor come to the same number of elements.
+    """
+    if len(needed) != 2 or "dim" not in needed or any(_of(size, name) < SMALL[name] for name in needed):
         return ""
-    other = next(name for name in needed if name != "dim")
-    halved = _with(size, "dim", max(1, _of(size, "dim") // 2))
-    if asked.fails(halved) or not asked.fails(_with(halved, other, 2 * _of(size, other))):
+    most_passing, least_failing = 0, size.elements
+    for name in needed:
+        value = _of(size, name)
+        first = _threshold(lambda number, name=name: asked.fails(_with(size, name, number)), SMALL[name], value)
+        each = size.elements // value
+        most_passing, least_failing = max(most_passing, (first - 1) * each), min(least_failing, first * each)
+    if most_passing >= least_failing:
         return ""
-    first = _threshold(lambda value: asked.fails(_with(size, "dim", value)), SMALL["dim"], _of(size, "dim"))
-    rest = size.elements // _of(size, "dim")
-    return f"only from {(first - 1) * rest + 1:,} to {first * rest:,} elements of x on"
+    if least_failing - most_passing == 1:
+        return f"only where x has more than {most_passing:,} elements"
+    return f"only where x has more than some {most_passing:,} to {least_failing - 1:,} elements"
 
 
 def _words(asked: Asked, size: Size, name: str) -> str:
