@@ -109,8 +109,8 @@ def at_once(seen: Shown) -> str:
         return FAMILIES["faint"]
     if all(_laid_out(f) for f in seen.failures):
         return f"{MODES[modes.LAYOUT]}: nothing but views fails, whose strides aren't those of a packed array"
-    if leader.message.startswith("written to") or "was changed" in leader.message:
-        return f"writes into its input {leader.tensor}"
+    if leader.message.startswith("changed "):
+        return f"{leader.message}, first in {leader.stage}: results must have memory of their own"
     if leader.verdict == "mistrusted":
         return f"{leader.tensor} of {leader.stage} is {leader.message}: the harness may not write its result"
     return ""
@@ -129,7 +129,7 @@ def of_parameters(seen: Shown) -> str:
     passing = ran - failing
     for name, word in PARAMETERS.items():
         wrong, right = ({cases[c].parameters[name] or 0 for c in some} for some in (failing, passing))
-        if wrong and right and min(wrong) > max(right):
+        if wrong and right and min(wrong) > max(right) and len(passing) >= len(failing):
             return f"wrong with {min(wrong)} {word} and more, right up to {max(right)} ({leader.stage})"
     return ""
 

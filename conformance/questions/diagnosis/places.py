@@ -35,6 +35,7 @@ ONE = {
     "batch": "only for one row of a batch",
     "streams": "only with one stream",
 }
+NOT_ALONE = "where a token isn't alone: its result depends on the other tokens"
 MOST_STEPS = 40
 
 
@@ -108,7 +109,7 @@ class Asked:
 
 
 def place(asked: Asked, size: Size) -> str:
-    """Where it fails, in words: ``only from 13 tokens on``; empty where the size doesn't fail, or everything does."""
+    """Where it fails, in words: ``only from 13 tokens on``; empty where the size doesn't fail, or all do."""
     if not asked.fails(size):
         asked.coarse, asked.known = False, {}
         if not asked.fails(size):
@@ -124,7 +125,7 @@ def place(asked: Asked, size: Size) -> str:
         elif _of(size, name) != SMALL[name]:
             needed.append(name)
     if not needed and not said:
-        return ""
+        return "" if asked.fails(_with(size, "tokens", 1)) else NOT_ALONE
     product = _elements(asked, size, needed)
     said += [product] if product else [_words(asked, size, name) for name in needed]
     return " and ".join(said)

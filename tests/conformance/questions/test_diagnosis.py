@@ -60,6 +60,11 @@ class Known(Asked):
         ),
         (lambda s: s.iterations == 50, Size(7, 1, 640, 8, 50), "only with 50 iterations, not with 20"),
         (lambda s: s.dim >= 512 and s.streams == 3, Size(1, 7, 640, 3), "only with 3 streams and only from C = 512 on"),
+        (
+            lambda s: s.tokens > 1,
+            Size(1, 7, 640, 3),
+            "where a token isn't alone: its result depends on the other tokens",
+        ),
         (lambda s: True, Size(1, 7, 640, 3), ""),
         (lambda s: False, Size(1, 7, 640, 3), ""),
     ],
