@@ -80,14 +80,16 @@ def work(connection: Connection) -> None:
     cases = load_corpus()
     if task.golden:
         connection.send(("alone", _alone(implementation, task, cases)))
-        connection.send(("function", _function(implementation, task, cases)))
     size = _size(task, cases) if task.stage in STAGES_OF_SIZES else None
     if size is not None:
-        asked = Asked(implementation, published(task.dialect), task.stage, task.x, task.gradient, ends - SPARE)
+        of_places = ends - SPARE if not task.golden else min(ends - SPARE, time.monotonic() + task.seconds / 3)
+        asked = Asked(implementation, published(task.dialect), task.stage, task.x, task.gradient, of_places)
         try:
             connection.send(("place", place(asked, size)))
         except Over:
             connection.send(("place", asked.said))
+    if task.golden:
+        connection.send(("function", _function(implementation, task, cases)))
     connection.send(("end", None))
 
 

@@ -97,6 +97,7 @@ def _causes(seen: Shown, found: dict[str, Any]) -> Iterator[str]:
         yield f"doesn't follow its configuration: {function.configured}"
     if function and function.rounded and seen.wide:
         yield f"a step is computed in bfloat16 or TF32 where {function.told} has none: all errors are of that size"
+    yield measured.of_rounding(seen)
     if seen.gradients:
         name = seen.leader.tensor.removeprefix("d/")
         yield f"the values are right; the gradient of {name} isn't, first in {seen.leader.stage}"

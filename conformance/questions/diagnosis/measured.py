@@ -47,6 +47,10 @@ FAMILIES = {
 
 FAINT = "H faint"
 """What `judge.faint` calls the small entries of H."""
+NARROW = (2.0**-14, 2.0**-4)
+"""Errors between these fractions of a value are roundings to a narrow dtype, or sums of a few."""
+FEWEST, MOST_OF = 5, 0.75
+"""Items that it takes to say so, and how many of them must have such an error: a sum that cancels has a larger one."""
 PARAMETERS = {"iterations": "iterations", "streams": "streams", "dim": "channels"}
 
 
@@ -182,3 +186,24 @@ def of_dtype(seen: Shown, precision: str = "") -> str:
     else:
         what = f"{leader.tensor} of {leader.stage} loses more than its last rounding: a step is kept in that dtype"
     return f"right in {' and '.join(right)}; in {' and '.join(failing)} {what}"
+
+
+def of_rounding(seen: Shown) -> str:
+    """Whether errors with x in a wide dtype are as large as roundings to a narrow one; empty otherwise."""
+    leader = seen.leader
+    errors = [
+        element["error"] / abs(element["expected"])
+        for o in seen.outcomes
+        if o.stage == leader.stage and o.x in WIDE
+        for check in o.failed
+        if check.tensor == leader.tensor and not check.mode
+        for element in check.worst[:1]
+        if element["expected"]
+    ]
+    narrow = [error for error in errors if NARROW[0] < error < NARROW[1]]
+    if len(errors) < FEWEST or len(narrow) < MOST_OF * len(errors):
+        return ""
+    return (
+        f"{leader.tensor} of {leader.stage} is off by {min(narrow):.1g} to {max(narrow):.1g} of its value: a step is "
+        "computed in bfloat16, float16 or TF32 where the row has float32"
+    )

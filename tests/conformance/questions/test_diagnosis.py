@@ -171,6 +171,19 @@ def test_one_dtype_alone_is_named_with_what_is_rounded():
     assert measured.of_dtype(measured.shown([wrong], [wrong])) == ""  # nothing else ran
 
 
+def test_errors_as_large_as_narrow_roundings_are_told_from_another_function():
+    def off(error):
+        wrong = [outcome(f"generic-{k}", "coefficients", "H") for k in range(6)]
+        for number, o in enumerate(wrong):
+            o.checks[0].worst[0].update(expected=0.5, error=0.5 * error * (1 + number))
+        return measured.of_rounding(measured.shown(wrong, wrong))
+
+    assert off(2.0**-9).startswith(
+        "H of coefficients is off by 0.002 to 0.01 of its value: a step is computed in bfloat16"
+    )
+    assert off(2.0**-5) == "" and off(2.0**-20) == ""
+
+
 def test_a_parameter_that_tells_failing_cases_from_passing_ones_is_named():
     cases = {case.id: case for case in load_corpus() if "residual_matrix" in case.stages}
     named = {k: (c.parameters["iterations"] or 0) for k, c in cases.items()}
