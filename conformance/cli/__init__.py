@@ -18,7 +18,8 @@ from conformance.cli import (
     status,
     verdicts,
 )
-from conformance.cli.app import USAGE, app
+from conformance.cli.app import app
+from conformance.cli.ending import NAME, ended
 
 __all__ = [
     "bitwise",
@@ -38,13 +39,5 @@ __all__ = [
 
 
 def main() -> None:
-    """Runs a command; where the package's own fixtures are broken any command ends with one line about them."""
-    try:
-        app(prog_name="mhc-conformance")
-    except ValueError as error:
-        from conformance.files.places import CaseError
-
-        if not isinstance(error, CaseError):
-            raise
-        print(f"mhc-conformance: {error}", file=sys.stderr)
-        sys.exit(USAGE)
+    """Runs a command; whatever is wrong for its user ends it with one line (`ending.ended`)."""
+    sys.exit(ended(lambda: app(prog_name=NAME, standalone_mode=False)))

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import conformance
+from conformance.files.line import one_line
 
 FAILED, USAGE, SETUP = 1, 2, 3
 INTERRUPTED = 130  # 128 and SIGINT, as a shell has it
@@ -36,8 +37,13 @@ def root(
 
 def stop(message: str, status: int) -> NoReturn:
     """Ends the command with one line on standard error."""
-    typer.echo(f"mhc-conformance: {message}", err=True)
+    typer.echo(f"mhc-conformance: {one_line(message)}", err=True)
     raise typer.Exit(status)
+
+
+def say(text: str) -> None:
+    """Prints one line; names, files and exceptions in it may hold whatever a terminal acts on."""
+    typer.echo(one_line(text))
 
 
 def known_names(kind: str, names: list[str] | None, known: list[str]) -> list[str]:

@@ -13,8 +13,6 @@ import typer
 from conformance.cli.app import USAGE, app, stop
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from conformance.porter.port import Options, PortReport
 
 
@@ -122,6 +120,7 @@ def port(
     package is missing; 4 approximate, and not allowed; 5 impossible; 6 nothing says which function the source computes;
     7 hyper-connections are missing, or have names that no layout has. Nothing is written unless it is 0.
     """
+    from conformance.porter.activations import read
     from conformance.porter.errors import Ambiguous, PortError
     from conformance.porter.port import Options, Refused
     from conformance.porter.storage.stacks import Stacks
@@ -137,7 +136,7 @@ def port(
             to=to, source_layout=source_layout, dialect=dialect, to_dialect=to_dialect, dtype=dtype,
             assume=assume, config=config, to_config=to_config, allow_partial=allow_partial,
             allow_approximate=allow_approximate, into=into, verify=verify, seed=seed,
-            activations=_activations(activations) if activations else None, norm_weight=norm_weight,
+            activations=read(activations) if activations else None, norm_weight=norm_weight,
             stacks=Stacks.parse(stacks), scan_axis=scan_axis, names=prefixes(names or []),
             source_names=prefixes(from_names or []), overwrite=overwrite, dry_run=dry_run, read_back=read_back,
         )  # fmt: skip
@@ -213,38 +212,6 @@ def prefixes(texts: list[str]) -> dict[str, str]:
             )
         by_kind[kind] = template
     return by_kind
-
-
-def _activations(path: Path) -> np.ndarray:
-    """Reads streams from a file: the array of a .npy file, or all tensors of a safetensors file.
-
-    Raises:
-        PortError: the file can't be read, or has no streams in it.
-    """
-    import numpy as np
-
-    from conformance.cases.format import DTYPES
-    from conformance.porter.errors import PortError
-    from conformance.porter.storage.opening import open_checkpoint
-
-    if path.suffix != ".npy":
-        with open_checkpoint(path) as checkpoint:
-            values = [checkpoint.read(name) for name in checkpoint.tensors]
-    else:
-        try:
-            values = [np.load(path, allow_pickle=False)]
-        except (OSError, ValueError) as error:
-            raise PortError(f"{path}: expected an array, got {error}") from error
-    for value in values:
-        if value.dtype not in DTYPES.values():
-            raise PortError(f"{path}: must hold {', '.join(DTYPES)}, got {value.dtype}")
-        if value.ndim < 2 or value.shape[-2:] != values[0].shape[-2:] or not np.isfinite(value).all():
-            raise PortError(
-                f"{path}: must hold finite streams [..., n, C], all with the same n and C, got {list(value.shape)}"
-            )
-    if not values:
-        raise PortError(f"{path}: has no tensors")
-    return np.concatenate([v.astype(np.float64).reshape(-1, *v.shape[-2:]) for v in values])
 
 
 def _show(report: PortReport, machine: bool, verbose: bool, dry_run: bool = False) -> None:

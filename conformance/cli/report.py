@@ -27,6 +27,7 @@ def report(
     """
     from conformance.cases.case import CaseError
     from conformance.files import atomic
+    from conformance.files.reading import told
     from conformance.report import markdown as text
     from conformance.report import read
     from conformance.report.summary import summary
@@ -47,6 +48,6 @@ def report(
                 stop(f"the page needs plotly: pip install 'mhc-conformance[report]' ({error})", SETUP)
             atomic.write(html, page(content))
     except OSError as error:
-        stop(f"can't be written: {error}", USAGE)
+        stop(told(error), USAGE)
     if not html and not markdown:
         typer.echo(text.markdown(content), nl=False)

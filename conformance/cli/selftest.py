@@ -46,6 +46,7 @@ def selftest(
     from rich.progress import Progress
 
     from conformance.files import atomic, document
+    from conformance.files.reading import told
 
     (kind,) = known_names("kind", [kind], [BOTH, WHAT, WHERE])
     titles = [[m.title() for m in mutants] for mutants in (measure.MUTANTS, measure_where.WHERE)]
@@ -84,7 +85,7 @@ def selftest(
             if json:
                 atomic.write(json, table.as_json(result, places))
         except (OSError, ValueError) as error:
-            stop(str(error), USAGE)
+            stop(told(error), USAGE)
     problems = [*result.survivors, *places.survivors, *result.false_alarms]
     for line in problems:
         typer.echo(line)

@@ -27,6 +27,7 @@ def status(
     from conformance.cases.case import CaseError
     from conformance.cases.corpus import load_corpus
     from conformance.files import atomic, document
+    from conformance.files.reading import told
     from conformance.report.status import grounds
     from conformance.report.status import status as page
 
@@ -41,4 +42,4 @@ def status(
         else:
             typer.echo(text, nl=False)
     except (CaseError, OSError, ValueError) as error:
-        stop(str(error), USAGE)
+        stop(told(error), USAGE)

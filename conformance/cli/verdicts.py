@@ -28,6 +28,7 @@ def verdicts(
     approximate port has the deviation of out on a made-up site.
     """
     from conformance.files import document
+    from conformance.files.reading import told
     from conformance.porter import table
 
     if (source is None) != (target is None):
@@ -45,4 +46,4 @@ def verdicts(
         else:
             typer.echo(text, nl=False)
     except (OSError, ValueError) as error:
-        stop(str(error), USAGE)
+        stop(told(error), USAGE)

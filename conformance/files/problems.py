@@ -14,13 +14,12 @@ from typing import Any, cast
 
 from msgspec import inspect
 
+from conformance.files.line import one_line
+
+__all__ = ["fits", "one_line", "problems", "shown"]
+
 _SHOWN = 60
 """Characters of a text from outside in a message."""
-
-
-def one_line(text: str) -> str:
-    """A message without line breaks and other characters that a terminal acts on."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shown(value: Any) -> str:

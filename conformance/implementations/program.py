@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from conformance.cases.case import CaseError, read_metadata, read_tensors
+from conformance.cases.case import CaseError
+from conformance.cases.tensors import read_metadata, read_tensors
 from conformance.implementations.child import DIRTY, Child, Deadline
 from conformance.implementations.greeting import PROTOCOL, ProgramError, read_answer, read_greeting
 from conformance.implementations.registry import EXEC

@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save
 
-from conformance.cases.case import FORMAT, INFINITE_FORMAT, CaseError, read_tensors
+from conformance.cases.case import FORMAT, INFINITE_FORMAT, CaseError
+from conformance.cases.tensors import read_tensors
 from conformance.files import atomic
 from conformance.oracle.arithmetic import Arithmetic, Array
 from conformance.oracle.balls import BallArithmetic, certified

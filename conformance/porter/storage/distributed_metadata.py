@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from conformance.files.reading import open_bytes
 from conformance.porter.errors import PortError
 from conformance.porter.untyped import is_mapping, is_sequence, is_tuple
 
 NAME = ".metadata"
+LARGEST = 1 << 30
+"""Bytes of the metadata; those of a million tensors have 200 MB."""
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element, for the dtypes that weights have."""
 
@@ -184,7 +187,7 @@ def read_metadata(directory: Path) -> Described:
     collecting = gc.isenabled()
     gc.disable()  # millions of records, none of them garbage: more than half of the time
     try:
-        return Described(path, _Unpickler(io.BytesIO(path.read_bytes())).load())
+        return Described(path, _Unpickler(io.BytesIO(_content(path))).load())
     except OSError as error:
         raise PortError(f"{path}: can't be read ({error.strerror})") from error
     except PortError as error:
@@ -197,6 +200,14 @@ def read_metadata(directory: Path) -> Described:
     finally:
         if collecting:
             gc.enable()
+
+
+def _content(path: Path) -> bytes:
+    with open_bytes(path) as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise PortError(f"{path}: expected metadata of at most {LARGEST} bytes, got more")
+    return content
 
 
 def _entry(name: str, value: _OfTensor, places: Mapping[tuple[int, ...], _Record]) -> Entry:

@@ -1,0 +1,17 @@
+"""Messages of one line, whatever is in them; nothing is imported for it, since every command needs it."""
+
+from __future__ import annotations
+
+LONGEST = 2000
+"""Characters of a message: the names of paths may have 4,096, and a stranger's words any number."""
+
+
+def one_line(text: str, most: int = LONGEST) -> str:
+    """A message without line breaks and other characters that a terminal acts on, of a length that can be read.
+
+    Args:
+        most: characters; where there are more its middle is left out, since its end says what to do.
+    """
+    if len(text) > most:
+        text = f"{text[: most * 2 // 3]} … {text[len(text) - most // 3 :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
