@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, say, stop
 from conformance.cli.sizes import NONE, QUICK, SHORT
+from conformance.files.line import one_line
 
 
 @app.command()
@@ -36,6 +37,7 @@ def bitwise(
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from conformance.implementations import registry
     from conformance.interface import SetupError
@@ -53,7 +55,10 @@ def bitwise(
         ):
             if not report.items:
                 stop(f"{report.name} claims none of the cases, or answered none of them", USAGE)
-            table.add_row(report.name, *(f"{bits.differ} of {bits.tensors}" for bits in report.answers.values()))
+            table.add_row(
+                Text(one_line(report.name, 60)),
+                *(f"{bits.differ} of {bits.tensors}" for bits in report.answers.values()),
+            )
             for question, bits in report.answers.items():
                 differ |= bool(bits.differ)
                 if bits.differ:
@@ -64,5 +69,5 @@ def bitwise(
         stop(str(error), SETUP)
     Console(width=140).print(table)
     for line in lines:
-        typer.echo(line)
+        say(line)
     raise typer.Exit(FAILED if strict and differ else 0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, say, stop
 from conformance.cli.fresh import HELP, dialects_given
 from conformance.cli.sizes import NONE, QUICK, SHORT
 
@@ -75,16 +75,16 @@ def compare(
             continue
         if call.place != place:
             place = call.place
-            typer.echo(place)
+            say(place)
         rows = comparison.compare(first, second, call, layouts)
         if isinstance(rows, str):
-            typer.echo(f"{call.stage:16} {rows}")
+            say(f"{call.stage:16} {rows}")
             continue
         compared += 1
         for line in rows:
             apart = line.apart(tolerance)
             where = f" at {line.index}: {line.a:.9g} and {line.b:.9g}" if line.largest else ""
-            typer.echo(
+            say(
                 f"{call.stage:16} {line.tensor:22} {line.largest:10.3g} {line.units:10.3g} units{where}"
                 f"{'   differs' if apart else ''}{' ' + line.note if line.note else ''}"
             )
@@ -92,7 +92,7 @@ def compare(
                 differing = ", ".join(filter(None, (call.place, call.stage, line.tensor)))
     if not compared:
         stop("no stage is claimed by both in this dialect, dtype and shape", USAGE)
-    typer.echo(f"the first that differs: {differing}" if differing else f"no difference in {compared} stages")
+    say(f"the first that differs: {differing}" if differing else f"no difference in {compared} stages")
     raise typer.Exit(FAILED if differing else 0)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, say, stop
 
 fixtures_app = typer.Typer(help="Verify or regenerate the golden corpus.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(fixtures_app, name="fixtures")
@@ -29,8 +29,8 @@ def verify() -> None:
     except CaseError as error:
         stop(str(error), USAGE)
     for line in problems:
-        typer.echo(line)
-    typer.echo(f"{count} files promised, {len(problems)} problems")
+        say(line)
+    say(f"{count} files promised, {len(problems)} problems")
     raise typer.Exit(FAILED if problems else 0)
 
 
@@ -69,7 +69,7 @@ def regenerate(
         changed = sources.changed()
         families = [] if changed else list(sources.SAMPLE)
         if changed:
-            typer.echo(f"not what the corpus was made with: {', '.join(changed)}; all of it is made again")
+            say(f"not what the corpus was made with: {', '.join(changed)}; all of it is made again")
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("cases", total=None)
         changes = generate(
@@ -78,7 +78,7 @@ def regenerate(
     if not check:
         sources.record()
     for line in changes:
-        typer.echo(line)
+        say(line)
     what = "would change" if check else "changed"
-    typer.echo(f"{len(changes)} files {what} ({', '.join(families) or 'all families'})")
+    say(f"{len(changes)} files {what} ({', '.join(families) or 'all families'})")
     raise typer.Exit(FAILED if (check or frozen) and changes else 0)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, say, stop
 from conformance.cli.fresh import HELP, Workshop, dialects_given, making
 
 
@@ -61,11 +61,11 @@ def identify(
     for told in [row.name for row in given if dialect or not unclaimed(row, implementation.capabilities)]:
         identity = run(implementation, told, rows, items, dtype)
         for line in identity.raised[:3]:
-            typer.echo(f"{implementation.name}, told {told}, {dtype}: raised in {line}")
+            say(f"{implementation.name}, told {told}, {dtype}: raised in {line}")
         if not identity.items:
             stop(f"{implementation.name} claims, or answers, none of the separating cases of {told} in {dtype}", USAGE)
         for line in words.lines(implementation.name, dtype, identity, rows, verbose):
-            typer.echo(line)
+            say(line)
         wrong = wrong or not identity.as_told
     if wrong:
         raise typer.Exit(FAILED)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from conformance.cli.app import app, stop
+from conformance.cli.app import app, say, stop
 from conformance.cli.port import prefixes
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ def _show(inspection: Inspection) -> None:
         "fitting": ", ".join(inspection.dialects) or "none",
     }
     for name, text in rows.items():
-        typer.echo(f"{name:8} {text}")
+        say(f"{name:8} {text}")
     for line in inspection.odd:
-        typer.echo(f"odd      {line}")
+        say(f"odd      {line}")
 
 
 def _dialect(inspection: Inspection) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from conformance.cli.app import USAGE, app, stop
+from conformance.cli.app import USAGE, app, say, stop
+from conformance.files.line import one_line
 
 if TYPE_CHECKING:
     from conformance.porter.port import Options, PortReport
@@ -145,7 +146,7 @@ def port(
         except Ambiguous as error:
             if not (sys.stdin.isatty() and sys.stderr.isatty()):
                 raise
-            typer.echo(f"mhc-conformance: {error}", err=True)
+            typer.echo(one_line(f"mhc-conformance: {error}"), err=True)
             chosen = typer.prompt(f"the source's layout ({', '.join(error.fits)})", err=True)
             report = _run(source, target, dataclasses.replace(options, source_layout=chosen))
     except Refused as error:
@@ -219,28 +220,26 @@ def _show(report: PortReport, machine: bool, verbose: bool, dry_run: bool = Fals
         typer.echo(json.dumps(report.as_dict(), indent=1))
         return
     sites = f"{report.sites - report.head} sites{' and a head' if report.head else ''}"
-    typer.echo(
+    say(
         f"source   {report.source_layout}, {report.source}: {report.layers} layers, {sites}, "
         f"n = {report.streams}, C = {report.dim}, {report.source_bytes / 1e6:.3f} MB"
     )
-    typer.echo(f"dialect  {report.source_dialect} ({report.source_told_by})")
-    typer.echo(f"         to {report.target_dialect} ({report.told_by}), layout {report.target_layout}")
+    say(f"dialect  {report.source_dialect} ({report.source_told_by})")
+    say(f"         to {report.target_dialect} ({report.told_by}), layout {report.target_layout}")
     for note in report.notes:
-        typer.echo(f"note     {note}")
+        say(f"note     {note}")
     for key, value in report.settings.items():
-        typer.echo(f"set      {key}: {value} in {report.settings_place}")
-    typer.echo(f"verdict  {report.reason}")
+        say(f"set      {key}: {value} in {report.settings_place}")
+    say(f"verdict  {report.reason}")
     if report.deviations:
         largest = ", ".join(f"{name} {value:.3g}" for name, value in report.largest.items())
-        typer.echo(f"measured on {report.probes} probe tokens: largest deviation {largest}")
+        say(f"measured on {report.probes} probe tokens: largest deviation {largest}")
     if verbose:
         for site, row in report.deviations.items():
-            typer.echo(f"  {site:24} " + "  ".join(f"{name} {value:.3g}" for name, value in row.items()))
+            say(f"  {site:24} " + "  ".join(f"{name} {value:.3g}" for name, value in row.items()))
     if report.written:
-        typer.echo(
-            f"written  {report.written}, {len(report.tensors)} tensors{', read back' if report.read_back else ''}"
-        )
+        say(f"written  {report.written}, {len(report.tensors)} tensors{', read back' if report.read_back else ''}")
     elif dry_run:
-        typer.echo("plan     a dry run writes nothing; a port would write:")
+        say("plan     a dry run writes nothing; a port would write:")
         for name, (shape, kind) in report.tensors.items():
-            typer.echo(f"  {name} {shape} {kind}")
+            say(f"  {name} {shape} {kind}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, say, stop
 
 BOTH, WHAT, WHERE = "both", "what", "where"
 
@@ -74,7 +74,7 @@ def selftest(
     for part in (table.terminal(result), table.terminal_of_places(places)):
         console.print(part)
     for line in [*table.reasons(result), *([table.honest_line(result)] if result.honest else [])]:
-        typer.echo(line)
+        say(line)
     if write or json:
         try:
             if write:
@@ -88,8 +88,8 @@ def selftest(
             stop(told(error), USAGE)
     problems = [*result.survivors, *places.survivors, *result.false_alarms]
     for line in problems:
-        typer.echo(line)
-    typer.echo(f"{len(chosen) + len(of_where)} mutants, {count} honest variants: {len(problems)} problems")
+        say(line)
+    say(f"{len(chosen) + len(of_where)} mutants, {count} honest variants: {len(problems)} problems")
     raise typer.Exit(FAILED if problems else 0)
 
 

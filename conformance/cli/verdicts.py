@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from conformance.cli.app import USAGE, app, stop
+from conformance.cli.app import USAGE, app, say, stop
 from conformance.cli.fresh import HELP, dialects_given
 
 
@@ -36,7 +36,7 @@ def verdicts(
     if source is not None and target is not None:
         before, after = (dict(dialects_given([text])[0].parameters) for text in (source, target))
         for line in table.reasons(before, after):
-            typer.echo(line)
+            say(line)
         return
     text = table.markdown()
     try:

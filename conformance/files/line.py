@@ -10,8 +10,12 @@ def one_line(text: str, most: int = LONGEST) -> str:
     """A message without line breaks and other characters that a terminal acts on, of a length that can be read.
 
     Args:
-        most: characters; where there are more its middle is left out, since its end says what to do.
+        most: characters, of which one that is escaped counts as one (`cut`).
     """
-    if len(text) > most:
-        text = f"{text[: most * 2 // 3]} … {text[len(text) - most // 3 :]}"
+    text = cut(text, most)
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def cut(text: str, most: int) -> str:
+    """A text of at most so many characters and three; its middle is left out, since its end says what to do."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[len(text) - most // 3 :]}"

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from conformance.cases.case import Case, CaseError
+from conformance.files.plain import name_of
 from conformance.interface import SetupError
 from conformance.judge.guard import Guard
 from conformance.judge.item import run_item
@@ -40,7 +41,7 @@ def work(connection: Connection) -> None:
         plan.announce = partial(_announce, connection)
     gc.disable()  # tracing makes millions of small objects: a fifth of the time went into looking at them
     gc.freeze()
-    connection.send(("ready", implementation.name))
+    connection.send(("ready", name_of(implementation.name)))
     cases: dict[str, Case] = {}
     for count in itertools.count(1):
         key = connection.recv()

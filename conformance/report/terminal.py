@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from conformance.files.line import one_line
 from conformance.judge.item import Outcome
 from conformance.judge.known import Known
 from conformance.judge.modes import MODES
@@ -21,6 +22,7 @@ from conformance.report import borrowing
 from conformance.stages import STAGES
 
 MOST_FAILURES = 40
+LONGEST_NAME = 60
 UNCLAIMED = "not claimed"
 """The end of a reason to skip what `Capabilities` leaves out."""
 
@@ -56,8 +58,8 @@ class TerminalReport:
         if self._live:
             failures = sum(bool(o.failed) for o in self.outcomes)
             self._live.update(
-                Text(f"{len(self.outcomes)}/{self.expected}  {failures} failed  {outcome.implementation} "
-                     f"{outcome.case} {outcome.stage} {outcome.variant}")
+                Text(one_line(f"{len(self.outcomes)}/{self.expected}  {failures} failed  {outcome.implementation} "
+                              f"{outcome.case} {outcome.stage} {outcome.variant}"))
             )  # fmt: skip
 
     def show(self, failures: Sequence[Outcome]) -> None:
@@ -117,7 +119,8 @@ class TerminalReport:
                     self._line(f"not repeated: {name}: {o.case}, {o.stage}, {o.variant}: {line}")
 
     def _line(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        lines = "\n".join(one_line(line) for line in text.split("\n"))
+        self.console.print(lines, markup=False, highlight=False, soft_wrap=True)
 
     def table(self) -> Table:
         """Implementation x stage: the worst error as a fraction of its bound, or the number of failed items."""
@@ -143,7 +146,7 @@ class TerminalReport:
                     cells.append(f"[red]{failed[key]} failed[/red]")
                 else:
                     cells.append(f"{worst[key]:.2f}")
-            table.add_row(name, *cells)
+            table.add_row(Text(one_line(name, LONGEST_NAME)), *cells)
         return table
 
     def _failure(self, outcome: Outcome) -> None:

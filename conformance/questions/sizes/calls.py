@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from conformance.implementations.calling import called
 from conformance.interface import Arrays, Implementation, describe
-from conformance.judge.item import MESSAGE, Outcome, mappings
+from conformance.judge.item import Outcome
 from conformance.judge.modes import FORWARD, LAYOUT
 from conformance.judge.modes_layouts import ROUNDS, lay, layouts_of
 from conformance.judge.rule import GOOD, Check
@@ -82,13 +83,13 @@ class Calls:
         """The reason of a refusal, and every check of the call."""
         started = time.perf_counter()
         try:
-            outputs, gradients = mappings(
-                self.implementation.call(self.item.stage, dict(inputs), self.item.config, cotangents)
+            outputs, gradients = called(
+                self.implementation, self.item.stage, dict(inputs), self.item.config, cotangents
             )
         except NotImplementedError as error:
             return f"refused: {describe(error)}", []
         except Exception as error:
-            return "", [Check("-", "errored", np.inf, message=describe(error)[:MESSAGE])]
+            return "", [Check("-", "errored", np.inf, message=describe(error))]
         finally:
             self.outcome.seconds += time.perf_counter() - started
         returned = {**outputs, **{f"d/{name}": gradient for name, gradient in gradients.items()}}

@@ -11,9 +11,10 @@ import numpy as np
 
 from conformance.cases.case import Item
 from conformance.cases.description import Bound
+from conformance.files.plain import name_of
 from conformance.interface import Capabilities, Implementation
 from conformance.judge.faint import check_faint
-from conformance.judge.item import Outcome
+from conformance.judge.item import Outcome, about
 from conformance.judge.rule import GOOD, UNIT_ROUNDOFF, WORST, Check, allowance, check_tensor, is_array, wide
 from conformance.judge.scale import Scale
 from conformance.judge.stochasticity import check_stochasticity
@@ -34,10 +35,10 @@ def put(implementation: Implementation, key: tuple[str, str, str]) -> Outcome:
     question, claimed = Question.of(key), implementation.capabilities
     item = question.item(claimed)
     if isinstance(item, str):
-        outcome = Outcome(implementation.name, question.case, "size", "-", "-", "-", skipped=item)
+        outcome = Outcome(name_of(implementation.name), question.case, "size", "-", "-", "-", skipped=item)
     else:
         outcome = judged(implementation, item, question.folder, question.proof)
-    outcome.about = {"device": claimed.device, "description": claimed.description, **claimed.settings}
+    outcome.about = about(claimed)
     return outcome
 
 
@@ -48,7 +49,8 @@ def judged(implementation: Implementation, item: SizeItem, folder: str = "", pro
         folder: where truths are kept.
         proof: seconds for which the truth is compared with ball arithmetic first.
     """
-    outcome = Outcome(implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.dialect)
+    name = name_of(implementation.name)
+    outcome = Outcome(name, item.case.id, item.stage, item.variant.name, item.variant.x, item.dialect)
     tensors = item.tensors
     inputs = item.inputs()
     claimed = implementation.capabilities
