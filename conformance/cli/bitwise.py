@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, say, stop
+from conformance.cli.limits import LONGEST, MOST_JOBS
 from conformance.cli.sizes import NONE, QUICK, SHORT
 from conformance.files.line import one_line
 
@@ -24,9 +25,11 @@ def bitwise(
     sizes: Annotated[
         str, typer.Option(help="Production sizes in the place of the golden cases: short or quick.")
     ] = NONE,
-    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, max=MOST_JOBS, help="Worker processes.")] = 2,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 where a bit differs.")] = False,
-    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
+    time_limit: Annotated[
+        float, typer.Option(min=0.1, max=LONGEST, help="Seconds for one answer of a program.")
+    ] = 60.0,
 ) -> None:
     """Check whether results repeat to the last bit.
 

@@ -9,6 +9,7 @@ import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, say, stop
 from conformance.cli.fresh import HELP, dialects_given
+from conformance.cli.limits import LARGEST_SEED, LONGEST, MOST_DIM, MOST_ELEMENTS, MOST_STREAMS, MOST_TOKENS
 from conformance.cli.sizes import NONE, QUICK, SHORT
 
 if TYPE_CHECKING:
@@ -20,14 +21,14 @@ def compare(
     a: Annotated[str, typer.Argument(help="An implementation: a registered name, module:attribute or exec:COMMAND.")],
     b: Annotated[str, typer.Argument(help="The other implementation.")],
     dialect: Annotated[str, typer.Option(help=f"Compare in this dialect: {HELP}.")] = "paper",
-    streams: Annotated[int, typer.Option(min=1, help="Number of residual streams.")] = 4,
-    dim: Annotated[int, typer.Option(min=1, help="Width of one stream.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Number of sequences.")] = 2,
-    seq: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 8,
+    streams: Annotated[int, typer.Option(min=1, max=MOST_STREAMS, help="Number of residual streams.")] = 4,
+    dim: Annotated[int, typer.Option(min=1, max=MOST_DIM, help="Width of one stream.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Number of sequences.")] = 2,
+    seq: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens in a sequence.")] = 8,
     dtype: Annotated[str, typer.Option(help="Dtype of x.")] = "float32",
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; repeatable.")] = None,
-    deviation: Annotated[float, typer.Option(min=0, help="Standard deviation of the logits.")] = 2.0,
-    seed: Annotated[int, typer.Option(help="Seed of the data.")] = 0,
+    deviation: Annotated[float, typer.Option(min=0, max=1e6, help="Standard deviation of the logits.")] = 2.0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the data.")] = 0,
     tolerance: Annotated[
         float,
         typer.Option(
@@ -40,7 +41,9 @@ def compare(
     layouts: Annotated[
         bool, typer.Option("--layouts", help="Hand arrays over as views, each in another layout in memory.")
     ] = False,
-    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
+    time_limit: Annotated[
+        float, typer.Option(min=0.1, max=LONGEST, help="Seconds for one answer of a program.")
+    ] = 60.0,
 ) -> None:
     """Compare two implementations with each other on fresh data.
 
@@ -59,11 +62,14 @@ def compare(
     (row,) = dialects_given([dialect])
     known_names("dtype", [dtype], list(DTYPES))
     stages = known_names("stage", stage, list(STAGES))
+    (form,) = known_names("sizes", [sizes], [NONE, SHORT, QUICK])
+    elements = max(batch * seq, streams * (streams + 2)) * streams * dim  # of x, and of the projections together
+    if form == NONE and elements > MOST_ELEMENTS:
+        stop(f"x and the projections may have {MOST_ELEMENTS} elements each, got {elements}: give smaller sizes", USAGE)
     try:
         first, second = (registry.load(name, time_limit) for name in (a, b))
     except SetupError as error:
         stop(str(error), SETUP)
-    (form,) = known_names("sizes", [sizes], [NONE, SHORT, QUICK])
     calls = comparison.calls(row, streams, dim, (batch, seq), dtype, seed, deviation)
     if form != NONE:
         if dtype not in DTYPES_OF_SIZES:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, say, stop
+from conformance.cli.limits import MOST_JOBS
 
 fixtures_app = typer.Typer(help="Verify or regenerate the golden corpus.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(fixtures_app, name="fixtures")
@@ -36,7 +37,7 @@ def verify() -> None:
 
 @fixtures_app.command()
 def regenerate(
-    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, max=MOST_JOBS, help="Worker processes.")] = 2,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where something would change.")] = False,
     frozen: Annotated[bool, typer.Option("--frozen", help="Write, and exit 1 where something changed.")] = False,
     family: Annotated[

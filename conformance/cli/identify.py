@@ -8,6 +8,7 @@ import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, say, stop
 from conformance.cli.fresh import HELP, Workshop, dialects_given, making
+from conformance.cli.limits import LONGEST
 
 
 @app.command()
@@ -21,7 +22,9 @@ def identify(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of x.")] = "float32",
-    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
+    time_limit: Annotated[
+        float, typer.Option(min=0.1, max=LONGEST, help="Seconds for one answer of a program.")
+    ] = 60.0,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Also print the nearest candidates and what would look the same.")
     ] = False,

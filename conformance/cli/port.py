@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from conformance.cli.app import USAGE, app, say, stop
+from conformance.cli.limits import LARGEST_SEED, MOST_PROBES
 from conformance.files.line import one_line
 
 if TYPE_CHECKING:
@@ -72,9 +73,10 @@ def port(
         ),
     ] = None,
     verify: Annotated[
-        int, typer.Option(min=1, help="Number of probe tokens on which source and target are evaluated.")
+        int,
+        typer.Option(min=1, max=MOST_PROBES, help="Number of probe tokens on which source and target are evaluated."),
     ] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the probe tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=-LARGEST_SEED, max=LARGEST_SEED, help="Seed of the probe tokens.")] = 0,
     activations: Annotated[
         Path | None,
         typer.Option(

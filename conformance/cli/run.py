@@ -13,6 +13,7 @@ import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, interruptible, known_names, stop
 from conformance.cli.fresh import HELP, Workshop, dialects_given
+from conformance.cli.limits import LARGEST_SEED, LONGEST, MOST_JOBS, MOST_PROCESSES, MOST_REPEATS
 from conformance.cli.selection import Choice, selected
 from conformance.cli.sizes import FORMS, FULL, LONG, PREFIX, QUICK, SHORT, SizeChoice
 
@@ -111,7 +112,8 @@ def run(
         typer.Option(help="Run sharded, for instance data=2,tensor=2 (data, fsdp, sequence, tensor); repeatable."),
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=0, help="Number of processes for each mesh; 0 lets the framework decide.")
+        int,
+        typer.Option(min=0, max=MOST_PROCESSES, help="Number of processes for each mesh; 0 lets the framework decide."),
     ] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="Run a small subset that covers every stage but the stack.")
@@ -127,6 +129,7 @@ def run(
         int | None,
         typer.Option(
             min=0,
+            max=LARGEST_SEED,
             metavar="SEED",
             help="Instead of the golden cases, run the like with new numbers, made on the spot (a covering subset).",
         ),
@@ -139,13 +142,14 @@ def run(
         int | None,
         typer.Option(
             min=1,
+            max=MOST_REPEATS,
             help="Calls with the same content, of one item of each stage and dtype, to find races. Default: 32, or 4 "
             "with --quick.",
         ),
     ] = None,
     stop_early: Annotated[bool, typer.Option("-x", help="Stop at the first failure.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 2,
-    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one item.")] = 300.0,
+    jobs: Annotated[int, typer.Option(min=1, max=MOST_JOBS, help="Worker processes at a time.")] = 2,
+    time_limit: Annotated[float, typer.Option(min=0.1, max=LONGEST, help="Seconds for one item.")] = 300.0,
     modes: Annotated[
         bool,
         typer.Option(
@@ -164,9 +168,10 @@ def run(
         ),
     ] = False,
     search: Annotated[
-        float, typer.Option(min=0, help="Instead of the golden cases, draw fresh ones for this many seconds.")
+        float,
+        typer.Option(min=0, max=LONGEST, help="Instead of the golden cases, draw fresh ones for this many seconds."),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="The seed of --search.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="The seed of --search.")] = 0,
     found: Annotated[Path, typer.Option(help="File for the smallest case that fails.")] = Path("found.safetensors"),
     listing: Annotated[bool, typer.Option("--list", help="Only print what would run, an item a line.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every reason to skip an item.")] = False,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, say, stop
+from conformance.cli.limits import MOST_JOBS, MOST_VARIANTS
 
 BOTH, WHAT, WHERE = "both", "what", "where"
 
@@ -23,9 +24,10 @@ def selftest(
     ] = None,
     kind: Annotated[str, typer.Option(help="Mistakes in what is computed (what), in where (where), or both.")] = BOTH,
     variants: Annotated[
-        int | None, typer.Option(min=0, help="Number of honest variants. Default: 200, or 10 with --quick.")
+        int | None,
+        typer.Option(min=0, max=MOST_VARIANTS, help="Number of honest variants. Default: 200, or 10 with --quick."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, max=MOST_JOBS, help="Worker processes.")] = 2,
     write: Annotated[
         Path | None,
         typer.Option(help="Put the tables between the selftest and the where markers of this Markdown file."),

@@ -13,11 +13,10 @@ import errno
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-from conformance.files import through
+from conformance.files import temporary, through
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 LONGEST = 200
@@ -79,12 +78,12 @@ def _in_place(path: Path) -> Generator[Path]:
 @contextlib.contextmanager
 def _written_through(path: Path) -> Generator[Path]:
     """A path elsewhere, for a file whose content goes to what isn't a file."""
-    with through.opened(path) as descriptor, tempfile.TemporaryDirectory(prefix="mhc-conformance-") as folder:
-        temporary = Path(folder) / (path.name or "content")
-        yield temporary
-        if not temporary.is_file():
+    with through.opened(path) as descriptor, temporary.within() as folder:
+        made = folder / (path.name or "content")
+        yield made
+        if not made.is_file():
             raise OSError(errno.ENOTDIR, "a directory can't be written there", str(path))
-        through.pour(descriptor, temporary.read_bytes(), str(path))
+        through.pour(descriptor, made.read_bytes(), str(path))
 
 
 def _place(path: Path) -> Path:

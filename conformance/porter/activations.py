@@ -15,10 +15,9 @@ import numpy as np
 from conformance.cases.format import DTYPES
 from conformance.files.reading import open_bytes, reason
 from conformance.porter.errors import PortError
+from conformance.porter.options import MOST_ELEMENTS
 from conformance.porter.storage.opening import open_checkpoint
 
-MOST = 1 << 25
-"""Elements of all streams together: they are held in float64 several times, 256 MiB each time."""
 MAGIC = b"\x93NUMPY"
 LONGEST_HEADER = 10_000
 """Bytes of an array's description, as NumPy itself allows."""
@@ -53,8 +52,10 @@ def read(path: Path) -> np.ndarray:
 
 def _check_size(path: Path, elements: Iterable[int]) -> None:
     total = sum(elements)
-    if total > MOST:
-        raise PortError(f"{path}: must hold at most {MOST} elements, got {total}: leave out some of the tokens")
+    if total > MOST_ELEMENTS:
+        raise PortError(
+            f"{path}: must hold at most {MOST_ELEMENTS} elements, got {total}: leave out some of the tokens"
+        )
 
 
 def _array(path: Path) -> np.ndarray:
