@@ -158,4 +158,4 @@ def describe(error: BaseException, most: int = MESSAGE) -> str:
         text = " ".join(str.split(str(error)))
     except BaseException as raised:
         text = f"its text can't be had, since that raises {type(raised).__name__}"
-    return one_line(text if isinstance(error, Raised) else f"{name}: {text}" if text else name, most)
+    return one_line((text if isinstance(error, Raised) else f"{name}: {text}" if text else name)[:most])

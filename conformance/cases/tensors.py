@@ -60,7 +60,10 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     for name, part in parts:
         if part["dtype"] not in NAMES:
             raise CaseError(f"{path}: a tensor can't be read ({name} has the dtype {part['dtype']})")
-        tensors[name] = np.frombuffer(part["data"], NAMES[part["dtype"]]).reshape(part["shape"])
+        try:
+            tensors[name] = np.frombuffer(part["data"], NAMES[part["dtype"]]).reshape(part["shape"])
+        except ValueError as error:  # more axes than an array has
+            raise CaseError(f"{path}: a tensor can't be read ({name}: {error})") from error
     return tensors
 
 
