@@ -1,7 +1,7 @@
 """Kills each writing command at each of its system calls, and fills the disk there; prints what is left.
 
-``python -m tests.conformance.faults.writing --kills 60`` sweeps over regenerate, run, report and port. A command runs in
-a fork of this process, which has everything imported: a fault takes some milliseconds. The library `injected.c` is
+``python -m tests.conformance.faults.writing --kills 60`` sweeps over regenerate, run, report and port. A command runs
+in a fork of this process, which has everything imported: a fault takes some milliseconds. The library `injected.c` is
 compiled by ``cc`` and preloaded; this program starts itself again with it.
 """
 

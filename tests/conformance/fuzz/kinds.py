@@ -157,8 +157,8 @@ def table(folder: Path, random_: Random) -> Path:
 
 
 def known(folder: Path, random_: Random) -> Path:
-    entry = {"implementation": "a", "version": "1", "why": "so", "source": "there", "cases": ["smoke-*"], "stage": "pre",
-             "verdicts": ["failed"], "tensors": ["d/*"], "modes": ["*"]}  # fmt: skip
+    entry = {"implementation": "a", "version": "1", "why": "so", "source": "there", "cases": ["smoke-*"],
+             "stage": "pre", "verdicts": ["failed"], "tensors": ["d/*"], "modes": ["*"]}  # fmt: skip
     path = folder / "known.json"
     path.write_bytes(document({"format": "mhc-conformance-known/1", "entries": [entry, entry]}, random_))
     return path
@@ -173,8 +173,8 @@ def promised(folder: Path, random_: Random) -> Path:
 
 
 def lines(folder: Path, random_: Random) -> Path:
-    item = {"implementation": "mine", "case": "smoke-paper", "stage": "pre", "variant": "float32-float32", "x": "float32",
-            "dialect": "paper", "seconds": 0.1}  # fmt: skip
+    item = {"implementation": "mine", "case": "smoke-paper", "stage": "pre", "variant": "float32-float32",
+            "x": "float32", "dialect": "paper", "seconds": 0.1}  # fmt: skip
     worst = [{"index": [0, 1], "actual": 1.0, "expected": None, "error": 0.5}]
     content: list[dict[str, Any]] = [
         {"kind": "header", "format": "mhc-conformance-report/1", "corpus": "abc", "versions": {"numpy": "2"},
@@ -246,7 +246,8 @@ def array(folder: Path, random_: Random) -> Path:
     if random_.random() < 0.5:
         text = content[10:128].decode()
         other = random_.choice([
-            ("(3, 4, 8)", "(1099511627776, 4, 8)"), ("(3, 4, 8)", "(3, -4, 8)"), ("(3, 4, 8)", "3"), ("(3, 4, 8)", "()"),
+            ("(3, 4, 8)", "(1099511627776, 4, 8)"), ("(3, 4, 8)", "(3, -4, 8)"), ("(3, 4, 8)", "3"),
+            ("(3, 4, 8)", "()"),
             ("<f4", "|O"), ("<f4", "<M8[s]"), ("<f4", ">f4"), ("False", "1"), ("'descr'", "'x'"), ("<f4", "<f4,<f4"),
             ("(3, 4, 8)", "(" * 90), ("(3, 4, 8)", "(9**9**9, 4)"), ("(3, 4, 8)", "(0, 4, 8)"),
         ])  # fmt: skip
@@ -293,11 +294,15 @@ def gguf(folder: Path, random_: Random) -> Path:
 
 
 PIECES = [
-    b"}q\x00", b"]q\x01", b"(", b"h\x00", b"s", b"u.", b"e", b"a", b"K\x01", b"M\xff\xff", b"J\xff\xff\xff\x7f", b"N", b".",
-    b"r\xff\xff\xff\x0f", b"j\x00\x00\x00\x00", b"X\x03\x00\x00\x00abc", b"\x8c\x01a", b"\x85", b"\x86", b"R", b"b", b"Q",
+    b"}q\x00", b"]q\x01", b"(", b"h\x00", b"s", b"u.", b"e", b"a", b"K\x01", b"M\xff\xff", b"N", b".",
+    b"J\xff\xff\xff\x7f",
+    b"r\xff\xff\xff\x0f", b"j\x00\x00\x00\x00", b"X\x03\x00\x00\x00abc", b"\x8c\x01a", b"\x85", b"\x86", b"R", b"b",
+    b"Q",
     b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"cbuiltins\nbytearray\n", b"cos\nsystem\n",
-    b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x8d\xff\xff\xff\xff\xff\xff\xff\x00", b"0", b"2", b"t", b"\x94", b"l",
-    b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_sparse_tensor\n", b"\x8b\xff\xff\xff\x7f", b"B\xff\xff\xff\x7f",
+    b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x8d\xff\xff\xff\xff\xff\xff\xff\x00", b"0", b"2", b"t", b"l",
+    b"\x94",
+    b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_sparse_tensor\n", b"\x8b\xff\xff\xff\x7f",
+    b"B\xff\xff\xff\x7f",
 ]  # fmt: skip
 """Of pickles: opcodes with their arguments."""
 
@@ -314,8 +319,10 @@ def torch_file(folder: Path, random_: Random) -> Path:
         odd = [
             torch.ones(1).expand(2**34), torch.empty(3, device="meta"), torch.eye(3).to_sparse(), {}, [state], None, 1j,
             torch.ones(4, dtype=torch.complex64).conj(), torch.ones(2, 2).t(), torch.tensor([]), "x", float("nan"),
-            torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), torch.ones(3)[1:], {1: {2: {3: torch.ones(1)}}},
-            torch.ones(3, dtype=torch.bool), torch.nn.Parameter(torch.ones(2)), torch.ones(2).as_strided((2**20, 2**20), (0, 0)),
+            torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), torch.ones(3)[1:],
+            {1: {2: {3: torch.ones(1)}}},
+            torch.ones(3, dtype=torch.bool), torch.nn.Parameter(torch.ones(2)),
+            torch.ones(2).as_strided((2**20, 2**20), (0, 0)),
         ]  # fmt: skip
         state[random_.choice(names)] = random_.choice(odd)
     if how == 1:
@@ -386,7 +393,8 @@ def distributed_files() -> dict[str, bytes]:
 
     with tempfile.TemporaryDirectory() as folder:
         state = {name: torch.from_numpy(value) for name, value in weights(1).items()}
-        torch.distributed.checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+        library: Any = torch.distributed.checkpoint  # its functions aren't exported for a type checker
+        library.save(state, checkpoint_id=folder, no_dist=True)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 

@@ -10,6 +10,7 @@ import argparse
 import random
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -101,17 +102,44 @@ def fuzz(count: int, seed: int, only: list[str] | None = None, first: int = 0) -
     return counts
 
 
+STATUSES = {"run": (2, 3), "report": (2,), "inspect": (2, 3, 5, 7)}
+"""As `docs/contract.md` and the commands' help document them."""
+COMMANDS: dict[str, list[str]] = {
+    "case": ["run", "--list", "--case"], "known": ["run", "--list", "--known"], "jsonl": ["report"],
+    "checkpoint": ["inspect"], "dialect": ["run", "--list", "--impl", "torch", "--dialect"], "gguf": ["inspect"],
+}  # fmt: skip
+"""For some kinds the command that reads them."""
+
+
+def by_command(count: int, seed: int) -> list[str]:
+    """Hands inputs to the command line itself; a line for each that doesn't end as it must."""
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(count):
+            name = list(COMMANDS)[number % len(COMMANDS)]
+            clean(Path(folder) / "in")
+            path = KINDS[name].write(Path(folder) / "in", random.Random(f"{seed} command {number}"))
+            line = [sys.executable, "-m", "conformance.cli", *COMMANDS[name], str(path)]
+            done = subprocess.run(line, capture_output=True, text=True, timeout=6 * LATE, errors="replace")
+            good = done.returncode == 0 or (done.stderr.count("\n") == 1 and done.returncode in STATUSES[line[3]])
+            if not good or "Traceback" in done.stderr or "\x1b" in done.stdout + done.stderr:
+                wrong.append(f"{name}, number {number}: status {done.returncode}, {done.stderr[:300]!r}")
+    return wrong
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--commands", type=int, default=0, help="inputs that the command line reads, beside the others")
     options: Any = parser.parse_args()
     began, counts = time.monotonic(), fuzz(options.count, options.seed, options.only, options.first)
     for name in KINDS:
         if counts.read[name] or counts.refused[name]:
             print(f"{name:12} {counts.read[name]:6} read {counts.refused[name]:6} refused")
+    counts.wrong += by_command(options.commands, options.seed)
     for line in counts.wrong[:60]:
         print(line)
     total = counts.read.total() + counts.refused.total()
