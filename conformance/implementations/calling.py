@@ -2,7 +2,7 @@
 
 A stranger's exception may be none that `except Exception` catches, its text may raise, its mappings and arrays may be
 classes of its own whose methods raise. Everything of that kind ends here, and the caller sees dicts of NumPy's own
-arrays (docs/contract.md, "What is never trusted").
+arrays (docs/contract.md, "Exceptions and verdicts").
 """
 
 from __future__ import annotations
