@@ -158,4 +158,5 @@ def describe(error: BaseException, most: int = MESSAGE) -> str:
         text = " ".join(str.split(str(error)))
     except BaseException as raised:
         text = f"its text can't be had, since that raises {type(raised).__name__}"
-    return one_line((text if isinstance(error, Raised) else f"{name}: {text}" if text else name)[:most])
+    whole = text if isinstance(error, Raised) else f"{name}: {text}" if text else name
+    return one_line(whole[:most])[:most]  # what is escaped is longer
