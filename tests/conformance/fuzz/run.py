@@ -85,7 +85,7 @@ def one(name: str, kind: Kind, number: int, seed: int, folder: Path, counts: Cou
         counts.wrong.append(f"{label}: took {(largest() - memory) >> 20} MiB")
 
 
-def fuzz(count: int, seed: int, only: list[str] | None = None, first: int = 0) -> Counts:
+def fuzz(count: int, seed: int, only: list[str] | None = None, first: int = 0, progress: bool = False) -> Counts:
     """Reads so many inputs of all kinds, by their shares."""
     counts = Counts()
     kinds = {name: kind for name, kind in KINDS.items() if not only or name in only}
@@ -95,6 +95,8 @@ def fuzz(count: int, seed: int, only: list[str] | None = None, first: int = 0) -
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the libraries that spoilt files are made with
             for name, kind in kinds.items():
+                if progress:
+                    print(f"{name} …", flush=True)
                 for number in range(first, first + max(1, count * kind.share // shares)):
                     one(name, kind, number, seed, Path(folder) / "in", counts)
     finally:
@@ -135,7 +137,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--commands", type=int, default=0, help="inputs that the command line reads, beside the others")
     options: Any = parser.parse_args()
-    began, counts = time.monotonic(), fuzz(options.count, options.seed, options.only, options.first)
+    began, counts = time.monotonic(), fuzz(options.count, options.seed, options.only, options.first, True)
     for name in KINDS:
         if counts.read[name] or counts.refused[name]:
             print(f"{name:12} {counts.read[name]:6} read {counts.refused[name]:6} refused")
