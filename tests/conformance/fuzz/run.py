@@ -25,7 +25,7 @@ from typing import Any
 from tests.conformance.fuzz.kinds import KINDS, Kind, clean
 
 LATE = 20
-"""Seconds for one input."""
+"""Seconds of the processor for one input: a machine that others use takes longer."""
 MEMORY = 2 << 30
 """Bytes by which reading one input may raise the largest memory that this process had."""
 LONGEST = 2100
@@ -62,7 +62,7 @@ def one(name: str, kind: Kind, number: int, seed: int, folder: Path, counts: Cou
     label = f"{name} {number} (seed {seed})"
     path = kind.write(folder, random.Random(f"{seed} {name} {number}"))
     memory, began = largest(), time.perf_counter()
-    signal.setitimer(signal.ITIMER_REAL, LATE)
+    signal.setitimer(signal.ITIMER_PROF, LATE)
     try:
         kind.read(path)
         counts.read[name] += 1
@@ -77,7 +77,7 @@ def one(name: str, kind: Kind, number: int, seed: int, folder: Path, counts: Cou
         last = traceback.extract_tb(error.__traceback__)[-1]
         counts.wrong.append(f"{label}: {type(error).__name__}: {str(error)[:200]!r} at {last.filename}:{last.lineno}")
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     seconds = time.perf_counter() - began
     if seconds > counts.slowest:
         counts.slowest, counts.where = seconds, label
@@ -90,7 +90,7 @@ def fuzz(count: int, seed: int, only: list[str] | None = None, first: int = 0, p
     counts = Counts()
     kinds = {name: kind for name, kind in KINDS.items() if not only or name in only}
     shares = sum(kind.share for kind in kinds.values())
-    before = signal.signal(signal.SIGALRM, _alarm)
+    before = signal.signal(signal.SIGPROF, _alarm)
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the libraries that spoilt files are made with
@@ -100,7 +100,7 @@ def fuzz(count: int, seed: int, only: list[str] | None = None, first: int = 0, p
                 for number in range(first, first + max(1, count * kind.share // shares)):
                     one(name, kind, number, seed, Path(folder) / "in", counts)
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGPROF, before)
     return counts
 
 
