@@ -24,6 +24,7 @@ def report(runs: tuple[Path, ...], html: Path | None, markdown: Path | None, sel
     """
     from conformance.cases.case import CaseError
     from conformance.files import atomic
+    from conformance.files.reading import told
     from conformance.report import markdown as text
     from conformance.report import read
     from conformance.report.summary import summary
@@ -44,6 +45,6 @@ def report(runs: tuple[Path, ...], html: Path | None, markdown: Path | None, sel
                 stop(f"the page needs plotly: pip install 'mhc-conformance[report]' ({error})", SETUP)
             atomic.write(html, page(content))
     except OSError as error:
-        stop(f"can't be written: {error}", USAGE)
+        stop(told(error), USAGE)
     if not html and not markdown:
         click.echo(text.markdown(content), nl=False)
