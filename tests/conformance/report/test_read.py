@@ -224,6 +224,28 @@ def test_what_a_run_writes_is_what_is_read(tmp_path):
     assert [(s.implementation, s.reason) for s in run.skips] == [("refuses", "stage reduce not claimed")]
 
 
+def test_the_map_of_a_tensor_that_failed_is_read_too(tmp_path):
+    cells = [[0.0, 1.5], [float("inf"), 0.0]]
+    failed = Check("out", "failed", 2.0, map={"tokens": True, "rows": 2, "columns": 2, "cells": cells})
+    outcome = Outcome("mine", "made", "reduce", "float32-float32", "float32", "paper", [failed, Check("H", "passed")])
+    write_jsonl(tmp_path / "run.jsonl", [outcome])
+    (check, passed) = read_run(tmp_path / "run.jsonl").checks
+    assert passed.map is None and check.map is not None
+    assert (check.map.tokens, check.map.rows, check.map.columns) == (True, 2, 2)
+    assert check.map.cells == ((0.0, 1.5), (None, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "cells"),
+    [(2, 2, [[1]]), (1, 2, [[1]]), (2, 2, [[1, 2], [3]]), (1, 1, []), (40, 1, [[1]] * 40), (1, 40, [[1] * 40])],
+)
+def test_a_map_of_other_cells_is_refused(tmp_path, rows, columns, cells):
+    check = {**CHECK, "verdict": "failed", "map": {"tokens": True, "rows": rows, "columns": columns, "cells": cells}}
+    path = written(tmp_path / "run.jsonl", HEADER, check, footer(1))
+    with pytest.raises(ReportError, match="line 3: out: expected a map of at most 32 x 32 equal cells"):
+        read_run(path)
+
+
 def test_what_a_run_says_of_modes_is_read_too(tmp_path):
     check = Check("out", "failed", 2.0, mode="layout: x slice", worst=[])
     outcome = Outcome("mine", "made", "reduce", "float32-float32", "float32", "paper", [check])
