@@ -8,6 +8,7 @@ has its first axis as rows.
 
 from __future__ import annotations
 
+from decimal import ROUND_CEILING, Context
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ MOST = 32
 """Rows and columns of a map."""
 SMALLEST = 1e-3
 """Errors below this are 0 in a map, in units of the bound."""
-DIGITS = 2
+ROUNDING = Context(prec=2, rounding=ROUND_CEILING)
 WEIGHTS = frozenset(name for stage in STAGES.values() for name in stage.weights)
 
 
@@ -43,12 +44,13 @@ def heat_map(tensor: str, errors: np.ndarray) -> dict[str, Any]:
 
     Args:
         tensor: its name; a gradient's begins with ``d/``.
-        errors: of each element in units of the bound, in the tensor's shape.
+        errors: of each element in units of the bound, in the tensor's shape; at least one.
     """
     tokens = errors.ndim > 1 and tensor.removeprefix("d/") not in WEIGHTS
     rows = int(np.prod(errors.shape[: 2 if tokens else 1])) if errors.ndim > 1 else 1
-    heat = Heat(rows, errors.size // max(rows, 1), tokens)
-    heat.add(0, errors.reshape(rows, -1))
+    columns = errors.size // rows
+    heat = Heat(rows, columns, tokens)
+    heat.add(0, errors.reshape(rows, columns))
     return heat.record()
 
 
@@ -87,14 +89,8 @@ class Heat:
 def _firsts(count: int) -> np.ndarray:
     """The first index of each cell along an axis."""
     cells = min(count, MOST)
-    return np.arange(cells) * count // max(cells, 1)
+    return np.arange(cells) * count // cells
 
 
 def _rounded_up(error: float) -> float:
-    if error < SMALLEST:
-        return 0.0
-    if not np.isfinite(error):
-        return np.inf
-    digits = DIGITS - 1 - int(np.floor(np.log10(error)))
-    nearest = round(error, digits)
-    return nearest if nearest >= error else round(nearest + 10.0**-digits, digits)
+    return 0.0 if error < SMALLEST else float(ROUNDING.create_decimal(repr(error)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -39,7 +41,9 @@ def shape_of(tensor, *shape):
     ],
 )
 def test_the_units_of_an_element(value, expected, allowed, bound, error):
-    found = units(np.array([value]), np.array([expected]), np.array([allowed]), bound)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = units(np.array([value]), np.array([expected]), np.array([allowed]), bound)
     assert found.shape == (1,) and found[0] == error
     assert units(np.array(value), np.array(expected), np.array(allowed), bound) == error
 
@@ -100,6 +104,7 @@ def test_a_map_in_pieces_is_the_same():
         (9.91, 10.0),
         (12.3, 13.0),
         (1234.0, 1300.0),
+        (0.07, 0.07),
         (INF, INF),
     ],
 )
