@@ -10,7 +10,7 @@ from conformance.report.whole import Result, results
 
 LABEL = "mHC conformance"
 HEIGHT, PADDING, BASELINE = 20, 7, 14
-WIDTH = 6.6
+WIDTH = 6.3
 """Of a character of the font, on average, at 11 pixels; `textLength` makes the text as wide as its place."""
 LABEL_PAPER, INK = "#40464d", "#ffffff"
 PAPER = {"passed": "#1a7033", "failed": "#b3261e"}

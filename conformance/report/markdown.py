@@ -66,7 +66,7 @@ def _groups(groups: list[dict[str, Any]]) -> list[str]:
     """The groups that lead, each with a line that repeats its smallest item; those that follow are counted."""
     leaders = [group for group in groups if not group["follows"]]
     lines: list[str] = [""] if groups else []
-    for group in leaders[:MOST]:
+    for group in _first(leaders):
         figure = f", up to {_ratio(group['ratio'])} times the bound" if "failed" in group["verdicts"] else ""
         modes = f" ({text(', '.join(group['modes']))})" if group["modes"] else ""
         where = text(f"{', '.join(group['dtypes'])}; {_few(group['dialects'])}")
@@ -81,6 +81,16 @@ def _groups(groups: list[dict[str, Any]]) -> list[str]:
         count = sum(group["checks"] for group in groups if group["follows"])
         lines.append(f"* {count} {'failure' if count == 1 else 'failures'} of other stages only follow from these")
     return lines
+
+
+def _first(leaders: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first of each implementation, then the second of each and so on, as many as are named; in their order."""
+    seen: Counter[str] = Counter()
+    turns: list[tuple[int, int]] = []
+    for number, group in enumerate(leaders):
+        turns.append((seen[group["implementation"]], number))
+        seen[group["implementation"]] += 1
+    return [leaders[number] for number in sorted(number for _, number in sorted(turns)[:MOST])]
 
 
 def _few(names: list[str]) -> str:

@@ -46,13 +46,13 @@ function histogram(failure) {
   const within = sum(counts.filter((_, k) => data.edges[k] < 1)), all = sum(counts);
   const [fine, beyond] = dark.matches ? ["#7fb0ee", "#ff8a80"] : ["#2f6db5", "#b3261e"];
   const build = () => ({
-    traces: [{ type: "bar", orientation: "h", y: bins, x: counts, text: counts.map((n) => n ? String(n) : ""),
+    traces: [{ type: "bar", orientation: "h", y: bins, x: counts, text: counts.map((n) => n ? n.toLocaleString("en") : ""),
       textposition: "outside", cliponaxis: false, hoverinfo: "x+y",
       marker: { color: data.edges.map((edge) => edge >= 1 ? beyond : fine) } }],
-    layout: layout({ title: "elements", showticklabels: false, range: [0, Math.max(...counts) * 1.2] },
+    layout: layout({ title: "elements", showticklabels: false, range: [0, Math.max(...counts) * 1.35] },
       { title: "error in units of the bound", autorange: "reversed", tickmode: "array", tickvals: bins }),
   });
-  const said = `${all - within} of ${all} elements are beyond the bound`;
+  const said = `${(all - within).toLocaleString("en")} of ${several(all, "element")} ${all === 1 ? "is" : "are"} beyond the bound`;
   return chart("histogram", `Elements by error: ${said}`, `Histogram: ${said}.`, build,
     [keyed(fine, "within the bound"), keyed(beyond, "beyond it (1 and above)")]);
 }
@@ -102,7 +102,7 @@ function heatMap(failure) {
       { title: down, showgrid: false, autorange: "reversed", ...ticks(rows) }),
   });
   const bad = sum(values.map((row) => row.filter((value) => value === null || value > 1).length));
-  const said = bad ? `beyond the bound: ${failure.place} (${bad} of ${several(values.length * values[0].length, "cell")})` :
+  const said = bad ? `beyond the bound in the cells of ${failure.place} (${bad.toLocaleString("en")} of ${several(values.length * values[0].length, "cell")})` :
     "no cell is beyond the bound";
   const present = unique(values.flat().map(levelOf)).sort((a, b) => a - b);
   return chart("heat", `Worst error in units of the bound; ${said}`, `Map of errors by ${down} and ${across}: ${said}.`, build,

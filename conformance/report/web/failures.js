@@ -52,29 +52,30 @@ function groupBox(group, wanted) {
   if (group.message) box.append(make("p", group.message));
   if (group.reproduce) box.append(make("pre", group.reproduce, "reproduce"));
   if (shown.length) {
-    box.append(failureBox(shown[0], "The smallest of them: "));
+    box.append(failureBox(shown[0], "The smallest of them: ", group));
     if (shown.length > 1) {
       box.append(onOpen(make("details", undefined, "", make("summary", `${shown.length - 1} more of the ${group.count}`)),
-        () => shown.slice(1).map((failure) => failureBox(failure, ""))));
+        () => shown.slice(1).map((failure) => failureBox(failure, "", group))));
     }
   }
   return box;
 }
 
-function failureBox(failure, before) {
+function failureBox(failure, before, group) {  // what the group says already isn't said again
   const mode = failure.mode ? ` (${failure.mode})` : "";
   const ratio = failure.worst.length ? `, ${figure(failure.ratio)} times the bound` : "";
   const summary = make("summary", `${before}${failure.case}, ${failure.variant}: ${failure.verdict}${mode}${ratio}`);
   return onOpen(make("details", undefined, "failure", summary), () => {
     const parts = [];
-    if (failure.message) parts.push(make("p", failure.message));
+    if (failure.message && failure.message !== group.message) parts.push(make("p", failure.message));
     if (failure.worst.length) parts.push(elements(failure));
-    return [...parts, make("pre", failure.reproduce, "reproduce"), charts(failure)];
+    if (failure.reproduce !== group.reproduce) parts.push(make("pre", failure.reproduce, "reproduce"));
+    return [...parts, charts(failure)];
   });
 }
 
 function elements(failure) {
-  const table = make("table");
+  const table = make("table", undefined, "elements");
   table.append(make("thead", undefined, "", make("tr", undefined, "",
     ...["element", "got", "expected", "off by"].map((name) => header(name, "col")))));
   table.append(make("tbody", undefined, "", ...failure.worst.map((w) => make("tr", undefined, "",

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from conformance.report import shown
+from conformance.report.markdown import MOST, markdown
 from conformance.report.read import CheckLine, DiagnosisLine, Header, Map, Run
 from conformance.report.shown import Shown, place
 from conformance.report.summary import UNDIAGNOSED, UNKNOWN, summary
@@ -77,3 +78,20 @@ def test_every_implementation_that_failed_has_a_diagnosis_or_a_word_that_there_i
     run = Run(tmp_path / "run.jsonl", Header(corpus="a" * 64, format=""), [check()], diagnoses=lines)
     found = summary([run], None)["diagnoses"]
     assert [(d["implementation"], d["cause"], d["found"]) for d in found] == expected
+
+
+def test_the_text_opens_with_the_diagnosis_and_names_groups_of_every_implementation(tmp_path):
+    checks = [check(tensor=f"t{k}", ratio=None) for k in range(20)]
+    checks += [check(implementation="other", stage=stage, case=f"c{k}", dialect=f"d{k}") for k in range(6)
+               for stage in ("residual_matrix", "layer")]  # fmt: skip
+    lines = [DiagnosisLine("mine", "H is applied *transposed*", ("a", "b", "c", "d"))]
+    text = markdown(summary([Run(tmp_path / "a", Header(corpus="a" * 64, format=""), checks, diagnoses=lines)], None))
+    rows = text.splitlines()
+    assert rows[2:7] == [r"* **mine**: H is applied \*transposed\*", "  * a", "  * b", "  * c",
+                         f"* **other**: {UNDIAGNOSED}"]  # fmt: skip
+    named = [row for row in rows if (row.startswith("* ") and "in 1 item" in row) or "in 6 items" in row]
+    assert len(named) == MOST and named[-1] == (
+        "* other: residual_matrix, `H`: failed in 6 items (float32; d0, d1, d2 and 3 more), up to 3 times the bound"
+    )
+    assert "∞ times the bound" in named[0] and rows[-3].startswith("  `run --case ")
+    assert rows[-2:] == ["* and 11 more groups", "* 6 failures of other stages only follow from these"]
