@@ -113,11 +113,11 @@ def test_errors_are_rounded_up_to_two_digits(error, kept):
 
 
 def test_the_rule_maps_what_failed_and_nothing_else():
-    def cells(actual, expected=0.0, dtype="float32", magnitude=None):
+    def cells(actual, expected=0.0, dtype="float32", magnitude=None, contract="float32"):
         true = np.full((1, 2, 2), expected)
         given = np.array([[[expected, expected], [expected, actual]]], dtype)
         parts = None if magnitude is None else np.full((1, 2, 2), magnitude)
-        check = check_tensor("out", given, true, DTYPES[dtype], "float32", 0.25, parts, {})
+        check = check_tensor("out", given, true, DTYPES[dtype], contract, 0.25, parts, {})
         return check.verdict, check.map.get("cells")
 
     assert cells(0.25) == ("marginal", None)
@@ -126,3 +126,5 @@ def test_the_rule_maps_what_failed_and_nothing_else():
     assert cells(1.0, NAN) == ("hidden", [[0.0, 0.0], [0.0, INF]])
     assert cells(1.5, 1.0, "float16") == ("failed", [[0.0, 0.0], [0.0, 2.0]])
     assert cells(2.25, 1.0, "float16", 512.0) == ("failed", [[0.0, 0.0], [0.0, 2.0]])  # its parts are allowed 0.76
+    # a gradient of float32 weights under a float64 x is rounded once more: by 3 * 2^-24 * 2^24 * 1.01 at most
+    assert cells(4.28, 1.0, "float32", 2.0**24, "float64") == ("failed", [[0.0, 0.0], [0.0, 1.1]])

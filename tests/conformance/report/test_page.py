@@ -149,6 +149,19 @@ def test_a_page_without_failures_says_so(browser, tmp_path):
 
 
 @pytest.mark.parametrize("size", [WIDE, PHONE])
+def test_a_name_is_words_however_long_it_is(browser, tmp_path, size):
+    name = "<img src='x.png' onerror='document.title=1'></script>@DATA@" + "w" * 150
+    made.write(tmp_path / "run.jsonl", [name], [name], checks=600)
+    opened = Opened(browser, written(tmp_path / "page.html", [tmp_path / "run.jsonl"]), size)
+    with opened as tab:
+        tab.locator("details.failure > summary").first.click()
+        wait(tab, "(plot) => plot.querySelector('.main-svg')")
+        assert tab.locator("img").count() == 0 and len(opened.requests) == 1
+        assert name in tab.locator(".diagnosis").inner_text() and name in tab.locator("#matrix").inner_text()
+        assert tab.evaluate("document.documentElement.scrollWidth") == size[0]
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE])
 def test_every_stage_of_the_matrix_is_in_sight(browser, large, size):
     with Opened(browser, large, size) as tab:
         assert tab.evaluate("document.documentElement.scrollWidth") == size[0]
