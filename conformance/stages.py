@@ -18,6 +18,8 @@ LAYER_WEIGHTS = (
     *(f"{part}_{kind}" for part in PROJECTIONS for kind in ("alpha", "alpha_scale", "beta")),
 )
 HEAD_WEIGHTS = ("head_fn", "head_base", "head_scale")
+DTYPES_OF_X = ("float64", "float32", "bfloat16", "float16")
+"""The names of the dtypes of activations; `cases.format.DTYPES` has the dtypes themselves."""
 BRANCHES = ("attention", "mlp_dense", "mlp_moe")
 
 

@@ -15,7 +15,15 @@ myst_heading_anchors = 4  # anchors as GitHub makes them, for headings down to #
 root_doc = "README"
 
 PAGES = {
-    "Use it": ["docs/contract", "docs/reports", "docs/layer", "docs/weights", "docs/sharding", "docs/porting"],
+    "Use it": [
+        "docs/contract",
+        "docs/reports",
+        "docs/layer",
+        "docs/weights",
+        "docs/sharding",
+        "docs/porting",
+        "docs/kernel-benchmarks",
+    ],
     "What is computed": ["docs/mathematics", "docs/bound", "docs/sizes", "fixtures/README", "docs/glossary"],
     "Figures": ["docs/peers", "docs/mutants", "docs/status", "docs/tpu", "docs/performance"],
     "Work on it": ["CONTRIBUTING", "CHANGELOG"],

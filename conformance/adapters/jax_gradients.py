@@ -5,7 +5,10 @@ It imports nothing of `jax_impl`, so that an adapter of other code runs without 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +41,42 @@ def vector_jacobian(function: Callable[[Values], Values], constants: tuple[str, 
     return run
 
 
+CHEAP = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+"""Options of XLA for CPUs with which a graph that runs once is compiled in half the time."""
+LARGEST_CACHE = 1 << 28
+"""Bytes of programs that are kept on disk."""
+
+
+@contextlib.contextmanager
+def compiled_cheaply() -> Generator[None]:
+    """In it XLA leaves most of its optimisations out on a CPU: nearly all of the suite's time goes into compiling."""
+    if jax.default_backend() != "cpu":
+        yield
+        return
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs on disk for the next run, unless the user has chosen a place or none already.
+
+    Code that isn't compiled as a whole runs operation by operation, and each shape of each is a program of its own.
+    """
+    if getattr(jax.config, "jax_compilation_cache_dir", None) or jax.default_backend() != "cpu":
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # nothing is kept where there is no home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhc-conformance" / "jax"
+        cache.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_max_size", LARGEST_CACHE)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 class StageCalls:
     """Calls stages of JAX code on NumPy arrays, eagerly or compiled once for each function that differs.
 
@@ -63,14 +102,18 @@ class StageCalls:
             function: maps the stage's inputs and weights to its outputs; equal for equal `stages.relevant`.
         """
         wide = any(v.dtype == np.float64 for v in inputs.values())
-        with jax.enable_x64(wide):
+        with jax.enable_x64(wide), compiled_cheaply():
             # A compiled function can't see whether a gradient is asked for.
             unasked = () if self._jit else tuple(name for name in inputs if not asked_for(name))
             key = (stage, relevant(stage, config), wide, unasked)
             if self._last[0] != key:  # items of one graph come together; the executables of the others are let go
                 run = vector_jacobian(function, (*STAGES[stage].constants, *unasked))
-                self._last = (key, jax.jit(run) if self._jit else run)
+                self._last = (key, self._compiled(run) if self._jit else run)
             # XLA has no strided arrays: a copy in order is what any caller gets.
             arrays = {k: jnp.asarray(np.ascontiguousarray(v).reshape(v.shape)) for k, v in inputs.items()}
             outputs, gradients = self._last[1](arrays, cotangents)
             return {k: np.asarray(v) for k, v in outputs.items()}, {k: np.asarray(v) for k, v in gradients.items()}
+
+    @staticmethod
+    def _compiled(run: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.jit(run, compiler_options=CHEAP if jax.default_backend() == "cpu" else None)

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from functorch.compile import default_partition, make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
-from torch._dynamo.backends.common import aot_autograd
 
 import torch_impl
 import torch_impl.config
@@ -24,12 +22,15 @@ from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import STAGES, relevant
 
 
-def _as_it_is(graph: torch.fx.GraphModule, _: Any) -> Any:
-    return make_boxed_func(graph.forward)
+def capture() -> Callable[..., Any]:
+    """torch's own "aot_eager", without the min-cut that chooses what to recompute: a third of its time."""
+    from functorch.compile import default_partition, make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
+    from torch._dynamo.backends.common import aot_autograd
 
+    def as_it_is(graph: torch.fx.GraphModule, _: Any) -> Any:
+        return make_boxed_func(graph.forward)
 
-# torch's own "aot_eager", without the min-cut that chooses what to recompute: a third of its time.
-CAPTURE = aot_autograd(fw_compiler=_as_it_is, bw_compiler=_as_it_is, partition_fn=default_partition)
+    return aot_autograd(fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=default_partition)
 
 
 def configuration(config: dict[str, Any]) -> torch_impl.MHCConfig:
@@ -45,7 +46,8 @@ class TorchImplementation:
 
     def __init__(self, name: str, backend: str | Callable[..., Any] | None, how: str):
         torch.set_num_threads(1)
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
+        if backend is not None:  # Dynamo takes seconds to import, and eager code has no use for it
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
         self.name = name
         self.backend = backend
         self._compiled: dict[Any, Callable[..., Any]] = {}
@@ -176,7 +178,7 @@ def eager() -> TorchImplementation:
 
 
 def compiled() -> TorchImplementation:
-    return TorchImplementation("torch-compile", CAPTURE, "captured by Dynamo and AOTAutograd")
+    return TorchImplementation("torch-compile", capture(), "captured by Dynamo and AOTAutograd")
 
 
 def inductor() -> TorchImplementation:

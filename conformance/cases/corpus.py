@@ -10,7 +10,7 @@ from msgspec import Struct
 from conformance.cases.case import Case, load_case
 from conformance.cases.dialects import dialect_names
 from conformance.files.places import CaseError, fixtures
-from conformance.files.problems import shown
+from conformance.files.problems import shown, unknown
 from conformance.files.reading import Reader, reason
 
 MANIFEST_FORMAT = "mhc-conformance-manifest/1"
@@ -108,5 +108,5 @@ def load_corpus(golden: Path | None = None) -> list[Case]:
     cases = [load_case(golden / name) for name in promised]
     for case in cases:
         if case.dialect not in known:
-            raise CaseError(f"{case.path}: unknown dialect {case.dialect!r}, expected one of {', '.join(known)}")
+            raise CaseError(f"{case.path}: {unknown('dialect', case.dialect, known)}")
     return cases

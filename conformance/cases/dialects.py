@@ -7,7 +7,6 @@ holds all of it (``mine.json``). What a row must be stands in ``fixtures/dialect
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from msgspec import Struct
 
 from conformance.cases.rules import Domain, domains, most_permuted, rules, schema, sizes
 from conformance.files.places import CaseError, fixtures
-from conformance.files.problems import shown
+from conformance.files.problems import shown, unknown
 from conformance.files.reading import Reader, Scalar
 from conformance.interface import Capabilities
 
@@ -140,6 +139,11 @@ def edition(name: str) -> str:
     return str(number or "")
 
 
+def summary(name: str) -> str:
+    """What a published row is, in a sentence."""
+    return _published()[name].summary
+
+
 def evidence(name: str) -> dict[str, str]:
     """What a published row rests on: the software that ``ran``, or what was ``read`` and the ``date``; a ``note``."""
     return dict(_published()[name].evidence)
@@ -157,7 +161,7 @@ def published(name: str) -> Dialect:
         DialectError: there is none.
     """
     if name not in _rows():
-        raise DialectError(f"unknown dialect {name!r}{_meant(name, _rows())}, expected one of {', '.join(_rows())}")
+        raise DialectError(unknown("dialect", name, _rows()))
     return Dialect(name, dict(_rows()[name]), name)
 
 
@@ -241,13 +245,7 @@ def _number(domain: Domain, value: Any) -> Any:
 def _known(where: str, names: Iterable[str]) -> None:
     for name in names:
         if name not in domains():
-            hint = _meant(name, domains())
-            raise DialectError(f"{where}: unknown parameter {name!r}{hint}, expected one of {', '.join(domains())}")
-
-
-def _meant(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+            raise DialectError(f"{where}: {unknown('parameter', name, domains())}")
 
 
 def _text(value: Any) -> str:

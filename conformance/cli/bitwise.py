@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import click
 
-import typer
-
-from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, stop
+from conformance.cli.options import command, one_of, option
 from conformance.cli.sizes import NONE, QUICK, SHORT
 
 
-@app.command()
-def bitwise(
-    impl: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A registered name, module:attribute or exec:COMMAND; repeatable. Default: every registered "
-            "implementation that is installed."
-        ),
-    ] = None,
-    most: Annotated[int, typer.Option(min=0, help="Items for each implementation, 0 for all.")] = 40,
-    sizes: Annotated[
-        str, typer.Option(help="Production sizes in the place of the golden cases: short or quick.")
-    ] = NONE,
-    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 where a bit differs.")] = False,
-    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
-) -> None:
+@command()
+@option(
+    "--impl",
+    multiple=True,
+    help="A registered name, module:attribute or exec:COMMAND; repeatable. Default: every registered "
+    "implementation that is installed.",
+)
+@option("--most", type=click.IntRange(min=0), default=40, help="Items for each implementation, 0 for all.")
+@option(
+    "--sizes",
+    type=one_of("sizes", (NONE, SHORT, QUICK)),
+    default=NONE,
+    help="Production sizes in the place of the golden cases: short or quick.",
+)
+@option("--jobs", type=click.IntRange(min=1), default=2, help="Worker processes.")
+@option("--strict", is_flag=True, help="Exit 1 where a bit differs.")
+@option("--time-limit", type=click.FloatRange(min=0.1), default=60.0, help="Seconds for one answer of a program.")
+def bitwise(impl: tuple[str, ...], most: int, sizes: str, jobs: int, strict: bool, time_limit: float) -> None:
     """Check whether results repeat to the last bit.
 
     An item is called twice, with a token alone, with its batch split in two, with the same values in other layouts in
@@ -41,7 +41,6 @@ def bitwise(
     from conformance.interface import SetupError
     from conformance.questions import bitwise as tier
 
-    (form,) = known_names("sizes", [sizes], [NONE, SHORT, QUICK])
     table = Table(title="tensors that differ in a bit, of those compared")
     table.add_column("implementation", no_wrap=True)
     for question in tier.QUESTIONS:
@@ -49,7 +48,7 @@ def bitwise(
     lines, differ = [], False
     try:
         for report in tier.measure_all(
-            impl or registry.defaults()[0], time_limit, most, jobs, "" if form == NONE else form
+            impl or registry.defaults()[0], time_limit, most, jobs, "" if sizes == NONE else sizes
         ):
             if not report.items:
                 stop(f"{report.name} claims none of the cases, or answered none of them", USAGE)
@@ -64,5 +63,5 @@ def bitwise(
         stop(str(error), SETUP)
     Console(width=140).print(table)
     for line in lines:
-        typer.echo(line)
-    raise typer.Exit(FAILED if strict and differ else 0)
+        click.echo(line)
+    raise click.exceptions.Exit(FAILED if strict and differ else 0)

@@ -1,19 +1,25 @@
-"""``mhc-conformance fixtures verify`` and ``regenerate``."""
+"""``mhc-conformance fixtures verify``, ``regenerate`` and ``export``."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
 
-import typer
+import click
 
-from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
-
-fixtures_app = typer.Typer(help="Verify or regenerate the golden corpus.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(fixtures_app, name="fixtures")
+from conformance.cli.app import FAILED, SETUP, USAGE, interruptible, known_names, stop
+from conformance.cli.options import DIALECT, FILE, Command, argument, one_of, option
 
 
-@fixtures_app.command()
+@click.group(no_args_is_help=True)
+def fixtures() -> None:
+    """Verify, regenerate or export the golden corpus.
+
+    Exit status: see the help of each of its commands.
+    """
+
+
+@fixtures.command(cls=Command)
 def verify() -> None:
     """Check every golden file against the manifest, to the bit, and dialects.json against the corpus's record.
 
@@ -29,28 +35,27 @@ def verify() -> None:
     except CaseError as error:
         stop(str(error), USAGE)
     for line in problems:
-        typer.echo(line)
-    typer.echo(f"{count} files promised, {len(problems)} problems")
-    raise typer.Exit(FAILED if problems else 0)
+        click.echo(line)
+    click.echo(f"{count} files promised, {len(problems)} problems")
+    raise click.exceptions.Exit(FAILED if problems else 0)
 
 
-@fixtures_app.command()
-def regenerate(
-    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where something would change.")] = False,
-    frozen: Annotated[bool, typer.Option("--frozen", help="Write, and exit 1 where something changed.")] = False,
-    family: Annotated[
-        list[str] | None, typer.Option(help="Check only the cases of this family; repeatable, with --check.")
-    ] = None,
-    sample: Annotated[
-        bool,
-        typer.Option(
-            "--sample",
-            help="Check some families, or all where the oracle isn't the one that made the corpus; with --check.",
-        ),
-    ] = False,
-) -> None:
-    """Rewrite the corpus from the oracle and print what changed."""
+@fixtures.command(cls=Command)
+@option("--jobs", type=click.IntRange(min=1), default=2, help="Worker processes.")
+@option("--check", is_flag=True, help="Write nothing; exit 1 where something would change.")
+@option("--frozen", is_flag=True, help="Write, and exit 1 where something changed.")
+@option("--family", multiple=True, help="Check only the cases of this family; repeatable, with --check.")
+@option(
+    "--sample",
+    is_flag=True,
+    help="Check some families, or all where the oracle isn't the one that made the corpus; with --check.",
+)
+def regenerate(jobs: int, check: bool, frozen: bool, family: tuple[str, ...], sample: bool) -> None:
+    """Rewrite the corpus from the oracle and print what changed.
+
+    Exit status: 0 written, or nothing changed; 1 something changed, with --check or --frozen; 2 usage; 3 python-flint
+    is missing.
+    """
     if ((family or sample) and not check) or (family and sample):
         stop("--family and --sample only check a part of the corpus: give one of them, with --check", USAGE)
     try:
@@ -62,23 +67,90 @@ def regenerate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from conformance.cases.corpus import fixtures
+    from conformance.files import places
 
     families = known_names("family", family, family_names()) if family else []
     if sample:
         changed = sources.changed()
         families = [] if changed else list(sources.SAMPLE)
         if changed:
-            typer.echo(f"not what the corpus was made with: {', '.join(changed)}; all of it is made again")
+            click.echo(f"not what the corpus was made with: {', '.join(changed)}; all of it is made again")
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("cases", total=None)
         changes = generate(
-            fixtures() / "golden", jobs, check, lambda k, n: bar.update(task, completed=k, total=n), families
+            places.fixtures() / "golden", jobs, check, lambda k, n: bar.update(task, completed=k, total=n), families
         )
     if not check:
         sources.record()
     for line in changes:
-        typer.echo(line)
+        click.echo(line)
     what = "would change" if check else "changed"
-    typer.echo(f"{len(changes)} files {what} ({', '.join(families) or 'all families'})")
-    raise typer.Exit(FAILED if (check or frozen) and changes else 0)
+    click.echo(f"{len(changes)} files {what} ({', '.join(families) or 'all families'})")
+    raise click.exceptions.Exit(FAILED if (check or frozen) and changes else 0)
+
+
+@fixtures.command(cls=Command)
+@argument("folder", type=FILE, help="The folder to write: a new one, or an empty one.")
+@option("--to", required=True, type=one_of("format", ("flashinfer-bench",)), help="Whose format.")
+@option("--dialect", multiple=True, type=DIALECT, help="Only this dialect; repeatable.")
+@option(
+    "--stage",
+    multiple=True,
+    type=one_of("stage", ("pre", "post", "residual_matrix", "head")),
+    help="Only this stage; repeatable.",
+)
+@option(
+    "--dim",
+    type=click.IntRange(1, 1 << 16),
+    multiple=True,
+    help="Also this width, with 4 streams and random numbers; repeatable.",
+)
+@option(
+    "--tokens",
+    type=click.IntRange(1, 1 << 20),
+    multiple=True,
+    help="How many tokens with --dim; repeatable. Default: 1, 128 and 4096.",
+)
+@option(
+    "--solution",
+    type=one_of("solution", ("torch",)),
+    help="Write an implementation beside each definition: torch, for torch_impl.",
+)
+def export(
+    folder: Path,
+    to: str,
+    dialect: tuple[str, ...],
+    stage: tuple[str, ...],
+    dim: tuple[int, ...],
+    tokens: tuple[int, ...],
+    solution: str | None,
+) -> None:
+    """Write golden cases as a data set for benchmarks of kernels, which neither need this package nor are needed here.
+
+    Exit status: 0 it is written, 2 it can't be.
+    """
+    if tokens and not dim:
+        stop("--tokens goes with --dim: golden cases have the tokens that they have", USAGE)
+    from conformance.cases.case import CaseError
+    from conformance.cases.corpus import load_corpus
+    from conformance.cases.dialects import dialect_names
+    from conformance.cases.flashinfer_bench.export import ExportError, Wish
+    from conformance.cases.flashinfer_bench.export import export as write
+    from conformance.cases.flashinfer_bench.kernel import STAGES
+    from conformance.files.problems import one_line
+
+    try:
+        dialects = known_names("dialect", dialect, dialect_names())
+        stages = known_names("stage", stage, list(STAGES))
+        sizes = {"tokens": tokens} if tokens else {}
+        wish = Wish(dialects, stages, widths=dim or (), solution=solution is not None, **sizes)
+        with interruptible(lambda: "before the folder was whole; nothing is left of it"):
+            exported = write(folder, load_corpus(), wish)
+    except (ExportError, CaseError) as error:
+        stop(one_line(str(error)), USAGE)
+    except OSError as error:
+        stop(one_line(f"{folder}: can't be written ({error.strerror or error})"), USAGE)
+    solutions = f", {exported.solutions} solutions" if solution else ""
+    click.echo(
+        f"{exported.definitions} definitions, {exported.workloads} workloads{solutions}: {one_line(str(folder))}"
+    )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from conformance.cli.app import SETUP, USAGE, stop
 
@@ -84,7 +84,7 @@ class Workshop:
         with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task(f"cases of {label}", total=None)
             made = making(rows).make(wishes, folder, jobs, lambda k, n: bar.update(task, completed=k, total=n))
-        typer.echo(f"made {len(made.cases)} cases of {label} in {time.monotonic() - started:.0f} s")
+        click.echo(f"made {len(made.cases)} cases of {label} in {time.monotonic() - started:.0f} s")
         for line in made.left_out:
-            typer.echo(f"  left out, {line}")
+            click.echo(f"  left out, {line}")
         return made.cases

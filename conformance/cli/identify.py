@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import click
 
-import typer
-
-from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, known_names, stop
 from conformance.cli.fresh import HELP, Workshop, dialects_given, making
+from conformance.cli.options import DIALECT, DTYPE, command, option
 
 
-@app.command()
-def identify(
-    impl: Annotated[str, typer.Option(help="A registered name, module:attribute or exec:COMMAND.")],
-    dialect: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"Test this dialect only: {HELP}. Cases of changed rows are made on the spot. Repeatable. "
-            "Default: each that the implementation claims."
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of x.")] = "float32",
-    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a program.")] = 60.0,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Also print the nearest candidates and what would look the same.")
-    ] = False,
-) -> None:
+@command()
+@option("--impl", required=True, help="A registered name, module:attribute or exec:COMMAND.")
+@option(
+    "--dialect",
+    type=DIALECT,
+    multiple=True,
+    help=f"Test this dialect only: {HELP}. Cases of changed rows are made on the spot. Repeatable. "
+    "Default: each that the implementation claims.",
+)
+@option("--dtype", type=DTYPE, default="float32", help="Dtype of x.")
+@option("--time-limit", type=click.FloatRange(min=0.1), default=60.0, help="Seconds for one answer of a program.")
+@option("--verbose", "-v", is_flag=True, help="Also print the nearest candidates and what would look the same.")
+def identify(impl: str, dialect: tuple[str, ...], dtype: str, time_limit: float, verbose: bool) -> None:
     """Say which dialect an implementation computes.
 
     If it computes none, the nearest one and what differs is printed, stage by stage.
@@ -61,11 +57,11 @@ def identify(
     for told in [row.name for row in given if dialect or not unclaimed(row, implementation.capabilities)]:
         identity = run(implementation, told, rows, items, dtype)
         for line in identity.raised[:3]:
-            typer.echo(f"{implementation.name}, told {told}, {dtype}: raised in {line}")
+            click.echo(f"{implementation.name}, told {told}, {dtype}: raised in {line}")
         if not identity.items:
             stop(f"{implementation.name} claims, or answers, none of the separating cases of {told} in {dtype}", USAGE)
         for line in words.lines(implementation.name, dtype, identity, rows, verbose):
-            typer.echo(line)
+            click.echo(line)
         wrong = wrong or not identity.as_told
     if wrong:
-        raise typer.Exit(FAILED)
+        raise click.exceptions.Exit(FAILED)

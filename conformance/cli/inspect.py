@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
-from conformance.cli.app import app, stop
+from conformance.cli.app import stop
+from conformance.cli.options import FILE, argument, command, option
 from conformance.cli.port import prefixes
 
 if TYPE_CHECKING:
     from conformance.porter.inspection import Inspection
 
 
-@app.command()
-def inspect(
-    path: Annotated[
-        Path, typer.Argument(help="The checkpoint to inspect: safetensors, torch files, GGUF or an Orbax tree.")
-    ],
-    layout: Annotated[
-        str | None, typer.Option("--from", help="The checkpoint's layout. Default: recognised from the tensor names.")
-    ] = None,
-    from_names: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Prefix of the checkpoint's tensors, attention=layers.{layer}.mhc_attn.; also ffn=, head=, site="
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="The model's configuration: JSON, or MaxText's YAML. Default: the config.json beside the checkpoint."
-        ),
-    ] = None,
-    machine: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> None:
+@command()
+@argument("path", type=FILE, help="The checkpoint to inspect: safetensors, torch files, GGUF or an Orbax tree.")
+@option("--from", "layout", help="The checkpoint's layout. Default: recognised from the tensor names.")
+@option(
+    "--from-names",
+    multiple=True,
+    help="Prefix of the checkpoint's tensors, attention=layers.{layer}.mhc_attn.; also ffn=, head=, site=",
+)
+@option(
+    "--config",
+    type=FILE,
+    help="The model's configuration: JSON, or MaxText's YAML. Default: the config.json beside the checkpoint.",
+)
+@option("--json", "machine", is_flag=True, help="Print the result as JSON.")
+def inspect(path: Path, layout: str | None, from_names: tuple[str, ...], config: Path | None, machine: bool) -> None:
     """Show the hyper-connections of a checkpoint.
 
     The layout, sites, sizes, dtypes, fitting dialects and oddities are printed. Only headers and mHC tensors are
@@ -47,11 +41,11 @@ def inspect(
     from conformance.porter.inspection import inspect as look
 
     try:
-        inspection = look(path, layout, prefixes(from_names or []), config)
+        inspection = look(path, layout, prefixes(from_names), config)
     except PortError as error:
         stop(str(error), error.status)
     if machine:
-        typer.echo(json.dumps(inspection.as_dict(), indent=1))
+        click.echo(json.dumps(inspection.as_dict(), indent=1))
         return
     _show(inspection)
 
@@ -72,9 +66,9 @@ def _show(inspection: Inspection) -> None:
         "fitting": ", ".join(inspection.dialects) or "none",
     }
     for name, text in rows.items():
-        typer.echo(f"{name:8} {text}")
+        click.echo(f"{name:8} {text}")
     for line in inspection.odd:
-        typer.echo(f"odd      {line}")
+        click.echo(f"odd      {line}")
 
 
 def _dialect(inspection: Inspection) -> str:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from conformance.cli.app import USAGE, app, stop
+from conformance.cli.app import USAGE, stop
+from conformance.cli.options import FILE, argument, command, option
 
 
-@app.command()
-def peers(
-    runs: Annotated[list[Path], typer.Argument(help="Files that run --jsonl wrote, of one corpus.")],
-    known: Annotated[Path | None, typer.Option(help="The list of known results that the runs were given.")] = None,
-    write: Annotated[
-        Path | None, typer.Option(help="Put the table between the witnesses markers of this Markdown file.")
-    ] = None,
-) -> None:
+@command()
+@argument("runs", type=FILE, nargs=-1, required=True, help="Files that run --jsonl wrote, of one corpus.")
+@option("--known", type=FILE, help="The list of known results that the runs were given.")
+@option("--write", type=FILE, help="Put the table between the witnesses markers of this Markdown file.")
+def peers(runs: tuple[Path, ...], known: Path | None, write: Path | None) -> None:
     """Show how each row's own software did in the cases of its row.
 
     The table has items, failures and the worst passing ratio.
@@ -35,6 +32,6 @@ def peers(
         if write:
             document.rewrite(write, "witnesses", text)
         else:
-            typer.echo(text, nl=False)
+            click.echo(text, nl=False)
     except (read.ReportError, CaseError, OSError, ValueError) as error:
         stop(str(error), USAGE)

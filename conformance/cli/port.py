@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
-from conformance.cli.app import USAGE, app, stop
+from conformance.cli.app import USAGE, stop
+from conformance.cli.options import DIALECT, DTYPE, FILE, argument, command, option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,101 +20,108 @@ if TYPE_CHECKING:
     from conformance.porter.port import Options, PortReport
 
 
-@app.command()
+@command()
+@argument("source", type=FILE, help="The checkpoint to port.")
+@argument(
+    "target",
+    type=FILE,
+    required=False,
+    help="The checkpoint to write: NAME.safetensors, NAME.pt, NAME.gguf, or a directory (shards, or Orbax).",
+)
+@option("--to", default="", help="The target's layout.")
+@option("--from", "source_layout", help="The source's layout. Default: recognised from the tensor names.")
+@option(
+    "--dialect",
+    type=DIALECT,
+    help="The source's dialect, NAME[,key=value…]. Default: as its metadata, config.json or layout says.",
+)
+@option(
+    "--to-dialect",
+    type=DIALECT,
+    help="The target's dialect, NAME[,key=value…]. Default: as the target's own software computes, with its "
+    "configuration set to the source's values.",
+)
+@option("--assume", is_flag=True, help="Assume the layout's own dialect if nothing says which one the source is.")
+@option(
+    "--config",
+    type=FILE,
+    help="The source's configuration: JSON, or MaxText's YAML. Default: the config.json beside it.",
+)
+@option(
+    "--to-config", type=FILE, help="The target's configuration, which states the function that the target computes."
+)
+@option(
+    "--allow-partial",
+    is_flag=True,
+    help="Port the rest if hyper-connections are missing, or have names that no layout has.",
+)
+@option("--dtype", type=DTYPE, help="Store weights in this dtype. Default: each keeps its own.")
+@option("--allow-approximate", is_flag=True, help="Write even if the target computes another function.")
+@option(
+    "--into",
+    type=FILE,
+    help="Add the tensors to this safetensors directory, as a new shard with a new index; or to a copy of this "
+    "GGUF file, which is written to TARGET.",
+)
+@option(
+    "--verify",
+    type=click.IntRange(min=1),
+    default=4,
+    help="Number of probe tokens on which source and target are evaluated.",
+)
+@option("--seed", type=int, default=0, help="Seed of the probe tokens.")
+@option(
+    "--activations",
+    type=FILE,
+    help="A .npy or .safetensors file of streams [..., n, C] on which source and target are evaluated too.",
+)
+@option(
+    "--norm-weight", type=FILE, help="A checkpoint with norm weights for a target that has them; φ is divided by them."
+)
+@option(
+    "--stacks",
+    default="layers",
+    help="MaxText's stacks: layers (scanned), unscanned, dense_layers:3,moe_layers or unscanned:3,scanned_blocks/2.",
+)
+@option("--scan-axis", type=click.IntRange(min=0, max=1), default=1, help="MaxText's param_scan_axis.")
+@option(
+    "--names",
+    multiple=True,
+    help="Prefix of the target's tensors, attention=layers.{layer}.mhc_attn.; also ffn=, head=, site=",
+)
+@option("--from-names", multiple=True, help="Prefix of the source's tensors, if its layout doesn't know them.")
+@option("--overwrite", is_flag=True, help="Replace a target that exists.")
+@option("--dry-run", is_flag=True, help="Read names and shapes and print the plan; write nothing.")
+@option("--read-back", is_flag=True, help="Read the target again before it takes its place, and compare every bit.")
+@option("--json", "machine", is_flag=True, help="Print the report as JSON.")
+@option("-v", "--verbose", is_flag=True, help="Print a line for each site.")
 def port(
-    source: Annotated[Path, typer.Argument(help="The checkpoint to port.")],
-    target: Annotated[
-        Path | None,
-        typer.Argument(
-            help="The checkpoint to write: NAME.safetensors, NAME.pt, NAME.gguf, or a directory (shards, or Orbax)."
-        ),
-    ] = None,
-    to: Annotated[str, typer.Option("--to", help="The target's layout.")] = "",
-    source_layout: Annotated[
-        str | None, typer.Option("--from", help="The source's layout. Default: recognised from the tensor names.")
-    ] = None,
-    dialect: Annotated[
-        str | None,
-        typer.Option(
-            help="The source's dialect, NAME[,key=value…]. Default: as its metadata, config.json or layout says."
-        ),
-    ] = None,
-    to_dialect: Annotated[
-        str | None,
-        typer.Option(
-            help="The target's dialect, NAME[,key=value…]. Default: as the target's own software computes, with its "
-            "configuration set to the source's values."
-        ),
-    ] = None,
-    assume: Annotated[
-        bool, typer.Option("--assume", help="Assume the layout's own dialect if nothing says which one the source is.")
-    ] = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="The source's configuration: JSON, or MaxText's YAML. Default: the config.json beside it."),
-    ] = None,
-    to_config: Annotated[
-        Path | None,
-        typer.Option(help="The target's configuration, which states the function that the target computes."),
-    ] = None,
-    allow_partial: Annotated[
-        bool,
-        typer.Option(
-            "--allow-partial", help="Port the rest if hyper-connections are missing, or have names that no layout has."
-        ),
-    ] = False,
-    dtype: Annotated[str | None, typer.Option(help="Store weights in this dtype. Default: each keeps its own.")] = None,
-    allow_approximate: Annotated[
-        bool, typer.Option("--allow-approximate", help="Write even if the target computes another function.")
-    ] = False,
-    into: Annotated[
-        Path | None,
-        typer.Option(
-            help="Add the tensors to this safetensors directory, as a new shard with a new index; or to a copy of this "
-            "GGUF file, which is written to TARGET."
-        ),
-    ] = None,
-    verify: Annotated[
-        int, typer.Option(min=1, help="Number of probe tokens on which source and target are evaluated.")
-    ] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the probe tokens.")] = 0,
-    activations: Annotated[
-        Path | None,
-        typer.Option(
-            help="A .npy or .safetensors file of streams [..., n, C] on which source and target are evaluated too."
-        ),
-    ] = None,
-    norm_weight: Annotated[
-        Path | None,
-        typer.Option(help="A checkpoint with norm weights for a target that has them; φ is divided by them."),
-    ] = None,
-    stacks: Annotated[
-        str,
-        typer.Option(
-            help="MaxText's stacks: layers (scanned), unscanned, dense_layers:3,moe_layers or "
-            "unscanned:3,scanned_blocks/2."
-        ),
-    ] = "layers",
-    scan_axis: Annotated[int, typer.Option(min=0, max=1, help="MaxText's param_scan_axis.")] = 1,
-    names: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Prefix of the target's tensors, attention=layers.{layer}.mhc_attn.; also ffn=, head=, site="
-        ),
-    ] = None,
-    from_names: Annotated[
-        list[str] | None, typer.Option(help="Prefix of the source's tensors, if its layout doesn't know them.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that exists.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read names and shapes and print the plan; write nothing.")
-    ] = False,
-    read_back: Annotated[
-        bool,
-        typer.Option("--read-back", help="Read the target again before it takes its place, and compare every bit."),
-    ] = False,
-    machine: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print a line for each site.")] = False,
+    source: Path,
+    target: Path | None,
+    to: str,
+    source_layout: str | None,
+    dialect: str | None,
+    to_dialect: str | None,
+    assume: bool,
+    config: Path | None,
+    to_config: Path | None,
+    allow_partial: bool,
+    dtype: str | None,
+    allow_approximate: bool,
+    into: Path | None,
+    verify: int,
+    seed: int,
+    activations: Path | None,
+    norm_weight: Path | None,
+    stacks: str,
+    scan_axis: int,
+    names: tuple[str, ...],
+    from_names: tuple[str, ...],
+    overwrite: bool,
+    dry_run: bool,
+    read_back: bool,
+    machine: bool,
+    verbose: bool,
 ) -> None:
     """Port a checkpoint's weights, and say how exact the result is.
 
@@ -138,16 +147,16 @@ def port(
             assume=assume, config=config, to_config=to_config, allow_partial=allow_partial,
             allow_approximate=allow_approximate, into=into, verify=verify, seed=seed,
             activations=_activations(activations) if activations else None, norm_weight=norm_weight,
-            stacks=Stacks.parse(stacks), scan_axis=scan_axis, names=prefixes(names or []),
-            source_names=prefixes(from_names or []), overwrite=overwrite, dry_run=dry_run, read_back=read_back,
+            stacks=Stacks.parse(stacks), scan_axis=scan_axis, names=prefixes(names),
+            source_names=prefixes(from_names), overwrite=overwrite, dry_run=dry_run, read_back=read_back,
         )  # fmt: skip
         try:
             report = _run(source, target, options)
         except Ambiguous as error:
             if not (sys.stdin.isatty() and sys.stderr.isatty()):
                 raise
-            typer.echo(f"mhc-conformance: {error}", err=True)
-            chosen = typer.prompt(f"the source's layout ({', '.join(error.fits)})", err=True)
+            click.echo(f"mhc-conformance: {error}", err=True)
+            chosen = click.prompt(f"the source's layout ({', '.join(error.fits)})", err=True)
             report = _run(source, target, dataclasses.replace(options, source_layout=chosen))
     except Refused as error:
         _show(error.report, machine, verbose, dry_run)
@@ -179,7 +188,7 @@ def _layouts() -> list[str]:
     return list(layouts())
 
 
-def prefixes(texts: list[str]) -> dict[str, str]:
+def prefixes(texts: Sequence[str]) -> dict[str, str]:
     """Prefixes of tensors by kind of site, from ``attention=…``, ``ffn=…``, ``head=…`` and ``site=…``.
 
     Raises:
@@ -249,31 +258,31 @@ def _activations(path: Path) -> np.ndarray:
 
 def _show(report: PortReport, machine: bool, verbose: bool, dry_run: bool = False) -> None:
     if machine:
-        typer.echo(json.dumps(report.as_dict(), indent=1))
+        click.echo(json.dumps(report.as_dict(), indent=1))
         return
     sites = f"{report.sites - report.head} sites{' and a head' if report.head else ''}"
-    typer.echo(
+    click.echo(
         f"source   {report.source_layout}, {report.source}: {report.layers} layers, {sites}, "
         f"n = {report.streams}, C = {report.dim}, {report.source_bytes / 1e6:.3f} MB"
     )
-    typer.echo(f"dialect  {report.source_dialect} ({report.source_told_by})")
-    typer.echo(f"         to {report.target_dialect} ({report.told_by}), layout {report.target_layout}")
+    click.echo(f"dialect  {report.source_dialect} ({report.source_told_by})")
+    click.echo(f"         to {report.target_dialect} ({report.told_by}), layout {report.target_layout}")
     for note in report.notes:
-        typer.echo(f"note     {note}")
+        click.echo(f"note     {note}")
     for key, value in report.settings.items():
-        typer.echo(f"set      {key}: {value} in {report.settings_place}")
-    typer.echo(f"verdict  {report.reason}")
+        click.echo(f"set      {key}: {value} in {report.settings_place}")
+    click.echo(f"verdict  {report.reason}")
     if report.deviations:
         largest = ", ".join(f"{name} {value:.3g}" for name, value in report.largest.items())
-        typer.echo(f"measured on {report.probes} probe tokens: largest deviation {largest}")
+        click.echo(f"measured on {report.probes} probe tokens: largest deviation {largest}")
     if verbose:
         for site, row in report.deviations.items():
-            typer.echo(f"  {site:24} " + "  ".join(f"{name} {value:.3g}" for name, value in row.items()))
+            click.echo(f"  {site:24} " + "  ".join(f"{name} {value:.3g}" for name, value in row.items()))
     if report.written:
-        typer.echo(
+        click.echo(
             f"written  {report.written}, {len(report.tensors)} tensors{', read back' if report.read_back else ''}"
         )
     elif dry_run:
-        typer.echo("plan     a dry run writes nothing; a port would write:")
+        click.echo("plan     a dry run writes nothing; a port would write:")
         for name, (shape, kind) in report.tensors.items():
-            typer.echo(f"  {name} {shape} {kind}")
+            click.echo(f"  {name} {shape} {kind}")

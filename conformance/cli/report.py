@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from conformance.cli.app import FAILED, SETUP, USAGE, app, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, stop
+from conformance.cli.options import FILE, argument, command, option
 
 VERIFY = Path("verify")
 
 
-@app.command()
+@command()
+@argument(
+    "runs",
+    type=FILE,
+    nargs=-1,
+    required=True,
+    help="Files that run --jsonl wrote, of one corpus; or the word verify and bundles.",
+)
+@option("--html", type=FILE, help="Write a page: one file, nothing is fetched.")
+@option("--markdown", type=FILE, help="Write a short text, for a pull request.")
+@option("--badge", type=FILE, help="Write a badge (SVG) of one implementation's result.")
+@option("--implementation", default="", help="Whose result --badge shows, where there are several.")
+@option("--bundle", type=FILE, help="Write the runs, what they are of and their hashes into one zip file.")
+@option("--sha256", default="", help="With verify: the hash that the bundle should have.")
+@option("--selftest", "--power", "selftest", type=FILE, help="A file that selftest --json wrote: adds the mutants.")
 def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(help="Files that run --jsonl wrote, of one corpus; or the word verify and bundles."),
-    ],
-    html: Annotated[Path | None, typer.Option(help="Write a page: one file, nothing is fetched.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write a short text, for a pull request.")] = None,
-    badge: Annotated[Path | None, typer.Option(help="Write a badge (SVG) of one implementation's result.")] = None,
-    implementation: Annotated[str, typer.Option(help="Whose result --badge shows, where there are several.")] = "",
-    bundle: Annotated[
-        Path | None, typer.Option(help="Write the runs, what they are of and their hashes into one zip file.")
-    ] = None,
-    sha256: Annotated[str, typer.Option(help="With verify: the hash that the bundle should have.")] = "",
-    selftest: Annotated[
-        Path | None, typer.Option("--selftest", "--power", help="A file that selftest --json wrote: adds the mutants.")
-    ] = None,
+    runs: tuple[Path, ...],
+    html: Path | None,
+    markdown: Path | None,
+    badge: Path | None,
+    implementation: str,
+    bundle: Path | None,
+    sha256: str,
+    selftest: Path | None,
 ) -> None:
     """Merge runs of several machines into a page, a short text, a badge or a bundle; or check a bundle.
 
@@ -78,12 +86,12 @@ def report(
     except OSError as error:
         stop(f"can't be written: {error}", USAGE)
     if holds:
-        typer.echo(f"{bundle}: hash {holds.hash}")
+        click.echo(f"{bundle}: hash {holds.hash}")
     if not written:
-        typer.echo(text.markdown(content), nl=False)
+        click.echo(text.markdown(content), nl=False)
 
 
-def _verify(bundles: list[Path], expected: str) -> None:
+def _verify(bundles: Sequence[Path], expected: str) -> None:
     """Says what bundles hold, a line for each of their implementations; ends with a line where one doesn't hold it."""
     from conformance.report.bundle import Broken, verify
     from conformance.report.read import ReportError
@@ -97,6 +105,6 @@ def _verify(bundles: list[Path], expected: str) -> None:
             stop(str(error), FAILED)
         except ReportError as error:
             stop(str(error), USAGE)
-        typer.echo(f"{path}: whole, of corpus {checked.manifest.corpus}; hash {checked.hash}")
+        click.echo(f"{path}: whole, of corpus {checked.manifest.corpus}; hash {checked.hash}")
         for result in checked.manifest.results:
-            typer.echo(f"  {result.implementation}: {result.said} ({', '.join(result.dialects)})")
+            click.echo(f"  {result.implementation}: {result.said} ({', '.join(result.dialects)})")

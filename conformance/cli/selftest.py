@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from conformance.cli.app import FAILED, SETUP, USAGE, app, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, stop
+from conformance.cli.options import FILE, command, one_of, option
 
 BOTH, WHAT, WHERE = "both", "what", "where"
 
 
-@app.command()
+@command()
+@option("--quick", is_flag=True, help="Run a small subset of the cases, and ten honest variants.")
+@option("--mutant", multiple=True, help="Only mutants whose name contains this text; repeatable.")
+@option(
+    "--kind",
+    type=one_of("kind", (BOTH, WHAT, WHERE)),
+    default=BOTH,
+    help="Mistakes in what is computed (what), in where (where), or both.",
+)
+@option("--variants", type=click.IntRange(min=0), help="Number of honest variants. Default: 200, or 10 with --quick.")
+@option("--jobs", type=click.IntRange(min=1), default=2, help="Worker processes.")
+@option("--write", type=FILE, help="Put the tables between the selftest and the where markers of this Markdown file.")
+@option("--json", type=FILE, help="Write the figures to this file, for report.")
+@option("--seen", type=FILE, help="Write the stages that see each mistake to this file, for what run says at its end.")
 def selftest(
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Run a small subset of the cases, and ten honest variants.")
-    ] = False,
-    mutant: Annotated[
-        list[str] | None, typer.Option(help="Only mutants whose name contains this text; repeatable.")
-    ] = None,
-    kind: Annotated[str, typer.Option(help="Mistakes in what is computed (what), in where (where), or both.")] = BOTH,
-    variants: Annotated[
-        int | None, typer.Option(min=0, help="Number of honest variants. Default: 200, or 10 with --quick.")
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
-    write: Annotated[
-        Path | None,
-        typer.Option(help="Put the tables between the selftest and the where markers of this Markdown file."),
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file, for report.")] = None,
-    seen: Annotated[
-        Path | None,
-        typer.Option(help="Write the stages that see each mistake to this file, for what run says at its end."),
-    ] = None,
+    quick: bool,
+    mutant: tuple[str, ...],
+    kind: str,
+    variants: int | None,
+    jobs: int,
+    write: Path | None,
+    json: Path | None,
+    seen: Path | None,
 ) -> None:
     """Measure the suite itself.
 
@@ -51,7 +52,6 @@ def selftest(
 
     from conformance.files import atomic, document
 
-    (kind,) = known_names("kind", [kind], [BOTH, WHAT, WHERE])
     titles = [[m.title() for m in mutants] for mutants in (measure.MUTANTS, measure_where.WHERE)]
     chosen, of_where = (
         [k for k, title in enumerate(names) if not mutant or any(m.lower() in title.lower() for m in mutant)]
@@ -60,7 +60,7 @@ def selftest(
     chosen, of_where = [] if kind == WHERE else chosen, [] if kind == WHAT else of_where
     if not chosen and not of_where:
         known = ", ".join(title for names in titles for title in names)
-        stop(f"no mutant's name has {' or '.join(map(repr, mutant or []))}; they are: {known}", USAGE)
+        stop(f"no mutant's name has {' or '.join(map(repr, mutant))}; they are: {known}", USAGE)
     count = (measure.QUICK_VARIANTS if quick else measure.VARIANTS) if variants is None else variants
     if kind == WHERE and variants is None:
         count = 0
@@ -77,7 +77,7 @@ def selftest(
     for part in (table.terminal(result), table.terminal_of_places(places)):
         console.print(part)
     for line in [*table.reasons(result), *([table.honest_line(result)] if result.honest else [])]:
-        typer.echo(line)
+        click.echo(line)
     if write or json or seen:
         try:
             if write:
@@ -93,12 +93,12 @@ def selftest(
             stop(str(error), USAGE)
     problems = [*result.survivors, *places.survivors, *result.false_alarms]
     for line in problems:
-        typer.echo(line)
-    typer.echo(f"{len(chosen) + len(of_where)} mutants, {count} honest variants: {len(problems)} problems")
-    raise typer.Exit(FAILED if problems else 0)
+        click.echo(line)
+    click.echo(f"{len(chosen) + len(of_where)} mutants, {count} honest variants: {len(problems)} problems")
+    raise click.exceptions.Exit(FAILED if problems else 0)
 
 
-@app.command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def power() -> None:
     """Say what this command is called now."""
     stop("power is called selftest now: mhc-conformance selftest takes the same options", USAGE)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from conformance.cli.app import USAGE, app, stop
+from conformance.cli.app import USAGE, stop
+from conformance.cli.options import FILE, command, option
 
 
-@app.command()
-def status(
-    write: Annotated[Path | None, typer.Option(help="Write the page to this file instead of printing it.")] = None,
-    rows: Annotated[
-        Path | None,
-        typer.Option(help="Put the table of what each row rests on between the rows markers of this Markdown file."),
-    ] = None,
-) -> None:
+@command()
+@option("--write", type=FILE, help="Write the page to this file instead of printing it.")
+@option(
+    "--rows", type=FILE, help="Put the table of what each row rests on between the rows markers of this Markdown file."
+)
+def status(write: Path | None, rows: Path | None) -> None:
     """Show what the corpus covers.
 
     The page has the families by stage and dtype, and the clauses of the specification without a case.
@@ -39,6 +37,6 @@ def status(
         if write:
             atomic.write(write, text)
         else:
-            typer.echo(text, nl=False)
+            click.echo(text, nl=False)
     except (CaseError, OSError, ValueError) as error:
         stop(str(error), USAGE)

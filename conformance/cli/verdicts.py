@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from conformance.cli.app import USAGE, app, stop
+from conformance.cli.app import USAGE, stop
 from conformance.cli.fresh import HELP, dialects_given
+from conformance.cli.options import DIALECT, FILE, argument, command, option
 
 
-@app.command()
-def verdicts(
-    source: Annotated[str | None, typer.Argument(help=f"A dialect: {HELP}.")] = None,
-    target: Annotated[
-        str | None, typer.Argument(help="A second dialect: explain a port from the first to this one.")
-    ] = None,
-    write: Annotated[
-        Path | None,
-        typer.Option(help="Write the tables of verdicts and of layouts between their markers in this Markdown file."),
-    ] = None,
-) -> None:
+@command()
+@argument("source", type=DIALECT, required=False, help=f"A dialect: {HELP}.")
+@argument("target", type=DIALECT, required=False, help="A second dialect: explain a port from the first to this one.")
+@option(
+    "--write",
+    type=FILE,
+    help="Write the tables of verdicts and of layouts between their markers in this Markdown file.",
+)
+def verdicts(source: str | None, target: str | None, write: Path | None) -> None:
     """Say how exact a port between two dialects is.
 
     It is exact, exact to rounding, approximate or impossible. Without dialects, print the table of all pairs. An
     approximate port has the deviation of out on a made-up site.
+
+    Exit status: 0, whatever the verdict is; 2 for dialects that are none, or a file that can't be written.
     """
     from conformance.files import document
     from conformance.porter import table
@@ -35,7 +35,7 @@ def verdicts(
     if source is not None and target is not None:
         before, after = (dict(dialects_given([text])[0].parameters) for text in (source, target))
         for line in table.reasons(before, after):
-            typer.echo(line)
+            click.echo(line)
         return
     text = table.markdown()
     try:
@@ -43,6 +43,6 @@ def verdicts(
             document.rewrite(write, "verdicts", text)
             document.rewrite(write, "layouts", table.layout_table())
         else:
-            typer.echo(text, nl=False)
+            click.echo(text, nl=False)
     except (OSError, ValueError) as error:
         stop(str(error), USAGE)

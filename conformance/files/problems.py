@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, cast
 
 from msgspec import inspect
@@ -34,6 +34,42 @@ def shown(value: Any) -> str:
     if isinstance(value, str):
         return repr(value[:_SHOWN]) + ("…" if len(value) > _SHOWN else "")
     return reprlib.repr(value)
+
+
+def unknown(kind: str, name: Any, known: Iterable[str]) -> str:
+    """The message about a name that isn't among the known ones, with the one that was probably meant.
+
+    Args:
+        kind: what is named: a stage, a dialect, ….
+    """
+    known = list(known)
+    return f"unknown {kind} {shown(name)}, expected one of {', '.join(known)}{meant(name, known)}"
+
+
+def meant(name: Any, known: Iterable[str]) -> str:
+    """``; did you mean …?`` for the known name that is nearest, if one is near."""
+    import difflib  # 4 ms, which only a slip needs
+
+    names = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(str(name).lower(), names, 1)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""
+
+
+def slip(name: str, known: Collection[str]) -> bool:
+    """Whether an unknown name is one of the known ones in another spelling, and not a name of its own.
+
+    Names that differ in a digit are versions: ``deepseek-v4.2`` is no slip of ``deepseek-v4.1``.
+    """
+    import difflib
+
+    def bare(text: str) -> str:
+        return "".join(c for c in text.lower() if c.isalnum())
+
+    def digits(text: str) -> str:
+        return "".join(c for c in text if c.isdigit())
+
+    alike = {bare(other) for other in known if digits(other) == digits(name)}
+    return name not in known and bool(difflib.get_close_matches(bare(name), alike, 1, 0.85))
 
 
 def problems(kind: inspect.Type, value: Any, place: str) -> Iterator[tuple[str, str]]:

@@ -8,8 +8,8 @@ from msgspec import Meta, Struct
 
 from conformance.files.problems import one_line, shown
 from conformance.files.reading import Reader, Scalar
+from conformance.implementations.claims import misnamed
 from conformance.interface import Capabilities
-from conformance.stages import STAGES
 
 PROTOCOL = "mhc-conformance-harness/1"
 
@@ -78,17 +78,17 @@ def read_greeting(line: bytes) -> tuple[str, Capabilities]:
     """Name and capabilities of a program.
 
     Raises:
-        ProgramError: the line is no greeting, or one of another protocol.
+        ProgramError: the line is no greeting, is one of another protocol, or claims a name that nothing has.
     """
     place = f"its greeting {_begins(line)}"
     protocol = _PROTOCOL.decode(line, place).protocol
     if protocol != PROTOCOL:
         raise ProgramError(f"expected protocol {PROTOCOL!r}, got {shown(protocol)}")
     greeting = _GREETING.decode(line, place)
-    unknown = sorted({*greeting.capabilities.stages, *greeting.capabilities.outputs} - set(STAGES))
-    if unknown:
-        raise ProgramError(f"capabilities: stages must be among {', '.join(STAGES)}, got {shown(unknown[0])}")
-    return greeting.name, _capabilities(greeting.capabilities)
+    claimed = _capabilities(greeting.capabilities)
+    if problem := misnamed(claimed):
+        raise ProgramError(problem)
+    return greeting.name, claimed
 
 
 def _capabilities(claims: Claims) -> Capabilities:

@@ -69,8 +69,8 @@ class ProgramImplementation:
         name = str(self._calls)
         given, written = (self._folder / f"{name}.{kind}" for kind in ("input", "output"))
         weights = {*LAYER_WEIGHTS, *HEAD_WEIGHTS}
-        tensors = {f"{'weight' if k in weights else 'input'}/{k}": np.ascontiguousarray(v) for k, v in inputs.items()}
-        tensors.update({f"cotangent/{k}": np.ascontiguousarray(v) for k, v in (cotangents or {}).items()})
+        tensors = {f"{'weight' if k in weights else 'input'}/{k}": _in_order(v) for k, v in inputs.items()}
+        tensors.update({f"cotangent/{k}": _in_order(v) for k, v in (cotangents or {}).items()})
         save_file(tensors, given)
         request = {"id": name, "stage": stage, "config": config, "input": str(given), "output": str(written)}
         try:
@@ -163,6 +163,11 @@ class ProgramImplementation:
             return "closed its standard output without an answer"
         size = f" (it wrote a file of more than {LARGEST_FILE} bytes)" if death.status == -signal.SIGXFSZ else ""
         return death.told(f"{size} without an answer")
+
+
+def _in_order(value: np.ndarray) -> np.ndarray:
+    """The values in order in memory, with their shape: `numpy.ascontiguousarray` would make ``[1]`` of a scalar."""
+    return np.asarray(value, order="C")
 
 
 def _shown(text: bytes) -> str:

@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from conformance.files.problems import meant
 from conformance.implementations.wrapping import wrap
 from conformance.interface import Implementation, SetupError, describe
 from conformance.mesh import MARK, Member, parse_mesh
@@ -62,7 +63,7 @@ def registered(group: str = GROUP) -> dict[str, str]:
 
 def missing_modules(name: str) -> list[str]:
     """What would have to be installed for a registered implementation."""
-    return [module for module in _of_prefix(MODULES, name) or () if not _installed(module)]
+    return [module for module in _of_prefix(MODULES, name) or () if not installed(module)]
 
 
 def unavailable(name: str) -> str:
@@ -83,7 +84,8 @@ def _of_prefix(table: Mapping[str, Any], name: str) -> Any:
     return next((value for prefix, value in table.items() if f"{name}-".startswith(f"{prefix}-")), None)
 
 
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
+    """Whether a module is here; it isn't imported, but the package that it is in may be."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the package that it is in
@@ -162,10 +164,11 @@ def _target(reference: str, group: str) -> tuple[str, str]:
     module, separator, attribute = registered(group).get(reference, reference).partition(":")
     if not separator:
         known = ", ".join(registered(group)) or "none"
+        near = meant(reference, registered(group))
         kind = "registered name" if group == GROUP else "name registered to run on a mesh"
         command = f" or {EXEC}COMMAND" if group == GROUP else ""
         example = f"{Path(reference).stem}:Mine for a class of {Path(reference).stem}.py"
-        raise SetupError(f"{reference}: expected module:attribute ({example}){command}, or a {kind}: {known}")
+        raise SetupError(f"{reference}: expected module:attribute ({example}){command}, or a {kind}: {known}{near}")
     return module, attribute
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from conformance.implementations.claims import misnamed
 from conformance.interface import Arrays, Capabilities, Implementation, Result, SetupError
-from conformance.stages import STAGES
 
 
 class StageMethods:
@@ -32,7 +32,8 @@ def wrap(implementation: Any, reference: str = "") -> Implementation:
         reference: what the user wrote for it, for the message.
 
     Raises:
-        SetupError: it has no name, no capabilities, an unknown stage, or no method for a stage that it claims.
+        SetupError: it has no name, no capabilities, claims a name that nothing has, or has no method for a stage that
+            it claims.
     """
     claimed = getattr(implementation, "capabilities", None)
     name = getattr(implementation, "name", None)
@@ -41,9 +42,8 @@ def wrap(implementation: Any, reference: str = "") -> Implementation:
         raise SetupError(
             f"{reference}: expected a name and capabilities of type Capabilities, got {type(claimed).__name__}"
         )
-    unknown = sorted(set(claimed.stages) - set(STAGES))
-    if unknown:
-        raise SetupError(f"{reference}: claims unknown stages {unknown}, expected some of {', '.join(STAGES)}")
+    if problem := misnamed(claimed):
+        raise SetupError(f"{reference}: {problem}")
     if callable(getattr(implementation, "call", None)):
         return implementation
     absent = sorted(stage for stage in claimed.stages if not callable(getattr(implementation, stage, None)))

@@ -14,6 +14,7 @@ from conformance.cases.case import Item
 from conformance.cases.corpus import is_golden
 from conformance.interface import Arrays, Capabilities, Implementation, describe
 from conformance.judge.faint import check_faint
+from conformance.judge.frames import frames, place
 from conformance.judge.held import Held, changes
 from conformance.judge.rule import GOOD, Check, check_item
 from conformance.judge.stochasticity import check_stochasticity
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 MESSAGE = 500
 """Characters of an exception that are kept."""
+RETURN = '; return for instance {"u": u}, {"x": gradient}, the second empty where cotangents is None'
+"""What to do about a wrong return."""
 
 
 @dataclass
@@ -40,6 +43,8 @@ class Outcome:
     skipped: str = ""
     reference: str = ""
     """What ``--impl`` was given: a registered name or ``module:attribute``."""
+    asked: str = ""
+    """The id of the item, which is the same in every run with the same options (`judge.run.Label.id`)."""
     file: str = ""
     """The case's file where it isn't one of the corpus."""
     about: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -116,6 +121,24 @@ def run_item(implementation: Implementation, item: Item, probe: bool = False, pl
         probe: hand over what isn't claimed too: it must be refused, or come out right.
         plan: further calls of the item, each in other modes; none where it is None.
     """
+    outcome = _begun(implementation, item, plan)
+    if not outcome.skipped:
+        answer = _call(implementation, item, outcome)
+        if plan is not None and not answer.refused and not answer.error:
+            plan.judge(implementation, item, outcome, answer)
+    elif probe and _may_be_probed(item, implementation.capabilities):
+        _probe(implementation, item, outcome)
+    return outcome
+
+
+def skipped(implementation: Implementation, item: Item, plan: Plan | None = None) -> Outcome | None:
+    """The outcome of an item that isn't claimed; None for one that is, and would be called."""
+    outcome = _begun(implementation, item, plan)
+    return outcome if outcome.skipped else None
+
+
+def _begun(implementation: Implementation, item: Item, plan: Plan | None) -> Outcome:
+    """What is known before a call: the item, the implementation's settings, and whether it claims the item."""
     outcome = Outcome(
         implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect,
         family=item.case.family,
@@ -127,13 +150,11 @@ def run_item(implementation: Implementation, item: Item, probe: bool = False, pl
     if plan is not None:
         outcome.about["modes"] = plan.fewer(claimed)
     outcome.skipped = refusal(item, claimed)
-    if not outcome.skipped:
-        answer = _call(implementation, item, outcome)
-        if plan is not None and not answer.refused and not answer.error:
-            plan.judge(implementation, item, outcome, answer)
-    elif probe and item.stage in claimed.stages and item.variant.contract in claimed.contracts:
-        _probe(implementation, item, outcome)
     return outcome
+
+
+def _may_be_probed(item: Item, claimed: Capabilities) -> bool:
+    return item.stage in claimed.stages and item.variant.contract in claimed.contracts
 
 
 def _probe(implementation: Implementation, item: Item, outcome: Outcome) -> None:
@@ -178,7 +199,9 @@ class Answer:
     refused: str = ""
     """Its reason, where it refused."""
     error: str = ""
-    """The exception that it raised, or the kind of thing that it returned in place of a result."""
+    """The exception that it raised and where, or the kind of thing that it returned in place of a result."""
+    trace: tuple[str, ...] = ()
+    """The frames of the exception, outermost first."""
     changed: tuple[tuple[str, str], ...] = ()
     """(array, sentence) for each array whose memory isn't what it was before."""
     seconds: float = 0.0
@@ -210,7 +233,7 @@ def answered(
         answer.refused = f"refused: {describe(error)}"
         return answer
     except Exception as error:
-        answer.error = describe(error)[:MESSAGE]
+        answer.error, answer.trace = raised(error), tuple(frames(error))
         return answer
     finally:
         answer.seconds = time.perf_counter() - started
@@ -218,10 +241,16 @@ def answered(
     return answer
 
 
+def raised(error: BaseException) -> str:
+    """An exception in one line, with the last line of the user's that it went through."""
+    where = place(error)
+    return describe(error)[:MESSAGE] + (f" ({where})" if where else "")
+
+
 def judged(item: Item, answer: Answer, claimed: Capabilities) -> list[Check]:
     """Every check of an answer that is no refusal."""
     if answer.error:
-        return [Check("-", "errored", np.inf, message=answer.error)]
+        return [Check("-", "errored", np.inf, message=answer.error, trace=list(answer.trace))]
     checks = check_item(item, answer.outputs, answer.gradients, claimed, answer.inputs)
     H = answer.outputs.get("H")
     whole = (check_stochasticity(item, H), check_faint(H, item.expected.get("H"), item.variant.contract))
@@ -236,14 +265,14 @@ def mappings(result: object) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         TypeError: there aren't two, or one is no mapping.
     """
     if not _is_tuple(result):
-        raise TypeError(f"expected (outputs, gradients), two mappings, got a {type(result).__name__}")
+        raise TypeError(f"expected (outputs, gradients), two mappings, got a {type(result).__name__}{RETURN}")
     if len(result) != 2:
-        raise TypeError(f"expected (outputs, gradients), two mappings, got a tuple of {len(result)}")
+        raise TypeError(f"expected (outputs, gradients), two mappings, got a tuple of {len(result)}{RETURN}")
     outputs, gradients = result
     if _is_mapping(outputs) and _is_mapping(gradients):
         return outputs, gradients
     kinds = f"{type(outputs).__name__} and {type(gradients).__name__}"
-    raise TypeError(f"expected two mappings, outputs and gradients, got {kinds}")
+    raise TypeError(f"expected two mappings, outputs and gradients, got {kinds}{RETURN}")
 
 
 def _is_tuple(value: object) -> TypeGuard[tuple[object, ...]]:

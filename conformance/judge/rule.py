@@ -26,6 +26,8 @@ ABSOLUTE = {DTYPES["float16"]: 2.0**-25}
 """Half of the smallest subnormal number, where it is large enough to matter."""
 PARTS = 3.0
 """Separately rounded parts of a gradient: their magnitudes count three times."""
+MOST_KEYS = 12
+"""Keys of a result that a message names."""
 MARGINAL = 0.5
 """A ratio above this is reported."""
 WORST = 4
@@ -57,6 +59,8 @@ class Check:
     """What was special about the call (`judge.modes`); empty for the plain one."""
     map: dict[str, Any] = field(default_factory=dict[str, Any])
     """Where a tensor that failed is wrong (`judge.heat`)."""
+    trace: list[str] = field(default_factory=list[str])
+    """The frames of an exception, outermost first."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -180,7 +184,10 @@ def check_item(
         gradient, name = tensor.startswith("d/"), tensor.removeprefix("d/")
         actual = (gradients if gradient else outputs).get(name)
         if actual is None:
-            checks.append(Check(tensor, "wrong-shape", message=f"expected {list(expected.shape)}, got nothing"))
+            part, given = ("gradients", gradients) if gradient else ("outputs", outputs)
+            came = f"these have {', '.join(map(str, list(given)[:MOST_KEYS]))}" if given else "these are empty"
+            message = f"expected {list(expected.shape)} under {name!r} of the {part}, got nothing; {came}"
+            checks.append(Check(tensor, "wrong-shape", message=message))
             continue
         dtype = inputs[name].dtype if gradient else item.output_dtype(name)
         bound = item.bounds[tensor].bound

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import cast
@@ -35,6 +35,13 @@ class Label:
     variant: str
     x: str
     dialect: str
+    slot: str = ""
+    """Tells a size's questions from one another; empty for others."""
+
+    @property
+    def id(self) -> str:
+        """The same in every run with the same options."""
+        return f"{self.case}::{self.slot}" if self.slot else f"{self.case}::{self.stage}::{self.variant}"
 
 
 def run(
@@ -46,6 +53,7 @@ def run(
     probe: bool = False,
     sizes: Mapping[Key, Label] | None = None,
     plan: Plan | None = None,
+    leave: Mapping[str, Collection[str]] | None = None,
 ) -> Iterator[Outcome]:
     """Outcomes of every implementation and item, as they come.
 
@@ -57,6 +65,7 @@ def run(
         probe: hand over what isn't claimed too.
         sizes: items of other sizes than the corpus has, by their keys; they come last.
         plan: the further calls of each item; none where it is None.
+        leave: by reference the ids (`Label.id`) of items that it isn't asked for.
 
     Raises:
         SetupError: an implementation can't be set up.
@@ -64,7 +73,11 @@ def run(
     """
     by_key: dict[Key, Label] = {(str(i.case.path), i.stage, i.variant.name): _label(i) for i in order(items)}
     by_key.update(sizes or {})
-    tasks = [_Task(reference, deque(by_key)) for reference in references]
+    leave = leave or {}
+    tasks = [
+        _Task(reference, deque(k for k, label in by_key.items() if label.id not in leave.get(reference, ())))
+        for reference in references
+    ]
     active: dict[Connection, _Worker] = {}
     leaving: list[_Worker] = []
     try:
@@ -84,10 +97,10 @@ def run(
                 worker.end_if_late()
             for ready in wait(list(active), timeout=POLL):
                 worker = active[cast(Connection, ready)]
-                outcome = worker.receive(by_key)
+                outcomes = worker.receive(by_key)
                 if worker.finished:
                     leaving.append(active.pop(worker.connection))
-                if outcome is not None:
+                for outcome in outcomes:
                     yield outcome
                     if stop_early and outcome.failed:
                         return
@@ -108,6 +121,8 @@ class _Task:
     ran: int = 0
     seconds: float = 0.0
     """Of the items that ran, with all that they took."""
+    claims_known: bool = False
+    """Whether what isn't claimed has been taken out of the queue."""
 
     @property
     def left(self) -> float:
@@ -144,32 +159,48 @@ class _Worker:
     def connection(self) -> Connection:
         return self.process.connection
 
-    def receive(self, labels: Mapping[Key, Label]) -> Outcome | None:
-        """Takes what the process sent and hands it its next item."""
+    def receive(self, labels: Mapping[Key, Label]) -> list[Outcome]:
+        """Takes what the process sent and hands it its next item; before the first the whole queue, to say its claims.
+
+        So the items that aren't claimed are known at once, and what is left is what will run.
+        """
         try:
             kind, content = self.process.receive()
         except EOFError:
-            return self._died(labels)
+            return [self._died(labels)]
         if kind == "setup":
             raise SetupError(content)
         if kind == "case":
             raise CaseError(content)
+        self.finished = False
         if kind == "mode":
-            self.mode, self.finished = content, False
-            return None
-        outcome, self.mode = None, ""
+            self.mode = content
+            return []
+        outcomes, self.mode = list[Outcome](), ""
         if kind == "ready":
             self.name = content
+            if not self.task.claims_known:
+                self.task.claims_known = True
+                self.process.send(list(self.task.queue))
+                return []
+        elif kind == "unclaimed":
+            skipped: dict[Key, Outcome] = content
+            self.task.queue = deque(key for key in self.task.queue if key not in skipped)
+            outcomes = [self._labelled(outcome, labels[key]) for key, outcome in skipped.items()]
         else:
-            outcome = content
-            outcome.reference = self.task.reference
+            assert self.current is not None
+            outcomes = [self._labelled(content, labels[self.current])]
             self.task.ran += 1
-            self.task.seconds += outcome.whole
+            self.task.seconds += content.whole
         queue = self.task.queue
         self.current = (queue.pop() if self.backwards else queue.popleft()) if queue else None
         self.deadline = Deadline(self.limit + GRACE)
         self.process.send(self.current)
         self.finished = self.current is None
+        return outcomes
+
+    def _labelled(self, outcome: Outcome, label: Label) -> Outcome:
+        outcome.reference, outcome.asked = self.task.reference, label.id
         return outcome
 
     def end_if_late(self) -> None:
@@ -191,4 +222,5 @@ class _Worker:
         return Outcome(
             self.name, label.case, label.stage, label.variant, label.x, label.dialect,
             [Check("-", "errored", np.inf, message=message, mode=self.mode)], reference=self.task.reference,
+            asked=label.id,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from conformance.cases.case import DTYPES
-from conformance.cases.dialects import Dialect, check_sizes, unclaimed
+from conformance.cases.dialects import Dialect, check_sizes, dialect_names, unclaimed
 from conformance.interface import Capabilities, Implementation, describe
 from conformance.oracle.build import Wish, build
 from conformance.questions.bitwise import in_layouts
@@ -21,6 +21,45 @@ from conformance.stages import ACTIVATION, COEFFICIENT, STAGES
 
 ORDER = ("expand", "residual_matrix", "coefficients", "pre", "post", "layer", "reduce", "head")
 """From the inside out: the first that differs is where to look."""
+DEFAULT_STREAMS = 4
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What two implementations both claim, in the order of the tables.
+
+    Attributes:
+        streams: how many a comparison has by default: 4, or the least that both take; 0 where there is none.
+    """
+
+    stages: tuple[str, ...]
+    dialects: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    streams: int
+
+    @property
+    def missing(self) -> list[str]:
+        """The kinds of which they have nothing in common; none where they can be compared."""
+        kinds = {
+            "stage": self.stages,
+            "dialect": self.dialects,
+            "dtype": self.dtypes,
+            "number of streams": self.streams,
+        }
+        return [kind for kind, names in kinds.items() if not names]
+
+
+def shared(a: Capabilities, b: Capabilities) -> Shared:
+    """What both claim, of the stages that are compared; a dtype counts where both claim a stage for it."""
+    stages = [stage for stage in ORDER if stage in a.stages and stage in b.stages]
+    dtypes = [
+        dtype for dtype in DTYPES if any(dtype in a.dtypes_of(stage) & b.dtypes_of(stage) for stage in stages)
+    ]  # fmt: skip
+    limits = [claimed.streams for claimed in (a, b) if claimed.streams is not None]
+    numbers = frozenset.intersection(*limits) if limits else {DEFAULT_STREAMS}
+    streams = DEFAULT_STREAMS if DEFAULT_STREAMS in numbers else min(numbers, default=0)
+    dialects = [name for name in dialect_names() if name in a.dialects and name in b.dialects]
+    return Shared(tuple(stages), tuple(dialects), tuple(dtypes), streams)
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from xml.etree import ElementTree
 
 from conformance.cases.corpus import corpus_hash
 from conformance.files import atomic
+from conformance.judge.groups import Diagnosis
 from conformance.judge.item import Outcome
 from conformance.judge.rule import GOOD
 
@@ -24,40 +26,29 @@ PACKAGES = ("mhc-conformance", "numpy", "jax", "jaxlib", "flax", "torch", "trans
 ENVIRONMENT = ("XLA_FLAGS", "JAX_PLATFORMS", "NVIDIA_TF32_OVERRIDE", "TRITON_INTERPRET")
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """What an implementation's failures come from.
-
-    Attributes:
-        cause: one sentence; empty where none was found.
-        lines: what supports it, and what else was found.
-    """
-
-    implementation: str
-    cause: str
-    lines: list[str] = field(default_factory=list[str])
-
-
-def header(corpus: str, altered: Sequence[str], asked: Sequence[str]) -> dict[str, Any]:
-    """What one must know to read the figures: corpus, versions, machine, and what was asked."""
-    versions = {}
+def versions() -> dict[str, str]:
+    """The installed packages that figures depend on."""
+    found: dict[str, str] = {}
     for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def header(corpus: str, altered: Sequence[str], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What one must know to read the figures: corpus, versions, machine, and what was asked."""
     return {
         "kind": "header",
         "format": FORMAT,
         "corpus": corpus,
         **({"altered": list(altered)} if altered else {}),
-        "versions": versions,
+        "versions": versions(),
         "python": sys.version.split()[0],
         "machine": platform.machine(),
         "system": platform.system(),
         "processors": os.cpu_count(),
         "environment": {k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
-        "asked": list(asked),
+        "asked": dict(asked),
     }
 
 
@@ -78,11 +69,11 @@ def lines_of(o: Outcome) -> list[dict[str, Any]]:
         if not check.map:
             del found["map"]
         if check.verdict in GOOD:
-            del found["histogram"], found["worst"]
+            del found["histogram"], found["worst"], found["trace"]
         else:
             found["reproduce"] = o.reproduce
         lines.append({"kind": "check", **shared, **found})
-    item = {"reference": o.reference, "file": o.file, "modes": list(o.modes), "repeats": o.repeats}
+    item = {"reference": o.reference, "asked": o.asked, "file": o.file, "modes": list(o.modes), "repeats": o.repeats}
     return [*lines, {"kind": "item", **shared, **item, "lines": len(lines)}]
 
 
@@ -95,18 +86,29 @@ class Lines:
     Args:
         corpus: the corpus's hash, or what stands for it where a file isn't as promised.
         altered: a line for each such file.
-        asked: the arguments of the command.
+        asked: the options that select what is measured.
+        before: the outcomes that the file has already, where a run is resumed.
 
     Raises:
         OSError: the file can't be written.
     """
 
-    def __init__(self, path: Path, corpus: str = "", altered: Sequence[str] = (), asked: Sequence[str] = ()):
+    def __init__(
+        self, path: Path, corpus: str = "", altered: Sequence[str] = (), asked: Mapping[str, Any] | None = None,
+        before: Sequence[Outcome] = (),
+    ):  # fmt: skip
         self._corpus, self._altered = corpus or corpus_hash(), list(altered)
-        self._file = path.open("w", encoding="utf-8")
         self._count = self._failed = 0
         self._settings: dict[str, dict[str, Any]] = {}
-        self._write([header(self._corpus, altered, asked)])
+        first = [header(self._corpus, altered, asked or {})]
+        if not before:
+            self._file = path.open("w", encoding="utf-8")
+            self._write(first)
+            return
+        for outcome in before:
+            first += self._lines_of(outcome)
+        atomic.write(path, _text(first))  # what it had isn't lost if this process dies here
+        self._file = path.open("a", encoding="utf-8")
 
     def add(self, outcome: Outcome) -> None:
         """Adds one item, after its implementation's settings where these are new.
@@ -114,13 +116,16 @@ class Lines:
         Raises:
             OSError: it can't be written.
         """
-        own = self._settings.setdefault(outcome.implementation, {})
+        self._write(self._lines_of(outcome))
+
+    def _lines_of(self, outcome: Outcome) -> list[dict[str, Any]]:
+        own, lines = self._settings.setdefault(outcome.implementation, {}), list[dict[str, Any]]()
         if outcome.about and {**own, **outcome.about} != own:
             own.update(outcome.about)
-            self._write([{"kind": "implementation", "name": outcome.implementation, "settings": own}])
-        lines = lines_of(outcome)
-        self._count, self._failed = self._count + len(lines), self._failed + bool(outcome.failed)
-        self._write(lines)
+            lines.append({"kind": "implementation", "name": outcome.implementation, "settings": dict(own)})
+        of_item = lines_of(outcome)
+        self._count, self._failed = self._count + len(of_item), self._failed + bool(outcome.failed)
+        return lines + of_item
 
     def end(self, diagnoses: Iterable[Diagnosis] = (), corpus: str = "", altered: Sequence[str] = (),
             interrupted: bool = False) -> None:  # fmt: skip
@@ -143,8 +148,12 @@ class Lines:
 
     def _write(self, lines: Iterable[dict[str, Any]]) -> None:
         """Hands whole lines to the system, so that a process that dies leaves all but the last one whole."""
-        self._file.write("".join(json.dumps(_plain(line)) + "\n" for line in lines))
+        self._file.write(_text(lines))
         self._file.flush()
+
+
+def _text(lines: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(_plain(line)) + "\n" for line in lines)
 
 
 def write_jsonl(

@@ -35,8 +35,8 @@ class Header(Struct, frozen=True, tag_field="kind", tag="header"):
     environment: dict[str, str] = {}
     altered: tuple[str, ...] = ()
     """A line for each file of the corpus that wasn't as promised."""
-    asked: tuple[str, ...] = ()
-    """The arguments of the command."""
+    asked: dict[str, Any] = {}
+    """The options that select what is measured, where they aren't as they are by default."""
 
 
 class Element(Struct, frozen=True):
@@ -95,6 +95,7 @@ class CheckLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="check"):
     reproduce: str = ""
     mode: str = ""
     map: Map | None = None
+    trace: tuple[str, ...] = ()
 
 
 class SkipLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="skip"):
@@ -121,6 +122,7 @@ class ItemLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="item"):
 
     lines: int
     reference: str = ""
+    asked: str = ""
     file: str = ""
     modes: tuple[str, ...] = ()
     repeats: int = 0

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 
 from conformance.judge import heat
+from conformance.judge.groups import Failure, Group, grouped
 from conformance.judge.rule import GOOD
-from conformance.report.groups import Failure, Group, grouped, of_lines
+from conformance.report.groups import clean_lines, of_lines
 from conformance.report.read import CheckLine, Map
 
 MOST = 400
@@ -30,10 +31,11 @@ class Shown:
     """
 
     def __init__(self, checks: Iterable[CheckLine]):
-        bad = [check for check in checks if check.verdict not in GOOD]
+        every = list(checks)
+        bad = [check for check in every if check.verdict not in GOOD]
         found = of_lines(bad)
         lines = {id(failure): check for failure, check in zip(found, bad, strict=True)}
-        ordered = grouped(found)
+        ordered = grouped(found, clean_lines(every))
         self.failures: list[dict[str, Any]] = []
         places: dict[int, list[int]] = {id(group): [] for group in ordered}
         size = 0

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from conformance.cases.corpus import corpus_hash, load_corpus
+from conformance.judge.groups import ORDER, PART_OF
 from conformance.judge.rule import EDGES, GOOD
 from conformance.report import borrowing
-from conformance.report.groups import ORDER, PART_OF
 from conformance.report.read import Header, Run, Selftest
 from conformance.report.shown import Shown
 from conformance.report.sinkhorn import convergence

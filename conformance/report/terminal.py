@@ -4,64 +4,104 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from types import TracebackType
 
+import rich.progress
 from rich.console import Console
-from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
+from conformance.files.problems import one_line
+from conformance.judge.groups import Diagnosis, clean, following, group_lines, grouped, of_outcomes
 from conformance.judge.item import Outcome
 from conformance.judge.known import Known
 from conformance.judge.modes import MODES
+from conformance.judge.rule import MARGINAL
 from conformance.mesh import MARK
-from conformance.report import borrowing
+from conformance.report import blind, borrowing
 from conformance.stages import STAGES
 
-MOST_FAILURES = 40
+MOST_GROUPS = 12
+SPEAKS = 30.0  # seconds between two lines where no terminal is
 UNCLAIMED = "not claimed"
 """The end of a reason to skip what `Capabilities` leaves out."""
 
 
-class TerminalReport:
-    """Collects outcomes and prints them.
+class Progress:
+    """Says how far a run is: a live line with the time left on a terminal, elsewhere a line every 30 seconds.
 
     Args:
-        expected: how many outcomes there will be.
-        live: whether a line says how far the run is.
-        verbose: whether every reason to skip an item is printed.
+        expected: how many outcomes there will be, if everything is claimed.
+        wanted: whether anything is said.
     """
 
-    def __init__(self, expected: int, live: bool, console: Console | None = None, verbose: bool = False):
-        self.console = console or Console(width=None if sys.stdout.isatty() else 140)
-        self.expected, self.outcomes = expected, []
-        self._verbose = verbose
-        self.crossed: list[str] = []
-        self.known: list[tuple[Known, int]] = []
-        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if live else None
+    def __init__(self, expected: int, wanted: bool):
+        self._skipped = self._ran = self._failed = 0
+        self._expected = expected
+        self._spoken = time.monotonic()
+        self._bar = None
+        self._quiet = not wanted
+        if wanted and sys.stderr.isatty():
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False),
+                       TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+            self._bar = rich.progress.Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=expected)
 
-    def __enter__(self) -> TerminalReport:
-        if self._live:
-            self._live.start()
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._live:
-            self._live.stop()
+        if self._bar:
+            self._bar.stop()
 
     def add(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
-        if self._live:
-            failures = sum(bool(o.failed) for o in self.outcomes)
-            self._live.update(
-                Text(f"{len(self.outcomes)}/{self.expected}  {failures} failed  {outcome.implementation} "
-                     f"{outcome.case} {outcome.stage} {outcome.variant}")
-            )  # fmt: skip
+        """Counts an outcome; what isn't claimed is taken from what will run."""
+        if outcome.skipped:
+            self._skipped += 1
+        else:
+            self._ran += 1
+            self._failed += bool(outcome.failed)
+        where = f"{outcome.implementation} {outcome.case} {outcome.stage} {outcome.variant}"
+        if self._bar:
+            said = one_line(f"{self._failed} failed  {where}")
+            self._bar.update(self._task, completed=self._ran, total=self._expected - self._skipped, description=said)
+        elif not self._quiet and time.monotonic() - self._spoken >= SPEAKS:
+            self._spoken = time.monotonic()
+            counts = f"{self._ran} of {self._expected - self._skipped} items ran, {self._failed} failed"
+            print(one_line(f"{counts}; now {where}"), file=sys.stderr, flush=True)
 
-    def show(self, failures: Sequence[Outcome]) -> None:
-        """Prints the result; ``failures`` are those that no known result covers."""
+
+class TerminalReport:
+    """Prints a run: a table of worst figures, what belongs to it, failures in groups, and their cause at the end.
+
+    Args:
+        verbose: whether every failure is listed, not their groups alone.
+        skipped: whether every reason to skip an item is listed.
+    """
+
+    def __init__(self, console: Console | None = None, verbose: bool = False, skipped: bool = False):
+        self.console = console or Console(width=None if sys.stdout.isatty() else 140)
+        self.outcomes: Sequence[Outcome] = []
+        self._verbose, self._list_skipped = verbose, skipped
+        self.crossed: list[str] = []
+        self.known: list[tuple[Known, int]] = []
+        self.notes: list[str] = []
+
+    def show(
+        self, outcomes: Sequence[Outcome], failures: Sequence[Outcome], diagnoses: Sequence[Diagnosis] = ()
+    ) -> None:
+        """Prints the result.
+
+        Args:
+            failures: those that no known result covers.
+            diagnoses: what they come from.
+        """
+        self.outcomes = outcomes
         self.console.print(self.table())
         for line in [*self.crossed, *borrowing.lines(borrowing.settings(self.outcomes))]:
             self._line(line)
@@ -69,16 +109,16 @@ class TerminalReport:
         self._modes()
         for entry, count in self.known:
             self._line(f"known: {entry.implementation}: {count} items: {entry.why} ({entry.version}; {entry.source})")
-        for outcome in failures[:MOST_FAILURES]:
-            self._failure(outcome)
-        if len(failures) > MOST_FAILURES:
-            self.console.print(f"… and {len(failures) - MOST_FAILURES} more failed")
-        alone = next((outcome for outcome in failures if MARK not in outcome.reference), None)
-        if alone:
-            reference = shlex.quote(alone.reference or alone.implementation)
-            self._line(
-                f"\nmhc-conformance identify --impl {reference} says which dialect it computes, and what differs"
-            )
+        for line in self.notes:
+            self._line(line)
+        if self._verbose:
+            for outcome in failures:
+                self._failure(outcome)
+        else:
+            self._groups(failures)
+        self._marginal()
+        for line in blind.lines(self.outcomes):
+            self._line(line)
         verdicts = Counter(c.verdict for o in self.outcomes for c in o.checks)
         counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "nothing checked"
         ran = sum(not o.skipped for o in self.outcomes)
@@ -87,18 +127,50 @@ class TerminalReport:
             f"{ran} {'item' if ran == 1 else 'items'} ran, {len(failures)} failed{known}; checks: {counts}",
             highlight=False,
         )
+        self._diagnoses(failures, diagnoses)
 
     def _skipped(self) -> None:
-        """A line for each reason to skip an item; without `verbose`, one line for all that isn't claimed."""
+        """One line for each implementation; with `skipped`, one for each reason."""
         reasons = Counter((o.implementation, o.skipped) for o in self.outcomes if o.skipped)
         unclaimed: Counter[str] = Counter()
         for (name, reason), count in sorted(reasons.items()):
-            if reason.endswith(UNCLAIMED) and not self._verbose:
+            if reason.endswith(UNCLAIMED) and not self._list_skipped:
                 unclaimed[name] += count
             else:
                 self._line(f"skipped: {name}: {count} x {reason}")
         for name, count in unclaimed.items():
-            self._line(f"skipped: {name}: {count} items that it doesn't claim (--verbose names each reason)")
+            self._line(f"skipped: {name}: {count} items that it doesn't claim (--skipped names each reason)")
+
+    def _marginal(self) -> None:
+        """What the verdict means, where there is one."""
+        checks = [check for o in self.outcomes for check in o.checks if check.verdict == "marginal"]
+        if checks:
+            worst = max(check.ratio for check in checks)
+            self._line(
+                f"marginal: {len(checks)} checks passed with over {MARGINAL:g} of their bound, at most {worst:.2f}: "
+                "right, with less room than honest implementations leave; look there before you change precision"
+            )
+
+    def _groups(self, failures: Sequence[Outcome]) -> None:
+        """The failures in groups, those that only follow from others in one line."""
+        groups = grouped(of_outcomes(failures), clean(self.outcomes))
+        leaders = [group for group in groups if not group.follows]
+        for group in leaders[:MOST_GROUPS]:
+            self._line("\n" + "\n".join(group_lines(group)))
+        if len(leaders) > MOST_GROUPS:
+            self._line(f"\nand {len(leaders) - MOST_GROUPS} groups more (-v lists every failure)")
+        for line in following(groups):
+            self._line(line)
+
+    def _diagnoses(self, failures: Sequence[Outcome], diagnoses: Sequence[Diagnosis]) -> None:
+        for diagnosis in diagnoses:
+            self._line(f"\ndiagnosis of {diagnosis.implementation}: {diagnosis.cause or 'no cause was found'}")
+            for line in diagnosis.lines:
+                self._line(f"  {line}")
+        alone = next((outcome for outcome in failures if MARK not in outcome.reference), None)
+        if alone and any(not diagnosis.cause for diagnosis in diagnoses):
+            reference = shlex.quote(alone.reference or alone.implementation)
+            self._line(f"  mhc-conformance identify --impl {reference} -v names the nearest functions")
 
     def _modes(self) -> None:
         """A line for each implementation that was called again, with the items of each mode; then what differed."""
@@ -149,10 +221,12 @@ class TerminalReport:
     def _failure(self, outcome: Outcome) -> None:
         out = self._line
         out(f"\n{outcome.implementation}: {outcome.case}, stage {outcome.stage}, {outcome.variant}")
-        for check in outcome.failed[:6]:
+        for check in outcome.failed:
             figure = f" {check.ratio:.3g} x the bound {check.bound:.3g}" if check.worst else ""
             mode = f" ({check.mode})" if check.mode else ""
             out(f"  {check.verdict}{mode}: {check.tensor}{figure} {check.message}".rstrip())
+            for line in check.trace:
+                out(f"    {line}")
             for element in check.worst[:3]:
                 out(f"    {element['index']}: got {element['actual']:.9g}, expected {element['expected']:.9g}, "
                     f"off by {element['error']:.3g}")  # fmt: skip

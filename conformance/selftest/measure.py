@@ -31,7 +31,7 @@ FACTOR = 2.0
 ENOUGH = 3
 """Cases that must kill each mutant in each dtype."""
 VARIANTS, QUICK_VARIANTS = 200, 10
-TURNS_OF_MODES, TURNS_OF_SIZES = 8, 5
+TURNS_OF_MODES, TURNS_OF_SIZES = 32, 10
 """An honest variant meets modes in one item of so many, and one of so many sizes of the form quick."""
 QUICK_DIALECTS = ("deepseek-v4", "deepseek-v4.1", "liger", "hunyuan-v4")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,21 @@ class Honest:
             return outputs, {}
         gradient = np.repeat((cotangents["out"] * share)[..., None, :], config["streams"], axis=-2)
         return outputs, {"x": gradient.astype(x.dtype)}
+
+
+class Slipped(Honest):
+    """Claims a dialect that there isn't."""
+
+    name = "slipped"
+    capabilities = replace(CLAIMED, dialects=frozenset({"papers"}))
+
+
+class ClaimsPost(Honest):
+    name = "claims-post"
+    capabilities = replace(CLAIMED, stages=frozenset({"post"}))
+
+    def post(self, inputs: Any, config: dict[str, Any], cotangents: Any) -> Any:
+        raise NotImplementedError("not done yet")
 
 
 class Raises(Honest):

@@ -88,3 +88,11 @@ def test_the_version_is_that_of_the_wheel(site, tmp_path):
 
 def test_the_fixtures_are_whole(site, tmp_path):
     assert ", 0 problems" in away(site, tmp_path, "-m", "conformance.cli", "fixtures", "verify")
+
+
+@pytest.mark.parametrize("name", ["in_torch.py", "in_jax.py", "in_numpy.py", "in_c.c"])
+def test_the_templates_of_new_are_in_the_wheel(site, tmp_path, name):
+    framework = name.removeprefix("in_").partition(".")[0]
+    mine = f"mine.{name.partition('.')[2]}"
+    away(site, tmp_path, "-m", "conformance.cli", "new", mine, "--framework", framework, "--stages", "post")
+    assert "deepseek-v4" in (tmp_path / mine).read_text()

@@ -6,6 +6,7 @@ import functools
 import importlib
 import pkgutil
 
+from conformance.files.problems import unknown
 from conformance.porter.errors import PortError
 from conformance.porter.layout import Layout
 
@@ -28,5 +29,5 @@ def layout_named(name: str) -> Layout:
     """
     known = layouts()
     if name not in known:
-        raise PortError(f"unknown layout {name!r}, expected one of {', '.join(known)}")
+        raise PortError(unknown("layout", name, known))
     return known[name]

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from conformance.interface import Arrays, Implementation, describe
-from conformance.judge.item import MESSAGE, Outcome, mappings
+from conformance.judge.frames import frames
+from conformance.judge.item import Outcome, mappings, raised
 from conformance.judge.modes import FORWARD, LAYOUT
 from conformance.judge.modes_layouts import ROUNDS, lay, layouts_of
 from conformance.judge.rule import GOOD, Check
@@ -88,7 +89,7 @@ class Calls:
         except NotImplementedError as error:
             return f"refused: {describe(error)}", []
         except Exception as error:
-            return "", [Check("-", "errored", np.inf, message=describe(error)[:MESSAGE])]
+            return "", [Check("-", "errored", np.inf, message=raised(error), trace=frames(error))]
         finally:
             self.outcome.seconds += time.perf_counter() - started
         returned = {**outputs, **{f"d/{name}": gradient for name, gradient in gradients.items()}}

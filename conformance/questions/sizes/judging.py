@@ -32,14 +32,30 @@ STOCHASTIC = 4096
 
 def put(implementation: Implementation, key: tuple[str, str, str]) -> Outcome:
     """Asks the question of a key. Never raises for what the implementation does."""
-    question, claimed = Question.of(key), implementation.capabilities
-    item = question.item(claimed)
+    question = Question.of(key)
+    item = question.item(implementation.capabilities)
     if isinstance(item, str):
-        outcome = Outcome(implementation.name, question.case, "size", "-", "-", "-", skipped=item)
-    else:
-        outcome = judged(implementation, item, question.folder, question.proof)
-    outcome.about = {"device": claimed.device, "description": claimed.description, **claimed.settings}
+        return _skipped(implementation, question, item)
+    outcome = judged(implementation, item, question.folder, question.proof)
+    outcome.about = _about(implementation.capabilities)
     return outcome
+
+
+def unclaimed(implementation: Implementation, key: tuple[str, str, str]) -> Outcome | None:
+    """The outcome of a question of which nothing is claimed; None for others, which would be asked."""
+    question = Question.of(key)
+    item = question.item(implementation.capabilities)
+    return _skipped(implementation, question, item) if isinstance(item, str) else None
+
+
+def _skipped(implementation: Implementation, question: Question, reason: str) -> Outcome:
+    outcome = Outcome(implementation.name, question.case, "size", "-", "-", "-", skipped=reason)
+    outcome.about = _about(implementation.capabilities)
+    return outcome
+
+
+def _about(claimed: Capabilities) -> dict[str, Any]:
+    return {"device": claimed.device, "description": claimed.description, **claimed.settings}
 
 
 def judged(implementation: Implementation, item: SizeItem, folder: str = "", proof: float = 1.0) -> Outcome:

@@ -68,6 +68,7 @@ function failureBox(failure, before, group) {  // what the group says already is
   return onOpen(make("details", undefined, "failure", summary), () => {
     const parts = [];
     if (failure.message && failure.message !== group.message) parts.push(make("p", failure.message));
+    if (failure.trace.length) parts.push(make("pre", failure.trace.join("\n"), "trace"));
     if (failure.worst.length) parts.push(elements(failure));
     if (failure.reproduce !== group.reproduce) parts.push(make("pre", failure.reproduce, "reproduce"));
     return [...parts, charts(failure)];

@@ -30,7 +30,7 @@ function drawRuns() {
     const list = make("dl");
     const add = (term, value) => { if (value) list.append(make("dt", term), make("dd", value)); };
     add("corpus", run.corpus);
-    add("command", run.asked.join(" "));
+    add("asked for", listed(Object.fromEntries(Object.entries(run.asked).filter(([, value]) => listed(value ?? "")))));
     add("versions", listed(run.versions));
     add("Python", run.python);
     add("machine", [run.system, run.machine, run.processors ? several(run.processors, "processor") : ""].filter(Boolean).join(", "));

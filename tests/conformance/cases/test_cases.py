@@ -224,7 +224,7 @@ def weight_shape(header, data):
             "iterations must be an integer .* 10000 or null, got 0",
         ),
         (lambda h, d: parameters(h, guard="none", eps=1e-6), "eps must be 0 with guard=none and positive with any"),
-        (lambda h, d: parameters(h, gard="none"), r"unknown parameter 'gard' \(did you mean 'guard'"),
+        (lambda h, d: parameters(h, gard="none"), r"unknown parameter 'gard', .*; did you mean 'guard'"),
         (lambda h, d: parameters(h, matrix=None), "matrix must be one of float32, activation, got null"),
         (lambda h, d: parameters(h, residual="permutations", streams=6), "at most 5 streams, got 6"),
         (lambda h, d: described(h, layout="odd"), "unknown layout 'odd'"),

@@ -9,7 +9,7 @@ import shutil
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from conformance.cases import corpus, dialects
 from conformance.cases.case import CaseError, load_case

@@ -73,7 +73,6 @@ def test_a_right_implementation_passes_new_numbers_of_published_and_of_other_row
         (("--all",), "--all goes with --fresh SEED"),
         (("--fresh", "1", "--all", "--quick"), "and neither with --quick nor with --case"),
         (("--fresh", "1", "--all", "--case", "smoke-*"), "and neither with --quick nor with --case"),
-        (("--fresh", "1", "--search", "5"), "--search draws cases of its own"),
         (("--fresh", "1", "--sizes", "quick"), "--fresh goes neither with --sizes nor with the id of a size"),
         (
             ("--fresh", "1", "--case", "smoke-paper-2"),

@@ -6,10 +6,14 @@ import json
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from conformance.cases.corpus import load_corpus
+from conformance.cli import app
+from conformance.implementations.claims import misnamed
 from conformance.implementations.greeting import ProgramError, read_greeting
-from conformance.interface import Capabilities
+from conformance.implementations.wrapping import wrap
+from conformance.interface import Capabilities, SetupError
 from conformance.judge.item import refusal
 
 GREETING = {"protocol": "mhc-conformance-harness/1", "name": "program"}
@@ -93,9 +97,65 @@ def test_a_program_says_the_same():
         ({"overrides": {"iterations": 10}}, "capabilities.overrides.iterations: expected a list or null, got 10"),
         ({"streams": {"pre": [4]}}, "capabilities.streams: expected a list or null, got an object"),
         ({"streams": [4.5]}, r"capabilities.streams\[0\]: expected an integer, got 4.5"),
-        ({"stages": ["pre", "pry"]}, "capabilities: stages must be among expand, .*, got 'pry'"),
+        ({"stages": ["pre", "pry"]}, r"capabilities.stages: unknown stage 'pry', .*; did you mean 'pre'\?"),
+        ({"dialects": ["papers"]}, r"capabilities.dialects: unknown dialect 'papers', .*; did you mean 'paper'\?"),
+        ({"outputs": {"pre": ["U"]}}, r"unknown output of pre 'U', expected one of u, pre; did you mean 'u'\?"),
     ],
 )
 def test_a_program_that_claims_it_another_way_is_told(claim, said):
     with pytest.raises(ProgramError, match=said):
         greeted({"stages": ["pre"], "dialects": ["paper"], **claim})
+
+
+SLIPS: list[tuple[dict[str, Any], str]] = [
+    ({"stages": {"prepost"}}, "capabilities.stages: unknown stage 'prepost', expected one of expand"),
+    ({"stages": "pre"}, "capabilities.stages: expected a set of names, got 'pre'"),
+    ({"stages": {3}}, "capabilities.stages: expected names, got 3"),
+    ({"dialects": {"papers"}}, "unknown dialect 'papers', expected one of paper, .*; did you mean 'paper'?"),
+    ({"dialects": {"deepseek_v4"}}, "; did you mean 'deepseek-v4'?"),
+    ({"dialects": {"GLM5"}}, "; did you mean 'glm-5'?"),
+    ({"dialects": {"paper", "xing4"}}, "; did you mean 'xing-4'?"),
+    ({"dialects": "paper"}, "capabilities.dialects: expected a set of names, got 'paper'"),
+    ({"dtypes": {"bf16"}}, "capabilities.dtypes: unknown dtype 'bf16', expected one of float64, float32, bfloat16"),
+    ({"dtypes": {"bfloat"}}, "; did you mean 'bfloat16'?"),
+    ({"dtypes": "float32"}, "capabilities.dtypes: expected a set of names, got 'float32'"),
+    ({"dtypes": {"residual": {"float32"}}}, "capabilities.dtypes: unknown stage 'residual'"),
+    ({"dtypes": {"pre": "float32"}}, "capabilities.dtypes['pre']: expected a set of names, got 'float32'"),
+    ({"dtypes": {"pre": ["float23"]}}, "capabilities.dtypes['pre']: .*; did you mean 'float32'?"),
+    ({"weights": ("X",)}, "capabilities.weights: unknown kind of weights 'X', .*; did you mean 'x'?"),
+    ({"contracts": {"activations"}}, "unknown contract 'activations', .*; did you mean 'activation'?"),
+    ({"overrides": {"iteration"}}, "unknown parameter 'iteration', .*; did you mean 'iterations'?"),
+    ({"overrides": {"norm-eps": [1e-6]}}, "; did you mean 'norm_eps'?"),
+    ({"outputs": {"pre_": ("u",)}}, "capabilities.outputs: unknown stage 'pre_'"),
+    ({"outputs": {"pre": ("out",)}}, "unknown output of pre 'out', expected one of u, pre"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("claim, said", SLIPS)
+def test_a_slip_in_a_claim_is_told_when_the_implementation_is_set_up(claim, said):
+    plain: dict[str, Any] = {"stages": {"pre"}, "dialects": {"paper"}}
+
+    class Slipped:
+        name = "slipped"
+        capabilities = Capabilities(**plain | claim)
+
+        def pre(self, inputs, config, cotangents):
+            raise AssertionError("it is never called")
+
+    with pytest.raises(SetupError) as told:
+        wrap(Slipped(), "mine:Slipped")
+    begin, _, end = said.partition(".*")
+    text = str(told.value)
+    assert text.startswith("mine:Slipped: capabilities.") and begin in text and end in text
+
+
+@pytest.mark.parametrize("name", ["mine", "deepseek-v4.2", "paper2", "my-paper", "deepseek-v4-mine", "maxtext-v9"])
+def test_a_row_of_ones_own_may_be_claimed_by_its_name(name):
+    assert misnamed(Capabilities(frozenset({"pre"}), frozenset({"paper", name}))) == ""
+
+
+def test_a_slip_ends_the_command_with_status_3_and_not_with_no_items():
+    slipped = "tests.conformance.strangers:Slipped"
+    done = CliRunner().invoke(app, ["run", "--impl", slipped, "--case", "smoke-paper-2", "--jobs", "1"])
+    assert done.exit_code == 3 and done.stderr.count("\n") == 1
+    assert "unknown dialect 'papers'" in done.stderr and "did you mean 'paper'?" in done.stderr

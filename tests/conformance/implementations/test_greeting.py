@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from conformance.cases.corpus import load_corpus
 from conformance.cases.dialects import published, unclaimed

@@ -14,7 +14,7 @@ import pytest
 
 from conformance.cases import corpus
 from conformance.judge import integrity
-from conformance.report import files, markdown, read
+from conformance.report import markdown, read
 from conformance.report.summary import summary
 from tests.conformance.judge.test_cheats import CHEATS
 
@@ -183,4 +183,3 @@ def test_the_header_says_which_modules_of_ours_were_imported():
     settings = borrowing.settings(made)
     assert settings == {"mine": {"device": "gpu", BORROWED: ["torch_impl"]}}
     assert borrowing.lines(settings) == ["mine imported torch_impl: its answers may be ours"]
-    assert files.header(settings, "abc", [])["implementations"] == settings

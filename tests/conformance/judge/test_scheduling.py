@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +53,7 @@ class Worker:
         self.connection, self.far = Pipe()
         self.settings: Any = None
         self.handed: list[Any] = []
+        self.asked: list[Any] = []
         self.over = False
         self.patience: list[float] = []
         self.ended = 0
@@ -61,6 +62,15 @@ class Worker:
         if self.settings is None:
             self.settings = message
             return self.reply(self.workers.replies.get(message[0], {}).get("start", ("ready", f"name of {message[0]}")))
+        if isinstance(message, list):  # the whole queue, of which it says what it doesn't claim
+            self.asked.append(message)
+            unclaimed = self.workers.replies.get(self.settings[0], {}).get("unclaimed", "")
+            skips = {
+                key: replace(outcome(key), skipped="not claimed", checks=[])
+                for key in message
+                if key[0][0] in unclaimed
+            }
+            return self.far.send(("unclaimed", skips))
         self.handed.append(message)
         if message is not None:
             reply = self.workers.replies.get(self.settings[0], {}).get(message[0][0], 1.0)
@@ -126,6 +136,31 @@ def test_every_item_of_every_implementation_is_run_once_in_order(workers):
     assert workers.made[0].handed == [KEYS["a"], KEYS["b"], KEYS["c"], None]
     assert [w.settings for w in workers.made] == [("x", 300.0, False, None), ("y", 300.0, False, None)]
     assert [w.ended for w in workers.made] == [1, 1] and not any(w.over for w in workers.made)
+    assert [o.asked for o in outcomes] == [f"{c}::reduce::float32-float32" for c in "abcabc"]
+
+
+def test_what_is_not_claimed_is_known_before_anything_runs(workers):
+    workers.replies = {"x": {"unclaimed": "bc"}, "y": {"unclaimed": "abc"}}
+    outcomes = run("x", "y", jobs=1)
+    assert [(o.reference, o.case, o.skipped) for o in outcomes] == [
+        ("x", "b", "not claimed"), ("x", "c", "not claimed"), ("x", "a", ""),
+        ("y", "a", "not claimed"), ("y", "b", "not claimed"), ("y", "c", "not claimed"),
+    ]  # fmt: skip
+    assert workers.log == [("x", "a."), ("y", ".")]
+    assert workers.made[0].asked == [[KEYS["a"], KEYS["b"], KEYS["c"]]]
+    assert outcomes[0].asked == "b::reduce::float32-float32"
+
+
+def test_a_second_worker_is_not_asked_for_claims(workers):
+    workers.replies = {"x": {"a": 50.0, "unclaimed": "c"}}
+    outcomes = run("x", jobs=2)
+    assert sorted(o.case for o in outcomes) == ["a", "b", "c"]
+    assert [len(w.asked) for w in workers.made] == [1] + [0] * (len(workers.made) - 1)
+
+
+def test_items_that_are_left_out_are_not_asked_for(workers):
+    outcomes = run("x", "y", jobs=1, leave={"x": {"a::reduce::float32-float32", "c::reduce::float32-float32"}})
+    assert [(o.reference, o.case) for o in outcomes] == [("x", "b"), ("y", "a"), ("y", "b"), ("y", "c")]
 
 
 def test_the_limit_the_probe_and_the_plan_are_handed_on(workers):

@@ -154,10 +154,10 @@ def test_a_list_makes_nothing():
 
 
 def test_search_draws_cases_of_a_row_of_its_own(tmp_path, mine):
-    done = command("run", "--impl", "torch", "--dialect", str(mine), "--search", "4", folder=tmp_path)
+    done = command("search", "--impl", "torch", "--dialect", str(mine), "--seconds", "4", folder=tmp_path)
     assert done.returncode == 0 and "none fails" in done.stdout, done.stdout + done.stderr
-    mutant = ("--impl", "conformance.selftest.mutants:PostScaleOne", "--dialect", str(mine), "--search", "60")
-    done = command("run", *mutant, folder=tmp_path)
+    mutant = ("--impl", "conformance.selftest.mutants:PostScaleOne", "--dialect", str(mine), "--seconds", "60")
+    done = command("search", *mutant, folder=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     again = command(*done.stdout.strip().splitlines()[-1].split()[1:], folder=tmp_path)
     assert again.returncode == 1 and "1 failed" in again.stdout, "a file's row needs no --dialect"

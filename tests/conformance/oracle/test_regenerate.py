@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("flint", reason="python-flint, of the extra 'regenerate', is not installed")
 
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from conformance.cli import app
 from conformance.files.places import fixtures

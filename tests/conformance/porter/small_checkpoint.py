@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from conformance.cli import app
 

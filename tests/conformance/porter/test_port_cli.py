@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
-from typer.testing import CliRunner
 
 from conformance.cases.dialects import dialect_rows
 from conformance.cli import app

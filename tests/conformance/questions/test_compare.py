@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from conformance.cases.case import DTYPES
 from conformance.cases.dialects import dialect_names, published
 from conformance.implementations.wrapping import wrap
-from conformance.questions.compare import ORDER, calls, compare
+from conformance.interface import Capabilities
+from conformance.questions.compare import ORDER, Shared, calls, compare, shared
 
 pytest.importorskip("torch", reason="both implementations of these tests are in PyTorch, which is not installed")
 
@@ -69,7 +71,7 @@ def test_the_command():
     refused = run("torch", "torch", "--dialect", "mhc-lite", "--streams", "6")
     assert refused.returncode == 2 and "at most 5 streams, got 6" in refused.stderr
     none = run("torch", "tests.conformance.strangers:Honest", "--dtype", "bfloat16")
-    assert none.returncode == 2 and "no stage is claimed by both" in none.stderr
+    assert none.returncode == 2 and "none of these stages is claimed by both" in none.stderr
     unknown = run("torch", "nobody")
     assert unknown.returncode == 3 and "or a registered name" in unknown.stderr
 
@@ -91,3 +93,40 @@ def test_arrays_may_be_views():
     for options, status in (((), 0), (("--layouts",), 1)):
         done = command(reads_packed, "torch", "--dialect", "paper", "--stage", "reduce", *options)
         assert done.returncode == status, done.stdout + done.stderr
+
+
+def test_what_both_claim_is_taken_and_said():
+    done = command("tests.conformance.strangers:Honest", "torch")
+    first, second, third, *_ = done.stdout.splitlines()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert first == "paper, float32, 4 streams: reduce" and second == "both also claim glm-5: --dialect names another"
+    assert third.startswith("reduce")
+    named = command("tests.conformance.strangers:Honest", "torch", "--dialect", "glm-5")
+    assert named.stdout.splitlines()[0] == "glm-5, float32, 4 streams: reduce" and "also" not in named.stdout
+
+
+def claims(**changes):
+    return replace(Capabilities(frozenset({"pre", "post"}), frozenset({"liger", "paper"})), **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, Shared(("pre", "post"), ("paper", "liger"), ("float32",), 4)),
+        ({"stages": frozenset({"post", "stack"})}, Shared(("post",), ("paper", "liger"), ("float32",), 4)),
+        ({"dialects": frozenset({"liger", "mine"})}, Shared(("pre", "post"), ("liger",), ("float32",), 4)),
+        ({"dtypes": {"post": ["float32"]}}, Shared(("pre", "post"), ("paper", "liger"), ("float32",), 4)),
+        ({"dtypes": {"post": ["bfloat16"]}}, Shared(("pre", "post"), ("paper", "liger"), (), 4)),
+        ({"streams": frozenset({2, 8})}, Shared(("pre", "post"), ("paper", "liger"), ("float32",), 2)),
+        ({"streams": frozenset({4, 2})}, Shared(("pre", "post"), ("paper", "liger"), ("float32",), 4)),
+    ],
+)
+def test_what_two_share(change, expected):
+    assert shared(claims(), claims(**change)) == shared(claims(**change), claims()) == expected
+    assert ("dtype" in expected.missing) == (not expected.dtypes)
+
+
+def test_two_that_share_nothing_are_told_what_each_claims():
+    done = command("tests.conformance.strangers:Honest", "tests.conformance.strangers:ClaimsPost")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "honest and claims-post claim no stage together; honest has reduce, claims-post has post" in done.stderr

@@ -24,7 +24,7 @@ EVERYTHING = ([published(name) for name in dialect_names()], STAGES, tuple(DTYPE
 
 def command(*arguments, folder=None):
     return subprocess.run(
-        [sys.executable, "-m", "conformance.cli", "run", *arguments], capture_output=True, text=True, cwd=folder
+        [sys.executable, "-m", "conformance.cli", *arguments], capture_output=True, text=True, cwd=folder
     )
 
 
@@ -69,21 +69,21 @@ def test_the_same_seed_draws_the_same_cases():
 
 
 def test_what_is_found_is_written_and_its_line_repeats_it(tmp_path):
-    done = command("--impl", "conformance.selftest.mutants:Transposed", "--search", "60", folder=tmp_path)
+    done = command("search", "--impl", "conformance.selftest.mutants:Transposed", folder=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     line = done.stdout.strip().splitlines()[-1]
-    again = command(*shlex.split(line)[2:], folder=tmp_path)
+    again = command(*shlex.split(line)[1:], folder=tmp_path)
     assert again.returncode == 1 and "1 failed" in again.stdout
-    assert command("--impl", "torch", "--case", "found.safetensors", folder=tmp_path).returncode == 0
+    assert command("run", "--impl", "torch", "--case", "found.safetensors", folder=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(
     "arguments, status, said",
     [
-        (("--search", "1"), 2, "--search takes one --impl, got 0"),
-        (("--search", "1", "--impl", "tests.conformance.strangers:Honest", "--dtype", "float16"), 2, "claims none"),
-        (("--search", "1", "--impl", "nobody"), 3, "or a registered name"),
-        (("--impl", "torch", "--case", "nowhere.safetensors"), 2, "no such file"),
+        (("search",), 2, "--impl"),
+        (("search", "--impl", "tests.conformance.strangers:Honest", "--dtype", "float16"), 2, "claims none"),
+        (("search", "--impl", "nobody"), 3, "or a registered name"),
+        (("run", "--impl", "torch", "--case", "nowhere.safetensors"), 2, "no such file"),
     ],
 )
 def test_misuse_is_said(arguments, status, said, tmp_path):

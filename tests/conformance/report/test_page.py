@@ -386,3 +386,9 @@ def test_settings_and_versions_stand_at_the_end(browser, planted):
         text = tab.locator("section").last.inner_text()
         assert "honest.jsonl" in text and "planted.jsonl" in text and corpus_hash() in text
         assert "numpy 2" in text and "Python" in text and "clip for add" in text
+
+
+def test_the_settings_say_what_was_asked_for(browser, large):
+    with Opened(browser, large) as tab:
+        terms, said = (tab.locator(f"#runs {tag}").all_inner_texts() for tag in ("dt", "dd"))
+        assert dict(zip(terms, said, strict=True))["asked for"] == "case smoke-*, generic-*"

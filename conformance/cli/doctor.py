@@ -1,0 +1,32 @@
+"""``mhc-conformance doctor``."""
+
+from __future__ import annotations
+
+import click
+
+from conformance.cli.app import FAILED
+from conformance.cli.options import command
+
+
+@command()
+def doctor() -> None:
+    """Say what is installed here, what can run, and what is broken.
+
+    It names versions, devices, missing extras and the line that installs each, which implementations run, tools, the
+    state of the fixtures, and settings of the environment that change results. What is broken comes first. It takes a
+    few seconds; a framework is imported in a process of its own.
+
+    Exit status: 0, or 1 where something that is installed is broken.
+    """
+    from conformance.report.health import look
+
+    health = look()
+    for line in health.broken:
+        click.echo(f"broken: {line}")
+    if not health.broken:
+        click.echo("nothing that is installed is broken")
+    for heading, lines in health.sections.items():
+        click.echo(f"\n{heading}")
+        for line in lines:
+            click.echo(f"  {line}")
+    raise click.exceptions.Exit(FAILED if health.broken else 0)
