@@ -57,10 +57,10 @@ class Check:
     """Elements by error in units of the bound (`EDGES`), of a tensor that failed."""
     mode: str = ""
     """What was special about the call (`judge.modes`); empty for the plain one."""
-    map: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Where a tensor that failed is wrong (`judge.heat`)."""
     trace: list[str] = field(default_factory=list[str])
     """The frames of an exception, outermost first."""
+    map: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Where a tensor that failed is wrong (`judge.heat`)."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

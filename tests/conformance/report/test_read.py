@@ -11,6 +11,7 @@ from conformance.judge.rule import Check
 from conformance.report.files import FORMAT, write_jsonl, write_junit
 from conformance.report.markdown import markdown
 from conformance.report.read import SELFTEST_FORMAT, ReportError, merge, read_run, read_selftest
+from conformance.report.resume import outcomes_of
 from conformance.report.summary import summary
 from tests.conformance.judge.made import Answers, array, claims, made
 
@@ -233,6 +234,17 @@ def test_the_map_of_a_tensor_that_failed_is_read_too(tmp_path):
     assert passed.map is None and check.map is not None
     assert (check.map.tokens, check.map.rows, check.map.columns) == (True, 2, 2)
     assert check.map.cells == ((0.0, 1.5), (None, 0.0))
+
+
+def test_a_map_that_is_read_back_is_written_again_as_it_was(tmp_path):
+    cells = [[0.0, 1.5], [float("inf"), 0.0]]
+    failed = Check(
+        "out", "failed", 2.0, trace=["a frame"], map={"tokens": True, "rows": 2, "columns": 2, "cells": cells}
+    )
+    outcome = Outcome("mine", "made", "reduce", "float32-float32", "float32", "paper", [failed], reference="mine")
+    write_jsonl(tmp_path / "run.jsonl", [outcome])
+    write_jsonl(tmp_path / "again.jsonl", outcomes_of(read_run(tmp_path / "run.jsonl")))
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "run.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
