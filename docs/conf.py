@@ -17,6 +17,7 @@ root_doc = "README"
 PAGES = {
     "Use it": [
         "docs/contract",
+        "docs/reports",
         "docs/layer",
         "docs/weights",
         "docs/sharding",

@@ -10,6 +10,7 @@ import numpy as np
 
 from conformance.cases.case import DTYPES, Item
 from conformance.interface import Capabilities
+from conformance.judge.heat import heat_map, units
 
 UNIT_ROUNDOFF: dict[np.dtype, float] = {
     DTYPES["float64"]: 2.0**-53,
@@ -58,6 +59,8 @@ class Check:
     """What was special about the call (`judge.modes`); empty for the plain one."""
     trace: list[str] = field(default_factory=list[str])
     """The frames of an exception, outermost first."""
+    map: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Where a tensor that failed is wrong (`judge.heat`)."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -124,13 +127,18 @@ def check_tensor(
         return Check(tensor, "wrong-dtype", message=f"expected {dtype}, got {actual.dtype}")
     value = wide(actual)
     finite = np.isfinite(value)
+
+    def errors() -> np.ndarray:
+        return units(value, expected, allowance(dtype, contract, expected, magnitude), bound)
+
     for wrong, verdict, due in (
         (finite & np.isnan(expected), "hidden", ", where NaN or an infinity must come out"),
         (~finite & np.isfinite(expected), "non-finite", ""),
     ):
         if wrong.any():
             index = tuple(np.argwhere(wrong)[0].tolist())
-            return Check(tensor, verdict, message=f"first at {list(index)}: {value[index]}{due}")
+            message = f"first at {list(index)}: {value[index]}{due}"
+            return Check(tensor, verdict, message=message, map=heat_map(tensor, errors()))
     judged = np.isfinite(expected)
     if not judged.any():
         return Check(tensor, "passed", bound=bound)
@@ -138,8 +146,8 @@ def check_tensor(
     error = np.abs(value[judged] - true)
     parts = None if magnitude is None else magnitude[judged]
     excess = np.maximum(0.0, error - allowance(dtype, contract, true, parts))
-    units = excess / bound if bound > 0 else np.where(excess > 0, np.inf, 0.0)
-    ratio = float(units.max())
+    ratios = excess / bound if bound > 0 else np.where(excess > 0, np.inf, 0.0)
+    ratio = float(ratios.max())
     check = Check(tensor, verdict_of(ratio), ratio, float(error.max()), bound)
     largest: list[int] = np.argsort(excess)[::-1][:WORST].tolist()
     for k in largest:
@@ -147,8 +155,9 @@ def check_tensor(
         row = {"actual": float(value[index]), "expected": float(expected[index]), "error": float(error[k])}
         check.worst.append({"index": list(index), **row})
     if check.verdict == "failed":
-        bins = np.digitize(units, EDGES) - 1
+        bins = np.digitize(ratios, EDGES) - 1
         check.histogram = np.bincount(bins, minlength=len(EDGES)).tolist()
+        check.map = heat_map(tensor, errors())
         _mistrust(check, value, inputs)
     return check
 

@@ -68,6 +68,8 @@ def lines_of(o: Outcome) -> list[dict[str, Any]]:
         lines.append({"kind": "refusal", **shared, "mode": mode, "reason": reason})
     for check in o.checks:
         found = check.as_dict()
+        if not check.map:
+            del found["map"]
         if check.verdict in GOOD:
             del found["histogram"], found["worst"], found["trace"]
         else:

@@ -11,6 +11,7 @@ from msgspec import Struct, structs
 
 from conformance.files.places import CaseError
 from conformance.files.reading import Reader, too_deep
+from conformance.judge.heat import MOST
 from conformance.report.files import FORMAT
 
 SELFTEST_FORMAT = "mhc-conformance-power/1"
@@ -47,6 +48,21 @@ class Element(Struct, frozen=True):
     error: float | None
 
 
+class Map(Struct, frozen=True):
+    """Where a tensor is wrong (`conformance.judge.heat`); null for a cell with an element that isn't finite."""
+
+    tokens: bool
+    rows: int
+    columns: int
+    cells: tuple[tuple[float | None, ...], ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether there are as many cells as a tensor of this size has."""
+        widths = {len(row) for row in self.cells}
+        return len(self.cells) == min(self.rows, MOST) and widths == {min(self.columns, MOST)}
+
+
 class Line(Struct, frozen=True):
     """What a check and a skip have in common: the item."""
 
@@ -78,6 +94,7 @@ class CheckLine(Line, frozen=True, kw_only=True, tag_field="kind", tag="check"):
     histogram: tuple[int, ...] = ()
     reproduce: str = ""
     mode: str = ""
+    map: Map | None = None
     trace: tuple[str, ...] = ()
 
 
@@ -266,6 +283,8 @@ def _keep(run: Run, item: ItemLine, own: Sequence[OfItem], place: str) -> None:
     run.items.append(item)
     for line in own:
         if isinstance(line, CheckLine):
+            if line.map and not line.map.fits:
+                raise ReportError(f"{place}: {line.tensor}: expected a map of at most {MOST} x {MOST} equal cells")
             run.checks.append(line)
         elif isinstance(line, SkipLine):
             run.skips.append(line)

@@ -15,7 +15,7 @@ from conformance.files.plain import plain
 from conformance.judge.item import Outcome
 from conformance.judge.rule import Check
 from conformance.report.files import versions
-from conformance.report.read import CheckLine, Run, read_run
+from conformance.report.read import CheckLine, Map, Run, read_run
 
 
 class NotResumed(CaseError):
@@ -82,5 +82,10 @@ def _check(line: CheckLine) -> Check:
     ratio = math.inf if line.ratio is None else line.ratio
     return Check(
         line.tensor, line.verdict, ratio, line.error or 0.0, line.bound or 0.0, line.message, worst,
-        list(line.histogram), line.mode, list(line.trace),
+        list(line.histogram), line.mode, list(line.trace), _map(line.map) if line.map else {},
     )  # fmt: skip
+
+
+def _map(line: Map) -> dict[str, Any]:
+    cells = [[math.inf if cell is None else cell for cell in row] for row in line.cells]
+    return {**msgspec.to_builtins(line), "cells": cells}

@@ -37,7 +37,12 @@ def convergence(case: Case) -> dict[str, Any] | None:
     distances: dict[str, Any] = {"rows": [], "columns": [], "iterations": []}
     for count in range(1, case.parameters["iterations"] + 1):
         H, _ = residual.sinkhorn(logits, {**case.parameters, "iterations": count}, Quick())
-        distances["rows"].append(float(np.abs(H.sum(-1) - 1).max()))
-        distances["columns"].append(float(np.abs(H.sum(-2) - 1).max()))
+        distances["rows"].append(_short(np.abs(H.sum(-1) - 1).max()))
+        distances["columns"].append(_short(np.abs(H.sum(-2) - 1).max()))
         distances["iterations"].append(count)
     return distances
+
+
+def _short(distance: float) -> float:
+    """A picture needs no more digits."""
+    return float(f"{distance:.3g}")

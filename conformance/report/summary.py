@@ -9,21 +9,22 @@ from typing import Any
 import msgspec
 
 from conformance.cases.corpus import corpus_hash, load_corpus
+from conformance.judge.groups import ORDER, PART_OF
 from conformance.judge.rule import EDGES, GOOD
 from conformance.report import borrowing
-from conformance.report.read import CheckLine, DiagnosisLine, Header, Run, Selftest
+from conformance.report.read import Header, Run, Selftest
+from conformance.report.shown import Shown
 from conformance.report.sinkhorn import convergence
-from conformance.stages import STAGES
 
-MOST = 400
-"""Failing checks shown in full; the rest is counted."""
+WITH_SINKHORN = tuple(stage for stage in ORDER if stage == "residual_matrix" or stage in PART_OF["residual_matrix"])
+UNDIAGNOSED = "the run wrote no diagnosis"
+UNKNOWN = "no cause was found"
 Key = tuple[str, str, str, str]
 
 
 def summary(runs: Sequence[Run], selftest: Selftest | None) -> dict[str, Any]:
-    """Everything that is shown: a cell for each implementation, stage, dtype and dialect, and every failure."""
+    """Everything that is shown: diagnoses, groups, and a cell for each implementation, stage, dtype and dialect."""
     cells: dict[Key, dict[str, Any]] = {}
-    failures: list[CheckLine] = []
     for run in runs:
         for check in run.checks:
             key = (check.implementation, check.stage, check.x, check.dialect)
@@ -32,24 +33,23 @@ def summary(runs: Sequence[Run], selftest: Selftest | None) -> dict[str, Any]:
             ratio = check.ratio if check.ratio is not None else float("inf")
             if check.verdict in GOOD and ratio >= cell["ratio"]:
                 cell["ratio"], cell["where"] = ratio, f"{check.case}, {check.tensor}"
-            if check.verdict not in GOOD:
-                failures.append(check)
     names = ("implementation", "stage", "x", "dialect")
-    shown = failures[:MOST]
+    shown = Shown(check for run in runs for check in run.checks)
     return {
         "corpus": runs[0].header.corpus,
         "runs": [{"file": run.path.name, **_without_kind(run.header)} for run in runs],
-        "diagnoses": [_without_kind(diagnosis) for run in runs for diagnosis in run.diagnoses],
+        "diagnoses": _diagnoses(runs, [group["implementation"] for group in shown.groups]),
         "warnings": [line for run in runs for line in _warnings(run)],
-        "stages": list(STAGES),
+        "stages": list(dict.fromkeys([*ORDER, *(stage for _, stage, _, _ in cells)])),
         "cells": [
             {**dict(zip(names, key, strict=True)), **cell, "verdicts": dict(cell["verdicts"])}
             for key, cell in cells.items()
         ],
-        "failures": [_without_kind(check) for check in shown],
-        "hidden": len(failures) - len(shown),
+        "groups": shown.groups,
+        "failures": shown.failures,
+        "hidden": shown.hidden,
         "edges": EDGES,
-        "sinkhorn": _pictures(shown, runs[0].header.corpus),
+        "sinkhorn": _pictures(shown.failures, runs[0].header.corpus),
         "skips": [
             {"implementation": name, "reason": reason, "count": count}
             for (name, reason), count in sorted(
@@ -67,14 +67,28 @@ def _warnings(run: Run) -> list[str]:
     return [f"{run.path.name}: {line}" for line in said]
 
 
-def _without_kind(line: Header | CheckLine | DiagnosisLine) -> dict[str, Any]:
+def _diagnoses(runs: Sequence[Run], failed: Sequence[str]) -> list[dict[str, Any]]:
+    """One for each implementation that failed, in the order of the groups; ``found`` says whether it has a cause."""
+    said = [line for run in runs for line in run.diagnoses]
+    names = dict.fromkeys([*failed, *(line.implementation for line in said)])
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        lines = [line for line in said if line.implementation == name]
+        rows += [
+            {"implementation": name, "cause": line.cause or UNKNOWN, "lines": line.lines, "found": bool(line.cause)}
+            for line in lines
+        ] or [{"implementation": name, "cause": UNDIAGNOSED, "lines": (), "found": False}]
+    return rows
+
+
+def _without_kind(line: Header) -> dict[str, Any]:
     return {k: v for k, v in msgspec.to_builtins(line).items() if k != "kind"}
 
 
-def _pictures(failures: Sequence[CheckLine], corpus: str) -> dict[str, Any]:
-    """Convergence of the cases that failed; nothing where the corpus at hand is another one."""
+def _pictures(failures: Sequence[dict[str, Any]], corpus: str) -> dict[str, Any]:
+    """Convergence of the cases that failed in a stage with Sinkhorn; nothing where another corpus is at hand."""
     if corpus != corpus_hash():
         return {}
-    wanted = {check.case for check in failures}
+    wanted = {failure["case"] for failure in failures if failure["stage"] in WITH_SINKHORN}
     pictures = {case.id: convergence(case) for case in load_corpus() if case.id in wanted}
     return {name: picture for name, picture in pictures.items() if picture}

@@ -14,6 +14,7 @@ from conformance.cases.description import Bound
 from conformance.files.plain import name_of
 from conformance.interface import Capabilities, Implementation
 from conformance.judge.faint import check_faint
+from conformance.judge.heat import Heat, units
 from conformance.judge.item import Outcome, about
 from conformance.judge.rule import GOOD, UNIT_ROUNDOFF, WORST, Check, allowance, check_tensor, is_array, wide
 from conformance.judge.scale import Scale
@@ -170,6 +171,7 @@ def _tokens(
         # a tile of zeros is a part that wasn't written, all of them an implementation that writes nothing
         if worst.verdict == "mistrusted" and len(wrong_tokens) < size.tokens:
             worst.verdict, worst.message = "failed", ""
+        worst.map = _heat(rows, expected, dtype, item, tensors, bound, magnitudes)
         channels = [int(channel) for channel in np.flatnonzero(wrong_channels)]
         worst.message = "; ".join(
             filter(None, (worst.message, _range("tokens", wrong_tokens, size.tokens),
@@ -186,6 +188,25 @@ def _wrong(
         excess = np.abs(wide(actual) - expected)
     excess -= allowance(dtype, item.variant.contract, expected, magnitude)
     return ~(excess <= bound.bound)
+
+
+def _heat(
+    rows: np.ndarray,
+    expected: np.ndarray,
+    dtype: np.dtype,
+    item: SizeItem,
+    tensors: Tensors,
+    bound: Bound,
+    magnitudes: Any,
+) -> dict[str, Any]:
+    """The map of a tensor that failed, tile by tile: those that pass are looked at again."""
+    heat = Heat(len(expected), expected[:1].size, tokens=True)
+    for start, stop in tiles(tensors):
+        magnitude = None if magnitudes is None else magnitudes[start:stop]
+        allowed = allowance(dtype, item.variant.contract, expected[start:stop], magnitude)
+        errors = units(wide(rows[start:stop]), expected[start:stop], allowed, bound.bound)
+        heat.add(start, errors.reshape(stop - start, -1))
+    return heat.record()
 
 
 def _worse(worst: Check, check: Check, start: int, seq: int) -> Check:

@@ -11,6 +11,7 @@ from conformance.judge.rule import Check
 from conformance.report.files import FORMAT, write_jsonl, write_junit
 from conformance.report.markdown import markdown
 from conformance.report.read import SELFTEST_FORMAT, ReportError, merge, read_run, read_selftest
+from conformance.report.resume import outcomes_of
 from conformance.report.summary import summary
 from tests.conformance.judge.made import Answers, array, claims, made
 
@@ -222,6 +223,39 @@ def test_what_a_run_writes_is_what_is_read(tmp_path):
         ("wrong", "failed", None),  # a bound of 0 has no ratio
     ]
     assert [(s.implementation, s.reason) for s in run.skips] == [("refuses", "stage reduce not claimed")]
+
+
+def test_the_map_of_a_tensor_that_failed_is_read_too(tmp_path):
+    cells = [[0.0, 1.5], [float("inf"), 0.0]]
+    failed = Check("out", "failed", 2.0, map={"tokens": True, "rows": 2, "columns": 2, "cells": cells})
+    outcome = Outcome("mine", "made", "reduce", "float32-float32", "float32", "paper", [failed, Check("H", "passed")])
+    write_jsonl(tmp_path / "run.jsonl", [outcome])
+    (check, passed) = read_run(tmp_path / "run.jsonl").checks
+    assert passed.map is None and check.map is not None
+    assert (check.map.tokens, check.map.rows, check.map.columns) == (True, 2, 2)
+    assert check.map.cells == ((0.0, 1.5), (None, 0.0))
+
+
+def test_a_map_that_is_read_back_is_written_again_as_it_was(tmp_path):
+    cells = [[0.0, 1.5], [float("inf"), 0.0]]
+    failed = Check(
+        "out", "failed", 2.0, trace=["a frame"], map={"tokens": True, "rows": 2, "columns": 2, "cells": cells}
+    )
+    outcome = Outcome("mine", "made", "reduce", "float32-float32", "float32", "paper", [failed], reference="mine")
+    write_jsonl(tmp_path / "run.jsonl", [outcome])
+    write_jsonl(tmp_path / "again.jsonl", outcomes_of(read_run(tmp_path / "run.jsonl")))
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "run.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "cells"),
+    [(2, 2, [[1]]), (1, 2, [[1]]), (2, 2, [[1, 2], [3]]), (1, 1, []), (40, 1, [[1]] * 40), (1, 40, [[1] * 40])],
+)
+def test_a_map_of_other_cells_is_refused(tmp_path, rows, columns, cells):
+    check = {**CHECK, "verdict": "failed", "map": {"tokens": True, "rows": rows, "columns": columns, "cells": cells}}
+    path = written(tmp_path / "run.jsonl", HEADER, check, footer(1))
+    with pytest.raises(ReportError, match="line 3: out: expected a map of at most 32 x 32 equal cells"):
+        read_run(path)
 
 
 def test_what_a_run_says_of_modes_is_read_too(tmp_path):

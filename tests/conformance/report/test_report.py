@@ -20,7 +20,6 @@ from conformance.report.read import ReportError
 from conformance.report.sinkhorn import convergence
 from conformance.report.summary import summary
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 STRANGERS = "tests.conformance.strangers"
 
 
@@ -153,89 +152,3 @@ def test_a_mutant_table_of_another_corpus_is_refused(honest, tmp_path):
     path.write_text(json.dumps({"format": read.SELFTEST_FORMAT, "corpus": "0" * 64}))
     done = command("report", str(honest), "--power", str(path))
     assert done.returncode == 2 and "0" * 64 in done.stderr
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory, honest):
-    pytest.importorskip("plotly", reason="plotly, of the extra 'report', is not installed")
-    pytest.importorskip("torch", reason="the planted mistake is in PyTorch, which is not installed")
-    folder = tmp_path_factory.mktemp("page")
-    items = [i for c in load_corpus() if c.id == "eps-floor-deepseek-v4" for i in c.items()]
-    files.write_jsonl(folder / "planted.jsonl", list(run(["conformance.selftest.mutants:ClipForAdd"], items, jobs=1)))
-    selftest = folder / "selftest.json"
-    figures = {d: {"cases": 5, "ratio": None, "where": "somewhere"} for d in ("float32", "bfloat16", "float16")}
-    mutants = [{"name": "A <b>mutant</b>", "figures": figures, "blind": {}}]
-    corpus = read.read_run(honest).header.corpus
-    content = {"format": read.SELFTEST_FORMAT, "corpus": corpus, "mutants": mutants, "honest": "fine", "problems": []}
-    selftest.write_text(json.dumps(content))
-    arguments = (
-        str(honest),
-        str(folder / "planted.jsonl"),
-        "--selftest",
-        str(selftest),
-        "--html",
-        str(folder / "page.html"),
-    )
-    done = command("report", *arguments)
-    assert done.returncode == 0, done.stderr
-    return folder / "page.html"
-
-
-def rendered(page, fragment="", script="", size="1200,900"):
-    """The page's document after its scripts ran, in a headless browser."""
-    if not BROWSER:
-        pytest.skip("chromium is not installed")
-    shown = page.with_name("shown.html")
-    shown.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
-    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--virtual-time-budget=4000", f"--window-size={size}",
-             f"--user-data-dir={page.parent / 'profile'}")  # fmt: skip
-    done = subprocess.run(
-        [BROWSER, *flags, "--dump-dom", f"file://{shown}#{fragment}"], capture_output=True, text=True, timeout=120
-    )
-    return done.stdout
-
-
-def matrix(dom):
-    return re.search(r'<table id="matrix">(.*?)</table>', dom, re.S).group(1)  # type: ignore[union-attr]
-
-
-def test_the_page_renders_and_fetches_nothing(page):
-    script = """const refused = []; addEventListener("securitypolicyviolation", (e) => refused.push(e.blockedURI));
-      for (const d of document.querySelectorAll("details")) d.open = true;
-      setTimeout(() => { document.title = JSON.stringify([performance.getEntriesByType("resource").map((e) => e.name),
-        refused]); }, 2000);"""
-    dom = rendered(page, "", script)
-    assert "<title>[[],[]]</title>" in dom, "the page asked for something"
-    assert "clip for add" in matrix(dom) and "honest" in matrix(dom) and 'class="failed"' in matrix(dom)
-    assert "A &lt;b&gt;mutant&lt;/b&gt;" in dom and "∞" in dom
-
-
-@pytest.mark.parametrize(
-    "fragment, there, gone",
-    [
-        ("implementation=honest", "honest", "clip for add"),
-        ("dialect=deepseek-v4", "clip for add", "honest"),
-        ("dtype=float16", "clip for add", "honest"),
-        ("verdict=failed", "clip for add", "honest"),
-    ],
-)
-def test_filters_in_the_address_work(page, fragment, there, gone):
-    dom = rendered(page, fragment)
-    assert there in matrix(dom) and gone not in matrix(dom)
-
-
-def test_choosing_a_filter_changes_the_address_and_the_page(page):
-    script = """const s = document.getElementById("filter-dtype");
-      s.value = "bfloat16"; s.dispatchEvent(new Event("change")); document.title = location.hash;"""
-    dom = rendered(page, "dialect=deepseek-v4", script)
-    assert "<title>#dialect=deepseek-v4&amp;dtype=bfloat16</title>" in dom
-    assert "bfloat16" in matrix(dom) and "float16</th><th>float32" not in matrix(dom)
-
-
-def test_a_failure_opens_with_its_elements_charts_and_line_on_a_phone(page):
-    script = "for (const d of document.querySelectorAll('#failures details')) d.open = true;"
-    dom = rendered(page, "", script, size="390,844")
-    assert "mhc-conformance run --impl conformance.selftest.mutants:ClipForAdd --case eps-floor-deepseek-v4" in dom
-    assert 'class="chart histogram js-plotly-plot"' in dom and 'class="chart sinkhorn js-plotly-plot"' in dom
-    assert "off by" in dom

@@ -69,6 +69,12 @@ def test_a_mistake_is_told_by_its_place(tensor, where, said, x):
     found = failures(add(tensor, where, amount), x=x)
     assert set(found) == {tensor} and found[tensor].verdict == "failed" and found[tensor].message == said
     token = np.argwhere(_mask(where))[0][0]
+    wrong = _mask(where).reshape(45, -1)  # [tokens, channels]
+    heat, rows, columns = found[tensor].map, np.arange(32) * 45 // 32, np.arange(32) * 160 // 32
+    assert (heat["tokens"], heat["rows"], heat["columns"]) == (True, 45, 160)
+    cells = np.logical_or.reduceat(np.logical_or.reduceat(wrong, rows, axis=0), columns, axis=1)
+    beyond = np.array(heat["cells"]) > 1
+    assert not beyond[~cells].any() and beyond[cells].mean() > 0.5
     place = found[tensor].worst[0]["index"]
     assert place[0] * 9 + place[1] >= token and len(place) == 4
 
