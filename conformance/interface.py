@@ -22,6 +22,10 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from conformance.files.line import one_line
+
+MESSAGE = 500
+"""Characters of an exception that are kept."""
 Arrays = Mapping[str, np.ndarray]
 Result = tuple[dict[str, Any], dict[str, Any]]
 """Outputs, and the gradients of inputs and weights, under their names."""
@@ -139,7 +143,20 @@ class SetupError(RuntimeError):
     """An implementation could not be set up."""
 
 
-def describe(error: BaseException) -> str:
-    """An exception in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+class Raised(Exception):
+    """An implementation raised something that isn't an `Exception`; the text is what `describe` makes of it."""
+
+
+def describe(error: BaseException, most: int = MESSAGE) -> str:
+    """An exception in one line that a terminal may print, whatever its text is, and even where it has none.
+
+    Args:
+        most: characters.
+    """
+    name = type(error).__name__
+    try:
+        text = " ".join(str.split(str(error)))
+    except BaseException as raised:
+        text = f"its text can't be had, since that raises {type(raised).__name__}"
+    whole = text if isinstance(error, Raised) else f"{name}: {text}" if text else name
+    return one_line(whole[:most])[:most]  # what is escaped is longer

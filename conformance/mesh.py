@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from conformance.files.problems import shown
 from conformance.interface import Arrays, Result, SetupError
 from conformance.stages import STAGES
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 MARK = "@"
 """Stands between an implementation and its mesh: ``jax@data=2,tensor=2``."""
+MOST_DEVICES = 1024
 BATCH, SEQ = ("data", "fsdp"), ("sequence",)
 
 
@@ -77,6 +80,8 @@ def parse_mesh(text: str, processes: int = 0) -> Mesh:
         seen.add(axis)
         sizes[axis] = _number(axis, size, text)
     mesh = Mesh(sizes, processes)
+    if mesh.devices > MOST_DEVICES:
+        raise SetupError(f"--mesh {text}: it may have {MOST_DEVICES} devices, got {mesh.devices}")
     if processes and mesh.devices % processes:
         raise SetupError(
             f"--mesh {text}: {mesh.devices} devices can't be shared out evenly to {processes} processes: "
@@ -86,8 +91,8 @@ def parse_mesh(text: str, processes: int = 0) -> Mesh:
 
 
 def _number(what: str, text: str, mesh: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise SetupError(f"--mesh {mesh}: {what} must be a whole number of at least 1, got {text!r}")
+    if not re.fullmatch("0*[1-9][0-9]{0,3}", text) or int(text) > MOST_DEVICES:
+        raise SetupError(f"--mesh {mesh}: {what} must be a whole number of 1 to {MOST_DEVICES}, got {shown(text)}")
     return int(text)
 
 

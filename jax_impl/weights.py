@@ -115,6 +115,8 @@ def opened(path: str | Path) -> Iterator[Any]:
     Raises:
         ValueError: it can't be read.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would wait for its other end
+        raise ValueError(f"{path}: expected a whole safetensors file, got something that isn't a file")
     try:
         with safe_open(str(path), framework="numpy") as file:
             yield file
@@ -293,7 +295,9 @@ def write(path: str | Path, flat: Mapping[str, np.ndarray], config: MHCConfig) -
             )
         if not np.isfinite(value).all():
             raise ValueError(f"{path}: {name} must be finite to be saved, got NaN or infinity")
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: expected a file or nothing in the target's place, got something else")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(dict(flat), str(temporary), metadata=metadata_of(config))

@@ -117,6 +117,8 @@ def opened(path: str | Path) -> Iterator[Any]:
     Raises:
         ValueError: it can't be read.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would wait for its other end
+        raise ValueError(f"{path}: expected a whole safetensors file, got something that isn't a file")
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
@@ -273,6 +275,9 @@ def write(path: str | Path, flat: Mapping[str, Tensor], config: MHCConfig) -> No
         storage = value.untyped_storage().data_ptr()
         single[name] = value.clone() if value.numel() and storage in held else value
         held.add(storage)
+    path = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: expected a file or nothing in the target's place, got something else")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(single, str(temporary), metadata=metadata_of(config))

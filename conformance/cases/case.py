@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from conformance.cases.description import DESCRIPTION, Bounds, CaseDescription, StageDescription, Variant
 from conformance.cases.dialects import Parameters, dialect_names
 from conformance.cases.format import DTYPES, check_description, check_tensors
+from conformance.cases.tensors import read_metadata, read_tensors
 from conformance.files.places import CaseError
 from conformance.files.problems import shown
-from conformance.files.reading import Scalar, reason
+from conformance.files.reading import Scalar
 from conformance.stages import COEFFICIENT, STAGES, WEIGHT
 
 FORMAT = "mhc-conformance-case/1"
@@ -182,36 +182,6 @@ def _strided(value: np.ndarray) -> np.ndarray:
     wide = np.zeros((*value.shape[:-1], 2 * value.shape[-1]), value.dtype)
     wide[..., ::2] = value
     return wide[..., ::2]
-
-
-UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError, MemoryError)
-"""What the library raises for files and for tensors that NumPy can't have: it has no error of its own for some."""
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file; bfloat16 by ml_dtypes."""
-    with open_file(path) as file:
-        try:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except UNREADABLE as error:
-            raise CaseError(f"{path}: a tensor can't be read ({reason(error)})") from error
-
-
-def open_file(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except FileNotFoundError as error:
-        raise CaseError(f"{path}: no such file") from error
-    except UNREADABLE as error:
-        raise CaseError(
-            f"{path}: expected a whole safetensors file, got one that can't be read ({reason(error)})"
-        ) from error
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata in the header of a safetensors file."""
-    with open_file(path) as file:
-        return file.metadata() or {}
 
 
 def load_case(path: Path) -> Case:

@@ -11,7 +11,7 @@ from conformance.cases.case import Case, load_case
 from conformance.cases.dialects import dialect_names
 from conformance.files.places import CaseError, fixtures
 from conformance.files.problems import shown, unknown
-from conformance.files.reading import Reader, reason
+from conformance.files.reading import Reader, open_bytes, reason
 
 MANIFEST_FORMAT = "mhc-conformance-manifest/1"
 LONGEST_NAME = 255
@@ -68,7 +68,8 @@ def corpus_hash(golden: Path | None = None) -> str:
 def altered(path: Path, sha256: str) -> str:
     """A line where a file can't be read or hasn't this hash; empty otherwise."""
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        with open_bytes(path) as file:
+            found = hashlib.sha256(file.read()).hexdigest()
     except OSError as error:
         return f"altered  {path.name}: it can't be read ({reason(error)})"
     return "" if found == sha256 else f"altered  {path.name}: expected sha256 {sha256}, got {found}"

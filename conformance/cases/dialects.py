@@ -202,6 +202,8 @@ def read(path: Path) -> Dialect:
     Raises:
         DialectError: it can't be read, lacks a parameter, has one too many or a value that it can't be.
     """
+    if not path.stem.isprintable():
+        raise DialectError(f"{path}: the row is called as its file, whose name must be printable")
     content = OWN.read(path)
     given = _parameters(path, content)
     check(given, str(path))

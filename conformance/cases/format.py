@@ -24,6 +24,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 CONTRACTS = ("float64", "float32", "tf32", "mixing", "activation")
 LAYOUTS = ("contiguous", "strided")
+LONGEST_NAME = 500
 OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "reduce": {"how": ("sum", "mean", "carried")},
     "layer": {"branch": BRANCHES},
@@ -44,12 +45,22 @@ def _one_of(path: Path, place: str, kind: str, name: Scalar, known: Collection[s
         raise _wrong(path, f"{place}: unknown {kind} {shown(name)}, expected one of {', '.join(known)}")
 
 
+def _check_name(path: Path, place: str, name: str) -> None:
+    """Refuses a name that a terminal would act on, or that nobody can read: it stands in every report."""
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        raise _wrong(
+            path, f"{place}: expected a name of at most {LONGEST_NAME} printable characters, got {shown(name)}"
+        )
+
+
 def check_description(path: Path, case: CaseDescription) -> None:
     """The description of a case, before any tensor is read.
 
     Raises:
         CaseError: one line with the file, the place in it, what was expected and what came.
     """
+    for place, name in (("id", case.id), ("family", case.family), ("dialect", case.dialect)):
+        _check_name(path, place, name)
     _one_of(path, "layout", "layout", case.layout, LAYOUTS)
     for stage, entry in case.stages.items():
         _one_of(path, "stages", "stage", stage, STAGES)
@@ -59,6 +70,7 @@ def check_description(path: Path, case: CaseDescription) -> None:
     names: set[str] = set()
     for number, variant in enumerate(case.variants):
         place = f"variants[{number}]"
+        _check_name(path, f"{place}.name", variant.name)
         _one_of(path, f"{place}.x", "dtype", variant.x, DTYPES)
         _one_of(path, f"{place}.weights", "dtype", variant.weights, DTYPES)
         _one_of(path, f"{place}.contract", "contract", variant.contract, CONTRACTS)

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
-from conformance.cli.app import PROGRAM, USAGE, app
+from conformance.cli.app import app
 
 __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Runs a command; where the package's own fixtures are broken any command ends with one line about them."""
-    try:
-        app()
-    except ValueError as error:
-        from conformance.files.places import CaseError
-
-        if not isinstance(error, CaseError):
-            raise
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        sys.exit(USAGE)
+    """Runs a command and ends the process."""
+    app()

@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 import click
 
 from conformance.cli.completion import completion_options
+from conformance.cli.ending import INTERRUPTED, PROGRAM, USAGE, ended
+from conformance.files.line import one_line
 from conformance.files.problems import unknown
 
-PROGRAM = "mhc-conformance"
-FAILED, USAGE, SETUP = 1, 2, 3
-INTERRUPTED = 130  # 128 and SIGINT, as a shell has it
+FAILED, SETUP = 1, 3  # USAGE and INTERRUPTED are of `ending`
 
 COMMANDS = {
     "Test an implementation": (
@@ -67,20 +67,10 @@ class Root(click.Group):
                 )
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
-        """Runs a command and ends the process; an error of usage is one line on standard error."""
-        try:
-            status = super().main(*args, **{"prog_name": PROGRAM, **extra, "standalone_mode": False})
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            sys.exit(USAGE)
-        except click.ClickException as error:
-            place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else PROGRAM
-            click.echo(f"{place}: {' '.join(error.format_message().split())} ({place} --help)", err=True)
-            sys.exit(error.exit_code)
-        except click.Abort:
-            click.echo(f"{PROGRAM}: interrupted", err=True)
-            sys.exit(INTERRUPTED)
-        sys.exit(status if isinstance(status, int) else 0)
+        """Runs a command and ends the process; whatever is wrong for its user is one line (`ending.ended`)."""
+        with_defaults = {"prog_name": PROGRAM, **extra, "standalone_mode": False}
+        run = super().main
+        sys.exit(ended(lambda: run(*args, **with_defaults)))
 
 
 def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -116,8 +106,13 @@ def app() -> None:
 
 def stop(message: str, status: int) -> NoReturn:
     """Ends the command with one line on standard error."""
-    click.echo(f"{PROGRAM}: {message}", err=True)
+    click.echo(f"{PROGRAM}: {one_line(message)}", err=True)
     raise click.exceptions.Exit(status)
+
+
+def say(text: str) -> None:
+    """Prints one line; names, files and exceptions in it may hold whatever a terminal acts on."""
+    click.echo(one_line(text))
 
 
 def known_names(kind: str, names: Sequence[str] | None, known: Sequence[str]) -> list[str]:

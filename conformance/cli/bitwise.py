@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
-from conformance.cli.app import FAILED, SETUP, USAGE, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, say, stop
+from conformance.cli.limits import LONGEST, MOST_JOBS
 from conformance.cli.options import command, one_of, option
 from conformance.cli.sizes import NONE, QUICK, SHORT
+from conformance.files.line import one_line
 
 
 @command()
@@ -23,9 +25,9 @@ from conformance.cli.sizes import NONE, QUICK, SHORT
     default=NONE,
     help="Production sizes in the place of the golden cases: short or quick.",
 )
-@option("--jobs", type=click.IntRange(min=1), default=2, help="Worker processes.")
+@option("--jobs", type=click.IntRange(1, MOST_JOBS), default=2, help="Worker processes.")
 @option("--strict", is_flag=True, help="Exit 1 where a bit differs.")
-@option("--time-limit", type=click.FloatRange(min=0.1), default=60.0, help="Seconds for one answer of a program.")
+@option("--time-limit", type=click.FloatRange(0.1, LONGEST), default=60.0, help="Seconds for one answer of a program.")
 def bitwise(impl: tuple[str, ...], most: int, sizes: str, jobs: int, strict: bool, time_limit: float) -> None:
     """Check whether results repeat to the last bit.
 
@@ -36,6 +38,7 @@ def bitwise(impl: tuple[str, ...], most: int, sizes: str, jobs: int, strict: boo
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from conformance.implementations import registry
     from conformance.interface import SetupError
@@ -52,7 +55,10 @@ def bitwise(impl: tuple[str, ...], most: int, sizes: str, jobs: int, strict: boo
         ):
             if not report.items:
                 stop(f"{report.name} claims none of the cases, or answered none of them", USAGE)
-            table.add_row(report.name, *(f"{bits.differ} of {bits.tensors}" for bits in report.answers.values()))
+            table.add_row(
+                Text(one_line(report.name, 60)),
+                *(f"{bits.differ} of {bits.tensors}" for bits in report.answers.values()),
+            )
             for question, bits in report.answers.items():
                 differ |= bool(bits.differ)
                 if bits.differ:
@@ -63,5 +69,5 @@ def bitwise(impl: tuple[str, ...], most: int, sizes: str, jobs: int, strict: boo
         stop(str(error), SETUP)
     Console(width=140).print(table)
     for line in lines:
-        click.echo(line)
+        say(line)
     raise click.exceptions.Exit(FAILED if strict and differ else 0)

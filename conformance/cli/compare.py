@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conformance.cli.app import FAILED, SETUP, USAGE, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, say, stop
 from conformance.cli.fresh import HELP, dialects_given
+from conformance.cli.limits import LARGEST_SEED, LONGEST, MOST_DIM, MOST_ELEMENTS, MOST_STREAMS, MOST_TOKENS
 from conformance.cli.options import DIALECT, DTYPE, STAGE, argument, command, one_of, option
 from conformance.cli.sizes import NONE, QUICK, SHORT
 
@@ -24,16 +25,16 @@ if TYPE_CHECKING:
 @option("--dialect", type=DIALECT, help=f"Compare in this dialect: {HELP}. Default: the first that both claim.")
 @option(
     "--streams",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_STREAMS),
     help="Number of residual streams. Default: 4, or the least that both take.",
 )
-@option("--dim", type=click.IntRange(min=1), default=64, help="Width of one stream.")
-@option("--batch", type=click.IntRange(min=1), default=2, help="Number of sequences.")
-@option("--seq", type=click.IntRange(min=1), default=8, help="Tokens in a sequence.")
+@option("--dim", type=click.IntRange(1, MOST_DIM), default=64, help="Width of one stream.")
+@option("--batch", type=click.IntRange(1, MOST_TOKENS), default=2, help="Number of sequences.")
+@option("--seq", type=click.IntRange(1, MOST_TOKENS), default=8, help="Tokens in a sequence.")
 @option("--dtype", type=DTYPE, help="Dtype of x. Default: float32, or else the first that both claim.")
 @option("--stage", type=STAGE, multiple=True, help="Only this stage; repeatable. Default: those that both claim.")
-@option("--deviation", type=click.FloatRange(min=0), default=2.0, help="Standard deviation of the logits.")
-@option("--seed", type=int, default=0, help="Seed of the data.")
+@option("--deviation", type=click.FloatRange(0, 1e6), default=2.0, help="Standard deviation of the logits.")
+@option("--seed", type=click.IntRange(0, LARGEST_SEED), default=0, help="Seed of the data.")
 @option(
     "--tolerance",
     type=click.FloatRange(min=0),
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     help="Compare at production sizes, short or quick, in place of one shape.",
 )
 @option("--layouts", is_flag=True, help="Hand arrays over as views, each in another layout in memory.")
-@option("--time-limit", type=click.FloatRange(min=0.1), default=60.0, help="Seconds for one answer of a program.")
+@option("--time-limit", type=click.FloatRange(0.1, LONGEST), default=60.0, help="Seconds for one answer of a program.")
 def compare(
     a: str,
     b: str,
@@ -98,12 +99,15 @@ def compare(
     row = row or dialects_given([both.dialects[0]])[0]
     dtype = dtype or ("float32" if "float32" in both.dtypes else both.dtypes[0])
     streams = streams or both.streams
+    elements = max(batch * seq, streams * (streams + 2)) * streams * dim  # of x, and of the projections together
+    if sizes == NONE and elements > MOST_ELEMENTS:
+        stop(f"x and the projections may have {MOST_ELEMENTS} elements each, got {elements}: give smaller sizes", USAGE)
     stages = stage or both.stages
-    click.echo(f"{row.name}, {dtype}{f', {streams} streams' if sizes == NONE else ''}: {', '.join(stages)}")
+    say(f"{row.name}, {dtype}{f', {streams} streams' if sizes == NONE else ''}: {', '.join(stages)}")
     for kind, names in (("dialect", both.dialects), ("dtype", both.dtypes)):
         others = [name for name in names if name not in (row.name, dtype)]
         if others and not named[kind]:
-            click.echo(f"both also claim {', '.join(others)}: --{kind} names another")
+            say(f"both also claim {', '.join(others)}: --{kind} names another")
     calls = comparison.calls(row, streams, dim, (batch, seq), dtype, seed, deviation)
     if sizes != NONE:
         calls = comparison.calls_at_sizes(row, sizes, dtype, seed)
@@ -113,16 +117,16 @@ def compare(
             continue
         if call.place != place:
             place = call.place
-            click.echo(place)
+            say(place)
         rows = comparison.compare(first, second, call, layouts)
         if isinstance(rows, str):
-            click.echo(f"{call.stage:16} {rows}")
+            say(f"{call.stage:16} {rows}")
             continue
         compared += 1
         for line in rows:
             apart = line.apart(tolerance)
             where = f" at {line.index}: {line.a:.9g} and {line.b:.9g}" if line.largest else ""
-            click.echo(
+            say(
                 f"{call.stage:16} {line.tensor:22} {line.largest:10.3g} {line.units:10.3g} units{where}"
                 f"{'   differs' if apart else ''}{' ' + line.note if line.note else ''}"
             )
@@ -130,7 +134,7 @@ def compare(
                 differing = ", ".join(filter(None, (call.place, call.stage, line.tensor)))
     if not compared:
         stop("none of these stages is claimed by both in this dialect, dtype and shape", USAGE)
-    click.echo(f"the first that differs: {differing}" if differing else f"no difference in {compared} stages")
+    say(f"the first that differs: {differing}" if differing else f"no difference in {compared} stages")
     raise click.exceptions.Exit(FAILED if differing else 0)
 
 

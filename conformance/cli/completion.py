@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from conformance.files.reading import read_text, reason
+from conformance.files.streaming import Stream
 
 SHELLS = ("bash", "zsh", "fish")
 RC = {"bash": ".bashrc", "zsh": ".zshrc", "fish": ".config/fish/config.fish"}
@@ -50,12 +54,12 @@ def _install(ctx: click.Context, parameter: click.Parameter, shell: str | None) 
     path = Path(os.path.expanduser("~")) / RC[shell]
     line = LINE[shell].format(program=ctx.find_root().info_name)
     try:
-        text = path.read_text() if path.exists() else ""
+        text = read_text(path) if path.exists() else ""
         if line not in text.splitlines():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
+            with contextlib.closing(Stream(path, more=True)) as file:
                 file.write(f"{'' if text.endswith(chr(10)) or not text else chr(10)}{line}\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.ClickException(f"{path}: the line {line!r} can't be added ({error})") from error
+    except OSError as error:
+        raise click.ClickException(f"{path}: the line {line!r} can't be added ({reason(error)})") from error
     click.echo(f"{path} has the line {line}; it works in the next shell")
     ctx.exit()

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from conformance.cli.app import say
 from conformance.cli.fresh import HELP, dialects_given
 from conformance.cli.options import DIALECT, argument, command, option
 
@@ -41,6 +42,6 @@ def dialects(name: str | None, other: str | None, machine: bool) -> None:
     else:
         lines = rows.compared(*given) if len(given) == 2 else rows.described(given[0]) if given else rows.listing()
         for line in lines:
-            click.echo(line)
+            say(line)
         return
     click.echo(json.dumps(content, indent=1, ensure_ascii=False))

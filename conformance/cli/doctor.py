@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from conformance.cli.app import FAILED
+from conformance.cli.app import FAILED, say
 from conformance.cli.options import command
 
 
@@ -22,11 +22,12 @@ def doctor() -> None:
 
     health = look()
     for line in health.broken:
-        click.echo(f"broken: {line}")
+        say(f"broken: {line}")
     if not health.broken:
-        click.echo("nothing that is installed is broken")
+        say("nothing that is installed is broken")
     for heading, lines in health.sections.items():
-        click.echo(f"\n{heading}")
+        say("")
+        say(heading)
         for line in lines:
-            click.echo(f"  {line}")
+            say(f"  {line}")
     raise click.exceptions.Exit(FAILED if health.broken else 0)

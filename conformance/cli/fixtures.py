@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from conformance.cli.app import FAILED, SETUP, USAGE, interruptible, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, interruptible, known_names, say, stop
+from conformance.cli.limits import MOST_JOBS
 from conformance.cli.options import DIALECT, FILE, Command, argument, one_of, option
 
 
@@ -35,13 +36,13 @@ def verify() -> None:
     except CaseError as error:
         stop(str(error), USAGE)
     for line in problems:
-        click.echo(line)
-    click.echo(f"{count} files promised, {len(problems)} problems")
+        say(line)
+    say(f"{count} files promised, {len(problems)} problems")
     raise click.exceptions.Exit(FAILED if problems else 0)
 
 
 @fixtures.command(cls=Command)
-@option("--jobs", type=click.IntRange(min=1), default=2, help="Worker processes.")
+@option("--jobs", type=click.IntRange(1, MOST_JOBS), default=2, help="Worker processes.")
 @option("--check", is_flag=True, help="Write nothing; exit 1 where something would change.")
 @option("--frozen", is_flag=True, help="Write, and exit 1 where something changed.")
 @option("--family", multiple=True, help="Check only the cases of this family; repeatable, with --check.")
@@ -74,7 +75,7 @@ def regenerate(jobs: int, check: bool, frozen: bool, family: tuple[str, ...], sa
         changed = sources.changed()
         families = [] if changed else list(sources.SAMPLE)
         if changed:
-            click.echo(f"not what the corpus was made with: {', '.join(changed)}; all of it is made again")
+            say(f"not what the corpus was made with: {', '.join(changed)}; all of it is made again")
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("cases", total=None)
         changes = generate(
@@ -83,9 +84,9 @@ def regenerate(jobs: int, check: bool, frozen: bool, family: tuple[str, ...], sa
     if not check:
         sources.record()
     for line in changes:
-        click.echo(line)
+        say(line)
     what = "would change" if check else "changed"
-    click.echo(f"{len(changes)} files {what} ({', '.join(families) or 'all families'})")
+    say(f"{len(changes)} files {what} ({', '.join(families) or 'all families'})")
     raise click.exceptions.Exit(FAILED if (check or frozen) and changes else 0)
 
 
@@ -137,7 +138,6 @@ def export(
     from conformance.cases.flashinfer_bench.export import ExportError, Wish
     from conformance.cases.flashinfer_bench.export import export as write
     from conformance.cases.flashinfer_bench.kernel import STAGES
-    from conformance.files.problems import one_line
 
     try:
         dialects = known_names("dialect", dialect, dialect_names())
@@ -147,10 +147,8 @@ def export(
         with interruptible(lambda: "before the folder was whole; nothing is left of it"):
             exported = write(folder, load_corpus(), wish)
     except (ExportError, CaseError) as error:
-        stop(one_line(str(error)), USAGE)
+        stop(str(error), USAGE)
     except OSError as error:
-        stop(one_line(f"{folder}: can't be written ({error.strerror or error})"), USAGE)
+        stop(f"{folder}: can't be written ({error.strerror or error})", USAGE)
     solutions = f", {exported.solutions} solutions" if solution else ""
-    click.echo(
-        f"{exported.definitions} definitions, {exported.workloads} workloads{solutions}: {one_line(str(folder))}"
-    )
+    say(f"{exported.definitions} definitions, {exported.workloads} workloads{solutions}: {folder}")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from conformance.cli.app import SETUP, USAGE, stop
+from conformance.cli.app import SETUP, USAGE, say, stop
+from conformance.files import temporary
 
 if TYPE_CHECKING:
     from conformance.cases.case import Case
@@ -55,15 +50,11 @@ class Workshop:
     """A temporary folder of the cases made for one command; it goes when the command ends, unless it is kept."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="mhc-conformance-"))
-        atexit.register(self._remove)
-
-    def _remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder = temporary.folder()
 
     def keep(self) -> None:
         """Leaves the case files where they are, so that what failed can be repeated."""
-        atexit.unregister(self._remove)
+        temporary.keep(self.folder)
 
     def cases(self, rows: Sequence[Dialect], choose: Callable[[Dialect], list[Any]], jobs: int) -> list[Case]:
         """Makes the cases that ``choose`` picks for each row, and says how many there are and how long it took."""
@@ -84,7 +75,7 @@ class Workshop:
         with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task(f"cases of {label}", total=None)
             made = making(rows).make(wishes, folder, jobs, lambda k, n: bar.update(task, completed=k, total=n))
-        click.echo(f"made {len(made.cases)} cases of {label} in {time.monotonic() - started:.0f} s")
+        say(f"made {len(made.cases)} cases of {label} in {time.monotonic() - started:.0f} s")
         for line in made.left_out:
-            click.echo(f"  left out, {line}")
+            say(f"  left out, {line}")
         return made.cases

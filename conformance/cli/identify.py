@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from conformance.cli.app import FAILED, SETUP, USAGE, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, known_names, say, stop
 from conformance.cli.fresh import HELP, Workshop, dialects_given, making
+from conformance.cli.limits import LONGEST
 from conformance.cli.options import DIALECT, DTYPE, command, option
 
 
@@ -19,7 +20,7 @@ from conformance.cli.options import DIALECT, DTYPE, command, option
     "Default: each that the implementation claims.",
 )
 @option("--dtype", type=DTYPE, default="float32", help="Dtype of x.")
-@option("--time-limit", type=click.FloatRange(min=0.1), default=60.0, help="Seconds for one answer of a program.")
+@option("--time-limit", type=click.FloatRange(0.1, LONGEST), default=60.0, help="Seconds for one answer of a program.")
 @option("--verbose", "-v", is_flag=True, help="Also print the nearest candidates and what would look the same.")
 def identify(impl: str, dialect: tuple[str, ...], dtype: str, time_limit: float, verbose: bool) -> None:
     """Say which dialect an implementation computes.
@@ -57,11 +58,11 @@ def identify(impl: str, dialect: tuple[str, ...], dtype: str, time_limit: float,
     for told in [row.name for row in given if dialect or not unclaimed(row, implementation.capabilities)]:
         identity = run(implementation, told, rows, items, dtype)
         for line in identity.raised[:3]:
-            click.echo(f"{implementation.name}, told {told}, {dtype}: raised in {line}")
+            say(f"{implementation.name}, told {told}, {dtype}: raised in {line}")
         if not identity.items:
             stop(f"{implementation.name} claims, or answers, none of the separating cases of {told} in {dtype}", USAGE)
         for line in words.lines(implementation.name, dtype, identity, rows, verbose):
-            click.echo(line)
+            say(line)
         wrong = wrong or not identity.as_told
     if wrong:
         raise click.exceptions.Exit(FAILED)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conformance.cli.app import stop
+from conformance.cli.app import say, stop
 from conformance.cli.options import FILE, argument, command, option
 from conformance.cli.port import prefixes
 
@@ -66,9 +66,9 @@ def _show(inspection: Inspection) -> None:
         "fitting": ", ".join(inspection.dialects) or "none",
     }
     for name, text in rows.items():
-        click.echo(f"{name:8} {text}")
+        say(f"{name:8} {text}")
     for line in inspection.odd:
-        click.echo(f"odd      {line}")
+        say(f"odd      {line}")
 
 
 def _dialect(inspection: Inspection) -> str:

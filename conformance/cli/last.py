@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from conformance.files import atomic
 from conformance.files.places import CaseError
+from conformance.files.plain import plain
 from conformance.files.reading import Reader
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def load() -> Last:
 
     Raises:
         ValueError: none is known, or its record can't be read.
+        OSError, RuntimeError: this folder is gone, or there is no home.
     """
     return READER.read(_path())
 
@@ -54,4 +56,4 @@ def save(selection: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
     with contextlib.suppress(OSError, RuntimeError):
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(path, json.dumps({"selection": dict(selection), "failed": failed}))
+        atomic.write(path, json.dumps(plain({"selection": dict(selection), "failed": failed})))

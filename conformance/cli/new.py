@@ -9,10 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
-
 from conformance.cli import templates
-from conformance.cli.app import USAGE, known_names, stop
+from conformance.cli.app import USAGE, known_names, say, stop
 from conformance.cli.options import DIALECT, FILE, STAGE, argument, command, one_of, option
 
 
@@ -63,10 +61,10 @@ def new(path: Path, framework: str | None, stages: tuple[tuple[str, ...], ...], 
     try:
         atomic.write(path, text)
     except OSError as error:
-        stop(f"{path}: can't be written ({error.strerror})", USAGE)
-    click.echo(f"{path} is written; this runs it, and it passes:")
+        stop(f"{path}: can't be written ({error.strerror or error})", USAGE)
+    say(f"{path} is written; this runs it, and it passes:")
     for line in _commands(path, dialect):
-        click.echo(f"  {line}")
+        say(f"  {line}")
 
 
 def _check_importable(path: Path) -> None:

@@ -21,6 +21,7 @@ from click.shell_completion import CompletionItem
 
 from conformance.files.places import CaseError, fixtures
 from conformance.files.problems import unknown
+from conformance.files.reading import read_text
 from conformance.stages import DTYPES_OF_X, STAGES
 
 
@@ -70,7 +71,7 @@ class NamesWithCommas(click.ParamType[tuple[str, ...]]):
 def dialects() -> list[str]:
     """The names of the published rows, without a look at the rows; none where the fixtures are broken."""
     try:
-        return list(json.loads((fixtures() / "dialects.json").read_text())["dialects"])
+        return list(json.loads(read_text(fixtures() / "dialects.json"))["dialects"])
     except (CaseError, OSError, ValueError, KeyError, TypeError):  # what needs the rows says so
         return []
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conformance.cli.app import USAGE, stop
+from conformance.cli.app import PROGRAM, USAGE, say, stop
+from conformance.cli.limits import LARGEST_SEED, MOST_PROBES
 from conformance.cli.options import DIALECT, DTYPE, FILE, argument, command, option
+from conformance.files.line import one_line
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from conformance.porter.port import Options, PortReport
 
 
@@ -65,11 +65,11 @@ if TYPE_CHECKING:
 )
 @option(
     "--verify",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_PROBES),
     default=4,
     help="Number of probe tokens on which source and target are evaluated.",
 )
-@option("--seed", type=int, default=0, help="Seed of the probe tokens.")
+@option("--seed", type=click.IntRange(-LARGEST_SEED, LARGEST_SEED), default=0, help="Seed of the probe tokens.")
 @option(
     "--activations",
     type=FILE,
@@ -131,6 +131,7 @@ def port(
     package is missing; 4 approximate, and not allowed; 5 impossible; 6 nothing says which function the source computes;
     7 hyper-connections are missing, or have names that no layout has. Nothing is written unless it is 0.
     """
+    from conformance.porter.activations import read
     from conformance.porter.errors import Ambiguous, PortError
     from conformance.porter.port import Options, Refused
     from conformance.porter.storage.stacks import Stacks
@@ -146,7 +147,7 @@ def port(
             to=to, source_layout=source_layout, dialect=dialect, to_dialect=to_dialect, dtype=dtype,
             assume=assume, config=config, to_config=to_config, allow_partial=allow_partial,
             allow_approximate=allow_approximate, into=into, verify=verify, seed=seed,
-            activations=_activations(activations) if activations else None, norm_weight=norm_weight,
+            activations=read(activations) if activations else None, norm_weight=norm_weight,
             stacks=Stacks.parse(stacks), scan_axis=scan_axis, names=prefixes(names),
             source_names=prefixes(from_names), overwrite=overwrite, dry_run=dry_run, read_back=read_back,
         )  # fmt: skip
@@ -155,7 +156,7 @@ def port(
         except Ambiguous as error:
             if not (sys.stdin.isatty() and sys.stderr.isatty()):
                 raise
-            click.echo(f"mhc-conformance: {error}", err=True)
+            click.echo(one_line(f"{PROGRAM}: {error}"), err=True)
             chosen = click.prompt(f"the source's layout ({', '.join(error.fits)})", err=True)
             report = _run(source, target, dataclasses.replace(options, source_layout=chosen))
     except Refused as error:
@@ -224,65 +225,31 @@ def prefixes(texts: Sequence[str]) -> dict[str, str]:
     return by_kind
 
 
-def _activations(path: Path) -> np.ndarray:
-    """Reads streams from a file: the array of a .npy file, or all tensors of a safetensors file.
-
-    Raises:
-        PortError: the file can't be read, or has no streams in it.
-    """
-    import numpy as np
-
-    from conformance.cases.format import DTYPES
-    from conformance.porter.errors import PortError
-    from conformance.porter.storage.opening import open_checkpoint
-
-    if path.suffix != ".npy":
-        with open_checkpoint(path) as checkpoint:
-            values = [checkpoint.read(name) for name in checkpoint.tensors]
-    else:
-        try:
-            values = [np.load(path, allow_pickle=False)]
-        except (OSError, ValueError) as error:
-            raise PortError(f"{path}: expected an array, got {error}") from error
-    for value in values:
-        if value.dtype not in DTYPES.values():
-            raise PortError(f"{path}: must hold {', '.join(DTYPES)}, got {value.dtype}")
-        if value.ndim < 2 or value.shape[-2:] != values[0].shape[-2:] or not np.isfinite(value).all():
-            raise PortError(
-                f"{path}: must hold finite streams [..., n, C], all with the same n and C, got {list(value.shape)}"
-            )
-    if not values:
-        raise PortError(f"{path}: has no tensors")
-    return np.concatenate([v.astype(np.float64).reshape(-1, *v.shape[-2:]) for v in values])
-
-
 def _show(report: PortReport, machine: bool, verbose: bool, dry_run: bool = False) -> None:
     if machine:
         click.echo(json.dumps(report.as_dict(), indent=1))
         return
     sites = f"{report.sites - report.head} sites{' and a head' if report.head else ''}"
-    click.echo(
+    say(
         f"source   {report.source_layout}, {report.source}: {report.layers} layers, {sites}, "
         f"n = {report.streams}, C = {report.dim}, {report.source_bytes / 1e6:.3f} MB"
     )
-    click.echo(f"dialect  {report.source_dialect} ({report.source_told_by})")
-    click.echo(f"         to {report.target_dialect} ({report.told_by}), layout {report.target_layout}")
+    say(f"dialect  {report.source_dialect} ({report.source_told_by})")
+    say(f"         to {report.target_dialect} ({report.told_by}), layout {report.target_layout}")
     for note in report.notes:
-        click.echo(f"note     {note}")
+        say(f"note     {note}")
     for key, value in report.settings.items():
-        click.echo(f"set      {key}: {value} in {report.settings_place}")
-    click.echo(f"verdict  {report.reason}")
+        say(f"set      {key}: {value} in {report.settings_place}")
+    say(f"verdict  {report.reason}")
     if report.deviations:
         largest = ", ".join(f"{name} {value:.3g}" for name, value in report.largest.items())
-        click.echo(f"measured on {report.probes} probe tokens: largest deviation {largest}")
+        say(f"measured on {report.probes} probe tokens: largest deviation {largest}")
     if verbose:
         for site, row in report.deviations.items():
-            click.echo(f"  {site:24} " + "  ".join(f"{name} {value:.3g}" for name, value in row.items()))
+            say(f"  {site:24} " + "  ".join(f"{name} {value:.3g}" for name, value in row.items()))
     if report.written:
-        click.echo(
-            f"written  {report.written}, {len(report.tensors)} tensors{', read back' if report.read_back else ''}"
-        )
+        say(f"written  {report.written}, {len(report.tensors)} tensors{', read back' if report.read_back else ''}")
     elif dry_run:
-        click.echo("plan     a dry run writes nothing; a port would write:")
+        say("plan     a dry run writes nothing; a port would write:")
         for name, (shape, kind) in report.tensors.items():
-            click.echo(f"  {name} {shape} {kind}")
+            say(f"  {name} {shape} {kind}")

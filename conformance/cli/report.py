@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from conformance.cli.app import FAILED, SETUP, USAGE, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, say, stop
 from conformance.cli.options import FILE, argument, command, option
 
 VERIFY = Path("verify")
@@ -47,6 +47,7 @@ def report(
     """
     from conformance.cases.case import CaseError
     from conformance.files import atomic
+    from conformance.files.reading import told
     from conformance.report import markdown as text
     from conformance.report import read
     from conformance.report.badge import badge as drawn
@@ -84,9 +85,9 @@ def report(
         for path, part in written.items():
             atomic.write(path, part)
     except OSError as error:
-        stop(f"can't be written: {error}", USAGE)
+        stop(told(error), USAGE)
     if holds:
-        click.echo(f"{bundle}: hash {holds.hash}")
+        say(f"{bundle}: hash {holds.hash}")
     if not written:
         click.echo(text.markdown(content), nl=False)
 
@@ -105,6 +106,6 @@ def _verify(bundles: Sequence[Path], expected: str) -> None:
             stop(str(error), FAILED)
         except ReportError as error:
             stop(str(error), USAGE)
-        click.echo(f"{path}: whole, of corpus {checked.manifest.corpus}; hash {checked.hash}")
+        say(f"{path}: whole, of corpus {checked.manifest.corpus}; hash {checked.hash}")
         for result in checked.manifest.results:
-            click.echo(f"  {result.implementation}: {result.said} ({', '.join(result.dialects)})")
+            say(f"  {result.implementation}: {result.said} ({', '.join(result.dialects)})")

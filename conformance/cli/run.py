@@ -8,6 +8,7 @@ import click
 
 from conformance.cli.app import interruptible
 from conformance.cli.fresh import HELP
+from conformance.cli.limits import LARGEST_SEED, LONGEST, MOST_JOBS, MOST_PROCESSES, MOST_REPEATS
 from conformance.cli.options import DIALECT, DTYPE, FILE, STAGE, command, one_of, option
 from conformance.cli.running import Request, carry_out, repeat_failed
 from conformance.cli.sizes import FORMS, SHORT
@@ -50,7 +51,7 @@ WHAT, HOW, RUNNING, RESULT = "What is run", "How it is judged", "How it runs", "
 )
 @option(
     "--fresh",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, LARGEST_SEED),
     metavar="SEED",
     heading=WHAT,
     help="Instead of the golden cases, run the like with new numbers, made on the spot (a covering subset).",
@@ -64,7 +65,7 @@ WHAT, HOW, RUNNING, RESULT = "What is run", "How it is judged", "How it runs", "
 )
 @option(
     "--processes",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MOST_PROCESSES),
     default=0,
     heading=WHAT,
     help="Number of processes for each mesh; 0 lets the framework decide.",
@@ -86,7 +87,7 @@ WHAT, HOW, RUNNING, RESULT = "What is run", "How it is judged", "How it runs", "
 )
 @option(
     "--repeats",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_REPEATS),
     heading=HOW,
     help="Calls with the same content, of one item of each stage and dtype, to find races. Default: 32, or 4 "
     "with --quick.",
@@ -100,8 +101,10 @@ WHAT, HOW, RUNNING, RESULT = "What is run", "How it is judged", "How it runs", "
 @option("--strict", is_flag=True, heading=HOW, help="Fail where a call with the same content has other bits.")
 @option("--known", type=FILE, heading=HOW, help="Known results: a file of failures with their reasons.")
 @option("-x", "stop_early", is_flag=True, heading=RUNNING, help="Stop at the first failure.")
-@option("--jobs", type=click.IntRange(min=1), default=2, heading=RUNNING, help="Worker processes at a time.")
-@option("--time-limit", type=click.FloatRange(min=0.1), default=300.0, heading=RUNNING, help="Seconds for one item.")
+@option("--jobs", type=click.IntRange(1, MOST_JOBS), default=2, heading=RUNNING, help="Worker processes at a time.")
+@option(
+    "--time-limit", type=click.FloatRange(0.1, LONGEST), default=300.0, heading=RUNNING, help="Seconds for one item."
+)
 @option("--jsonl", type=FILE, heading=RESULT, help="Write every check to this file, as it comes.")
 @option("--junit", type=FILE, heading=RESULT, help="Write a JUnit report.")
 @option(

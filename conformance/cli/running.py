@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from conformance.cli import last
-from conformance.cli.app import FAILED, INTERRUPTED, SETUP, USAGE, known_names, stop
+from conformance.cli.app import FAILED, INTERRUPTED, SETUP, USAGE, known_names, say, stop
 from conformance.cli.fresh import Workshop, dialects_given
 from conformance.cli.selection import Choice, selected
 from conformance.cli.sizes import FULL, LONG, PREFIX, QUICK, SHORT, SizeChoice
@@ -97,10 +97,10 @@ def repeat_failed(options: Mapping[str, Any]) -> NoReturn:
     """Runs what failed in the last run from this folder, with what was selected there."""
     try:
         before = last.load()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         stop(f"--failed repeats a run from this folder, and none is known ({error}): run without it first", USAGE)
     if not before.failed:
-        click.echo("nothing failed in the last run from this folder")
+        say("nothing failed in the last run from this folder")
         raise click.exceptions.Exit(0)
     known = {f.name for f in fields(Request)}
     asked = {k: tuple(v) if isinstance(v, list) else v for k, v in before.selection.items() if k in known}
@@ -155,7 +155,7 @@ def prepare(request: Request) -> Prepared:
     if request.listing:
         lines = selection.ids() + [f"{question.case}::{question.slot}" for question in questions]
         for line in lines:
-            click.echo(line)
+            say(line)
         raise click.exceptions.Exit(0 if lines else USAGE)
     workshop = Workshop()
     items = selection.items(workshop, request.jobs)
@@ -163,7 +163,7 @@ def prepare(request: Request) -> Prepared:
         stop("nothing selected: no case has these dialects, dtypes and stages together", USAGE)
     chosen = _implementations(request)
     for line in of_sizes.notes:
-        click.echo(line)
+        say(line)
     limit = max(request.time_limit, LONG) if request.sizes == FULL else request.time_limit
     return Prepared(request, items, questions, chosen, entries, corpus, workshop, limit)
 
@@ -183,7 +183,7 @@ def _implementations(request: Request) -> list[str]:
     if not chosen:
         stop("no implementation is installed: " + "; ".join(f"{k}: {v}" for k, v in left.items()), SETUP)
     for name, reason in left.items():
-        click.echo(f"left out: {name} ({reason})")
+        say(f"left out: {name} ({reason})")
     return [f"{name}{mesh}" for mesh in meshes for name in chosen]
 
 
@@ -228,7 +228,7 @@ def _opened(prepared: Prepared) -> tuple[Lines | None, list[Outcome]]:
     except NotResumed as error:
         stop(str(error), USAGE)
     except OSError as error:
-        stop(f"{request.jsonl}: can't be written ({error.strerror})", USAGE)
+        stop(f"{request.jsonl}: can't be written ({error.strerror or error})", USAGE)
 
 
 def _measured(prepared: Prepared, lines: Lines | None, before: list[Outcome]) -> Measured:
@@ -256,7 +256,7 @@ def _measured(prepared: Prepared, lines: Lines | None, before: list[Outcome]) ->
     except CaseError as error:
         measured.broken = str(error), USAGE
     except OSError as error:
-        measured.broken = f"{request.jsonl}: can't be written ({error.strerror})", USAGE
+        measured.broken = f"{request.jsonl}: can't be written ({error.strerror or error})", USAGE
     except KeyboardInterrupt:
         measured.interrupted = True
     measured.crossed = crossed.lines(dict.fromkeys(o.implementation for o in measured.outcomes))
@@ -264,6 +264,7 @@ def _measured(prepared: Prepared, lines: Lines | None, before: list[Outcome]) ->
 
 
 def _outcomes(prepared: Prepared, before: Sequence[Outcome]) -> Iterator[Outcome]:
+    from conformance.files.plain import text_of
     from conformance.judge.modes import QUICK_REPEATS, REPEATS
     from conformance.judge.modes_plan import Plan
     from conformance.judge.run import Label, run
@@ -271,8 +272,9 @@ def _outcomes(prepared: Prepared, before: Sequence[Outcome]) -> Iterator[Outcome
     request = prepared.request
     sizes = {q.key: Label(q.case, "-", "-", "-", "-", str(q.slot)) for q in prepared.questions}
     leave: dict[str, set[str]] = {reference: set() for reference in prepared.implementations}
+    written = {text_of(reference): reference for reference in leave}  # as a file of results has them
     for outcome in before:
-        leave.setdefault(outcome.reference, set()).add(outcome.asked)
+        leave.setdefault(written.get(outcome.reference, outcome.reference), set()).add(outcome.asked)
     if request.only is not None:
         ids = {f"{i.case.id}::{i.stage}::{i.variant.name}" for i in prepared.items} | {s.id for s in sizes.values()}
         for reference in prepared.implementations:
@@ -333,7 +335,7 @@ def _write_files(prepared: Prepared, measured: Measured, lines: Lines | None, di
             written = request.junit
             files.write_junit(request.junit, measured.outcomes)
     except OSError as error:
-        measured.broken = measured.broken or (f"{written}: can't be written ({error.strerror})", USAGE)
+        measured.broken = measured.broken or (f"{written}: can't be written ({error.strerror or error})", USAGE)
     last.save(request.selection(), measured.outcomes)
 
 
@@ -345,7 +347,7 @@ def _check_idle(prepared: Prepared, outcomes: Sequence[Outcome]) -> None:
     line = f"nothing was checked for {', '.join(sorted(idle))}: {_unclaimed(outcomes, idle)}"
     if prepared.request.impl or len(idle) == len(prepared.implementations):
         stop(line, USAGE)
-    click.echo(line)
+    say(line)
 
 
 def _unclaimed(outcomes: Sequence[Outcome], names: set[str]) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from conformance.cli.app import FAILED, SETUP, USAGE, known_names, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, known_names, say, stop
 from conformance.cli.fresh import HELP, dialects_given
+from conformance.cli.limits import LARGEST_SEED
 from conformance.cli.options import DIALECT, DTYPE, FILE, STAGE, command, option
 
 
@@ -23,7 +24,7 @@ from conformance.cli.options import DIALECT, DTYPE, FILE, STAGE, command, option
     default=60.0,
     help="Stop after so many seconds, or at the first failure.",
 )
-@option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of what is drawn.")
+@option("--seed", type=click.IntRange(0, LARGEST_SEED), default=0, help="Seed of what is drawn.")
 @option(
     "--found", type=FILE, default=Path("found.safetensors"), help="Write the smallest case that fails to this file."
 )
@@ -60,9 +61,9 @@ def search(
         stop(str(error), SETUP)
     except (CaseError, ValueError) as error:
         stop(str(error), USAGE)
-    click.echo(f"{result.drawn} cases drawn, {result.rejected} rejected")
+    say(f"{result.drawn} cases drawn, {result.rejected} rejected")
     if result.outcome is None:
-        click.echo("none fails")
+        say("none fails")
         raise click.exceptions.Exit(0 if result.drawn else USAGE)
     case = result.outcome.case  # the id of a size says all of it; other cases need a file
     if result.content is not None:
@@ -70,12 +71,12 @@ def search(
         try:
             atomic.write(found, result.content)
         except OSError as error:
-            stop(f"{found}: can't be written ({error.strerror})", USAGE)
+            stop(f"{found}: can't be written ({error.strerror or error})", USAGE)
     for check in result.outcome.failed:
-        click.echo(f"  {check.verdict}: {check.tensor}, {check.ratio:.3g} of the bound {check.message}".rstrip())
-    click.echo(f"  {result.why}")
+        say(f"  {check.verdict}: {check.tensor}, {check.ratio:.3g} of the bound {check.message}".rstrip())
+    say(f"  {result.why}")
     outcome = result.outcome
-    click.echo(
+    say(
         f"  mhc-conformance run --impl {shlex.quote(impl)} --case {shlex.quote(case)} --stage {outcome.stage} "
         f"--dtype {outcome.x}"
     )

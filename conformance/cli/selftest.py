@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from conformance.cli.app import FAILED, SETUP, USAGE, stop
+from conformance.cli.app import FAILED, SETUP, USAGE, say, stop
+from conformance.cli.limits import MOST_JOBS, MOST_VARIANTS
 from conformance.cli.options import FILE, command, one_of, option
 
 BOTH, WHAT, WHERE = "both", "what", "where"
@@ -22,8 +23,12 @@ BOTH, WHAT, WHERE = "both", "what", "where"
     default=BOTH,
     help="Mistakes in what is computed (what), in where (where), or both.",
 )
-@option("--variants", type=click.IntRange(min=0), help="Number of honest variants. Default: 200, or 10 with --quick.")
-@option("--jobs", type=click.IntRange(min=1), default=2, help="Worker processes.")
+@option(
+    "--variants",
+    type=click.IntRange(0, MOST_VARIANTS),
+    help="Number of honest variants. Default: 200, or 10 with --quick.",
+)
+@option("--jobs", type=click.IntRange(1, MOST_JOBS), default=2, help="Worker processes.")
 @option("--write", type=FILE, help="Put the tables between the selftest and the where markers of this Markdown file.")
 @option("--json", type=FILE, help="Write the figures to this file, for report.")
 @option("--seen", type=FILE, help="Write the stages that see each mistake to this file, for what run says at its end.")
@@ -51,6 +56,7 @@ def selftest(
     from rich.progress import Progress
 
     from conformance.files import atomic, document
+    from conformance.files.reading import told
 
     titles = [[m.title() for m in mutants] for mutants in (measure.MUTANTS, measure_where.WHERE)]
     chosen, of_where = (
@@ -77,7 +83,7 @@ def selftest(
     for part in (table.terminal(result), table.terminal_of_places(places)):
         console.print(part)
     for line in [*table.reasons(result), *([table.honest_line(result)] if result.honest else [])]:
-        click.echo(line)
+        say(line)
     if write or json or seen:
         try:
             if write:
@@ -90,11 +96,11 @@ def selftest(
             if seen:
                 atomic.write(seen, table.as_seen(result))
         except (OSError, ValueError) as error:
-            stop(str(error), USAGE)
+            stop(told(error), USAGE)
     problems = [*result.survivors, *places.survivors, *result.false_alarms]
     for line in problems:
-        click.echo(line)
-    click.echo(f"{len(chosen) + len(of_where)} mutants, {count} honest variants: {len(problems)} problems")
+        say(line)
+    say(f"{len(chosen) + len(of_where)} mutants, {count} honest variants: {len(problems)} problems")
     raise click.exceptions.Exit(FAILED if problems else 0)
 
 

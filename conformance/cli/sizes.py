@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import fnmatch
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from conformance.cli.app import USAGE, stop
+from conformance.files import temporary
 
 if TYPE_CHECKING:
     from conformance.cases.dialects import Dialect
@@ -62,6 +60,12 @@ class SizeChoice:
         globs = [text for text in self.patterns if not design.parsed(text)]
         chosen: list[Question] = []
         for (size, row), text in named:
+            elements = max(size.tokens, size.streams * (size.streams + 2)) * size.streams * size.dim
+            if elements > largest or (size.iterations or 0) > design.MOST_ITERATIONS:
+                stop(
+                    f"{text}: memory holds {largest} elements of x or of the projections here, and at most "
+                    f"{design.MOST_ITERATIONS} iterations are asked for; got {elements} and {size.iterations}", USAGE
+                )  # fmt: skip
             rows = [r for r in self.rows if r.name == row] if row else list(self.rows)
             if not rows:
                 stop(f"{text}: no such row is selected: {row}", USAGE)
@@ -93,10 +97,5 @@ _FOLDERS: list[str] = []
 def _folder() -> str:
     """A temporary folder for the truths of this command; it goes when the command ends."""
     if not _FOLDERS:
-        _FOLDERS.append(tempfile.mkdtemp(prefix="mhc-conformance-truths-"))
-        atexit.register(_remove(_FOLDERS[0]))
+        _FOLDERS.append(str(temporary.folder()))
     return _FOLDERS[0]
-
-
-def _remove(folder: str) -> Callable[[], None]:
-    return lambda: shutil.rmtree(folder, ignore_errors=True)

@@ -25,6 +25,7 @@ def status(write: Path | None, rows: Path | None) -> None:
     from conformance.cases.case import CaseError
     from conformance.cases.corpus import load_corpus
     from conformance.files import atomic, document
+    from conformance.files.reading import told
     from conformance.report.status import grounds
     from conformance.report.status import status as page
 
@@ -39,4 +40,4 @@ def status(write: Path | None, rows: Path | None) -> None:
         else:
             click.echo(text, nl=False)
     except (CaseError, OSError, ValueError) as error:
-        stop(str(error), USAGE)
+        stop(told(error), USAGE)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from conformance.cli.app import USAGE, stop
+from conformance.cli.app import USAGE, say, stop
 from conformance.cli.fresh import HELP, dialects_given
 from conformance.cli.options import DIALECT, FILE, argument, command, option
 
@@ -28,6 +28,7 @@ def verdicts(source: str | None, target: str | None, write: Path | None) -> None
     Exit status: 0, whatever the verdict is; 2 for dialects that are none, or a file that can't be written.
     """
     from conformance.files import document
+    from conformance.files.reading import told
     from conformance.porter import table
 
     if (source is None) != (target is None):
@@ -35,7 +36,7 @@ def verdicts(source: str | None, target: str | None, write: Path | None) -> None
     if source is not None and target is not None:
         before, after = (dict(dialects_given([text])[0].parameters) for text in (source, target))
         for line in table.reasons(before, after):
-            click.echo(line)
+            say(line)
         return
     text = table.markdown()
     try:
@@ -45,4 +46,4 @@ def verdicts(source: str | None, target: str | None, write: Path | None) -> None
         else:
             click.echo(text, nl=False)
     except (OSError, ValueError) as error:
-        stop(str(error), USAGE)
+        stop(told(error), USAGE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from conformance.files import atomic
+from conformance.files.reading import read_text
 
 
 def split(path: Path, name: str) -> tuple[str, str, str]:
@@ -15,7 +16,7 @@ def split(path: Path, name: str) -> tuple[str, str, str]:
         ValueError: the markers aren't there, in order.
     """
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-    head, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    head, found, rest = read_text(path).partition(begin)
     inner, closed, tail = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"{path}: expected the lines {begin.strip()} and {end}, in this order")

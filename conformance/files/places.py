@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conformance.files.problems import one_line
+from conformance.files.line import one_line
 
 
 class CaseError(ValueError):

@@ -18,11 +18,6 @@ _SHOWN = 60
 """Characters of a text from outside in a message."""
 
 
-def one_line(text: str) -> str:
-    """A message without line breaks and other characters that a terminal acts on."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def shown(value: Any) -> str:
     """A value from outside as a message shows it, as JSON has it, of any length and depth."""
     if isinstance(value, dict):

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ import msgspec
 from msgspec import inspect
 
 from conformance.files.problems import fits, problems, shown
+from conformance.files.through import named
 
 T = TypeVar("T")
 Scalar = bool | int | float | str | None
@@ -126,20 +129,74 @@ class _Wrong(Exception):
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """A file to be read.
+    """A file to be read, and nothing else (`open_descriptor`).
 
     Raises:
         OSError: it can't be, also where no file can have such a name.
     """
+    return os.fdopen(open_descriptor(path), "rb")
+
+
+def open_descriptor(path: Path) -> int:
+    """The descriptor of a file to be read: a pipe would wait for its other end, and a device has no end.
+
+    Raises:
+        OSError: it can't be read, or isn't a file.
+    """
     try:
-        return path.open("rb")
+        _check_form(os.stat(path).st_mode, path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except ValueError as error:  # a NUL or half a character in the name
         raise OSError(errno.EINVAL, str(error), str(path)) from error
+    try:
+        _check_form(os.fstat(descriptor).st_mode, path)  # should it have been replaced meanwhile
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_form(mode: int, path: Path) -> None:
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"it is {named(mode)}, not a file", str(path))
+
+
+def check_file(path: Path) -> None:
+    """Refuses what `open_descriptor` would; for files that a library opens.
+
+    Raises:
+        OSError: it can't be read, or isn't a file.
+    """
+    os.close(open_descriptor(path))
+
+
+def read_text(path: Path, most: int = LARGEST) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        OSError: it can't be read, has more than ``most`` bytes, or isn't UTF-8.
+    """
+    with open_bytes(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise OSError(errno.EILSEQ, "it isn't UTF-8", str(path)) from error
 
 
 def reason(error: BaseException) -> str:
     """Why a file can't be read or written, without its name; a library's own words are cut where they are long."""
     return str(getattr(error, "strerror", None) or error)[:LONGEST_REASON]
+
+
+def told(error: BaseException) -> str:
+    """A file's error in one line: the file and the reason."""
+    name = getattr(error, "filename", None)
+    return f"{name}: can't be read or written ({reason(error)})" if name is not None else reason(error)
 
 
 def too_deep(value: Any, most: int = DEEPEST) -> bool:

@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
+from conformance.files import temporary
+
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 START = 60.0  # seconds for the supervisor to start the command; alone it takes 0.03
 PATIENCE = 10.0  # seconds for a supervisor to end everything, before it is killed itself
@@ -224,7 +226,9 @@ class PythonChild(Child):
         self.connection = Connection(ours.detach())
         with theirs:
             command = [sys.executable, "-c", BEGINNING, str(theirs.fileno()), target]
-            super().__init__(command, kept=kept, passed=(theirs.fileno(),), environment=environment)
+            super().__init__(
+                command, kept=kept, passed=(theirs.fileno(),), environment=temporary.environment(environment)
+            )
         self.send([entry or os.getcwd() for entry in sys.path])
 
     def send(self, message: Any) -> None:

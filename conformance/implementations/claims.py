@@ -8,7 +8,8 @@ from typing import Any
 from conformance.cases.dialects import dialect_names
 from conformance.cases.format import CONTRACTS, DTYPES
 from conformance.cases.rules import domains
-from conformance.files.problems import one_line, shown, slip, unknown
+from conformance.files.line import one_line
+from conformance.files.problems import shown, slip, unknown
 from conformance.interface import Capabilities
 from conformance.stages import STAGES
 

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from conformance.files.problems import one_line, shown
+from conformance.files.line import one_line
+from conformance.files.problems import shown
 from conformance.files.reading import Reader, Scalar
 from conformance.implementations.claims import misnamed
 from conformance.interface import Capabilities

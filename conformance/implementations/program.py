@@ -11,10 +11,8 @@ import json
 import os
 import selectors
 import shlex
-import shutil
 import signal
 import subprocess
-import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +21,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from conformance.cases.case import CaseError, read_metadata, read_tensors
+from conformance.cases.case import CaseError
+from conformance.cases.tensors import read_metadata, read_tensors
+from conformance.files import temporary
 from conformance.implementations.child import DIRTY, Child, Deadline
 from conformance.implementations.greeting import PROTOCOL, ProgramError, read_answer, read_greeting
 from conformance.implementations.registry import EXEC
@@ -51,8 +51,8 @@ class ProgramImplementation:
 
     def __init__(self, command: str, limit: float):
         self._command, self._limit = shlex.split(command), limit
-        self._folder = Path(tempfile.mkdtemp(prefix="mhc-conformance-"))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # also where it is never closed
+        self._folder = temporary.folder()
+        weakref.finalize(self, temporary.remove, self._folder)  # also where it is never closed
         self._process: Child | None = None
         self._calls = 0
         if not self._command:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conformance.files.problems import meant
+from conformance.implementations.calling import Interrupts
 from conformance.implementations.wrapping import wrap
 from conformance.interface import Implementation, SetupError, describe
 from conformance.mesh import MARK, Member, parse_mesh
@@ -131,13 +132,16 @@ def load(reference: str, limit: float = 60.0) -> Implementation:
         alone = 1 if name in MANY_DEVICES else mesh.devices
         return GroupImplementation(name, mesh, mesh.processes or alone, limit)
     module, attribute = _target(reference, GROUP)
-    try:
-        found = _found(reference, module, attribute)
-        return wrap(found if hasattr(found, "capabilities") and not isinstance(found, type) else found(), reference)
-    except SetupError:
-        raise
-    except Exception as error:
-        raise SetupError(f"{reference}: could not be set up: {describe(error)}") from error
+    with Interrupts() as interrupts:
+        try:
+            found = _found(reference, module, attribute)
+            return wrap(found if hasattr(found, "capabilities") and not isinstance(found, type) else found(), reference)
+        except SetupError:
+            raise
+        except BaseException as error:  # SystemExit too: it would end the command as if all were well
+            if interrupts.excuse(error):
+                raise
+            raise SetupError(f"{reference}: could not be set up: {describe(error)}") from error
 
 
 def module_of(reference: str, group: str = GROUP) -> str:

@@ -38,10 +38,9 @@ def wrap(implementation: Any, reference: str = "") -> Implementation:
     claimed = getattr(implementation, "capabilities", None)
     name = getattr(implementation, "name", None)
     reference = reference or str(name)
-    if not isinstance(claimed, Capabilities) or not name:
-        raise SetupError(
-            f"{reference}: expected a name and capabilities of type Capabilities, got {type(claimed).__name__}"
-        )
+    if not isinstance(claimed, Capabilities) or not name or not isinstance(name, str):
+        got = type(claimed).__name__ if not isinstance(claimed, Capabilities) else f"{name!r:.60} as its name"
+        raise SetupError(f"{reference}: expected a name and capabilities of type Capabilities, got {got}")
     if problem := misnamed(claimed):
         raise SetupError(f"{reference}: {problem}")
     if callable(getattr(implementation, "call", None)):

@@ -6,12 +6,14 @@ import shlex
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from conformance.cases.case import Item
 from conformance.cases.corpus import is_golden
+from conformance.files.plain import name_of, plain, text_of
+from conformance.implementations.calling import called
 from conformance.interface import Arrays, Capabilities, Implementation, describe
 from conformance.judge.faint import check_faint
 from conformance.judge.frames import frames, place
@@ -22,11 +24,6 @@ from conformance.stages import relevant
 
 if TYPE_CHECKING:
     from conformance.judge.modes_plan import Plan
-
-MESSAGE = 500
-"""Characters of an exception that are kept."""
-RETURN = '; return for instance {"u": u}, {"x": gradient}, the second empty where cotangents is None'
-"""What to do about a wrong return."""
 
 
 @dataclass
@@ -114,6 +111,20 @@ def refusal(item: Item, claimed: Capabilities) -> str:
     return ""
 
 
+def about(claimed: Capabilities) -> dict[str, Any]:
+    """An implementation's device, description and settings, as JSON can have them."""
+    return {"device": text_of(claimed.device), "description": text_of(claimed.description), **settings(claimed)}
+
+
+def settings(claimed: Capabilities) -> dict[str, Any]:
+    """The settings that an implementation tells of itself; of a mapping that can't be read, the reason."""
+    try:
+        told = dict(claimed.settings)
+    except Exception as error:
+        return {"settings": f"unreadable: {describe(error)}"}
+    return plain(told)
+
+
 def run_item(implementation: Implementation, item: Item, probe: bool = False, plan: Plan | None = None) -> Outcome:
     """Calls an implementation with one item and judges what it returns. Never raises for what the implementation does.
 
@@ -122,6 +133,8 @@ def run_item(implementation: Implementation, item: Item, probe: bool = False, pl
         plan: further calls of the item, each in other modes; none where it is None.
     """
     outcome = _begun(implementation, item, plan)
+    if outcome.checks:  # its capabilities can't be read
+        return outcome
     if not outcome.skipped:
         answer = _call(implementation, item, outcome)
         if plan is not None and not answer.refused and not answer.error:
@@ -140,16 +153,20 @@ def skipped(implementation: Implementation, item: Item, plan: Plan | None = None
 def _begun(implementation: Implementation, item: Item, plan: Plan | None) -> Outcome:
     """What is known before a call: the item, the implementation's settings, and whether it claims the item."""
     outcome = Outcome(
-        implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect,
+        name_of(implementation.name), item.case.id, item.stage, item.variant.name, item.variant.x, item.case.dialect,
         family=item.case.family,
     )  # fmt: skip
     if not is_golden(item.case.path):
         outcome.file = str(item.case.path)
     claimed = implementation.capabilities
-    outcome.about = {"device": claimed.device, "description": claimed.description, **claimed.settings}
+    outcome.about = about(claimed)
     if plan is not None:
         outcome.about["modes"] = plan.fewer(claimed)
-    outcome.skipped = refusal(item, claimed)
+    try:
+        outcome.skipped = refusal(item, claimed)
+    except Exception as error:  # a mapping or a set of its own
+        message = f"its capabilities can't be read: {describe(error)}"
+        outcome.checks = [Check("-", "errored", np.inf, message=message)]
     return outcome
 
 
@@ -227,8 +244,7 @@ def answered(
     started = time.perf_counter()
     try:
         with np.errstate(all="ignore" if item.case.infinite else None):  # NumPy warns of what was handed over
-            result = implementation.call(item.stage, dict(inputs), item.config, cotangents)
-        answer.outputs, answer.gradients = mappings(result)
+            answer.outputs, answer.gradients = called(implementation, item.stage, dict(inputs), item.config, cotangents)
     except NotImplementedError as error:
         answer.refused = f"refused: {describe(error)}"
         return answer
@@ -244,7 +260,7 @@ def answered(
 def raised(error: BaseException) -> str:
     """An exception in one line, with the last line of the user's that it went through."""
     where = place(error)
-    return describe(error)[:MESSAGE] + (f" ({where})" if where else "")
+    return describe(error) + (f" ({where})" if where else "")
 
 
 def judged(item: Item, answer: Answer, claimed: Capabilities) -> list[Check]:
@@ -252,35 +268,10 @@ def judged(item: Item, answer: Answer, claimed: Capabilities) -> list[Check]:
     if answer.error:
         return [Check("-", "errored", np.inf, message=answer.error, trace=list(answer.trace))]
     checks = check_item(item, answer.outputs, answer.gradients, claimed, answer.inputs)
-    H = answer.outputs.get("H")
+    H = answer.outputs.get("H") if "H" in item.expected else None  # a stage may return more than it is asked for
     whole = (check_stochasticity(item, H), check_faint(H, item.expected.get("H"), item.variant.contract))
     checks += [check for check in whole if check]
     return checks + [Check(name, "failed", np.inf, message=message) for name, message in answer.changed]
-
-
-def mappings(result: object) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Outputs and gradients.
-
-    Raises:
-        TypeError: there aren't two, or one is no mapping.
-    """
-    if not _is_tuple(result):
-        raise TypeError(f"expected (outputs, gradients), two mappings, got a {type(result).__name__}{RETURN}")
-    if len(result) != 2:
-        raise TypeError(f"expected (outputs, gradients), two mappings, got a tuple of {len(result)}{RETURN}")
-    outputs, gradients = result
-    if _is_mapping(outputs) and _is_mapping(gradients):
-        return outputs, gradients
-    kinds = f"{type(outputs).__name__} and {type(gradients).__name__}"
-    raise TypeError(f"expected two mappings, outputs and gradients, got {kinds}{RETURN}")
-
-
-def _is_tuple(value: object) -> TypeGuard[tuple[object, ...]]:
-    return isinstance(value, tuple)
-
-
-def _is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
-    return isinstance(value, Mapping)
 
 
 def order(items: Iterable[Item]) -> list[Item]:

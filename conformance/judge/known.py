@@ -15,6 +15,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from conformance.files.line import one_line
 from conformance.files.places import CaseError
 from conformance.files.reading import Reader
 from conformance.judge.item import Outcome
@@ -120,10 +121,12 @@ def judge(outcomes: Sequence[Outcome], entries: Sequence[Known]) -> Judged:
         concerned = [o for o in asked if entry.concerns(o)]
         what = f"known result {number + 1} ({entry.implementation}, {', '.join(entry.cases)})"
         if not concerned and not entry.of_sizes:  # each form of --sizes asks for other ones
-            found.stale.append(f"{what} matches nothing that ran")
+            found.stale.append(one_line(f"{what} matches nothing that ran"))
         for outcome in concerned:
             if not any(entry.covers(check) for check in outcome.failed):
-                found.stale.append(f"{what} says {', '.join(entry.verdicts)}, but {outcome.case} did not fail so")
+                found.stale.append(
+                    one_line(f"{what} says {', '.join(entry.verdicts)}, but {outcome.case} did not fail so")
+                )
     for outcome in outcomes:
         if outcome.failed:
             number = _covered(outcome, entries)

@@ -22,7 +22,7 @@ from conformance.judge.item import Answer, Outcome, answered, judged
 from conformance.judge.modes_items import COTANGENT, Varied, array_names, one_row, rolled, streams_equal, unasked
 from conformance.judge.modes_layouts import EXPANDED, lay, layouts_of
 from conformance.judge.modes_memory import sizes, unwritten
-from conformance.judge.rule import GOOD, Check, is_array, wide
+from conformance.judge.rule import GOOD, Check, is_of_numbers, wide
 
 FORWARD = "without gradients"
 UNASKED = {"x": "without the gradient of x", "rest": "with the gradient of x alone"}
@@ -331,8 +331,8 @@ def fail_differences(outcome: Outcome) -> None:
 
 
 def _arrays(answer: Answer) -> dict[str, np.ndarray]:
-    """Copies of what was returned, as far as it is arrays: a later call may write over them."""
-    return {name: value.copy() for name, value in answer.returned.items() if is_array(value)}
+    """Copies of what was returned, as far as it is arrays of numbers: a later call may write over them."""
+    return {name: value.copy() for name, value in answer.returned.items() if is_of_numbers(value)}
 
 
 def _distances(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -71,6 +71,11 @@ def is_array(value: object) -> TypeGuard[np.ndarray]:
     return isinstance(value, np.ndarray)
 
 
+def is_of_numbers(value: object) -> TypeGuard[np.ndarray]:
+    """Whether it is a NumPy array of a dtype that a result may have; others may hold anything."""
+    return is_array(value) and value.dtype in UNIT_ROUNDOFF
+
+
 def wide(array: np.ndarray) -> np.ndarray:
     """The same numbers in float64, which holds those of every narrower dtype."""
     with np.errstate(invalid="ignore"):  # memory that was never written may be any kind of NaN
@@ -115,7 +120,7 @@ def check_tensor(
         inputs: to recognise an output that is one of them.
     """
     if not is_array(actual):
-        return Check(tensor, "wrong-dtype", message=f"expected a NumPy array, got {type(actual).__name__}")
+        return Check(tensor, "wrong-dtype", message=f"expected a NumPy array, got {type(actual).__name__:.100}")
     if actual.shape != expected.shape:
         return Check(tensor, "wrong-shape", message=f"expected {list(expected.shape)}, got {list(actual.shape)}")
     if actual.dtype != dtype:

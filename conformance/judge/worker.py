@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from conformance.cases.case import Case, CaseError, Item
+from conformance.files.plain import name_of
 from conformance.interface import Implementation, SetupError
 from conformance.judge.guard import Guard
 from conformance.judge.item import Outcome, run_item, skipped
@@ -47,7 +48,7 @@ def work(connection: Connection) -> None:
         plan.announce = partial(_announce, connection)
     gc.disable()  # tracing makes millions of small objects: a fifth of the time went into looking at them
     gc.freeze()
-    connection.send(("ready", implementation.name))
+    connection.send(("ready", name_of(implementation.name)))
     judge = _Judge(guard, implementation, probe, plan)
     for count in itertools.count(1):
         asked = connection.recv()

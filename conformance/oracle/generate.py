@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save
 
-from conformance.cases.case import FORMAT, INFINITE_FORMAT, CaseError, read_tensors
-from conformance.files import atomic
+from conformance.cases.case import FORMAT, INFINITE_FORMAT, CaseError
+from conformance.cases.tensors import read_tensors
+from conformance.files import atomic, temporary
 from conformance.oracle.arithmetic import Arithmetic, Array
 from conformance.oracle.balls import BallArithmetic, certified
 from conformance.oracle.build import Draft, build
@@ -315,7 +315,7 @@ def _change(name: str, before: bytes | None, after: bytes | None) -> str:
     if not name.endswith(".safetensors"):
         return f"changed  {name}"
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary.within() as folder:
             old, new = (_tensors(Path(folder) / k, content) for k, content in (("old", before), ("new", after)))
     except CaseError as error:
         return f"changed  {name}: the old file can't be read ({error})"

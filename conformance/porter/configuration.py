@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from conformance.cases import dialects
 from conformance.cases.dialects import Configuration, Parameters
+from conformance.files.reading import LARGEST, read_text
 from conformance.porter import parts
 from conformance.porter.errors import PACKAGE, PortError
 from conformance.porter.parts import OURS
@@ -24,6 +26,11 @@ OTHERS = {
     "inkling2": "attention residuals, which weigh the outputs of all earlier layers",
 }
 """Starts of a ``model_type``, and the function that such a model computes instead of this layer."""
+
+LARGEST_YAML = 1 << 20
+"""Bytes of a configuration in YAML, of which a second reads 100,000; MaxText's has 70,000."""
+MOST_MERGED = 10_000
+"""Keys of a mapping in YAML with those that it merges: each level of merges may double them."""
 
 
 COUNTS = {
@@ -262,9 +269,9 @@ def read(path: Path) -> dict[str, Any]:
         PortError: it can't be read, isn't a mapping, or PyYAML is missing.
     """
     try:
-        text = path.read_text()
-    except (OSError, ValueError) as error:
-        raise PortError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})") from error
+        text = read_text(path, LARGEST if path.suffix == ".json" else LARGEST_YAML)
+    except OSError as error:
+        raise PortError(f"{path}: can't be read ({error.strerror})") from error
     try:
         content = json.loads(text, object_pairs_hook=_unrepeated) if path.suffix == ".json" else _yaml(text)
     except (ValueError, RecursionError) as error:
@@ -294,10 +301,15 @@ def _yaml(text: str) -> Any:
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             written = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-            twice = next((key for key in written if isinstance(key, str) and written.count(key) > 1), None)
-            if twice is not None:
-                raise ValueError(f"the key {twice} twice")
+            twice = [key for key, count in Counter(k for k in written if isinstance(k, str)).items() if count > 1]
+            if twice:
+                raise ValueError(f"the key {twice[0]} twice")
             return super().construct_mapping(node, deep)
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            super().flatten_mapping(node)  # its merged mappings, each of which may have merged others twice
+            if len(node.value) > MOST_MERGED:
+                raise ValueError(f"mappings that merge into one of more than {MOST_MERGED} keys")
 
     try:
         return yaml.load(text, Loader)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from conformance.files.line import one_line
+
 CONTRADICTED, BROKEN, PACKAGE, REFUSED, CANNOT, UNKNOWN, INCOMPLETE = 1, 2, 3, 4, 5, 6, 7
 """Exit statuses: the measurement contradicts the verdict; a broken input or a target in the way; a package is missing;
 approximate and not allowed; impossible; nothing says which function the source computes; hyper-connections are missing,
@@ -16,7 +18,7 @@ class PortError(Exception):
     """
 
     def __init__(self, message: str, status: int = BROKEN):
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(" ".join(message.split())))
         self.status = status
 
 

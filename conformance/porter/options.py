@@ -15,6 +15,8 @@ from conformance.porter.storage.target import SHARD_BYTES
 from conformance.porter.verdict import EXACT
 
 MOST_PROBES = 4096
+MOST_ELEMENTS = 1 << 25
+"""Elements of all probe tokens together: they are held in float64 several times, 256 MiB each time."""
 """The largest number of probe tokens. At n = 4 and C = 7168 the probes and their results fill some gigabytes, and
 thousands of tokens don't show a fault that a few don't show."""
 

@@ -16,7 +16,7 @@ from conformance.porter.dialects import Origin
 from conformance.porter.errors import CONTRADICTED, PortError
 from conformance.porter.layout import Layout
 from conformance.porter.model import Model
-from conformance.porter.options import Options, PortReport
+from conformance.porter.options import MOST_ELEMENTS, Options, PortReport
 from conformance.porter.site import HEAD, NORM, SiteKey
 from conformance.porter.storage.opening import open_checkpoint
 from conformance.porter.storage.stacks import Stacker, Stacks
@@ -180,6 +180,12 @@ def make(model: Model, layout: Layout, options: Options) -> Plan:
     ]
     settings, place_of_settings, without_a_key = target_dialect.to_be_set(target, layout, model.streams)
     notes += [*model.remarks(), *target.remarks, *without_a_key]
+    elements = options.verify * model.streams * model.dim
+    if elements > MOST_ELEMENTS:
+        raise PortError(
+            f"--verify {options.verify}: the probe tokens may have {MOST_ELEMENTS} elements together, and those of n = "
+            f"{model.streams} and C = {model.dim} would have {elements}: ask for fewer"
+        )
     x = probe.activations(options.verify, model.streams, model.dim, options.seed)
     if options.activations is not None:
         activations = options.activations

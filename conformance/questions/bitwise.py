@@ -18,6 +18,7 @@ import numpy as np
 from conformance.cases.case import Item
 from conformance.cases.corpus import load_corpus
 from conformance.cases.dialects import dialect_names, published
+from conformance.implementations.calling import called
 from conformance.implementations.child import PythonChild, end_all
 from conformance.implementations.registry import load
 from conformance.interface import Implementation, SetupError, describe
@@ -155,7 +156,7 @@ def _call(
         }
     if laid:
         inputs, cotangents = in_layouts(inputs), None if cotangents is None else in_layouts(cotangents)
-    outputs, gradients = implementation.call(item.stage, inputs, item.config, cotangents)
+    outputs, gradients = called(implementation, item.stage, inputs, item.config, cotangents)
     return {**outputs, **{f"d/{k}": v for k, v in gradients.items()}}
 
 

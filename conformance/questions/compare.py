@@ -11,7 +11,9 @@ import numpy as np
 
 from conformance.cases.case import DTYPES
 from conformance.cases.dialects import Dialect, check_sizes, dialect_names, unclaimed
+from conformance.implementations.calling import called
 from conformance.interface import Capabilities, Implementation, describe
+from conformance.judge.rule import is_array, is_of_numbers
 from conformance.oracle.build import Wish, build
 from conformance.questions.bitwise import in_layouts
 from conformance.questions.sizes.design import largest_here, sizes
@@ -178,9 +180,9 @@ def compare(a: Implementation, b: Implementation, call: Call, layouts: bool = Fa
             cotangents = {k: v.copy() for k, v in call.cotangents.items()} if claimed.gradients else None
             if layouts:
                 inputs, cotangents = in_layouts(inputs), None if cotangents is None else in_layouts(cotangents)
-            outputs, gradients = implementation.call(call.stage, inputs, call.config, cotangents)
+            outputs, gradients = called(implementation, call.stage, inputs, call.config, cotangents)
         except NotImplementedError as error:
-            return f"refused by {implementation.name}: {error}"
+            return f"refused by {implementation.name}: {describe(error)}"
         except Exception as error:
             return f"raised in {implementation.name}: {describe(error)}"
         results.append({**outputs, **{f"d/{k}": v for k, v in gradients.items()}})
@@ -198,11 +200,18 @@ def _scale(tensor: str, values: dict[str, np.ndarray]) -> float:
     group = [tensor]
     if tensor.startswith("d/") and "_" in tensor:
         group = [k for k in values if k.startswith(tensor.split("_")[0] + "_")]
-    largest = max(float(np.max(np.abs(values[k].astype(np.float64)), initial=0.0)) for k in group)
+    arrays = [values[k] for k in group if is_of_numbers(values[k])]
+    largest = max((float(np.max(np.abs(value.astype(np.float64)), initial=0.0)) for value in arrays), default=1.0)
     return largest if np.isfinite(largest) and largest else 1.0
 
 
+def _kind(value: object) -> str:
+    return str(value.dtype) if is_array(value) else f"a {type(value).__name__}"
+
+
 def _row(tensor: str, a: Any, b: Any, scale: float, coarsest: float) -> Row:
+    if not is_of_numbers(a) or not is_of_numbers(b):
+        return Row(tensor, note=f"{_kind(a)} and {_kind(b)}, expected arrays of {', '.join(DTYPES)}")
     if a.shape != b.shape or a.dtype != b.dtype:
         return Row(tensor, note=f"{a.dtype}{list(a.shape)} and {b.dtype}{list(b.shape)}")
     if not a.size:

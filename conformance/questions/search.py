@@ -8,7 +8,6 @@ and shrunk, each by itself.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from hypothesis.errors import Unsatisfiable
 
 from conformance.cases.case import Case, load_case
 from conformance.cases.dialects import Dialect, unclaimed
+from conformance.files import temporary
 from conformance.interface import Capabilities, Implementation
 from conformance.judge.item import Outcome, refusal, run_item
 from conformance.oracle.balls import PrecisionExhausted
@@ -148,8 +148,8 @@ def search(
     if not dialects or not stages or not dtypes:
         raise ValueError(f"{implementation.name} claims none of these dialects, stages and dtypes together")
     result, started, round_ = Found(), time.monotonic(), 0
-    with tempfile.TemporaryDirectory(prefix="mhc-conformance-") as folder:
-        small = partial(_of_wishes, wishes(dialects, stages, dtypes), Path(folder))
+    with temporary.within() as folder:
+        small = partial(_of_wishes, wishes(dialects, stages, dtypes), folder)
         kinds: list[Callable[[Implementation, Found], tuple[Any, Any]]] = [small]
         of_sizes = partial(_claimed, claimed, dialects, stages, dtypes)
         if any(of_sizes(Size(1, 1, 64, streams)) for streams in range(1, MOST_STREAMS + 1)):

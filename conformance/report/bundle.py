@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 from msgspec import Struct, to_builtins
 
 from conformance.cases.corpus import corpus_hash
-from conformance.files import reading
+from conformance.files import reading, temporary
 from conformance.files.reading import Reader
 from conformance.report import read
 from conformance.report.read import ReportError, Run
@@ -152,9 +151,9 @@ def _opened(content: bytes, place: str, expected: str = "") -> Checked:
         archive = zipfile.ZipFile(io.BytesIO(content))
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise ReportError(f"{place}: expected a bundle, a whole zip file ({reading.reason(error)})") from error
-    with archive, tempfile.TemporaryDirectory() as folder:
+    with archive, temporary.within() as folder:
         try:
-            return _checked(content, archive, Path(folder), expected)
+            return _checked(content, archive, folder, expected)
         except ReportError as error:
             raise Broken(f"{place}: {str(error).replace(f'{folder}/', '')}") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, struct.error) as error:

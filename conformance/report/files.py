@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import platform
 import sys
@@ -12,11 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from xml.etree import ElementTree
 
 from conformance.cases.corpus import corpus_hash
 from conformance.files import atomic
+from conformance.files.line import one_line
+from conformance.files.plain import plain, text_of
+from conformance.files.streaming import Stream
 from conformance.judge.groups import Diagnosis
 from conformance.judge.item import Outcome
 from conformance.judge.rule import GOOD
@@ -102,13 +104,13 @@ class Lines:
         self._settings: dict[str, dict[str, Any]] = {}
         first = [header(self._corpus, altered, asked or {})]
         if not before:
-            self._file = path.open("w", encoding="utf-8")
+            self._file = Stream(path)
             self._write(first)
             return
         for outcome in before:
             first += self._lines_of(outcome)
         atomic.write(path, _text(first))  # what it had isn't lost if this process dies here
-        self._file = path.open("a", encoding="utf-8")
+        self._file = Stream(path, more=True)
 
     def add(self, outcome: Outcome) -> None:
         """Adds one item, after its implementation's settings where these are new.
@@ -149,11 +151,10 @@ class Lines:
     def _write(self, lines: Iterable[dict[str, Any]]) -> None:
         """Hands whole lines to the system, so that a process that dies leaves all but the last one whole."""
         self._file.write(_text(lines))
-        self._file.flush()
 
 
 def _text(lines: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(_plain(line)) + "\n" for line in lines)
+    return "".join(json.dumps(plain(line)) + "\n" for line in lines)
 
 
 def write_jsonl(
@@ -165,27 +166,15 @@ def write_jsonl(
     Raises:
         OSError: it can't be written; what was there before still is.
     """
-    with atomic.whole(path) as temporary:
-        lines = Lines(temporary, corpus, altered)
+    with atomic.whole(path) as temporary, contextlib.closing(Lines(temporary, corpus, altered)) as lines:
         for outcome in outcomes:
             lines.add(outcome)
         lines.end(diagnoses)
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no infinity: a ratio over a bound of 0 becomes null. Nor has it halves of characters, or anything else.
-
-    An implementation may have put whatever it likes into its settings and messages.
-    """
-    if isinstance(value, dict):
-        return {_plain(str(k)): _plain(v) for k, v in cast("dict[Any, Any]", value).items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in cast("Iterable[Any]", value)]
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode(errors="replace").decode()
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int) else str(value)
+def _xml(text: str) -> str:
+    """A text of one line, since XML has no place for control characters and halves of pairs."""
+    return one_line(text_of(text))
 
 
 def write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:
@@ -194,17 +183,21 @@ def write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:
     for name in dict.fromkeys(o.implementation for o in outcomes):
         mine = [o for o in outcomes if o.implementation == name]
         suite = ElementTree.SubElement(
-            root, "testsuite", name=name, tests=str(len(mine)), failures=str(sum(bool(o.failed) for o in mine)),
+            root, "testsuite", name=_xml(name), tests=str(len(mine)), failures=str(sum(bool(o.failed) for o in mine)),
             skipped=str(sum(bool(o.skipped) for o in mine)),
         )  # fmt: skip
         for o in mine:
             test = ElementTree.SubElement(
-                suite, "testcase", classname=f"{name}.{o.stage}", name=f"{o.case}[{o.variant}]", time=f"{o.seconds:.4f}"
+                suite,
+                "testcase",
+                classname=_xml(f"{name}.{o.stage}"),
+                name=_xml(f"{o.case}[{o.variant}]"),
+                time=f"{o.seconds:.4f}",
             )
             if o.skipped:
-                ElementTree.SubElement(test, "skipped", message=o.skipped)
+                ElementTree.SubElement(test, "skipped", message=_xml(o.skipped))
             for check in o.failed:
                 mode = f" ({check.mode})" if check.mode else ""
                 message = f"{check.tensor}: {check.verdict}{mode}, {check.ratio:.3g} of the bound. {check.message}"
-                ElementTree.SubElement(test, "failure", message=message)
+                ElementTree.SubElement(test, "failure", message=_xml(message))
     atomic.write(path, ElementTree.tostring(root, encoding="unicode", xml_declaration=True))

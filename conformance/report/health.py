@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from conformance.cases import corpus
+from conformance.files.line import one_line
 from conformance.files.places import CaseError
-from conformance.files.problems import one_line
 from conformance.implementations import registry
 from conformance.implementations.child import Deadline, PythonChild, end_all
 from conformance.interface import describe

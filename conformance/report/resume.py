@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from conformance.files.places import CaseError
+from conformance.files.plain import plain
 from conformance.judge.item import Outcome
 from conformance.judge.rule import Check
 from conformance.report.files import versions
@@ -39,7 +40,7 @@ def resumed(path: Path, corpus: str, selection: Mapping[str, Any]) -> list[Outco
         raise NotResumed(f"--resume: {path} is whole already: its run ended")
     if run.header.corpus != corpus:
         raise NotResumed(f"--resume: {path} is of another corpus, {run.header.corpus[:12]}, not {corpus[:12]}")
-    if run.header.asked != dict(selection):
+    if run.header.asked != plain(dict(selection)):
         before, now = (_shown(asked) for asked in (run.header.asked, selection))
         raise NotResumed(f"--resume: {path} was run with {before}, not with {now}: give the same options")
     if run.header.versions != versions():

@@ -13,8 +13,9 @@ import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from conformance.files.problems import one_line
+from conformance.files.line import one_line
 from conformance.judge.groups import Diagnosis, clean, following, group_lines, grouped, of_outcomes
 from conformance.judge.item import Outcome
 from conformance.judge.known import Known
@@ -25,6 +26,7 @@ from conformance.report import blind, borrowing
 from conformance.stages import STAGES
 
 MOST_GROUPS = 12
+LONGEST_NAME = 60
 SPEAKS = 30.0  # seconds between two lines where no terminal is
 UNCLAIMED = "not claimed"
 """The end of a reason to skip what `Capabilities` leaves out."""
@@ -156,15 +158,18 @@ class TerminalReport:
         groups = grouped(of_outcomes(failures), clean(self.outcomes))
         leaders = [group for group in groups if not group.follows]
         for group in leaders[:MOST_GROUPS]:
-            self._line("\n" + "\n".join(group_lines(group)))
+            for line in ("", *group_lines(group)):
+                self._line(line)
         if len(leaders) > MOST_GROUPS:
-            self._line(f"\nand {len(leaders) - MOST_GROUPS} groups more (-v lists every failure)")
+            self._line("")
+            self._line(f"and {len(leaders) - MOST_GROUPS} groups more (-v lists every failure)")
         for line in following(groups):
             self._line(line)
 
     def _diagnoses(self, failures: Sequence[Outcome], diagnoses: Sequence[Diagnosis]) -> None:
         for diagnosis in diagnoses:
-            self._line(f"\ndiagnosis of {diagnosis.implementation}: {diagnosis.cause or 'no cause was found'}")
+            self._line("")
+            self._line(f"diagnosis of {diagnosis.implementation}: {diagnosis.cause or 'no cause was found'}")
             for line in diagnosis.lines:
                 self._line(f"  {line}")
         alone = next((outcome for outcome in failures if MARK not in outcome.reference), None)
@@ -189,7 +194,7 @@ class TerminalReport:
                     self._line(f"not repeated: {name}: {o.case}, {o.stage}, {o.variant}: {line}")
 
     def _line(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
 
     def table(self) -> Table:
         """Implementation x stage: the worst error as a fraction of its bound, or the number of failed items."""
@@ -215,12 +220,13 @@ class TerminalReport:
                     cells.append(f"[red]{failed[key]} failed[/red]")
                 else:
                     cells.append(f"{worst[key]:.2f}")
-            table.add_row(name, *cells)
+            table.add_row(Text(one_line(name, LONGEST_NAME)), *cells)
         return table
 
     def _failure(self, outcome: Outcome) -> None:
         out = self._line
-        out(f"\n{outcome.implementation}: {outcome.case}, stage {outcome.stage}, {outcome.variant}")
+        out("")
+        out(f"{outcome.implementation}: {outcome.case}, stage {outcome.stage}, {outcome.variant}")
         for check in outcome.failed:
             figure = f" {check.ratio:.3g} x the bound {check.bound:.3g}" if check.worst else ""
             mode = f" ({check.mode})" if check.mode else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing.pool
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -12,6 +11,7 @@ import numpy as np
 from conformance.cases.case import Item
 from conformance.cases.corpus import load_corpus
 from conformance.cases.dialects import dialect_names, published
+from conformance.files import temporary
 from conformance.implementations.wrapping import wrap
 from conformance.judge.item import Outcome, run_item
 from conformance.judge.modes import QUICK_REPEATS
@@ -181,8 +181,10 @@ def measure(
 ) -> Findings:
     """Runs mutants (by number) and honest variants (by seed) in ``jobs`` processes."""
     findings = Findings(quick)
-    with tempfile.TemporaryDirectory(prefix="mhc-conformance-truths-") as folder, processes(jobs) as pool:
-        tasks: list[Task] = [("mutant", k, quick, "") for k in mutants] + [("honest", k, quick, folder) for k in seeds]
+    with temporary.within() as folder, processes(jobs) as pool:
+        tasks: list[Task] = [("mutant", k, quick, "") for k in mutants] + [
+            ("honest", k, quick, str(folder)) for k in seeds
+        ]
         for done, (task, figures) in enumerate(_unordered(pool, tasks), 1):
             if isinstance(figures, Figures):
                 findings.honest[task[1]] = figures

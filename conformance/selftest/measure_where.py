@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from conformance.files import temporary
 from conformance.implementations.wrapping import wrap
 from conformance.interface import Implementation
 from conformance.judge.item import Outcome
@@ -129,8 +129,8 @@ def measure_places(
 ) -> Places:
     """Runs mutants (by number) in ``jobs`` processes."""
     places = Places()
-    with tempfile.TemporaryDirectory(prefix="mhc-conformance-") as folder, processes(jobs) as pool:
-        tasks = [(number, quick, folder) for number in numbers]
+    with temporary.within() as folder, processes(jobs) as pool:
+        tasks = [(number, quick, str(folder)) for number in numbers]
         for done, (number, figures) in enumerate(pool.imap_unordered(_measure, tasks), 1):
             places.mutants[number] = figures
             progress(done, len(tasks))

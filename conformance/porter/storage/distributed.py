@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from conformance.files.reading import open_bytes
 from conformance.porter.errors import PortError
 from conformance.porter.names import without_optimiser
 from conformance.porter.storage.checkpoint import Checkpoint, Tensor, check_dtype
@@ -177,7 +178,7 @@ def _bytes(path: Path, name: str, chunk: Chunk) -> bytes:
         PortError: the file has become shorter, or can't be read.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_bytes(path) as file:
             content = os.pread(file.fileno(), chunk.length, chunk.begin)
             while len(content) < chunk.length:
                 block = os.pread(file.fileno(), chunk.length - len(content), chunk.begin + len(content))

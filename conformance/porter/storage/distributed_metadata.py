@@ -18,10 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from conformance.files.memory import at_most
+from conformance.files.reading import open_bytes
 from conformance.porter.errors import PortError
 from conformance.porter.untyped import is_mapping, is_sequence, is_tuple
 
 NAME = ".metadata"
+LARGEST = 1 << 30
+"""Bytes of the metadata; those of a million tensors have 200 MB."""
+MOST_OF_A_BYTE, ROOM = 100, 1 << 28
+"""Bytes of memory for a byte of a pickle, an empty list being the largest; and what is there beside."""
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element, for the dtypes that weights have."""
 
@@ -184,7 +190,10 @@ def read_metadata(directory: Path) -> Described:
     collecting = gc.isenabled()
     gc.disable()  # millions of records, none of them garbage: more than half of the time
     try:
-        return Described(path, _Unpickler(io.BytesIO(path.read_bytes())).load())
+        content = _content(path)
+        with at_most(len(content) * MOST_OF_A_BYTE + ROOM):  # a place in its memo may be any number
+            unpickled = _Unpickler(io.BytesIO(content)).load()
+        return Described(path, unpickled)
     except OSError as error:
         raise PortError(f"{path}: can't be read ({error.strerror})") from error
     except PortError as error:
@@ -197,6 +206,14 @@ def read_metadata(directory: Path) -> Described:
     finally:
         if collecting:
             gc.enable()
+
+
+def _content(path: Path) -> bytes:
+    with open_bytes(path) as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise PortError(f"{path}: expected metadata of at most {LARGEST} bytes, got more")
+    return content
 
 
 def _entry(name: str, value: _OfTensor, places: Mapping[tuple[int, ...], _Record]) -> Entry:

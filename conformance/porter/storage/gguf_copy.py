@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from conformance.files.reading import open_descriptor
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import PORT_KEY
 from conformance.porter.storage.gguf_file import SPLIT, GGUFCheckpoint, counted, stored_as
@@ -64,7 +65,7 @@ def save_copy(
     if SPLIT.fullmatch(model.name):
         raise PortError(f"{model}: is one part of a split model: put it together first, with llama-gguf-split --merge")
     try:
-        descriptor = os.open(model, os.O_RDONLY)
+        descriptor = open_descriptor(model)
     except OSError as error:
         raise PortError(f"{model}: can't be read ({error.strerror})") from error
     try:

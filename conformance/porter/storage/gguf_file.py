@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from conformance.files.reading import open_descriptor
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint, Tensor, check_dtype
 from conformance.porter.storage.gguf_header import ARRAY, Header, package, read
@@ -73,7 +74,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def _open(self, path: Path) -> None:
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = open_descriptor(path)
         except OSError as error:
             raise PortError(f"{path}: can't be read ({error.strerror})") from error
         self._descriptors.append(descriptor)

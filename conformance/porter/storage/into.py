@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from conformance.files import atomic
+from conformance.files.reading import read_text
 from conformance.porter.errors import PortError
 from conformance.porter.storage.checkpoint import PORT_KEY
 from conformance.porter.storage.opening import other_formats
@@ -137,7 +138,7 @@ def _index(directory: Path, index: Path) -> dict[str, Any]:
     """The content of the index, whoever wrote it; for a directory without one, the content that it would have."""
     if index.exists():
         read_index(index)
-        return json.loads(index.read_text())
+        return json.loads(read_text(index))
     (file,) = safetensors_in(directory)
     only = Shard(directory / file)
     total = sum(only.tensor(name).nbytes for name in only.header)

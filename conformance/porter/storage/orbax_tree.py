@@ -9,6 +9,7 @@ import importlib
 import logging
 import math
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from conformance.files.through import named
 from conformance.porter.errors import PACKAGE, PortError
 from conformance.porter.names import without_optimiser
 from conformance.porter.storage.backends import processor_only
@@ -99,6 +101,21 @@ def find_tree(path: Path) -> Path | None:
     return find_tree(steps[0]) if steps else None
 
 
+def _check_files(tree: Path) -> None:
+    """Refuses a tree with a pipe or a device in it, for which Orbax would wait.
+
+    Raises:
+        PortError: its message names the file.
+    """
+    try:
+        for path in tree.rglob("*"):
+            mode = path.stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise PortError(f"{path}: can't be read (it is {named(mode)}, not a file)")
+    except OSError as error:
+        raise PortError(f"{error.filename}: can't be read ({error.strerror})") from error
+
+
 class OrbaxCheckpoint(Checkpoint):
     """A tree; only the leaves that are asked for are read."""
 
@@ -110,6 +127,7 @@ class OrbaxCheckpoint(Checkpoint):
         self._values: dict[str, np.ndarray] = {}
         self._paths: dict[str, Keys] = {}
         self.tensors = {}
+        _check_files(self._tree)
         with _quiet(path, "read"):
             described = orbax.Checkpointer(orbax.PyTreeCheckpointHandler()).metadata(self._tree.resolve())
             item = getattr(described, "item_metadata", described)

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from conformance.files.reading import read_text
 from conformance.porter.errors import PortError
 from conformance.porter.names import without_optimiser
 from conformance.porter.storage.checkpoint import PORT_KEY, Checkpoint, Tensor, check_dtype
@@ -321,7 +322,7 @@ def read_index(index: Path) -> Index:
         PortError: it isn't one.
     """
     try:
-        content = _INDEX.decode(index.read_bytes())
+        content = _INDEX.decode(read_text(index))
     except OSError as error:
         raise PortError(f"{index}: can't be read ({error.strerror})") from error
     except UNREADABLE as error:
@@ -355,7 +356,9 @@ def config_beside(directory: Path) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_text(path))
+    except OSError as error:
+        raise PortError(f"{path}: can't be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
         raise PortError(f"{path}: expected JSON, got {error}") from error
     return dict(content) if is_mapping(content) else None

@@ -71,7 +71,8 @@ class Stacks:
         parts = text.split(",")
         for index, part in enumerate(parts):
             match = re.fullmatch(
-                r"(layers|dense_layers|moe_layers|unscanned|scanned_blocks)(?:/([1-9]\d*))?(?::([1-9]\d*))?", part
+                r"(layers|dense_layers|moe_layers|unscanned|scanned_blocks)(?:/([1-9]\d{0,5}))?(?::([1-9]\d{0,5}))?",
+                part,
             )
             last = index == len(parts) - 1
             if not match or (match[3] is None) != last or (match[2] and match[1] != "scanned_blocks"):

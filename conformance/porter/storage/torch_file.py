@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from conformance.files.reading import check_file
 from conformance.porter.errors import PACKAGE, PortError
 from conformance.porter.names import without_optimiser
 from conformance.porter.storage.checkpoint import (
@@ -56,6 +57,7 @@ class StateDict:
         self.path = path
         torch = torch_package()
         try:
+            check_file(path)
             zipped = zipfile.is_zipfile(path)
             if zipped:
                 _check_records(path)

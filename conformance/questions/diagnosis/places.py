@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from conformance.cases.dialects import Dialect
+from conformance.implementations.calling import called
 from conformance.interface import Implementation
-from conformance.judge.rule import wide
+from conformance.judge.rule import is_of_numbers, wide
 from conformance.questions.sizes.design import Size
 from conformance.questions.sizes.item import SizeItem, sized
 from conformance.questions.sizes.judging import judged
@@ -87,16 +89,18 @@ class Asked:
     def _coarsely(self, item: SizeItem) -> bool:
         cotangents = item.cotangents() if self.implementation.capabilities.gradients else None
         try:
-            outputs, gradients = self.implementation.call(item.stage, item.inputs(), item.config, cotangents)
+            outputs, gradients = called(self.implementation, item.stage, item.inputs(), item.config, cotangents)
         except Exception:
             return True
         true = truth(item.tensors)
         returned = {f"d/{k}": v for k, v in gradients.items()} if self.gradient else outputs
         return any(self._off(value, {**true.tokens, **true.sums}.get(name)) for name, value in returned.items())
 
-    def _off(self, value: np.ndarray, true: np.ndarray | None) -> bool:
+    def _off(self, value: Any, true: np.ndarray | None) -> bool:
         if true is None:
             return False
+        if not is_of_numbers(value) or value.size != true.size:
+            return True
         error = np.abs(wide(value).reshape(true.shape) - true)
         return not float(np.max(error, initial=0.0)) <= LOOSE[self.x] * float(np.max(np.abs(true), initial=0.0))
 

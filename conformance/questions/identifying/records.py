@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from conformance.cases.case import Item
+from conformance.implementations.calling import called
 from conformance.interface import Implementation, describe
 from conformance.judge.item import refusal
-from conformance.judge.rule import GOOD, allowance, check_item
+from conformance.judge.rule import GOOD, allowance, check_item, is_of_numbers
 from conformance.questions.identifying.candidates import Candidate
 from conformance.questions.identifying.forward import evaluate
 
@@ -83,7 +84,7 @@ def recorded(item: Item, outputs: Mapping[str, Any]) -> Record:
         actual = outputs.get(tensor)
         if tensor.startswith("d/") or tensor in ("load_balance_loss", "moe_bias_updates"):
             continue
-        if isinstance(actual, np.ndarray) and actual.shape == expected.shape:
+        if is_of_numbers(actual) and actual.shape == expected.shape:
             if np.isfinite(actual.astype(np.float64)).all():
                 record.outputs[tensor] = actual
                 record.bounds[tensor], record.scales[tensor] = item.bounds[tensor].bound, _largest(expected)
@@ -113,14 +114,14 @@ def run(implementation: Implementation, items: Sequence[Item]) -> tuple[list[Rec
             continue
         cotangents = item.cotangents() if claimed.gradients else None
         try:
-            outputs, gradients = implementation.call(item.stage, item.inputs(), item.config, cotangents)
+            outputs, gradients = called(implementation, item.stage, item.inputs(), item.config, cotangents)
         except NotImplementedError:
             continue
         except Exception as error:
             raised.append(f"{item.case.id}, {item.stage}: {describe(error)}")
             continue
-        record = recorded(item, outputs if isinstance(outputs, Mapping) else {})
-        if claimed.gradients and isinstance(gradients, Mapping):
+        record = recorded(item, outputs)
+        if claimed.gradients:
             checks = [check for check in check_item(item, {}, gradients, claimed) if check.tensor.startswith("d/")]
             record.gradients = [check.tensor for check in checks if check.verdict not in GOOD]
             record.vjps = _comparable(item, gradients)

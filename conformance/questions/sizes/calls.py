@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from conformance.implementations.calling import called
 from conformance.interface import Arrays, Implementation, describe
 from conformance.judge.frames import frames
-from conformance.judge.item import Outcome, mappings, raised
+from conformance.judge.item import Outcome, raised
 from conformance.judge.modes import FORWARD, LAYOUT
 from conformance.judge.modes_layouts import ROUNDS, lay, layouts_of
 from conformance.judge.rule import GOOD, Check
@@ -83,8 +84,8 @@ class Calls:
         """The reason of a refusal, and every check of the call."""
         started = time.perf_counter()
         try:
-            outputs, gradients = mappings(
-                self.implementation.call(self.item.stage, dict(inputs), self.item.config, cotangents)
+            outputs, gradients = called(
+                self.implementation, self.item.stage, dict(inputs), self.item.config, cotangents
             )
         except NotImplementedError as error:
             return f"refused: {describe(error)}", []

@@ -25,7 +25,7 @@ MOST_PRODUCTS = 1 << 20
 """Products that the projections of one token may have in the quick form, ``n * C * (n * n + 2 * n)``."""
 FEWEST = 2
 """Streams where tokens are many: with one stream there is nothing to mix."""
-TEXT = re.compile(r"size-(\d+)x(\d+)-C(\d+)-n(\d+)(?:-N(\d+))?(?:-seed(\d+))?(?:-(.+))?")
+TEXT = re.compile(r"size-(\d{1,9})x(\d{1,9})-C(\d{1,9})-n(\d{1,9})(?:-N(\d{1,9}))?(?:-seed(\d{1,18}))?(?:-(.+))?")
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ def once(
     return chosen
 
 
+MOST_ITERATIONS = 10_000
+"""As the rows have it."""
 BYTES = 120
 """Memory for an element of x: float64 truths, float32 arrays, and all that an implementation keeps for its gradients.
 `torch_impl` keeps up to 8.9 times x in bfloat16 (docs/performance.md)."""

@@ -11,10 +11,11 @@ import numpy as np
 
 from conformance.cases.case import Item
 from conformance.cases.description import Bound
+from conformance.files.plain import name_of
 from conformance.interface import Capabilities, Implementation
 from conformance.judge.faint import check_faint
 from conformance.judge.heat import Heat, units
-from conformance.judge.item import Outcome
+from conformance.judge.item import Outcome, about
 from conformance.judge.rule import GOOD, UNIT_ROUNDOFF, WORST, Check, allowance, check_tensor, is_array, wide
 from conformance.judge.scale import Scale
 from conformance.judge.stochasticity import check_stochasticity
@@ -37,7 +38,7 @@ def put(implementation: Implementation, key: tuple[str, str, str]) -> Outcome:
     if isinstance(item, str):
         return _skipped(implementation, question, item)
     outcome = judged(implementation, item, question.folder, question.proof)
-    outcome.about = _about(implementation.capabilities)
+    outcome.about = about(implementation.capabilities)
     return outcome
 
 
@@ -49,13 +50,9 @@ def unclaimed(implementation: Implementation, key: tuple[str, str, str]) -> Outc
 
 
 def _skipped(implementation: Implementation, question: Question, reason: str) -> Outcome:
-    outcome = Outcome(implementation.name, question.case, "size", "-", "-", "-", skipped=reason)
-    outcome.about = _about(implementation.capabilities)
+    outcome = Outcome(name_of(implementation.name), question.case, "size", "-", "-", "-", skipped=reason)
+    outcome.about = about(implementation.capabilities)
     return outcome
-
-
-def _about(claimed: Capabilities) -> dict[str, Any]:
-    return {"device": claimed.device, "description": claimed.description, **claimed.settings}
 
 
 def judged(implementation: Implementation, item: SizeItem, folder: str = "", proof: float = 1.0) -> Outcome:
@@ -66,7 +63,7 @@ def judged(implementation: Implementation, item: SizeItem, folder: str = "", pro
         proof: seconds for which the truth is compared with ball arithmetic first.
     """
     outcome = Outcome(
-        implementation.name, item.case.id, item.stage, item.variant.name, item.variant.x, item.dialect,
+        name_of(implementation.name), item.case.id, item.stage, item.variant.name, item.variant.x, item.dialect,
         family=item.case.family,
     )  # fmt: skip
     tensors = item.tensors

@@ -54,12 +54,12 @@ def call(implementation: Any) -> Any:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("data", "data must be a whole number of at least 1, got ''"),
-        ("data=0", "data must be a whole number of at least 1, got '0'"),
+        ("data", "data must be a whole number of 1 to 1024, got ''"),
+        ("data=0", "data must be a whole number of 1 to 1024, got '0'"),
         ("data=2,data=2", "'data' is given twice"),
         ("model=2", "'model' isn't one of data, fsdp, sequence, tensor"),
         ("", "'' isn't one of"),
-        ("data=2/x", "the number of processes must be a whole number of at least 1, got 'x'"),
+        ("data=2/x", "the number of processes must be a whole number of 1 to 1024, got 'x'"),
         ("data=3/2", "3 devices can't be shared out evenly to 2 processes"),
     ],
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 from conformance.cases.corpus import fixtures
+from conformance.implementations.calling import RETURN
 from conformance.judge.item import Outcome, order, run_item
 from conformance.judge.rule import Check, check_item
 from tests.conformance.judge.made import Answers, array, claims, made
@@ -158,8 +161,8 @@ def test_what_is_missing_has_the_wrong_shape():
     found = run_item(Answers({}, {"x": None}), item())
     assert verdicts(found) == [("out", "wrong-shape"), ("d/x", "wrong-shape")]
     assert [c.message for c in found.checks] == [
-        "expected [1, 1, 1], got nothing",
-        "expected [1, 1, 2, 1], got nothing",
+        "expected [1, 1, 1] under 'out' of the outputs, got nothing; these are empty",
+        "expected [1, 1, 2, 1] under 'x' of the gradients, got nothing; these have x",
     ]
 
 
@@ -211,8 +214,8 @@ def test_the_arrays_of_figures_are_kept():
 )
 def test_outputs_and_gradients_must_be_mappings(outputs, gradients, kinds):
     found = run_item(Answers(outputs, gradients), item())
-    message = f"TypeError: expected two mappings, outputs and gradients, got {kinds}"
-    assert found.checks == [Check("-", "errored", float("inf"), message=message)]
+    message = f"TypeError: expected two mappings, outputs and gradients, got {kinds}{RETURN}"
+    assert [(c.tensor, c.verdict, c.message) for c in found.checks] == [("-", "errored", message)]
     assert found.values == {} and found.seconds > 0
 
 
@@ -226,7 +229,7 @@ def test_there_must_be_two(monkeypatch, result, kind):
     monkeypatch.setattr(implementation, "call", lambda *arguments: result)
     (check,) = run_item(implementation, item()).checks
     assert check.verdict == "errored"
-    assert check.message == f"TypeError: expected (outputs, gradients), two mappings, got {kind}"
+    assert check.message == f"TypeError: expected (outputs, gradients), two mappings, got {kind}{RETURN}"
 
 
 def raises(error):
@@ -238,10 +241,28 @@ def raises(error):
 
 def test_an_exception_is_a_verdict_and_is_cut_short():
     found = run_item(raises(RuntimeError("no such\n kernel")), item())
-    assert found.checks == [Check("-", "errored", float("inf"), message="RuntimeError: no such kernel")]
+    (check,) = found.checks
+    where = r"\(test_item\.py, line \d+, in meanwhile\)"
+    assert (check.tensor, check.verdict, check.ratio) == ("-", "errored", float("inf"))
+    assert re.fullmatch(f"RuntimeError: no such kernel {where}", check.message)
+    assert check.trace[-1].endswith("in meanwhile: raise error")
     assert found.skipped == "" and found.seconds > 0
     long = run_item(raises(RuntimeError("x" * 1000)), item()).checks[0].message
-    assert long == "RuntimeError: " + "x" * 486
+    assert re.fullmatch(f"RuntimeError: x{{486}} {where}", long)
+
+
+def test_what_no_handler_catches_has_the_users_line_too():
+    (check,) = run_item(raises(SystemExit(3)), item()).checks
+    assert re.fullmatch(r"SystemExit: 3 \(test_item\.py, line \d+, in meanwhile\)", check.message)
+    assert check.trace[-1].endswith("in meanwhile: raise error")
+
+
+def test_names_of_files_in_a_trace_are_one_line():
+    code = compile("def call(*_):\n    raise ValueError", "strange\n\x1b[2J.py", "exec")
+    names = {}
+    exec(code, names)
+    (check,) = run_item(answers(meanwhile=names["call"]), item()).checks
+    assert all(line.isprintable() for line in (check.message, *check.trace)) and "strange" in check.message
 
 
 def test_a_refusal_is_a_skip():
@@ -310,7 +331,8 @@ def test_probed_accepted_and_wrong():
     ]
     assert [c.message for c in found.checks] == [
         "2 streams not claimed, yet accepted: failed",
-        "2 streams not claimed, yet accepted: wrong-shape expected [1, 1, 2, 1], got nothing",
+        "2 streams not claimed, yet accepted: wrong-shape expected [1, 1, 2, 1] under 'x' of the gradients, got "
+        "nothing; these are empty",
     ]
 
 

@@ -193,23 +193,27 @@ def test_an_orbax_tree_whose_path_is_a_pattern_is_readable_or_refused(tmp_path, 
 
 
 @pytest.mark.parametrize("to", ["file", "directory", "nothing"])
-def test_a_symlink_in_the_place_of_the_target_leaves_nothing_beside_it(tmp_path, source, to):
-    """Whether it is replaced or refused: what it points to stays, and no hidden path is left."""
+def test_a_symlink_in_the_place_of_the_target_is_followed_and_stays(tmp_path, source, to):
+    """What it points to is replaced, or the port is refused; no hidden path is left."""
     suffix = ".safetensors" if to == "file" else ""
     pointed, target = tmp_path / f"pointed{suffix}", tmp_path / f"target{suffix}"
     if to == "directory":
         pointed.mkdir()
         (pointed / "kept").write_text("kept")
     elif to == "file":
-        pointed.write_text("kept")
+        assert call("port", source, pointed, "--to", "canonical").exit_code == 0
     target.symlink_to(pointed)
     before = {k: v for k, v in state(tmp_path).items() if not k.startswith("target")}
     refuses(tmp_path, "port", source, target, "--to", "deepseek", saying=(str(target), "exists"))
     done = call("port", source, target, "--to", "deepseek", "--overwrite")
-    assert done.exit_code in (0, 2) and (done.exit_code == 0 or len(done.stderr.splitlines()) == 1)
-    assert {k: v for k, v in state(tmp_path).items() if not k.startswith("target")} == before
-    if done.exit_code == 0:
-        assert values(target)
+    assert target.is_symlink()
+    if to == "directory":  # a file in it would be lost
+        assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
+        assert {k: v for k, v in state(tmp_path).items() if not k.startswith("target")} == before
+    else:
+        assert done.exit_code == 0, done.output
+        assert equal(values(target), values(pointed))
+        assert {p.name for p in tmp_path.iterdir()} == {Path(k).parts[0] for k in before} | {target.name, pointed.name}
 
 
 @pytest.mark.parametrize(
