@@ -1,7 +1,7 @@
 """The golden layer and stack cases on meshes of virtual devices and of processes: ``python -m tests.parity.meshes``.
 
-Options are handed on to every ``mhc-conformance run``; ``--quick`` takes a covering subset of the cases, and ``--sample``
-four meshes: each axis of each framework once, in one process and in several.
+Options are handed on to every ``mhc-conformance run``; ``--quick`` takes a covering subset of the cases. ``--sample``
+takes four meshes: each axis of each framework once, in one process and in several.
 """
 
 from __future__ import annotations
