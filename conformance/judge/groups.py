@@ -2,7 +2,8 @@
 
 A run may fail in hundreds of checks for one reason. Those of one stage and one tensor are a group, which names its
 families and dtypes and repeats its smallest item. Where a stage that another one is made of fails already, and is right
-in no dtype and dialect in which the other fails, the other's failures follow from it and say nothing new.
+in no dtype and dialect in which the other fails, the other's failures follow from it and say nothing new. A stage's
+gradients follow from its outputs in the same way.
 """
 
 from __future__ import annotations
@@ -89,6 +90,10 @@ class Group:
     tensor: str
     failures: list[Failure] = field(default_factory=list[Failure])
     follows: str = ""
+
+    @property
+    def gradient(self) -> bool:
+        return self.tensor.startswith("d/")
 
     @property
     def smallest(self) -> Failure:
@@ -182,18 +187,22 @@ def grouped(failures: Sequence[Failure], right: Collection[Where] = ()) -> list[
     return sorted(ordered, key=lambda g: (names.index(g.implementation), bool(g.follows)))
 
 
-def _place(group: Group) -> tuple[int, bool]:
+def _place(group: Group) -> tuple[int, bool, bool]:
     known = ORDER.index(group.stage) if group.stage in ORDER else len(ORDER)
-    return known, group.tensor.startswith("d/")
+    return known, group.gradient, " " in group.tensor
 
 
 def _follows(group: Group, leader: Group, right: Collection[Where]) -> bool:
     """Whether the stage of a group computes what fails in an earlier one, and fails nowhere where that one is right."""
+    same_stage = group.stage == leader.stage and (
+        group.tensor.startswith(f"{leader.tensor} ")  # what H is checked for as a whole
+        or (group.gradient and not leader.gradient)
+    )
     return (
         group.implementation == leader.implementation
-        and group.stage in PART_OF.get(leader.stage, ())
+        and (same_stage or group.stage in PART_OF.get(leader.stage, ()))
         and not any((f.implementation, leader.stage, f.x, f.dialect) in right for f in group.failures)
-        and (group.tensor.startswith("d/") or not leader.tensor.startswith("d/"))
+        and (group.gradient or not leader.gradient)
         and bool(leader.modes) <= bool(group.modes)
     )
 
@@ -223,11 +232,12 @@ def following(groups: Sequence[Group]) -> list[str]:
     folded: dict[tuple[str, str], dict[str, set[str]]] = {}
     for group in groups:
         if group.follows:
-            of_stage = folded.setdefault((group.implementation, group.follows), {}).setdefault(group.stage, set())
+            name = group.stage if group.stage != group.follows else f"other tensors of {group.stage}"
+            of_stage = folded.setdefault((group.implementation, group.follows), {}).setdefault(name, set())
             of_stage.update(f.reproduce + f.case for f in group.failures)
     said: list[str] = []
     for (name, leader), stages in folded.items():
-        counts = ", ".join(f"{len(items)} items of {stage}" for stage, items in stages.items())
+        counts = ", ".join(f"{stage} in {len(items)} items" for stage, items in stages.items())
         said.append(f"{name}: {counts} fail too, which follows from {leader}")
     return said
 

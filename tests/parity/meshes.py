@@ -1,6 +1,7 @@
 """The golden layer and stack cases on meshes of virtual devices and of processes: ``python -m tests.parity.meshes``.
 
-Options are handed on to every ``mhc-conformance run``; ``--quick`` takes a covering subset.
+Options are handed on to every ``mhc-conformance run``; ``--quick`` takes a covering subset of the cases. ``--sample``
+takes four meshes: each axis of each framework once, in one process and in several.
 """
 
 from __future__ import annotations
@@ -24,10 +25,18 @@ RUNS = (
 """Implementation, options and meshes of each run. Eight processes of PyTorch, and four of JAX, take a subset."""
 
 
+SAMPLE = (
+    ("jax", (), "data=2,fsdp=2,tensor=2"),
+    ("jax", ("--processes", "2"), "sequence=2,tensor=2"),
+    ("torch", (), "data=2,tensor=2 fsdp=2,sequence=2"),
+)
+
+
 def commands(options: list[str]) -> list[list[str]]:
     """The command lines."""
     lines = []
-    for name, own, meshes in RUNS:
+    runs, options = (SAMPLE if "--sample" in options else RUNS), [o for o in options if o != "--sample"]
+    for name, own, meshes in runs:
         named = [part for mesh in meshes.split() for part in ("--mesh", mesh)]
         added = [option for option in options if option not in own]
         stages = ["--stage", "layer", "--stage", "stack", "--no-progress"]

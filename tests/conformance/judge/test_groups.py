@@ -30,6 +30,15 @@ def test_the_first_stage_of_the_computation_leads_and_what_it_is_part_of_follows
     ]
 
 
+def test_a_stages_gradients_and_what_it_is_checked_for_as_a_whole_follow_from_its_output():
+    failures = [failure("residual_matrix", t) for t in ("d/logits", "H stochastic", "H")]
+    assert shown(grouped(failures)) == [
+        ("residual_matrix", "H", ""),
+        ("residual_matrix", "H stochastic", "residual_matrix"),
+        ("residual_matrix", "d/logits", "residual_matrix"),
+    ]
+
+
 def test_a_stage_that_is_handed_its_coefficients_does_not_follow_from_them():
     assert shown(grouped([failure("coefficients", "H"), failure("post", "out")])) == [
         ("coefficients", "H", ""),

@@ -79,7 +79,7 @@ def test_failures_are_grouped_and_what_follows_is_folded_and_the_cause_stands_la
     assert "  families generic, wide; float32; paper" in lines
     assert "  smallest, wide-1: [0]: got 1, expected 2, off by 1" in lines
     assert "  mhc-conformance run --impl mine --case wide-1 --stage pre --dtype float32" in lines
-    assert "mine: 1 items of layer fail too, which follows from pre" in lines
+    assert "mine: layer in 1 items fail too, which follows from pre" in lines
     assert lines[-2:] == ["diagnosis of mine: pre_eps 0, not 1e-06", "  first in pre"]
 
 
