@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MOST = 18
 FLOORS = (
-    ("interface", "stages", "files", "version", "witnesses"),
+    ("stages", "files", "version", "witnesses"),
+    ("interface",),
     ("mesh", "cases"),
     ("adapters", "oracle"),
     ("implementations", "porter"),
