@@ -1,7 +1,7 @@
 """What the stages that an implementation claims can't show: mistakes that only other stages of the same layer see.
 
-`seen.json` is measured: ``mhc-conformance selftest --quick --kind what --variants 0 --seen conformance/report/seen.json``
-plants each mistake and notes in which stages the golden cases kill it.
+`seen.json` is measured: ``mhc-conformance selftest --quick --kind what --variants 0 --seen FILE`` plants each mistake
+and notes in which stages the golden cases kill it.
 """
 
 from __future__ import annotations
