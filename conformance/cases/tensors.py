@@ -57,7 +57,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     library: Any = safetensors  # its functions have no types
     parts: list[tuple[str, dict[str, Any]]] = _whole(path, lambda: library.deserialize(_content(path)))
     tensors: dict[str, np.ndarray] = {}
-    for name, part in parts:
+    for name, part in sorted(parts, key=lambda named: named[0]):  # the library's order is another each time
         if part["dtype"] not in NAMES:
             raise CaseError(f"{path}: a tensor can't be read ({name} has the dtype {part['dtype']})")
         try:

@@ -109,6 +109,13 @@ def _paths(command: str, root: Path) -> str:
     return f"there is no {', '.join(absent)}" if absent else ""
 
 
+def _module(command: str, root: Path) -> str:
+    """Whether the module behind -m is a file of this checkout."""
+    name = words(command)[words(command).index("-m") + 1]
+    path = root.joinpath(*name.split(".")).with_suffix(".py")
+    return "" if path.is_file() else f"there is no module {name}"
+
+
 RULES = (
     Rule("pip install *", "it installs into an environment of the reader's own", _installs),
     Rule("python3 -m venv *", "it makes an environment of the reader's own", lambda command, root: ""),
@@ -119,6 +126,8 @@ RULES = (
     Rule("mhc-conformance run --impl jax *", "it takes minutes", _options),
     Rule("mhc-conformance selftest*", "it takes a minute or more", _options),
     Rule("mhc-conformance fixtures regenerate*", "it rewrites the corpus", _options),
+    Rule("python -m tests.conformance.fuzz.run *", "it reads thousands of inputs, for minutes", _module),
+    Rule("python -m tests.conformance.faults.writing *", "it is killed hundreds of times, for minutes", _module),
     Rule("python benchmarks/*", "it takes minutes, or needs libtpu", _script),
     Rule("pytest", "it is all tests, this one among them", lambda command, root: ""),
     Rule("pytest *", "it runs tests, which run on their own", _paths),

@@ -124,7 +124,7 @@ def findings(records: Sequence[Record], functions: Functions, told: Candidate) -
         return []
     first = min((record.stage for record in asked), key=STAGES.index)  # later ones follow from it
     mine = [record for record in asked if record.stage == first][:MOST]
-    tensors = tuple(dict.fromkeys(tensor for record in mine for tensor in record.gradients))
+    tensors = tuple(sorted({tensor for record in mine for tensor in record.gradients}))
     whole = _explained(mine, tensors, functions, told)
     if whole:
         return [Finding(tensors, whole)]

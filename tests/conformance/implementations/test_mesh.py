@@ -151,7 +151,10 @@ FRAMEWORKS = [
 ]
 
 
-@pytest.mark.parametrize(("meshes", "processes"), [(("tensor=2", "data=2"), "2"), (("fsdp=2,tensor=2",), "4")])
+@pytest.mark.parametrize(("meshes", "processes"), [
+    (("tensor=2", "data=2"), "2"),
+    pytest.param(("fsdp=2,tensor=2",), "4", marks=pytest.mark.slow),
+])  # fmt: skip
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_golden_cases_pass_on_two_and_four_processes(name, meshes, processes):
     arguments = ["run", "--impl", name, *(f"--mesh={mesh}" for mesh in meshes), "--processes", processes]

@@ -153,6 +153,7 @@ def test_a_list_makes_nothing():
     assert done.returncode == 0 and f"smoke-{CHANGED}::pre::float32-float32" in lines and len(lines) == 2, lines
 
 
+@pytest.mark.slow
 def test_search_draws_cases_of_a_row_of_its_own(tmp_path, mine):
     done = command("search", "--impl", "torch", "--dialect", str(mine), "--seconds", "4", folder=tmp_path)
     assert done.returncode == 0 and "none fails" in done.stdout, done.stdout + done.stderr

@@ -147,7 +147,7 @@ def refuses(root: Path, *arguments: object, saying: tuple[str, ...] = (), status
 def check_refusal(exit_code: int, stderr: str, saying: tuple[str, ...] = (), status: int = 2) -> None:
     assert exit_code == status, stderr
     lines = stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("mhc-conformance: "), stderr
+    assert len(lines) == 1 and lines[0].startswith(("mhc-conformance: ", "mhc-conformance port: ")), stderr
     assert "Traceback" not in stderr
     for word in saying:
         assert word in stderr, f"{word!r} isn't in {stderr!r}"

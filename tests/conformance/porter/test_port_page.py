@@ -56,6 +56,7 @@ def needs() -> None:
     pytest.importorskip("gguf", reason="the page's examples write GGUF files, and gguf is not installed")
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_its_commands_print(tmp_path):
     needs()
     assert FIGURE.sub("#", printed(tmp_path)) == FIGURE.sub("#", PAGE.read_text(encoding="utf-8"))

@@ -125,6 +125,7 @@ def stacks_for(layers):
 
 @given(model=MODELS, axis=st.sampled_from([0, 1]), data=st.data())
 @examples(60)
+@pytest.mark.slow
 def test_scanned_layers_keep_every_bit(model, axis, data):
     pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint, of the extra 'orbax', is not installed")
     model["layers"] = data.draw(st.integers(1, 5), label="layers")

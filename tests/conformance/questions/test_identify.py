@@ -59,7 +59,7 @@ def adapter(framework):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("told", ROWS)
-@pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
 def test_each_dialect_is_named_right(framework, told, dtype):
     pytest.importorskip(framework, reason=f"{framework} is not installed")
     name, module = adapter(framework)
@@ -174,6 +174,7 @@ def test_the_stages_that_are_right_are_named():
     assert f"stage by stage: {right}post, layer, stack: deepseek-v4, except: H not applied" in text
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_the_stages_that_are_right_are_named_in_time():
     started = time.monotonic()
     found, text = said(wrong("StaleContext"), "deepseek-v4")
@@ -200,6 +201,7 @@ def test_no_mixing_is_stated_where_none_ran():
     assert "coefficients in float32" in few.precision and "mixing" not in few.precision
 
 
+@pytest.mark.slow
 def test_more_roundings_than_the_dialect_has_are_not_another_dialect():
     found, text = said(wrong("Narrow"), "deepseek-v4", "bfloat16")
     assert not found.as_told and found.nearest.candidate.words == "deepseek-v4", text

@@ -40,6 +40,7 @@ def test_a_mistake_is_found_and_shrunk(mutant):
     assert "tokens [1, 1]" in found.why or "tokens [1, 2]" in found.why, "shrinking leads to few tokens"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "shrunk"),
     [

@@ -30,6 +30,7 @@ def kills(implementation, dtype, cases, enough=3):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", [*MISTAKES, *SINGLE_PASS])
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_a_planted_mistake_is_killed_by_three_cases_in_every_dtype(framework, mistake):

@@ -266,6 +266,7 @@ def test_a_tier_is_left_after_three_kills_and_the_rest_is_not_asked():
     assert (first.asked, second.asked, third.asked) == (6, 12, 0)
 
 
+@pytest.mark.slow
 def test_a_size_kills_what_the_golden_cases_do_not_show(tmp_path, monkeypatch):
     chosen = [item for item in measure.items_of_mutants(True) if item.case.family == "cancel-branch"]
     monkeypatch.setattr(tiers, "items_of_mutants", lambda quick: chosen)

@@ -33,6 +33,7 @@ def failures(change, stage="layer", x="float32"):
     return {c.tensor: c for c in judged(Exact(change), item(stage, x)).failed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x", DTYPES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_right_passes(stage, x, tmp_path):
