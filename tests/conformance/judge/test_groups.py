@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from conformance.judge.groups import Failure, grouped
 
 
@@ -47,7 +49,8 @@ def test_a_stage_that_is_handed_its_coefficients_does_not_follow_from_them():
 
 
 def test_what_fails_where_the_earlier_stage_is_right_does_not_follow():
-    for wider in ({"x": "bfloat16"}, {"dialect": "liger"}):
+    widenings: tuple[dict[str, Any], ...] = ({"x": "bfloat16"}, {"dialect": "liger"})
+    for wider in widenings:
         failures = [failure("pre", "u"), failure("layer", "out"), failure("layer", "out", **wider)]
         where = {"x": "float32", "dialect": "paper", **wider}
         right = {("mine", "pre", where["x"], where["dialect"])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ class Known(Asked):
     """Fails where it is told to, without any call."""
 
     def __init__(self, wrong, steps=10**9):
-        super().__init__(SimpleNamespace(), published("paper"), "post", "float32", False, time.monotonic() + 60)
+        nobody: Any = SimpleNamespace()
+        super().__init__(nobody, published("paper"), "post", "float32", False, time.monotonic() + 60)
         self.wrong, self.steps = wrong, steps
 
     def fails(self, size):
