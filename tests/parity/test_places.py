@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
-PACKAGES = ("jax_impl", "torch_impl")
+PACKAGES = {"jax_impl": "flax", "torch_impl": "torch"}
+"""Each package, and a module that it needs."""
 
 
 @pytest.fixture(params=PACKAGES)
 def weights(request) -> Any:
+    needed = PACKAGES[request.param]
+    pytest.importorskip(needed, reason=f"{needed} isn't installed")
     return importlib.import_module(f"{request.param}.weights")
 
 
