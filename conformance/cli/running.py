@@ -299,7 +299,10 @@ def _told(prepared: Prepared, measured: Measured, lines: Lines | None) -> NoRetu
     if judged.unknown and not measured.interrupted and request.diagnose:
         from conformance.questions.diagnosis.diagnose import diagnosed
 
-        diagnoses = diagnosed(outcomes, judged.unknown)
+        try:
+            diagnoses = diagnosed(outcomes, judged.unknown)
+        except KeyboardInterrupt:  # nobody wants to wait for a cause; what was measured is whole
+            say("the search for a cause was interrupted")
     _write_files(prepared, measured, lines, diagnoses)
     kept = any(o.failed and o.file.startswith(str(prepared.workshop.folder)) for o in outcomes)
     if kept:

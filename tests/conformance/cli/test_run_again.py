@@ -140,6 +140,27 @@ def test_an_interrupted_run_prints_what_it_has_and_leaves_whole_files(folder):
     assert done.returncode == 1 and not read_run(folder / "run.jsonl").cut, done.stderr
 
 
+def test_ctrl_c_while_a_cause_is_looked_for_loses_nothing(folder, monkeypatch):
+    from click.testing import CliRunner
+
+    from conformance.cli import app
+    from conformance.questions.diagnosis import diagnose
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(diagnose, "diagnosed", interrupted)
+    monkeypatch.setenv("WRONG", "paper")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    done = CliRunner().invoke(app, ["run", *OPTIONS, "--case", "smoke-*", "--junit", "run.xml"])
+    assert done.exit_code == 1 and "the search for a cause was interrupted" in done.stdout, done.output
+    assert " failed; checks: " in done.stdout and (folder / "run.xml").read_text().endswith("</testsuites>")
+    found = read_run(folder / "run.jsonl")
+    assert not found.cut and not found.diagnoses and any(c.verdict == "failed" for c in found.checks)
+
+
 def test_a_run_that_is_killed_leaves_what_it_has_measured(folder):
     command = [sys.executable, "-m", "conformance.cli", "run", *OPTIONS]
     process = subprocess.Popen(
