@@ -150,7 +150,7 @@ class TerminalReport:
             worst = max(check.ratio for check in checks)
             self._line(
                 f"marginal: {len(checks)} checks passed with over {MARGINAL:g} of their bound, at most {worst:.2f}: "
-                "right, with less room than honest implementations leave; look there before you change precision"
+                "right, but as near as honest implementations seldom come; look there before you change precision"
             )
 
     def _groups(self, failures: Sequence[Outcome]) -> None:
