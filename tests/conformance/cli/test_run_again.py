@@ -89,6 +89,7 @@ def _written(path, content):
             "cut.jsonl was run with impl mine:Mine",
         ),
         (("--resume", "--jsonl", "other.jsonl"), "--resume: other.jsonl is of another corpus"),
+        (("--resume", "--jsonl", "older.jsonl"), "older.jsonl was run with other versions of numpy"),
     ],
 )
 def test_what_cannot_go_on_is_said_and_left_as_it_is(folder, options, said):
@@ -97,6 +98,8 @@ def test_what_cannot_go_on_is_said_and_left_as_it_is(folder, options, said):
     _written(folder / "whole.jsonl", whole)
     cut = _written(folder / "cut.jsonl", b"".join(whole.splitlines(keepends=True)[:5])).read_bytes()
     _written(folder / "other.jsonl", cut.replace(read_run(folder / "cut.jsonl").header.corpus.encode(), b"0" * 64))
+    numpy = read_run(folder / "cut.jsonl").header.versions["numpy"]
+    _written(folder / "older.jsonl", cut.replace(f'"numpy": "{numpy}"'.encode(), b'"numpy": "1.0"'))
     before = {path: path.read_bytes() for path in folder.glob("*.jsonl")}
     done = run(folder, "--impl", "mine:Mine", "--sizes", "none", "--no-modes", *options)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -196,6 +196,14 @@ def test_a_parameter_that_tells_failing_cases_from_passing_ones_is_named():
     assert said == f"wrong with {least} iterations and more, right up to {most} (residual_matrix)"
 
 
+def test_few_passing_cases_are_no_ground_for_a_parameter():
+    named = {case.id: case.parameters["dim"] for case in load_corpus() if "coefficients" in case.stages}
+    smallest = min(named.values())
+    outcomes = [outcome(k, "coefficients", "pre" if dim > smallest else "") for k, dim in named.items()]
+    assert 0 < sum(not o.failed for o in outcomes) < sum(bool(o.failed) for o in outcomes)
+    assert measured.of_parameters(measured.shown(outcomes, [o for o in outcomes if o.failed])) == ""
+
+
 # From a run to its diagnosis
 
 
