@@ -276,7 +276,7 @@ def _outcomes(prepared: Prepared, before: Sequence[Outcome]) -> Iterator[Outcome
     for outcome in before:
         leave.setdefault(written.get(outcome.reference, outcome.reference), set()).add(outcome.asked)
     if request.only is not None:
-        ids = {f"{i.case.id}::{i.stage}::{i.variant.name}" for i in prepared.items} | {s.id for s in sizes.values()}
+        ids = {item.id for item in prepared.items} | {label.id for label in sizes.values()}
         for reference in prepared.implementations:
             leave[reference] |= ids - set(request.only.get(reference, ()))
     repeats = request.repeats or (QUICK_REPEATS if request.quick else REPEATS)
