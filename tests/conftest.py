@@ -7,6 +7,7 @@ even then, so that a test of that needs a process of its own.
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import jaxtyping
@@ -22,3 +23,6 @@ jaxtyping.install_import_hook(["jax_impl", "torch_impl"], "beartype.beartype")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     part for part in (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")) if part
 )
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores Ctrl-C, and so do its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
