@@ -100,7 +100,7 @@ class Question:
             if items:
                 possible.append(items)
         if not possible:
-            return "no row, stage and dtype of this size are claimed together"
+            return "every row, stage and dtype of this size not claimed"
         items = possible[self.number % len(possible)]
         stages = list(dict.fromkeys(item.stage for item in items))
         of_stage = [item for item in items if item.stage == stages[(self.number + slot) % len(stages)]]

@@ -236,7 +236,7 @@ def test_what_is_not_claimed_is_not_asked():
     only = replace(CLAIMED, stages=frozenset({"post"}), dtypes=frozenset({"bfloat16"}))
     items = asked(only)
     assert (items[0].stage, items[0].variant.x) == ("post", "bfloat16") and items[1:] == [ENOUGH, ENOUGH]
-    reason = "no row, stage and dtype of this size are claimed together"
+    reason = "every row, stage and dtype of this size not claimed"
     assert asked(replace(CLAIMED, dialects=frozenset({"paper"}), overrides=frozenset())) == [reason] * 3
     assert asked(replace(CLAIMED, streams=frozenset({2}))) == ["4 streams not claimed"] * 3
 
