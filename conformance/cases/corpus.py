@@ -16,6 +16,14 @@ from conformance.files.reading import Reader, open_bytes, reason
 MANIFEST_FORMAT = "mhc-conformance-manifest/1"
 LONGEST_NAME = 255
 """Bytes of a file's name on the file systems in use."""
+QUICK = (("smoke", ""), ("generic", "n4"), ("closed-gate", ""), ("closed-gate", "post-18"), ("big-eps", ""))
+"""Families and labels that a quick run takes of a row that was named, be it published or a user's own."""
+
+
+def quick_of_its_row(case: Case) -> bool:
+    """Whether a case is one of those that a quick run takes where its row was named."""
+    beginnings = ["-".join(filter(None, (family, label, case.dialect))) for family, label in QUICK]
+    return any(case.id == beginning or case.id.rpartition("-")[0] == beginning for beginning in beginnings)
 
 
 def is_golden(path: Path) -> bool:

@@ -107,5 +107,7 @@ def _verify(bundles: Sequence[Path], expected: str) -> None:
         except ReportError as error:
             stop(str(error), USAGE)
         say(f"{path}: whole, of corpus {checked.manifest.corpus}; hash {checked.hash}")
+        if checked.manifest.part:
+            say(f"  of a part of what there is to ask: {checked.manifest.part}")
         for result in checked.manifest.results:
             say(f"  {result.implementation}: {result.said} ({', '.join(result.dialects)})")

@@ -71,7 +71,9 @@ class Request:
         """Those of `SELECTS` that aren't as they are by default, as JSON has them."""
         plain = Request()
         values = {name: getattr(self, name) for name in self.SELECTS}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v != getattr(plain, k)}
+        failed = {} if self.only is None else {"failed": True}
+        changed = {k: v for k, v in values.items() if v != getattr(plain, k)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()} | failed
 
     def check(self) -> None:
         """Ends the command where options contradict each other."""

@@ -64,11 +64,13 @@ class Choice:
 
     def takes(self, case: Case) -> bool:
         """Whether a case of the corpus is selected."""
+        from conformance.cases.corpus import quick_of_its_row
+
         published = {row.told for row in self.dialects if row.published}
         return (
             self.fresh is None
             and case.dialect in published
-            and (not self.quick or case.quick)
+            and (not self.quick or case.quick or (self.named and quick_of_its_row(case)))
             and (not self.cases or any(fnmatch.fnmatchcase(case.id, pattern) for pattern in self.patterns))
         )
 

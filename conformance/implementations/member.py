@@ -10,7 +10,9 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+from conformance.files.plain import text_of
 from conformance.implementations.borrowed import borrowed
+from conformance.implementations.calling import called
 from conformance.implementations.registry import SHARDED, load_sharded, module_of
 from conformance.interface import Implementation, describe
 from conformance.mesh import Member
@@ -42,7 +44,7 @@ def _claims(implementation: Any) -> tuple[Any, Any]:
 
 
 def _call(implementation: Implementation, member: Member, reference: str, *call: Any) -> tuple[None, Any]:
-    result = implementation.call(*call)
+    result = called(implementation, *call)  # plain, so that it can be sent
     taken = borrowed(module_of(reference, SHARDED))
     return None, (result, taken) if member.rank == 0 else None  # the same on all: one sends it
 
@@ -54,7 +56,7 @@ def _answer(connection: Connection, run: Any) -> Any:
         connection.send(("done", sent))
         return kept
     except NotImplementedError as error:
-        connection.send(("refused", str(error)))
+        connection.send(("refused", text_of(error)))
     except Exception as error:
         connection.send(("error", describe(error)))
     return None

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from conformance.cases.case import Case, load_case
+from conformance.cases.corpus import QUICK
 from conformance.cases.dialects import Dialect
 from conformance.oracle.balls import PrecisionExhausted
 from conformance.oracle.build import Wish, build
@@ -24,8 +25,6 @@ from conformance.oracle.families import wishes, wishes_of
 from conformance.oracle.generate import complete
 from conformance.oracle.pool import processes
 
-QUICK = (("smoke", ""), ("generic", "n4"), ("closed-gate", ""), ("closed-gate", "post-18"), ("big-eps", ""))
-"""Families and labels that a quick run takes."""
 COVERING = (
     *QUICK, ("generic", "n3"), ("wide", ""), ("overflow", "9984"), ("zero", ""), ("exact", "permutation"),
     ("stack", "2-sites"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from conformance.report.read import ReportError, Run
-from conformance.report.whole import Result, results
+from conformance.report.whole import Result, part, results
 
 LABEL = "mHC conformance"
 HEIGHT, PADDING, BASELINE = 20, 7, 14
@@ -41,11 +41,12 @@ def badge(runs: Sequence[Run], implementation: str = "") -> str:
 def svg(result: Result, runs: Sequence[Run]) -> str:
     """The picture; its title and description say what it was a run of."""
     dialects = ", ".join(result.dialects[:2]) if len(result.dialects) < 3 else f"{len(result.dialects)} dialects"
-    said = _cut(f"{dialects}: {result.said}")
+    words = f"{dialects}: {result.said}{', of a part' if part(runs) else ''}"
+    said = _cut(words)
     left, right = (round(WIDTH * len(text)) + 2 * PADDING for text in (LABEL, said))
     attributes = {"xmlns": "http://www.w3.org/2000/svg", "width": str(left + right), "height": str(HEIGHT)}
     root = ElementTree.Element("svg", {**attributes, "role": "img", "aria-labelledby": "title description"})
-    _child(root, "title", f"{LABEL}: {result.implementation}, {dialects}: {result.said}", id="title")
+    _child(root, "title", f"{LABEL}: {result.implementation}, {words}", id="title")
     _child(root, "desc", _description(result, runs), id="description")
     paper = PAPER["failed" if result.failed else "passed"]
     _child(root, "rect", width=str(left), height=str(HEIGHT), fill=LABEL_PAPER)
@@ -60,7 +61,8 @@ def svg(result: Result, runs: Sequence[Run]) -> str:
 
 def _description(result: Result, runs: Sequence[Run]) -> str:
     versions = sorted({run.header.versions.get("mhc-conformance", "unknown") for run in runs})
-    return (
+    asked = part(runs)
+    return (f"A part of what there is: {asked}. " if asked else "") + (
         f"Dialects {', '.join(result.dialects)}; corpus {runs[0].header.corpus}; mhc-conformance {', '.join(versions)}."
     )
 

@@ -24,7 +24,7 @@ from conformance.files import reading, temporary
 from conformance.files.reading import Reader
 from conformance.report import read
 from conformance.report.read import ReportError, Run
-from conformance.report.whole import Result, results
+from conformance.report.whole import Result, part, results
 
 FORMAT = "mhc-conformance-bundle/1"
 MANIFEST = "manifest.json"
@@ -60,6 +60,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     """Of each run's packages."""
     results: tuple[Result, ...]
     members: tuple[Member, ...]
+    part: str = ""
+    """What the runs were asked for, where it isn't everything."""
 
 
 READER = Reader(Manifest, "a bundle's manifest", Broken, FORMAT, largest=1 << 22)
@@ -130,7 +132,7 @@ def _name(number: int) -> str:
 
 def _manifest(runs: Sequence[Run], found: Sequence[Result], members: Sequence[Member]) -> Manifest:
     versions = tuple(run.header.versions for run in runs)
-    return Manifest(FORMAT, runs[0].header.corpus, versions, tuple(found), tuple(members))
+    return Manifest(FORMAT, runs[0].header.corpus, versions, tuple(found), tuple(members), part(runs))
 
 
 def verify(path: Path, expected: str = "") -> Checked:
@@ -186,7 +188,7 @@ def _checked(content: bytes, archive: zipfile.ZipFile, folder: Path, expected: s
     _check_container(content, infos)
     runs = read.merge([folder / member.name for member in manifest.members])
     true = _manifest(runs, results(runs), manifest.members)
-    for key in ("corpus", "versions", "results"):
+    for key in ("corpus", "versions", "results", "part"):
         if getattr(true, key) != getattr(manifest, key):
             raise Broken(f"the manifest has other {key} than the runs in it")
     if manifest.corpus != corpus_hash():

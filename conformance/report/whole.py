@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from msgspec import Struct
 
 from conformance.judge.rule import GOOD
 from conformance.report.read import ReportError, Run
+
+NARROWING = ("quick", "dtype", "stage", "case", "sizes", "fresh", "modes", "failed")
+"""The options that leave something out of a run, or put something else in its place. Dialects are named anyway."""
 
 
 class Result(Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,3 +57,17 @@ def results(runs: Sequence[Run]) -> list[Result]:
         Result(name, counts[True], counts[False], tuple(dialect for dialect, _ in dialects[name].most_common()))
         for name, counts in verdicts.items()
     ]
+
+
+def part(runs: Sequence[Run]) -> str:
+    """What the runs were asked for, where it isn't everything: ``quick; stage pre, post``; empty where it is."""
+    asked = [{k: v for k, v in run.header.asked.items() if k in NARROWING} for run in runs]
+    if not all(asked):  # one of them left nothing out
+        return ""
+    return "; ".join(dict.fromkeys(_said(name, value) for options in asked for name, value in options.items()))
+
+
+def _said(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}"

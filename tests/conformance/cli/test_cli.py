@@ -8,6 +8,11 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
+from click.testing import CliRunner
+
+from conformance.cases.dialects import dialect_names
+from conformance.cli.app import app
+from conformance.stages import STAGES
 
 HONEST = "tests.conformance.strangers:Honest"
 
@@ -93,3 +98,14 @@ def test_list_prints_the_items_and_runs_nothing():
 def test_x_stops_at_the_first_failure():
     done = call("run", "--impl", "tests.conformance.strangers:SlightlyOff", "--stage", "reduce", "-x")
     assert done.returncode == 1 and " 1 failed;" in done.stdout
+
+
+@pytest.mark.parametrize("dialect", dialect_names())
+def test_a_quick_run_of_one_row_asks_for_every_stage_but_the_stack(dialect):
+    """Of each row, those too that the quick subset of the whole corpus passes by."""
+    options = ["--quick", "--dialect", dialect, "--impl", HONEST, "--sizes", "none", "--list"]
+    done = CliRunner().invoke(app, ["run", *options])
+    listed = {line.split("::")[1] for line in done.output.splitlines() if "::" in line}
+    absent = {"stack"} | ({"head"} - listed) | ({"residual_matrix"} if dialect == "hunyuan-v4" else set())
+    assert done.exit_code == 0 and listed == set(STAGES) - absent, done.output
+    assert len(done.output.splitlines()) < 100

@@ -162,6 +162,23 @@ def test_a_function_is_called_in_an_interpreter_with_the_same_path(monkeypatch, 
     assert str(child.death(10.0)) == "ended with status 0"
 
 
+def test_what_libraries_say_when_an_interpreter_is_taken_apart_is_not_heard(monkeypatch, tmp_path):
+    """As Triton's bindings do after torch.compile; what is registered with `atexit` is still called."""
+    (tmp_path / "complains.py").write_text(
+        "import atexit, pathlib, sys\n"
+        "class Leak:\n"
+        "    def __del__(self, write=sys.__stderr__.write): write('leaked 604 objects\\n')\n"
+        "leak = Leak()\n"
+        "def ends(connection):\n"
+        f"    atexit.register(pathlib.Path({str(tmp_path / 'called')!r}).touch)\n"
+        "    print('said while it ran', file=sys.stderr)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    child = PythonChild("complains:ends", kept="2")
+    assert str(child.death(20.0)) == "ended with status 0: said while it ran"
+    assert (tmp_path / "called").exists()
+
+
 def test_one_that_hangs_up_and_lives_on_is_told_from_a_dead_one(monkeypatch, tmp_path):
     (tmp_path / "silent.py").write_text("import time\ndef ends(connection):\n    connection.close(); time.sleep(600)\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -105,7 +105,7 @@ def test_a_dim_that_the_mesh_does_not_divide_is_refused_by_name():
         ("Exits", "process 1 of 2 ended with status 7: out of memory on device 1 in pre; the others were ended", 5),
         ("FailsAlone", "process 1 of 2: ValueError: a shape that only this process has", 6),
         ("Hangs", "no answer in pre from process 1 of 2 in 3 s", 8),
-        ("Quits", "process 1 of 2 ended with status 1: SystemExit: 3 in pre; the others were ended", 5),
+        ("Quits", "process 1 of 2: SystemExit: 3", 6),
         ("RefusesAlone", "process 1 of 2 refuses, others don't: not on this device", 6),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from xml.etree import ElementTree
 
 import pytest
@@ -12,7 +13,7 @@ from conformance.cli.app import app
 from conformance.judge.item import Outcome
 from conformance.judge.rule import Check
 from conformance.report import badge, read
-from conformance.report.files import write_jsonl
+from conformance.report.files import Lines, write_jsonl
 from conformance.report.read import ReportError
 
 NAMES = {"svg": "http://www.w3.org/2000/svg"}
@@ -40,6 +41,25 @@ def test_it_says_what_was_passed(tmp_path):
     assert corpus_hash() in description and "mhc-conformance 0." in description
     assert root.get("role") == "img" and root.get("aria-labelledby") == "title description"
     assert root.findall("svg:rect", NAMES)[1].get("fill") == badge.PAPER["passed"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"quick": True, "stage": ["pre", "post"], "impl": ["mine"]}, "quick; stage pre, post"),
+        ({"modes": False}, "no modes"),
+        ({"sizes": "none", "dialect": ["deepseek-v4"]}, "sizes none"),
+        ({"dialect": ["deepseek-v4"], "strict": True, "repeats": 64}, ""),
+    ],
+)
+def test_it_says_that_only_a_part_was_asked_for(tmp_path, asked, said):
+    with contextlib.closing(Lines(tmp_path / "run.jsonl", corpus_hash(), asked=asked)) as lines:
+        lines.add(outcome(checks=3))
+        lines.end([])
+    root = ElementTree.fromstring(badge.badge(read.merge([tmp_path / "run.jsonl"])))
+    assert words(root)[1] == f"deepseek-v4: passed 3 checks{', of a part' if said else ''}"
+    description = root.findtext("svg:desc", namespaces=NAMES) or ""
+    assert description.startswith(f"A part of what there is: {said}. Dialects " if said else "Dialects deepseek-v4;")
 
 
 def test_it_says_what_failed_in_words_and_in_another_colour(tmp_path):

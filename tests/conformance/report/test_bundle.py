@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -75,8 +76,19 @@ def test_a_bundle_holds_the_runs_and_what_they_passed(made, runs):
         {"implementation": "mine", "passed": 2, "failed": 0, "dialects": ["paper"]},
         {"implementation": "theirs", "passed": 1, "failed": 1, "dialects": ["paper"]},
     ]
-    assert "numpy" in manifest["versions"][0]
+    assert "numpy" in manifest["versions"][0] and manifest["part"] == ""
     assert checked.hash == hashlib.sha256(parts["manifest.json"]).hexdigest()
+
+
+def test_a_bundle_of_a_part_says_so(tmp_path):
+    run, path = tmp_path / "run.jsonl", tmp_path / "result.zip"
+    with contextlib.closing(Lines(run, corpus_hash(), asked={"quick": True})) as lines:
+        lines.add(OUTCOMES[0])
+        lines.end([])
+    path.write_bytes(bundle.bundle(read.merge([run]))[0])
+    assert bundle.verify(path).manifest.part == "quick"
+    done = CliRunner().invoke(app, ["report", "verify", str(path)])
+    assert done.exit_code == 0 and "  of a part of what there is to ask: quick\n" in done.output
 
 
 def test_the_same_runs_make_the_same_bundle(runs):
