@@ -18,11 +18,11 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from conformance.files import temporary
+from conformance.implementations.wire import Wire
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 START = 60.0  # seconds for the supervisor to start the command; alone it takes 0.03
@@ -224,7 +224,7 @@ class PythonChild(Child):
 
     def __init__(self, target: str, *, kept: str = "", environment: Mapping[str, str] | None = None):
         ours, theirs = socket.socketpair()
-        self.connection = Connection(ours.detach())
+        self.connection = Wire(ours.detach())
         with theirs:
             command = [sys.executable, "-c", BEGINNING, str(theirs.fileno()), target]
             super().__init__(
@@ -251,7 +251,7 @@ class PythonChild(Child):
 
 def answer() -> None:
     """The other side of a `PythonChild`."""
-    connection, target = Connection(int(sys.argv[1])), sys.argv[2]
+    connection, target = Wire(int(sys.argv[1])), sys.argv[2]
     with contextlib.suppress(EOFError, ConnectionError):  # the other process is gone, and this one is about to be
         sys.path[:] = connection.recv()
         module, _, function = target.partition(":")
