@@ -67,11 +67,18 @@ def missing_modules(name: str) -> list[str]:
     return [module for module in _of_prefix(MODULES, name) or () if not installed(module)]
 
 
+def package_of(module: str) -> str:
+    """The package that brings a module, as pip takes it."""
+    name = module.partition(".")[0].replace("_", "-")
+    return "'mlx[cpu]'" if name == "mlx" and sys.platform == "linux" else name
+
+
 def unavailable(name: str) -> str:
     """Why a registered implementation can't run here; empty where it can."""
     missing, package = missing_modules(name), _of_prefix(FETCHED, name)
     if missing:
-        return f"not installed: {', '.join(missing)}"
+        packages = dict.fromkeys(map(package_of, missing))
+        return f"not installed: {', '.join(missing)} (pip install {' '.join(packages)})"
     try:
         if package:
             folder(package)

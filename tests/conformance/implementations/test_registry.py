@@ -1,0 +1,30 @@
+"""What an implementation lacks is named with the line that installs it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from conformance.implementations import registry
+
+PYPROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+STATED = [line for lines in PYPROJECT["project"]["optional-dependencies"].values() for line in lines]
+
+
+@pytest.mark.parametrize("module", sorted({module for modules in registry.MODULES.values() for module in modules}))
+def test_a_module_is_brought_by_a_package_that_an_extra_names(module):
+    package = registry.package_of(module).strip("'").partition("[")[0]
+    assert package in {re.split(r"[\[<>=;]", line)[0] for line in STATED}
+
+
+def test_what_is_missing_is_told_with_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setattr(registry, "installed", lambda module: module == "torch")
+    assert registry.unavailable("hyper-connections-log") == (
+        "not installed: hyper_connections (pip install hyper-connections)"
+    )
+    assert registry.unavailable("mlx-mhc").endswith("mlx-mhc)")
+    assert registry.unavailable("liger-kernel").endswith("(pip install triton liger-kernel)")
+    assert registry.unavailable("torch") == ""
