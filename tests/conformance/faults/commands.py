@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from conformance.judge.rule import Check
 from conformance.oracle import generate
 from conformance.porter.port import Options, port
 from conformance.report import files
+from conformance.report.resume import NotResumed, resumed
 from tests.conformance.faults.writing import Operation
 from tests.conformance.porter.small_checkpoint import build
 
@@ -32,8 +34,15 @@ class Made:
 
 
 def all_of_them() -> dict[str, Operation]:
-    return {"regenerate": regenerate(), "run": run(), "report": report(), "port": ported("a.safetensors", "canonical"),
-            "port-directory": ported("shards", "transformers")}  # fmt: skip
+    return {
+        "regenerate": regenerate(),
+        "run": run(),
+        "run-jsonl": streamed(),
+        "run-resumed": streamed(begun=30),
+        "report": report(),
+        "port": ported("a.safetensors", "canonical"),
+        "port-directory": ported("shards", "transformers"),
+    }
 
 
 def regenerate() -> Operation:
@@ -67,6 +76,36 @@ def run() -> Operation:
         files.write_junit(folder / "run.xml", outcomes(count))
 
     return Operation(lambda folder: write(folder, 1), lambda folder: write(folder, 200), ("run.jsonl", "run.xml"))
+
+
+def streamed(begun: int = 0) -> Operation:
+    """The lines of a run as they come; the next run goes on where one was cut off.
+
+    Args:
+        begun: outcomes that a run which was cut off has left; 0 for a whole run of another time.
+    """
+    wanted = outcomes(60)
+
+    def prepare(folder: Path) -> None:
+        if not begun:
+            files.write_jsonl(folder / "run.jsonl", outcomes(1), "corpus")
+            return
+        with contextlib.closing(files.Lines(folder / "run.jsonl", "corpus")) as lines:
+            for outcome in wanted[:begun]:
+                lines.add(outcome)
+
+    def command(folder: Path) -> None:
+        path = folder / "run.jsonl"
+        try:
+            before = resumed(path, "corpus", {})
+        except NotResumed:  # nothing is begun: it is the old one, or not even the first line
+            before = []
+        with contextlib.closing(files.Lines(path, "corpus", before=before)) as lines:
+            for outcome in wanted[len(before) :]:
+                lines.add(outcome)
+            lines.end()
+
+    return Operation(prepare, command, ("run.jsonl",), streamed=True)
 
 
 def report() -> Operation:

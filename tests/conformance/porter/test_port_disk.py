@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.cli.test_cli import call as call_process
+from tests.conformance.faults.disks import small_disk
 from tests.conformance.porter.small_checkpoint import build, call, check_refusal, state
 from tests.conformance.porter.test_port_targets import equal, values
 
@@ -33,14 +34,8 @@ def target(request):
 @pytest.fixture
 def disk(tmp_path):
     """A file system of 256 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(path)]
-    done = subprocess.run(mount, capture_output=True, text=True) if shutil.which("mount") else None
-    if done is None or done.returncode:
-        pytest.skip(f"no tmpfs can be mounted: {done.stderr.strip() if done else 'there is no mount'}")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
+    with small_disk(tmp_path / "disk", DISK) as path:
+        yield path
 
 
 def arguments(source: Path, target: Path) -> list[str]:
