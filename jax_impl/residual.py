@@ -59,8 +59,17 @@ def _normalise(p: Array, axis: int, config: MHCConfig) -> Array:
     if config.guard in ("add", "denominator"):
         total = total + eps
     elif config.guard == "clip":
-        total = jnp.maximum(total, eps)
+        total = _at_least(total, eps)
     return p / total if p.dtype.itemsize >= 4 else _divided(p, total)
+
+
+def _at_least(total: Array, eps: float) -> Array:
+    """The larger of a sum and eps; a sum that is exactly eps has its gradient still.
+
+    The gradient of `jnp.maximum` compares the sum with the result. In bfloat16 XLA may compute the sum again in another
+    fusion and without rounding it (on a CPU from 1,025 tokens on): the two aren't equal, and the gradient is lost.
+    """
+    return jnp.where(total < eps, eps, total)  # so that NaN stays NaN
 
 
 @jax.custom_jvp

@@ -15,14 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import ml_dtypes
 import numpy as np
 
 from conformance.cases.description import Bound
+from conformance.cases.format import DTYPES
 from conformance.oracle.floats import FloatArithmetic
 from conformance.oracle.residual import axes
 from conformance.oracle.style import GATES, K_FLOAT32, K_ROUNDED, K_SUMS, SUMS, Style, ensemble
 from conformance.questions.sizes.tensors import Tensors
 from conformance.questions.sizes.truth import Truth, Wide, evaluated, of_weights
+from conformance.stages import HEAD_WEIGHTS
 
 DRAWN, MOST_DRAWN, DRAWN_ELEMENTS = 2, 64, 1 << 16
 """Tokens beside the first, the last and those with the largest values: as many as have so many elements of x. A tensor
@@ -100,6 +103,7 @@ def bounds(tensors: Tensors, truth: Truth, contract: str, narrow: str | None) ->
     Raises:
         ArithmeticError: an honest evaluation isn't finite.
     """
+    _hold(truth, contract, narrow)
     tokens = sampled_tokens(tensors, truth)
     inputs, cotangents = at(tensors, tokens)
     true = evaluated(tensors, inputs, cotangents, Wide())
@@ -117,6 +121,21 @@ def bounds(tensors: Tensors, truth: Truth, contract: str, narrow: str | None) ->
             error *= _growth(name, truth, true, scale)
         result[name] = Bound(bound=factor * max(error, unit * scale), honest=error, K=factor, scale=scale)
     return result
+
+
+def _hold(truth: Truth, contract: str, narrow: str | None) -> None:
+    """Raises `ArithmeticError` where a weight's gradient is larger than the dtype that the weight is rounded to holds.
+
+    It passes through that dtype on its way back. Sampled tokens don't show it: it is the sum over all of them. The
+    head's weights aren't rounded in any row.
+    """
+    if narrow is None or contract != "activation":
+        return
+    most = float(ml_dtypes.finfo(DTYPES[narrow]).max)
+    for name, value in truth.sums.items():
+        largest = float(np.max(np.abs(value), initial=0.0))
+        if largest > most and name.removeprefix("d/") not in HEAD_WEIGHTS:
+            raise ArithmeticError(f"{name} reaches {largest:.3g}, more than {narrow} holds, and passes through it")
 
 
 def at(tensors: Tensors, tokens: Sequence[int]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

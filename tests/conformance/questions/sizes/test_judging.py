@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 
 from conformance.cases.dialects import parse, published
 from conformance.judge.worker import ELSEWHERE
-from conformance.questions.sizes import tensors
+from conformance.questions.sizes import bound, tensors
 from conformance.questions.sizes.design import Size
 from conformance.questions.sizes.item import ENOUGH, SCHEME, Question, questions, sized
 from conformance.questions.sizes.judging import judged, put
@@ -153,6 +155,27 @@ def test_a_size_at_which_no_honest_evaluation_is_finite_is_left_out(monkeypatch)
     claimed = replace(CLAIMED, dialects=frozenset({"megatron"}), contracts=frozenset({"float32", "activation"}))
     outcome = judged(Exact(), item("coefficients", "float16", Size(4, 16, 8, 4), row, claimed))
     assert outcome.skipped.startswith("left out: ") and outcome.skipped.endswith("(activation, float16)")
+
+
+@pytest.mark.parametrize(
+    ("narrow", "contract", "name", "largest", "left_out"),
+    [
+        ("float16", "activation", "d/pre_alpha", 65505.0, True),
+        ("float16", "activation", "d/pre_alpha", 65504.0, False),
+        ("float16", "activation", "d/head_fn", 94607.0, False),
+        ("float16", "mixing", "d/pre_alpha", 94607.0, False),
+        ("bfloat16", "activation", "d/pre_alpha", 94607.0, False),
+        (None, "float32", "d/pre_alpha", 94607.0, False),
+    ],
+)
+def test_a_sum_over_tokens_that_a_narrow_weight_cannot_have_as_its_gradient_is_left_out(
+    narrow, contract, name, largest, left_out
+):
+    """65,536 tokens in float16: every honest evaluation is infinite there, and no sampled token is."""
+    true: Any = SimpleNamespace(sums={name: np.array([1.0, -largest])})
+    reason = r"d/pre_alpha reaches 6.55e\+04, more than float16 holds"
+    with pytest.raises(ArithmeticError, match=reason) if left_out else nullcontext():
+        bound._hold(true, contract, narrow)
 
 
 def test_more_tokens_than_are_claimed_are_not_asked_for():
