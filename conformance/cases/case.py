@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 from conformance.cases.description import DESCRIPTION, Bounds, CaseDescription, StageDescription, Variant
 from conformance.cases.dialects import Parameters, dialect_names
 from conformance.cases.format import DTYPES, check_description, check_tensors
-from conformance.cases.tensors import read_metadata, read_tensors
+from conformance.cases.tensors import read_file, read_metadata
 from conformance.files.places import CaseError
 from conformance.files.problems import shown
 from conformance.files.reading import Scalar
@@ -108,6 +110,8 @@ class Case:
     metadata: CaseDescription
     infinite: bool = False
     """Whether some of its inputs and true values may not be finite."""
+    opened: str = ""
+    """The hash of the metadata that it was opened with."""
 
     @property
     def id(self) -> str:
@@ -164,8 +168,14 @@ class Case:
 
     @cached_property
     def tensors(self) -> dict[str, np.ndarray]:
-        """Every tensor of the file, read once."""
-        tensors = read_tensors(self.path)
+        """Every tensor of the file, read once.
+
+        Raises:
+            CaseError: it can't be read, or isn't the case any more that was opened.
+        """
+        metadata, tensors = read_file(self.path)
+        if digest(metadata) != self.opened:
+            raise CaseError(f"{self.path}: was replaced while it was read: it describes another case now; run it again")
         check_tensors(self.path, self.metadata, tensors, self.infinite)
         return tensors
 
@@ -184,6 +194,11 @@ def _strided(value: np.ndarray) -> np.ndarray:
     return wide[..., ::2]
 
 
+def digest(metadata: Mapping[str, str]) -> str:
+    """A hash of a file's metadata."""
+    return hashlib.sha256(repr(sorted(metadata.items())).encode(errors="surrogatepass")).hexdigest()
+
+
 def load_case(path: Path) -> Case:
     """Opens a case; its tensors are read and checked at their first use.
 
@@ -196,4 +211,4 @@ def load_case(path: Path) -> Case:
         raise CaseError(f"{path}: expected {expected} in the metadata, got {shown(metadata.get('format'))}")
     described = DESCRIPTION.decode(metadata.get("case", ""), str(path))
     check_description(path, described)
-    return Case(path, described, metadata["format"] == INFINITE_FORMAT)
+    return Case(path, described, metadata["format"] == INFINITE_FORMAT, digest(metadata))

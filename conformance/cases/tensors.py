@@ -6,10 +6,11 @@ read here, whole, and the library takes its bytes.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -48,14 +49,26 @@ class Entry(msgspec.Struct):
     data_offsets: tuple[int, int] = (0, 0)
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file; bfloat16 by ml_dtypes.
+class File(NamedTuple):
+    """What a safetensors file held at one moment."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, np.ndarray]
+
+
+def read_file(path: Path) -> File:
+    """Metadata and every tensor of a safetensors file, from the same bytes; bfloat16 by ml_dtypes.
 
     Raises:
         CaseError: it can't be read, or has a tensor that no array can be.
     """
     library: Any = safetensors  # its functions have no types
-    parts: list[tuple[str, dict[str, Any]]] = _whole(path, lambda: library.deserialize(_content(path)))
+
+    def both() -> tuple[dict[str, str], list[tuple[str, dict[str, Any]]]]:
+        content = _content(path)
+        return _metadata(io.BytesIO(content), len(content)), library.deserialize(content)
+
+    metadata, parts = _whole(path, both)
     tensors: dict[str, np.ndarray] = {}
     for name, part in sorted(parts, key=lambda named: named[0]):  # the library's order is another each time
         if part["dtype"] not in NAMES:
@@ -64,7 +77,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             tensors[name] = np.frombuffer(part["data"], NAMES[part["dtype"]]).reshape(part["shape"])
         except ValueError as error:  # more axes than an array has
             raise CaseError(f"{path}: a tensor can't be read ({name}: {error})") from error
-    return tensors
+    return File(metadata, tensors)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -73,17 +86,19 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         CaseError: it can't be read, or is cut short.
     """
-    return _whole(path, lambda: _metadata(path))
+
+    def header() -> dict[str, str]:
+        with open_bytes(path) as file:
+            return _metadata(file, os.fstat(file.fileno()).st_size)
+
+    return _whole(path, header)
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    with open_bytes(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8 or size > LARGEST:
-            raise ValueError(f"it has {size} bytes, and its header would have {length}")
-        header = file.read(length)
-    entries = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+def _metadata(file: BinaryIO, size: int) -> dict[str, str]:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8 or size > LARGEST:
+        raise ValueError(f"it has {size} bytes, and its header would have {length}")
+    entries = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
     noted = entries.pop("__metadata__", None)
     ends = [msgspec.json.decode(raw, type=Entry).data_offsets[1] for raw in entries.values()]
     if max(ends, default=0) != size - 8 - length:

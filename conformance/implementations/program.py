@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from conformance.cases.case import CaseError
-from conformance.cases.tensors import read_metadata, read_tensors
+from conformance.cases.tensors import read_file
 from conformance.files import temporary
 from conformance.implementations.child import DIRTY, Child, Deadline
 from conformance.implementations.greeting import PROTOCOL, ProgramError, read_answer, read_greeting
@@ -94,7 +94,7 @@ class ProgramImplementation:
 
     def _read(self, path: Path, name: str, inputs: Arrays) -> Result:
         try:
-            metadata, tensors = read_metadata(path), read_tensors(path)
+            metadata, tensors = read_file(path)
         except CaseError as error:
             raise ProgramError(f"its result: {error}") from error
         if metadata.get("format") != RESULT or metadata.get("id") != name:

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from conformance.cases.case import FORMAT, INFINITE_FORMAT, CaseError
-from conformance.cases.tensors import read_tensors
+from conformance.cases.tensors import read_file
 from conformance.files import atomic, temporary
 from conformance.oracle.arithmetic import Arithmetic, Array
 from conformance.oracle.balls import BallArithmetic, certified
@@ -304,7 +304,7 @@ def _differences(target: Path, made: Mapping[str, bytes]) -> list[str]:
 
 def _tensors(path: Path, content: bytes) -> dict[str, np.ndarray]:
     path.write_bytes(content)
-    return read_tensors(path)
+    return read_file(path).tensors
 
 
 def _change(name: str, before: bytes | None, after: bytes | None) -> str:

@@ -92,7 +92,7 @@ class Shard:
             raise
 
     def _header(self) -> None:
-        status = os.fstat(self.descriptor)
+        status = self._status = os.fstat(self.descriptor)
         if not stat.S_ISREG(status.st_mode):
             got = "a directory" if stat.S_ISDIR(status.st_mode) else "something that isn't a file"
             raise PortError(f"{self.path}: expected a safetensors file, got {got}")
@@ -170,7 +170,17 @@ class Shard:
             if not got:
                 raise PortError(f"{self.path}: is cut short in {name}")
             view, offset = view[got:], offset + got
+        self._check_unchanged(name)
         return value
+
+    def _check_unchanged(self, name: str) -> None:
+        """Raises `PortError` where the file was written to since its header was read, which may be of other data.
+
+        One that was replaced by another is still open here, and whole.
+        """
+        before, now = self._status, os.fstat(self.descriptor)
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise PortError(f"{self.path}: was changed while it was read, at {name}: let its writer finish first")
 
     def close(self) -> None:
         os.close(self.descriptor)

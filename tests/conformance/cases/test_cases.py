@@ -260,3 +260,13 @@ def test_the_corpus_has_faint_entries_in_every_dtype_of_x():
         and (H := item.expected["H"]) is not None and ((H >= 2.0**-60) & (H <= 2.0**-24)).any()
     }  # fmt: skip
     assert found == {"float32", "bfloat16", "float16", "float64"}
+
+
+def test_a_file_that_is_replaced_between_its_description_and_its_tensors_is_told(tmp_path):
+    """The bounds of one case would judge the numbers of another."""
+    path = rewritten(tmp_path, lambda header, data: None)
+    case = load_case(path)
+    rewritten(tmp_path, lambda header, data: described(header, why="another case"))
+    with pytest.raises(CaseError, match=f"^{re.escape(str(path))}: was replaced while it was read"):
+        _ = case.tensors
+    assert load_case(path).tensors

@@ -7,6 +7,7 @@ input is made from its kind, the seed and its number alone, so that one that fai
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import resource
 import signal
@@ -86,7 +87,7 @@ def one(name: str, kind: Kind, number: int, seed: int, folder: Path, counts: Cou
 
 
 def fuzz(count: int, seed: int, only: list[str] | None = None, first: int = 0, progress: bool = False) -> Counts:
-    """Reads so many inputs of all kinds, by their shares."""
+    """Reads at least so many inputs of all kinds, by their shares."""
     counts = Counts()
     kinds = {name: kind for name, kind in KINDS.items() if not only or name in only}
     shares = sum(kind.share for kind in kinds.values())
@@ -97,7 +98,7 @@ def fuzz(count: int, seed: int, only: list[str] | None = None, first: int = 0, p
             for name, kind in kinds.items():
                 if progress:
                     print(f"{name} …", flush=True)
-                for number in range(first, first + max(1, count * kind.share // shares)):
+                for number in range(first, first + math.ceil(count * kind.share / shares)):
                     one(name, kind, number, seed, Path(folder) / "in", counts)
     finally:
         signal.signal(signal.SIGPROF, before)

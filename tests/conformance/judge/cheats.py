@@ -114,9 +114,9 @@ class ReadsCases(Answers):
     name = "reads-cases"
 
     def read(self, path: Path) -> Any:
-        from conformance.cases.case import read_tensors
+        from conformance.cases.tensors import read_file
 
-        return read_tensors(path)
+        return read_file(path).tensors
 
 
 class ReadsFiles(Answers):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conformance.cases.case import Case, read_metadata, read_tensors
+from conformance.cases.case import Case
 from conformance.cases.corpus import load_corpus
 from conformance.cases.dialects import dialect_names, dialect_rows
 from conformance.cases.flashinfer_bench import export as exporting
@@ -20,6 +20,7 @@ from conformance.cases.flashinfer_bench.export import ExportError, Wish, export
 from conformance.cases.flashinfer_bench.kernel import STAGES
 from conformance.cases.flashinfer_bench.workloads import calls
 from conformance.cases.format import DTYPES
+from conformance.cases.tensors import read_file, read_metadata
 
 CASE = "generic-n4-deepseek-v4"
 
@@ -41,7 +42,7 @@ def test_the_rows_of_fn_are_the_columns_of_the_projections(tmp_path):
     (case,) = cases(CASE)
     export(tmp_path / "mhc", [case], Wish(["deepseek-v4"], ["pre"]))
     (path,) = (tmp_path / "mhc" / "blob").rglob("mhc_pre_deepseek_v4_n4_c8_float32/*.safetensors")
-    blob, n, dim = read_tensors(path), 4, 8
+    blob, n, dim = read_file(path).tensors, 4, 8
     weight = {name: case.tensors[f"weight/{name}"] for name in ("pre_alpha", "post_alpha", "res_alpha", "res_beta")}
     assert blob["fn"].shape == (n + n + n * n, n * dim) and blob["scale"].shape == (3,)
     assert blob["fn"][3, 2 * dim + 5] == weight["pre_alpha"][2 * dim + 5, 3]
@@ -60,7 +61,7 @@ def test_a_file_of_numbers_has_the_true_values_and_their_bounds(tmp_path):
     told = json.loads(read_metadata(path)["call"])
     assert told["item"] == f"{CASE}::post::bfloat16-float32"
     assert told["bounds"] == {"out": case.bounds["post"]["bfloat16-float32"]["out"].bound}
-    blob = read_tensors(path)
+    blob = read_file(path).tensors
     np.testing.assert_array_equal(blob["expected/out"].ravel(), case.tensors["expected/post/out"].ravel())
     assert {name: str(value.dtype) for name, value in blob.items()} == {
         "x": "bfloat16", "y": "bfloat16", "post": "float32", "H": "float32", "expected/out": "float64",
@@ -100,7 +101,7 @@ def test_weights_of_a_width_are_exact_in_bfloat16_and_leave_the_gates_open(tmp_p
     workloads = [json.loads(line)["workload"] for line in lines.read_text().splitlines()]
     assert [workload["axes"] for workload in workloads] == [{"tokens": 1}, {"tokens": 3}]
     assert workloads[0]["inputs"]["x"] == {"type": "random"}
-    weights = read_tensors(tmp_path / "mhc" / workloads[0]["inputs"]["fn"]["path"])
+    weights = read_file(tmp_path / "mhc" / workloads[0]["inputs"]["fn"]["path"]).tensors
     assert set(weights) == {"norm_weight", "fn", "scale", "base"} and weights["fn"].shape == (24, 2048)
     for value in weights.values():
         np.testing.assert_array_equal(value, value.astype(DTYPES["bfloat16"]).astype(np.float32))
