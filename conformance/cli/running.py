@@ -148,7 +148,7 @@ def prepare(request: Request) -> Prepared:
     request.check()
     of_sizes = SizeChoice(
         request.sizes, rows, stages, dtypes, request.sizes_named, bool(request.case) or request.fresh is not None,
-        once=request.quick, jobs=request.jobs,
+        once=request.quick, jobs=request.jobs, copies=1 + _most_processes(request),
     )  # fmt: skip
     named = [text for text in request.case if not text.startswith(PREFIX)]
     choice = Choice(rows, bool(request.dialect), dtypes, stages, named, request.quick, request.fresh, request.every)
@@ -168,6 +168,20 @@ def prepare(request: Request) -> Prepared:
         say(line)
     limit = max(request.time_limit, LONG) if request.sizes == FULL else request.time_limit
     return Prepared(request, items, questions, chosen, entries, corpus, workshop, limit)
+
+
+def _most_processes(request: Request) -> int:
+    """Of the meshes that are asked, beside the worker's own; the command ends where one isn't a mesh."""
+    from conformance.implementations import registry
+    from conformance.interface import SetupError
+    from conformance.mesh import MARK
+
+    sharded = [f"{name}{MARK}{mesh}/{request.processes}" if request.processes else f"{name}{MARK}{mesh}"
+               for name in request.impl or registry.registered(registry.SHARDED) for mesh in request.mesh]  # fmt: skip
+    try:
+        return max(map(registry.processes_of, [*request.impl, *sharded]), default=0)
+    except SetupError as error:
+        stop(str(error), USAGE)
 
 
 def _implementations(request: Request) -> list[str]:

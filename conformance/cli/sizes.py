@@ -33,6 +33,8 @@ class SizeChoice:
         patterns: globs of ids, or ids; where there are any, nothing else is asked.
         cases_named: whether cases were named, be they sizes or not.
         once: whether each size is asked in one stage and dtype.
+        jobs: workers at a time, which share the memory.
+        copies: how many processes hold the arrays of a size, the worker and those of a mesh.
     """
 
     form: str
@@ -43,6 +45,7 @@ class SizeChoice:
     cases_named: bool = False
     once: bool = False
     jobs: int = 1
+    copies: int = 1
     notes: list[str] = field(default_factory=list)
     """Lines about pairs of sizes that the memory doesn't hold."""
 
@@ -55,7 +58,7 @@ class SizeChoice:
         """What is asked; the command ends where a pattern matches nothing."""
         from conformance.questions.sizes import design, item
 
-        largest = design.largest_here(self.jobs)
+        largest = design.largest_here(self.jobs * self.copies)
         named = [(known, text) for text in self.patterns if (known := design.parsed(text))]
         globs = [text for text in self.patterns if not design.parsed(text)]
         chosen: list[Question] = []

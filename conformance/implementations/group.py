@@ -10,10 +10,11 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any, cast
 
 from conformance.implementations.child import DIRTY, Deadline, PythonChild, end_all
+from conformance.implementations.wire import Wire
 from conformance.interface import Arrays, Capabilities, Result, SetupError
 from conformance.mesh import MARK, Member, Mesh, cropped, filled, refuse_indivisible
 
@@ -107,7 +108,7 @@ class GroupImplementation:
                 late = ", ".join(map(str, waiting.values()))
                 raise GroupError(problem or f"no answer {when} from process {late} of {self._count} in {limit:g} s")
             for connection in ready:
-                rank = waiting[cast(Connection, connection)]
+                rank = waiting[cast(Wire, connection)]
                 try:
                     answers[rank] = self._processes[rank].receive()
                 except EOFError:

@@ -114,6 +114,19 @@ def defaults(group: str = GROUP) -> tuple[list[str], dict[str, str]]:
     return chosen, left
 
 
+def processes_of(reference: str) -> int:
+    """How many processes a sharded implementation runs in, each of which is handed whole arrays; 0 for others.
+
+    Raises:
+        SetupError: its mesh isn't one.
+    """
+    name, mark, text = reference.partition(MARK)
+    if not mark or reference.startswith(EXEC):
+        return 0
+    mesh = parse_mesh(text)
+    return mesh.processes or (1 if name in MANY_DEVICES else mesh.devices)
+
+
 def load(reference: str, limit: float = 60.0) -> Implementation:
     """The implementation behind a registered name, a ``module:attribute`` or an ``exec:COMMAND``.
 
@@ -134,10 +147,8 @@ def load(reference: str, limit: float = 60.0) -> Implementation:
         from conformance.implementations.group import GroupImplementation
 
         name, _, text = reference.partition(MARK)
-        mesh = parse_mesh(text)
         _target(name, SHARDED)
-        alone = 1 if name in MANY_DEVICES else mesh.devices
-        return GroupImplementation(name, mesh, mesh.processes or alone, limit)
+        return GroupImplementation(name, parse_mesh(text), processes_of(reference), limit)
     module, attribute = _target(reference, GROUP)
     with Interrupts() as interrupts:
         try:

@@ -28,3 +28,14 @@ def test_what_is_missing_is_told_with_the_line_that_installs_it(monkeypatch):
     assert registry.unavailable("mlx-mhc").endswith("mlx-mhc)")
     assert registry.unavailable("liger-kernel").endswith("(pip install triton liger-kernel)")
     assert registry.unavailable("torch") == ""
+
+
+@pytest.mark.parametrize(
+    ("reference", "processes"),
+    [
+        ("torch", 0), ("exec:./mine@data=2", 0), ("torch@tensor=2", 2), ("torch@data=2,tensor=2", 4),
+        ("jax@data=2,fsdp=2,tensor=2", 1), ("jax@data=4/2", 2), ("mine:Mine@data=4/2", 2),
+    ],
+)  # fmt: skip
+def test_the_processes_of_a_mesh_are_known_before_it_is_set_up(reference, processes):
+    assert registry.processes_of(reference) == processes

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from click.testing import CliRunner
 
+from conformance.cli.app import app
+from conformance.questions.sizes import design
 from conformance.questions.sizes.design import (
     DIMS,
     QUICK_LARGEST,
@@ -79,6 +82,17 @@ def test_a_covering_is_of_what_fits():
 def test_the_same_sizes_with_other_numbers():
     assert [s.seed for s in sizes("short", ROOMY, seed=4)] == [4] * 6
     assert "seed4" in sizes("short", ROOMY, seed=4)[0].id
+
+
+def test_a_mesh_s_processes_hold_the_arrays_too(monkeypatch):
+    asked = list[int]()
+    monkeypatch.setattr(design, "largest_here", lambda shares: asked.append(shares) or ROOMY)
+    for options, shares in (
+        (["--impl", "jax@data=2,tensor=2"], 4), (["--impl", "torch", "--mesh", "data=4", "--processes", "4"], 10),
+        (["--impl", "torch"], 2),
+    ):  # fmt: skip
+        done = CliRunner().invoke(app, ["run", *options, "--sizes", "short", "--list", "--case", "size-*"])
+        assert done.exit_code == 0 and asked.pop() == shares, done.output
 
 
 def test_memory_is_shared_by_the_jobs():
