@@ -67,7 +67,8 @@ def _at_least(total: Array, eps: float) -> Array:
     """The larger of a sum and eps; a sum that is exactly eps has its gradient still.
 
     The gradient of `jnp.maximum` compares the sum with the result. In bfloat16 XLA may compute the sum again in another
-    fusion and without rounding it (on a CPU from 1,366 tokens on where n = 3): the two aren't equal, and the gradient is lost.
+    fusion and without rounding it (on a CPU from 1,366 tokens on where n = 3): the two aren't equal, and the gradient
+    is lost.
     """
     return jnp.where(total < eps, eps, total)  # so that NaN stays NaN
 
