@@ -38,7 +38,7 @@ from jax_impl.projections import (
     rms_norm,
     weight_shapes,
 )
-from jax_impl.residual import HIGHEST, check_shape, tokens_first, wide_dtype
+from jax_impl.residual import HIGHEST, check_shape, compiled, tokens_first, wide_dtype
 
 __all__ = [
     "COEFFICIENTS",
@@ -132,6 +132,12 @@ def reduce(
         return pre_mix(x, _check_carried(x, carried, shards))
     if carried is not None:
         raise ValueError(f"carried goes with how='carried' alone, got it with {how!r}")
+    return _reduced(x, how, reduction)
+
+
+@compiled("how", "reduction")
+def _reduced(x: Array, how: str, reduction: str) -> Array:
+    """The sum or the mean of the streams."""
     if reduction == "activation":
         total = x[..., 0, :]  # [..., dim]
         for index in range(1, x.shape[-2]):
@@ -156,6 +162,7 @@ def _check_carried(x: Array, carried: Array | None, shards: Shards | None) -> Ar
     return shards.gates(carried) if shards else carried
 
 
+@compiled()
 def pre_mix(x: Float[Array, "... streams dim"], pre: Float[Array, "... streams"]) -> Float[Array, "... dim"]:
     """Computes ``u = sum_i pre_i x_i``, summed in float32 or wider and rounded once to x's dtype.
 
@@ -186,6 +193,11 @@ def post_mix(
     """
     check_shape("x", x, (config.streams, config.dim))
     check_shape("y", y, (config.dim,))
+    return _post_mixed(y, x, post, H, config)
+
+
+@compiled("config")
+def _post_mixed(y: Array, x: Array, post: Array, H: Array, config: MHCConfig) -> Array:
     wide = wide_dtype(x.dtype)
     rounded = config.mixing == "activation"
     if rounded:
@@ -276,10 +288,21 @@ def head(
     """
     check_shape("x", x, (config.streams, config.dim))
     check_weights(weights, head_shapes(config))
-    x = shards.activation(x) if shards else x
+    held = {name: weights[name] for name in head_shapes(config)}
+    if shards is None:
+        return _compiled_headed(x, held, config, precision)
+    return _headed(shards.activation(x), held, config, precision, shards)
+
+
+def _headed(
+    x: Array, weights: Weights, config: MHCConfig, precision: jax.lax.PrecisionLike, shards: Shards | None = None
+) -> Array:
     names = [("head_fn", "head_scale", "head_base")]
     (z,) = logits(x, weights, names, None, _of_head(config), precision, shards)  # [n, ...]
     return pre_mix(x, tokens_first(jax.nn.sigmoid(z) + config.pre_eps, 1))  # gates [..., n]
+
+
+_compiled_headed = compiled("config", "precision")(_headed)
 
 
 def _of_head(config: MHCConfig) -> MHCConfig:

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from jax_impl.config import MHCConfig
-from jax_impl.residual import HIGHEST, check_shape, residual_matrix, tokens_first, tokens_last, wide_dtype
+from jax_impl.residual import HIGHEST, check_shape, compiled, residual_matrix, tokens_first, tokens_last, wide_dtype
 
 Weights = Mapping[str, Array]
 COEFFICIENTS = "mhc_coefficients"
@@ -98,6 +98,7 @@ def head_shapes(config: MHCConfig) -> dict[str, tuple[int, ...]]:
     return {"head_fn": (n, config.dim, n), "head_base": (n,), "head_scale": (1,)}
 
 
+@compiled("config")
 def rms_norm(
     x: Float[Array, "... streams dim"], scale: Float[Array, "streams dim"] | None, config: MHCConfig
 ) -> Float[Array, "... streams dim"]:
@@ -238,10 +239,18 @@ def coefficients(
     Raises:
         ValueError: x or a weight of another shape than the configuration's.
     """
-    n = config.streams
-    check_shape("x", x, (n, config.dim))
+    check_shape("x", x, (config.streams, config.dim))
     check_weights(weights, weight_shapes(config))
-    dtype = _coefficient_dtype(x, config)
+    held = {name: weights[name] for name in weight_shapes(config)}
+    if shards is None:
+        return _compiled_coefficients(x, held, config, precision)
+    return _coefficients(x, held, config, precision, shards)
+
+
+def _coefficients(
+    x: Array, weights: Weights, config: MHCConfig, precision: jax.lax.PrecisionLike, shards: Shards | None = None
+) -> tuple[Array, Array, Array]:
+    n, dtype = config.streams, _coefficient_dtype(x, config)
     kinds = ("pre", "post", "res") if config.residual_columns else ("pre", "post")
     names = [(f"{kind}_alpha", f"{kind}_alpha_scale", f"{kind}_beta") for kind in kinds]
     z = logits(x, weights, names, weights.get("mhc_norm.scale"), config, precision, shards)
@@ -254,3 +263,6 @@ def coefficients(
     res = tokens_first(res.reshape(n, n, *res.shape[1:]), 2) if config.residual == "sinkhorn" else tokens_first(res, 1)
     H = tokens_last(residual_matrix(res, config).astype(dtype), 2)  # [..., n, n] -> [n, n, ...]
     return pre, post, tokens_first(_kept(H), 2)  # [..., n, n]
+
+
+_compiled_coefficients = compiled("config", "precision")(_coefficients)

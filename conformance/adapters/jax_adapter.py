@@ -11,7 +11,7 @@ from flax import nnx
 import jax_impl
 import jax_impl.config
 from conformance.adapters import branch
-from conformance.adapters.jax_gradients import StageCalls, keep_programs
+from conformance.adapters.jax_gradients import StageCalls, compile_all_cheaply, keep_programs
 from conformance.cases.case import DTYPES
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import STAGES
@@ -178,6 +178,7 @@ SHARDABLE = {"pre": _pre, "head": _head, "layer": _layer, "stack": _scanned_stac
 
 
 def eager() -> JaxImplementation:
+    compile_all_cheaply()
     keep_programs()
     return JaxImplementation("jax", False)
 

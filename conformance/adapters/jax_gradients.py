@@ -6,7 +6,9 @@ It imports nothing of `jax_impl`, so that an adapter of other code runs without 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,14 @@ def vector_jacobian(function: Callable[[Values], Values], constants: tuple[str, 
 
 CHEAP = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 """Options of XLA for CPUs with which a graph that runs once is compiled in half the time."""
+SEEN = ((0, 10),)
+"""Versions of JAX whose XLA is known to have these options."""
+ACCELERATED = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
+"""Packages that read the same environment."""
 LARGEST_CACHE = 1 << 28
-"""Bytes of programs that are kept on disk."""
+"""Bytes of programs that a process finds on disk at most; the oldest go."""
+UNREADABLE = "Error reading persistent compilation cache entry"
+"""So JAX begins to warn of a program that isn't whole, since a process was killed while it wrote it."""
 
 
 @contextlib.contextmanager
@@ -61,6 +69,21 @@ def compiled_cheaply() -> Generator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
+def compile_all_cheaply() -> None:
+    """Sets `CHEAP` for programs that take no compile options, those of code that runs operation by operation.
+
+    They are set in XLA's environment, which it reads when it is first used. What the user has set there stays. An XLA
+    that doesn't know an option ends the process, and so does libtpu: so it is done where neither can be.
+    """
+    known = jax.__version_info__[:2] in SEEN
+    only_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(importlib.util.find_spec, ACCELERATED))
+    if not known or not only_cpu:
+        return
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    missing = {name: value for name, value in CHEAP.items() if not any(flag.startswith(f"--{name}") for flag in flags)}
+    os.environ["XLA_FLAGS"] = " ".join([*flags, *(f"--{name}={value}".lower() for name, value in missing.items())])
+
+
 def keep_programs() -> None:
     """Keeps compiled programs on disk for the next run, unless the user has chosen a place or none already.
 
@@ -71,10 +94,31 @@ def keep_programs() -> None:
     with contextlib.suppress(OSError, RuntimeError):  # nothing is kept where there is no home
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhc-conformance" / "jax"
         cache.mkdir(parents=True, exist_ok=True)
+        _remove_oldest(cache)
         jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_compilation_cache_max_size", LARGEST_CACHE)
+        # With a limit of its own JAX reads the age and the size of every program whenever it writes one: of 3,700
+        # programs that took six times as long as making them.
+        jax.config.update("jax_compilation_cache_max_size", -1)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        warnings.filterwarnings("ignore", UNREADABLE)
+
+
+def _remove_oldest(cache: Path) -> None:
+    """Where programs take more than `LARGEST_CACHE`, removes the oldest until half of that is left."""
+    programs: list[tuple[float, int, str]] = []
+    for entry in os.scandir(cache):
+        with contextlib.suppress(OSError):  # another process removes them too
+            programs.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+    left = sum(size for _, size, _ in programs)
+    if left <= LARGEST_CACHE:
+        return
+    for _, size, path in sorted(programs):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        left -= size
+        if left <= LARGEST_CACHE // 2:
+            return
 
 
 class StageCalls:

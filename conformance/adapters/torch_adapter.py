@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -48,9 +49,10 @@ class TorchImplementation:
         torch.set_num_threads(1)
         if backend is not None:  # Dynamo takes seconds to import, and eager code has no use for it
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
+            torch._dynamo.config.run_gc_after_compile = False  # the suite looks for garbage itself
         self.name = name
         self.backend = backend
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._compiled: tuple[str, Callable[..., Any]] = ("", dict)
         self.capabilities = Capabilities(
             stages=frozenset(STAGES),
             dialects=frozenset(torch_impl.config.dialects()),
@@ -62,12 +64,17 @@ class TorchImplementation:
         )
 
     def _run(self, key: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, compiled once per key; Dynamo itself tells shapes and dtypes apart."""
+        """``function``, compiled once per key; Dynamo itself tells shapes and dtypes apart.
+
+        Dynamo keeps its graphs with the code that they come from, and tries one after the other. So each key has a code
+        of its own, and that of another key is let go: items of one graph come together.
+        """
         if self.backend is None:
             return function
-        if key not in self._compiled:
-            self._compiled[key] = torch.compile(function, fullgraph=True, dynamic=False, backend=self.backend)
-        return self._compiled[key]
+        if self._compiled[0] != key:
+            own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
+            self._compiled = key, torch.compile(own, fullgraph=True, dynamic=False, backend=self.backend)
+        return self._compiled[1]
 
     def _stage(self, name: str, function: Callable[..., Any], inputs: Any, config: Any, cotangents: Any) -> Result:
         c = configuration(config)

@@ -136,10 +136,16 @@ def scheduled(items: Sequence[Item], claimed: Capabilities) -> Schedule:
 
 
 def _first_calls(items: Sequence[Item], claimed: Capabilities) -> Iterable[tuple[Call, Item]]:
-    """Further calls without gradients, in the layouts that a stage, dtype and kind of weights hasn't met."""
-    called: set[tuple[str, str]] = set()
+    """Further calls without gradients, in the layouts that a stage, dtype and kind of weights hasn't met.
+
+    Of a compiled implementation each is another graph: it has one for each kind and for each stage of a dialect, and
+    one call is both where it can be.
+    """
+    called: set[tuple[str, ...]] = set()
     for group in _groups(items, _kind):
-        called.add((group[0].stage, group[0].case.dialect))
+        if claimed.compiled:
+            group = sorted(group, key=lambda item: _row(item) in called)
+        called.add(_row(group[0]))
         rounds: Iterable[int] = [own_round(group[0])]
         if not claimed.copies and not claimed.compiled:
             rounds = sorted(set(range(ROUNDS)) - {own_round(item) for item in group})
@@ -147,8 +153,7 @@ def _first_calls(items: Sequence[Item], claimed: Capabilities) -> Iterable[tuple
             item = group[number % len(group)]
             yield Call(forward=claimed.gradients, round=round, values=True, memory=True), item
     if claimed.compiled:
-        others = [item for item in items if (item.stage, item.case.dialect) not in called]
-        for group in _groups(others, lambda item: (item.stage, item.case.dialect)):
+        for group in _groups([item for item in items if _row(item) not in called], _row):
             yield Call(forward=claimed.gradients, values=True, memory=True), min(group, key=_number)
 
 
@@ -174,6 +179,10 @@ def key_of(item: Item) -> Key:
 
 def _dtype(item: Item) -> tuple[str, ...]:
     return item.stage, item.variant.x
+
+
+def _row(item: Item) -> tuple[str, ...]:
+    return item.stage, item.case.dialect
 
 
 def _kind(item: Item) -> tuple[str, ...]:
@@ -214,12 +223,16 @@ def own_round(item: Item) -> int:
 
 
 def _sibling(item: Item, claimed: Capabilities) -> str:
-    """The variant of the same stage and case in another dtype that comes before; empty where none is claimed."""
+    """The variant of the same stage and case in another dtype that comes before; empty where none is claimed.
+
+    One that every run has, also a quick one, where there is any: its graph is then made once.
+    """
     others = [
-        variant.name
+        variant
         for variant in item.case.variants
         if item.stage in variant.stages
         and variant.x != item.variant.x
         and not refusal(Item(item.case, item.stage, variant), claimed)
     ]
-    return others[_number(item) % len(others)] if others else ""
+    names = [variant.name for variant in others if not variant.secondary] or [variant.name for variant in others]
+    return names[_number(item) % len(names)] if names else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -13,12 +12,13 @@ import numpy as np
 
 from conformance.implementations.calling import called
 from conformance.interface import Arrays, Implementation, describe
+from conformance.judge import garbage
 from conformance.judge.frames import frames
 from conformance.judge.item import Outcome, raised
 from conformance.judge.modes import FORWARD, LAYOUT
 from conformance.judge.modes_layouts import ROUNDS, lay, layouts_of
 from conformance.judge.rule import GOOD, Check
-from conformance.questions.sizes.item import SizeItem
+from conformance.questions.sizes.item import SMALL, SizeItem
 
 Judge = Callable[[Mapping[str, Any], bool], list[Check]]
 """The checks of what was returned, gradients as ``d/<name>``; and whether gradients were asked for."""
@@ -97,5 +97,5 @@ class Calls:
         del outputs, gradients
         checks = self.judge(returned, cotangents is not None)
         del returned
-        gc.collect()
+        garbage.collect(everything=self.item.size.elements > SMALL)
         return "", checks

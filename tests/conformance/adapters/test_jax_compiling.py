@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -36,6 +39,77 @@ def test_programs_are_kept_in_the_users_cache(updates, tmp_path, monkeypatch):
     folder = tmp_path / "mhc-conformance" / "jax"
     assert updates[FOLDER] == str(folder) and folder.is_dir()
     assert updates["jax_persistent_cache_min_compile_time_secs"] == 0.0  # all of them are small
+
+
+def test_the_oldest_programs_go_where_they_take_too_much(updates, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(gradients, "LARGEST_CACHE", 100)
+    folder = tmp_path / "mhc-conformance" / "jax"
+    folder.mkdir(parents=True)
+    for age in range(5):
+        (folder / f"{age}-cache").write_bytes(bytes(20))
+        os.utime(folder / f"{age}-cache", (1000 - age, 1000 - age))
+    gradients.keep_programs()
+    assert len(list(folder.iterdir())) == 5  # as much as there may be
+    (folder / "new-cache").write_bytes(bytes(1))
+    gradients.keep_programs()
+    assert {path.name for path in folder.iterdir()} == {"new-cache", "0-cache", "1-cache"}
+
+
+SINE = """
+import os
+import conformance.adapters.jax_gradients as gradients
+gradients.compile_all_cheaply()
+import jax.numpy as jnp
+print(float(jnp.sin(0.0)), os.environ.get("XLA_FLAGS", ""))
+"""
+
+
+def sine(**environment: str) -> str:
+    given = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    run = [sys.executable, "-c", SINE]
+    return subprocess.run(run, env={**given, **environment}, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.skipif(jax.__version_info__[:2] not in gradients.SEEN, reason="this XLA may not know the options")
+def test_options_of_programs_without_any_are_set_on_a_cpu_and_the_users_own_stay():
+    every = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    assert sine(JAX_PLATFORMS="cpu") == f"0.0 {every}"
+    mine = "--xla_cpu_parallel_codegen_split_count=2"
+    assert sine(JAX_PLATFORMS="cpu", XLA_FLAGS=mine) == f"0.0 {mine} --xla_cpu_use_fusion_emitters=false"
+
+
+def test_no_option_is_set_where_an_accelerator_may_read_it(monkeypatch, tmp_path):
+    (tmp_path / "libtpu").mkdir()
+    (tmp_path / "libtpu" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    gradients.compile_all_cheaply()
+    assert "XLA_FLAGS" not in os.environ
+
+
+OPERATIONS = """
+import sys, warnings
+import conformance.adapters.jax_gradients as gradients
+gradients.keep_programs()
+import jax.numpy as jnp
+with warnings.catch_warnings(record=True) as seen:
+    print(float(jnp.tanh(jnp.arange(7.0)).sum()), len(seen))
+"""
+
+
+def test_a_program_that_isnt_whole_is_made_again_and_nobody_is_warned(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    run = lambda: subprocess.run(  # noqa: E731
+        [sys.executable, "-c", OPERATIONS], env=environment, capture_output=True, text=True, check=True
+    )
+    first = run()
+    programs = [path for path in (tmp_path / "mhc-conformance" / "jax").iterdir() if path.name.endswith("-cache")]
+    assert programs
+    for path in programs:
+        path.write_bytes(path.read_bytes()[:50])
+    assert (run().stdout, run().stderr) == (first.stdout, "")
 
 
 def test_a_place_that_the_user_has_chosen_stays(tmp_path, monkeypatch):

@@ -34,9 +34,8 @@ class Connection:
 def work(monkeypatch):
     """Runs the worker's function in this process, on an implementation that is called "mine"."""
     seen = SimpleNamespace(loaded=[], read=[], run=[], told=[], garbage=[])
-    names = ("disable", "freeze", "collect")
-    garbage = SimpleNamespace(**{k: lambda k=k: seen.garbage.append((k, len(seen.run))) for k in names})
-    monkeypatch.setattr(worker, "gc", garbage)
+    for name in ("begin", "collect"):
+        monkeypatch.setattr(worker.garbage, name, lambda k=name: seen.garbage.append((k, len(seen.run))))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def load(reference, limit):
@@ -82,13 +81,13 @@ def test_a_worker_runs_what_it_is_handed_until_it_is_handed_none(work):
     item = ("mine", "c", "reduce", "float32-float32", True, plan)
     assert seen.run == [item, item, ("mine", "made", "head", "float32-float32", True, plan)]
     assert seen.told == [("outcome", "c.safetensors")] * 2 + [("outcome", "other.safetensors")]
-    assert seen.garbage == [("disable", 0), ("freeze", 0)]
+    assert seen.garbage == [("begin", 0)]
     assert worker.os.environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_garbage_is_collected_after_every_32_items(work):
     _, seen = work(("ref", 3.0, True, None), *[KEYS["c"]] * 65, None)
-    assert seen.garbage[2:] == [("collect", 32), ("collect", 64)]
+    assert seen.garbage == [("begin", 0), ("collect", 32), ("collect", 64)]
 
 
 def test_a_number_of_threads_that_is_given_stays(work, monkeypatch):
