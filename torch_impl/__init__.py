@@ -20,11 +20,12 @@ try:
         pre,
         pre_mix,
         reduce,
+        residual_matrix,
         rms_norm,
     )
     from torch_impl.models import load_model, save_model
     from torch_impl.modules import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections
-    from torch_impl.residual import permutations, residual_matrix, sinkhorn
+    from torch_impl.residual import permutations, sinkhorn
     from torch_impl.weights import from_flat, load_weights, save_weights
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] not in ("torch",):

@@ -20,26 +20,35 @@ not ``float32``. PyTorch's default is off; nothing here changes the setting.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from torch_impl.config import MHCConfig
+from torch_impl.lean import chosen
+from torch_impl.lean.balancing import Balancing
+from torch_impl.lean.mixing import Mixing
+from torch_impl.lean.site import Reading, Site
 from torch_impl.projections import (
     SHARDED,
     Shards,
     Weights,
     check_weights,
-    coefficients,
+    coefficient_dtype,
+    gates_and_matrix,
     head_shapes,
+    layer_names,
     local_dim,
     logits,
+    packed,
     rms_norm,
     weight_shapes,
 )
 from torch_impl.residual import check_shape, wide_dtype
+from torch_impl.residual import residual_matrix as plain_matrix
+from torch_impl.streams import mixed, weighted
 
 __all__ = [
     "SHARDED",
@@ -56,6 +65,7 @@ __all__ = [
     "pre",
     "pre_mix",
     "reduce",
+    "residual_matrix",
     "rms_norm",
     "weight_shapes",
 ]
@@ -69,6 +79,7 @@ class Context(NamedTuple):
     H: Tensor
     config: MHCConfig
     shards: Shards | None = None
+    backend: str = "auto"
 
 
 def expand(x: Float[Tensor, "... dim"], streams: int) -> Float[Tensor, "... streams dim"]:
@@ -162,9 +173,7 @@ def pre_mix(x: Float[Tensor, "... streams dim"], pre: Float[Tensor, "... streams
         x: ``[..., streams, dim]``.
         pre: ``[..., streams]``.
     """
-    wide = wide_dtype(x.dtype)
-    weighted = pre.to(wide).unsqueeze(-1) * x.to(wide)  # [..., n, 1] * [..., n, dim]
-    return weighted.sum(-2).to(x.dtype)  # [..., dim]
+    return weighted(x, pre)
 
 
 def post_mix(
@@ -175,6 +184,7 @@ def post_mix(
     config: MHCConfig,
     *,
     shards: Shards | None = None,
+    backend: str = "auto",
 ) -> Float[Tensor, "... streams dim"]:
     """Computes ``out_j = post_j y + sum_i H[i, j] x_i`` (``H[j, i]`` for "out-in"), in x's dtype.
 
@@ -184,27 +194,125 @@ def post_mix(
         post: ``[..., streams]``.
         H: ``[..., streams, streams]``.
         shards: the shards of dim; post and H are taken as `pre` shares them, rounded already.
+        backend: as for `pre`.
 
     Raises:
-        ValueError: x or y of another shape than the configuration's.
+        ValueError: x or y of another shape than the configuration's, or a backend that can't be had.
     """
     dim = local_dim(config, shards)
     check_shape("x", x, (config.streams, dim))
     check_shape("y", y, (dim,))
-    wide = wide_dtype(x.dtype)
     rounded = config.mixing == "activation"
     if rounded and shards is None:
         post, H = post.to(x.dtype), H.to(x.dtype)
-    own = post.to(wide).unsqueeze(-1) * y.to(wide).unsqueeze(-2)  # [..., n, 1] * [..., 1, dim]
-    if config.mix == "identity":
-        mixed = x.to(wide)
-    else:
-        pattern = "...ij,...ic->...jc" if config.mix == "in-out" else "...ji,...ic->...jc"
-        with torch.autocast(x.device.type, enabled=False):
-            mixed = torch.einsum(pattern, H.to(wide), x.to(wide))  # [..., n, dim]
-    if rounded:
-        own, mixed = own.to(x.dtype), mixed.to(x.dtype)
-    return (own + mixed).to(x.dtype)
+    matrix = None if config.mix == "identity" else H
+    others = (y, post) if matrix is None else (y, post, matrix)
+    if not chosen(backend, x, others, "shards of dim" if shards else ""):
+        return mixed(y, x, post, matrix, str(config.mix), rounded)
+    lead = x.shape[:-2]
+    y, post = y.expand(*lead, -1), post.expand(*lead, -1)
+    matrix = None if matrix is None else matrix.expand(*lead, -1, -1)
+    return cast(Tensor, Mixing.apply(y, x, post, matrix, config.mix, rounded))
+
+
+def coefficients(
+    x: Float[Tensor, "... streams dim"],
+    weights: Weights,
+    config: MHCConfig,
+    *,
+    shards: Shards | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "... streams"], Float[Tensor, "... streams"], Float[Tensor, "... streams streams"]]:
+    """Computes pre, post and H of every token (docs/mathematics.md, "Forward").
+
+    Args:
+        x: ``[..., streams, dim]``.
+        weights: in the shapes of `weight_shapes`.
+        shards: the shards of dim. They add ``m + 1`` numbers a token once, for m columns of all projections
+            together; twice (1, then m) where the coefficients are kept in an x.dtype narrower than float32, since the
+            normed x is rounded there before it is projected. The results are whole on every shard, and so must their
+            cotangents be: a result that is used on a part of dim goes through `Shards.share` first.
+        backend: as for `pre`.
+
+    Returns:
+        pre ``[..., streams]``, post ``[..., streams]`` and H ``[..., streams, streams]``, in the dtype of the
+        coefficients (docs/mathematics.md, "Precision").
+
+    Raises:
+        ValueError: x or a weight of another shape than the configuration's, or a backend that can't be had.
+    """
+    _, pre, post, H, _ = _site(x, weights, config, None, "none", shards, backend)
+    return pre, post, H
+
+
+def residual_matrix(
+    logits: Float[Tensor, ...], config: MHCConfig, *, backend: str = "auto"
+) -> Float[Tensor, "... n n"]:
+    """Computes H from its logits (docs/mathematics.md, "The residual matrix").
+
+    Args:
+        logits: ``[..., n, n]`` for Sinkhorn, ``[..., n!]`` for permutations.
+        backend: as for `pre`.
+
+    Returns:
+        H ``[..., n, n]`` in the dtype of the logits.
+
+    Raises:
+        ValueError: the logits have another shape, the dialect's H is the identity and has no logits, or a backend can't
+            be had.
+    """
+    narrow = config.matrix == "activation" and logits.dtype != wide_dtype(logits.dtype)
+    reason = "passes in a narrow dtype" if narrow else "" if config.residual == "sinkhorn" else "this residual matrix"
+    if not chosen(backend, logits, (), reason):
+        return plain_matrix(logits, config)
+    check_shape("logits", logits, (config.streams, config.streams))
+    return cast(Tensor, Balancing.apply(logits, config))
+
+
+def _site(
+    x: Tensor,
+    weights: Weights,
+    config: MHCConfig,
+    carried: Tensor | None,
+    gates: str,
+    shards: Shards | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """u, pre, post, H, and x as further calls are to have it; no u where ``gates`` is ``"none"``."""
+    dim = local_dim(config, shards)
+    check_shape("x", x, (config.streams, dim))
+    check_weights(weights, weight_shapes(config), dim)
+    held = {name: weights[name] for name in weight_shapes(config)}
+    reading = Reading(config, gates)
+    if chosen(backend, x, held.values(), _hindrance(x, config, shards)):
+        return _read(x, held, layer_names(config), held.get("mhc_norm.scale"), reading, carried)
+    with torch.autocast(x.device.type, enabled=False):
+        side = packed(x, held, layer_names(config), held.get("mhc_norm.scale"), config)
+        own, post, H = gates_and_matrix(logits(x, side, config, shards), config, coefficient_dtype(x, config))
+    return (x[..., 0, :] if gates == "none" else x, own, post, H, x)
+
+
+def _hindrance(x: Tensor, config: MHCConfig, shards: Shards | None) -> str:
+    """Why the lean path doesn't serve this site; empty where it does."""
+    if shards:
+        return "shards of dim"
+    narrow = coefficient_dtype(x, config) != wide_dtype(x.dtype)
+    return "coefficients that are rounded to x's dtype" if narrow else ""
+
+
+def _read(
+    x: Tensor,
+    weights: Weights,
+    names: list[tuple[str, str, str]],
+    norm: Tensor | None,
+    reading: Reading,
+    carried: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """What `Site` returns, but for the sums."""
+    with torch.autocast(x.device.type, enabled=False):
+        side = packed(x, weights, names, norm, reading.config)
+        phi = side.phi if side.norm is None else side.phi * side.norm.unsqueeze(-1)  # [n, dim, m] * [n, dim, 1]
+        return cast("tuple[Tensor, ...]", Site.apply(x, phi, side.scale, side.shift, carried, reading))[:5]
 
 
 def pre(
@@ -214,6 +322,7 @@ def pre(
     carried: Float[Tensor, "... streams"] | None = None,
     *,
     shards: Shards | None = None,
+    backend: str = "auto",
 ) -> tuple[Float[Tensor, "... dim"], Context, Float[Tensor, "... streams"] | None]:
     """Computes the first half of the layer: the sub-layer's input, and the coefficients for `post`
     (docs/mathematics.md, "Forward").
@@ -224,21 +333,27 @@ def pre(
         carried: ``[..., streams]``, for ``pre_from="previous"`` the pre of the site before (`one_hot` for the first),
             else None.
         shards: the shards of dim; they add as in `coefficients`, and the cotangents of the gates and H once.
+        backend: ``"auto"``, ``"plain"`` or ``"lean"``. The lean path (`torch_impl.lean`) reads x a block at a time and
+            computes what is small again on the way back. ``"auto"`` takes it in eager calls, wherever it can be taken;
+            ``"plain"`` runs operators that PyTorch differentiates itself; ``"lean"`` raises where it can't be taken.
 
     Returns:
         u ``[..., dim]``, the context for `post`, and this site's own pre ``[..., streams]`` for the next site; None for
         ``pre_from="own"``, which hands none on.
 
     Raises:
-        ValueError: x, a weight or ``carried`` isn't what the configuration needs.
+        ValueError: x, a weight or ``carried`` isn't what the configuration needs, or a backend that can't be had.
     """
-    own, post_gates, H = coefficients(x, weights, config, shards=shards)
-    if config.pre_from == "previous":
-        gates, handed = _check_carried(x, carried), own
-    elif carried is not None:
+    check_shape("x", x, (config.streams, local_dim(config, shards)))
+    previous = config.pre_from == "previous"
+    if carried is not None and not previous:
         raise ValueError("carried goes with pre_from='previous' alone: this configuration reads with its own pre")
-    else:
-        gates, handed = own, None
+    read = _check_carried(x, carried) if previous else None
+    if chosen(backend, x, weights.values(), _hindrance(x, config, shards)):
+        u, own, post_gates, H, x = _site(x, weights, config, read, "carried" if previous else "own", None, backend)
+        return u, Context(x, post_gates, H, config, None, backend), own if previous else None
+    own, post_gates, H = coefficients(x, weights, config, shards=shards, backend="plain")
+    gates = own if read is None else read
     if shards:
         n, wide = config.streams, wide_dtype(x.dtype)
         if config.mixing == "activation":
@@ -248,7 +363,7 @@ def pre(
         shared = shards.share(torch.cat([part.to(wide) for part in mixing], -1))  # [..., n + n + n*n]
         gates, post_gates, *rest = shared.split([part.shape[-1] for part in mixing], -1)
         H = rest[0].unflatten(-1, (n, n)) if rest else H  # [..., n, n]
-    return pre_mix(x, gates), Context(x, post_gates, H, config, shards), handed
+    return pre_mix(x, gates), Context(x, post_gates, H, config, shards, backend), own if previous else None
 
 
 def post(y: Float[Tensor, "... dim"], context: Context) -> Float[Tensor, "... streams dim"]:
@@ -261,11 +376,17 @@ def post(y: Float[Tensor, "... dim"], context: Context) -> Float[Tensor, "... st
     Raises:
         ValueError: y of another width than the configuration's.
     """
-    return post_mix(y, context.x, context.post, context.H, context.config, shards=context.shards)
+    mixing = (context.x, context.post, context.H, context.config)
+    return post_mix(y, *mixing, shards=context.shards, backend=context.backend)
 
 
 def head(
-    x: Float[Tensor, "... streams dim"], weights: Weights, config: MHCConfig, *, shards: Shards | None = None
+    x: Float[Tensor, "... streams dim"],
+    weights: Weights,
+    config: MHCConfig,
+    *,
+    shards: Shards | None = None,
+    backend: str = "auto",
 ) -> Float[Tensor, "... dim"]:
     """Reduces the streams by learned gates: ``sum_i g_i x_i``, g from one projection of the normed streams
     (docs/mathematics.md, "Forward").
@@ -276,17 +397,20 @@ def head(
         x: ``[..., streams, dim]``.
         weights: in the shapes of `head_shapes`.
         shards: the shards of dim; they add as in `coefficients`, and the cotangents of g once.
+        backend: as for `pre`.
 
     Raises:
-        ValueError: x or a weight of another shape than the configuration's.
+        ValueError: x or a weight of another shape than the configuration's, or a backend that can't be had.
     """
     dim = local_dim(config, shards)
     check_shape("x", x, (config.streams, dim))
     check_weights(weights, head_shapes(config), dim)
-    names = [("head_fn", "head_scale", "head_base")]
+    held, names = {name: weights[name] for name in head_shapes(config)}, [("head_fn", "head_scale", "head_base")]
+    own = _of_head(config)
+    if chosen(backend, x, held.values(), _hindrance(x, own, shards)):
+        return _read(x, held, names, None, Reading(own, head=True))[0]
     with torch.autocast(x.device.type, enabled=False):
-        (z,) = logits(x, weights, names, None, _of_head(config), shards)  # [..., n]
-        gates = torch.sigmoid(z) + config.pre_eps
+        gates = torch.sigmoid(logits(x, packed(x, held, names, None, own), own, shards)) + config.pre_eps  # [..., n]
     return pre_mix(x, shards.share(gates) if shards else gates)
 
 

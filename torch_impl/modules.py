@@ -46,9 +46,10 @@ class Site(nn.Module):
         shapes: dict[str, tuple[int, ...]],
         device: torch.device | str | None,
         dtype: torch.dtype,
+        backend: str,
     ):
         super().__init__()
-        self.config = config
+        self.config, self.backend = config, backend
         self._shapes = shapes
         for name, shape in shapes.items():
             self.register_parameter(_attribute(name), nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
@@ -131,30 +132,37 @@ class ManifoldConstrainedHyperConnections(Site):
         config: the layer's parameters.
         device: where the parameters are made; ``"meta"`` makes none until ``to_empty`` and `reset_parameters`.
         dtype: of the parameters; the coefficients are computed in float32 or wider whatever it is.
+        backend: of its calls (`functional.pre`).
     """
 
     def __init__(
-        self, config: MHCConfig, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+        self,
+        config: MHCConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
     ):
-        super().__init__(config, functional.weight_shapes(config), device, dtype)
+        super().__init__(config, functional.weight_shapes(config), device, dtype, backend)
 
     def pre(
         self, x: Float[Tensor, "... streams dim"], carried: Float[Tensor, "... streams"] | None = None
     ) -> tuple[Float[Tensor, "... dim"], functional.Context, Float[Tensor, "... streams"] | None]:
         """Returns u for the sub-layer, the context for `post`, and the pre for the next site (`functional.pre`)."""
-        return self._with_context(x, self._pre(x, carried))
+        if self.sharding is None:
+            return functional.pre(x, self.weights(), self.config, carried, backend=self.backend)
+        return self._with_context(self.sharding, x, self._pre(x, carried))
 
     def _pre(self, x: Tensor, carried: Tensor | None) -> Mixing:
         """The part that needs the parameters, and that FSDP gathers them for."""
-        if self.sharding is not None:
-            return self.sharding.pre(x, self.weights(), self.config, carried)
-        u, context, handed = functional.pre(x, self.weights(), self.config, carried)
-        return u, context.post, context.H, handed
+        assert self.sharding is not None
+        return self.sharding.pre(x, self.weights(), self.config, carried)
 
-    def _with_context(self, x: Tensor, mixing: Mixing) -> tuple[Tensor, functional.Context, Tensor | None]:
+    def _with_context(
+        self, sharding: Sharding, x: Tensor, mixing: Mixing
+    ) -> tuple[Tensor, functional.Context, Tensor | None]:
         u, post, H, handed = mixing
-        shards = self.sharding.shards if self.sharding else None
-        return u, functional.Context(x, post, H, self.config, shards), handed
+        return u, functional.Context(x, post, H, self.config, sharding.shards, self.backend), handed
 
     def one_hot(self, x: Float[Tensor, "... streams dim"]) -> Float[Tensor, "... streams"]:
         """Returns the gates that the first site of a single-pass stack reads with (`functional.one_hot`)."""
@@ -211,8 +219,11 @@ class ManifoldConstrainedHyperConnections(Site):
         if x.ndim != 4:
             raise ValueError(f"x must be [batch, seq, streams, dim], got {list(x.shape)}")
         mhc_type = HyperConnectionType(mhc_type)
-        # Not self._pre: here FSDP has gathered the parameters already.
-        u, context, handed = self._with_context(x, ManifoldConstrainedHyperConnections._pre(self, x, carried))
+        if self.sharding is None:
+            u, context, handed = self.pre(x, carried)
+        else:  # not self._pre: here FSDP has gathered the parameters already
+            mixing = ManifoldConstrainedHyperConnections._pre(self, x, carried)
+            u, context, handed = self._with_context(self.sharding, x, mixing)
         inputs = norm_fn(u)
         metadata: dict[str, Any] = {} if handed is None else {"carried": handed}
         if mhc_type is HyperConnectionType.ATTENTION:
@@ -228,11 +239,16 @@ class HyperHead(Site):
     """The learned reduction of the streams to one (docs/mathematics.md, "Forward")."""
 
     def __init__(
-        self, config: MHCConfig, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+        self,
+        config: MHCConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
     ):
-        super().__init__(config, functional.head_shapes(config), device, dtype)
+        super().__init__(config, functional.head_shapes(config), device, dtype, backend)
 
     def forward(self, x: Float[Tensor, "... streams dim"]) -> Float[Tensor, "... dim"]:
         if self.sharding is not None:
             return self.sharding.head(x, self.weights(), self.config)
-        return functional.head(x, self.weights(), self.config)
+        return functional.head(x, self.weights(), self.config, backend=self.backend)

@@ -11,14 +11,14 @@ Shapes at line ends are those of `functional`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from torch_impl.config import MHCConfig
-from torch_impl.residual import check_shape, residual_matrix, wide_dtype
+from torch_impl.residual import residual_matrix, wide_dtype
 
 Weights = Mapping[str, Tensor]
 SHARDED = ("mhc_norm.scale", "pre_alpha", "post_alpha", "res_alpha", "head_fn")  # [streams, dim, ...]: split with dim
@@ -46,7 +46,7 @@ class Shards(Protocol):
         ...
 
 
-def _coefficient_dtype(x: Tensor, config: MHCConfig) -> torch.dtype:
+def coefficient_dtype(x: Tensor, config: MHCConfig) -> torch.dtype:
     return x.dtype if config.coefficients == "activation" else wide_dtype(x.dtype)
 
 
@@ -108,14 +108,14 @@ def rms_norm(
 
 def _normed(x: Tensor, mean: Tensor, scale: Tensor | None, config: MHCConfig) -> Tensor:
     """x over the root of its mean square, times ``scale``, in the dtype of the coefficients."""
-    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
-    normed = _over_rms(x.to(wide), mean, config)
+    dtype, wide = coefficient_dtype(x, config), wide_dtype(x.dtype)
+    normed = over_rms(x.to(wide), mean, config)
     if scale is not None:
         normed = normed * scale.to(dtype).to(wide)
     return normed.to(dtype)
 
 
-def _over_rms(value: Tensor, mean: Tensor, config: MHCConfig) -> Tensor:
+def over_rms(value: Tensor, mean: Tensor, config: MHCConfig) -> Tensor:
     """``value`` over the root of the mean square, with eps where the configuration has it."""
     if config.norm_eps_position == "mean":
         return value / (mean + config.norm_eps).sqrt()
@@ -124,22 +124,29 @@ def _over_rms(value: Tensor, mean: Tensor, config: MHCConfig) -> Tensor:
     return value / (root + config.norm_eps)
 
 
-def _contract(phi: Tensor, x: Tensor) -> Tensor:
+def contract(phi: Tensor, x: Tensor) -> Tensor:
     """``[..., m]``: (streams, dim) contracted at once, accumulated in float32 or wider."""
     wide = wide_dtype(x.dtype)
-    return torch.einsum("...nc,ncm->...m", x.to(wide), phi.to(wide))
+    return x.to(wide).flatten(-2) @ phi.to(wide).flatten(0, 1)  # as an einsum it copies x transposed
 
 
-def logits(
-    x: Tensor,
-    weights: Weights,
-    names: Sequence[tuple[str, str, str]],
-    norm: Tensor | None,
-    config: MHCConfig,
-    shards: Shards | None,
-) -> tuple[Tensor, ...]:
-    """``scale * (normed x @ phi) + shift`` of every ``(phi, scale, shift)``, ``[..., m]``, wide."""
-    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
+class Packed(NamedTuple):
+    """The weights of several projections side by side: phi ``[n, dim, m]``, norm ``[n, dim]`` or None, scale and shift
+    ``[m]``; wide, rounded first where the coefficients are.
+    """
+
+    phi: Tensor
+    norm: Tensor | None
+    scale: Tensor
+    shift: Tensor
+    widths: list[int]
+
+
+def packed(
+    x: Tensor, weights: Weights, names: Sequence[tuple[str, str, str]], norm: Tensor | None, config: MHCConfig
+) -> Packed:
+    """The weights of every ``(phi, scale, shift)``."""
+    dtype, wide = coefficient_dtype(x, config), wide_dtype(x.dtype)
 
     def rounded(value: Tensor) -> Tensor:
         """Held wide from here on, so that gradients are added up before they are rounded."""
@@ -147,11 +154,18 @@ def logits(
 
     phis, scales, shifts = ([rounded(weights[name]) for name in part] for part in zip(*names, strict=True))
     widths = [phi.shape[-1] for phi in phis]
-    scale = torch.cat([value.expand(width) for value, width in zip(scales, widths, strict=True)])  # [m]
-    phi = torch.cat(phis, -1)  # [n, dim, m]
-    shift = torch.cat([value.reshape(-1) for value in shifts])  # [m]
-    h = _projected(x, phi, None if norm is None else rounded(norm), config, shards)  # [..., m]
-    return (scale * h + shift).split(widths, -1)
+    return Packed(
+        torch.cat(phis, -1),  # [n, dim, m]
+        None if norm is None else rounded(norm),
+        torch.cat([value.expand(width) for value, width in zip(scales, widths, strict=True)]),  # [m]
+        torch.cat([value.reshape(-1) for value in shifts]),  # [m]
+        widths,
+    )
+
+
+def logits(x: Tensor, weights: Packed, config: MHCConfig, shards: Shards | None) -> Tensor:
+    """``scale * (normed x @ phi) + shift``, ``[..., m]``, wide."""
+    return weights.scale * _projected(x, weights.phi, weights.norm, config, shards) + weights.shift
 
 
 def _projected(x: Tensor, phi: Tensor, norm: Tensor | None, config: MHCConfig, shards: Shards | None) -> Tensor:
@@ -161,53 +175,33 @@ def _projected(x: Tensor, phi: Tensor, norm: Tensor | None, config: MHCConfig, s
     token. Where the norm's output is rounded to a narrow dtype (``coefficients="activation"``) the division has to
     come first, and the norm's sum and the projections are added up one after the other.
     """
-    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
+    dtype, wide = coefficient_dtype(x, config), wide_dtype(x.dtype)
     squares = x.to(wide).square().sum((-2, -1))  # [..., n, dim] -> [...]
     count = config.streams * config.dim
     if dtype == wide:
         phi = phi if norm is None else phi * norm.unsqueeze(-1)  # [n, dim, m] * [n, dim, 1]
-        sums = torch.cat([_contract(phi, x), squares.unsqueeze(-1)], -1)  # [..., m + 1]
+        sums = torch.cat([contract(phi, x), squares.unsqueeze(-1)], -1)  # [..., m + 1]
         sums = shards.add(sums) if shards else sums
-        return _over_rms(sums[..., :-1], sums[..., -1:] / count, config)
+        return over_rms(sums[..., :-1], sums[..., -1:] / count, config)
     mean = (shards.add(squares) if shards else squares)[..., None, None] / count  # [..., 1, 1]
-    h = _contract(phi, _normed(x, shards.share(mean) if shards else mean, norm, config))  # [..., m]
+    h = contract(phi, _normed(x, shards.share(mean) if shards else mean, norm, config))  # [..., m]
     return (shards.add(h) if shards else h).to(dtype).to(wide)
 
 
-def coefficients(
-    x: Float[Tensor, "... streams dim"], weights: Weights, config: MHCConfig, *, shards: Shards | None = None
-) -> tuple[Float[Tensor, "... streams"], Float[Tensor, "... streams"], Float[Tensor, "... streams streams"]]:
-    """Computes pre, post and H of every token (docs/mathematics.md, "Forward").
+def layer_names(config: MHCConfig) -> list[tuple[str, str, str]]:
+    """The names of (phi, scale, shift) of every projection of a layer."""
+    kinds = ("pre", "post", "res") if config.residual_columns else ("pre", "post")
+    return [(f"{kind}_alpha", f"{kind}_alpha_scale", f"{kind}_beta") for kind in kinds]
 
-    Args:
-        x: ``[..., streams, dim]``.
-        weights: in the shapes of `weight_shapes`.
-        shards: the shards of dim. They add ``m + 1`` numbers a token once, for m columns of all projections
-            together; twice (1, then m) where the coefficients are kept in an x.dtype narrower than float32, since the
-            normed x is rounded there before it is projected. The results are whole on every shard, and so must their
-            cotangents be: a result that is used on a part of dim goes through `Shards.share` first.
 
-    Returns:
-        pre ``[..., streams]``, post ``[..., streams]`` and H ``[..., streams, streams]``, in the dtype of the
-        coefficients (docs/mathematics.md, "Precision").
-
-    Raises:
-        ValueError: x or a weight of another shape than the configuration's.
-    """
-    n, dim = config.streams, local_dim(config, shards)
-    check_shape("x", x, (n, dim))
-    check_weights(weights, weight_shapes(config), dim)
-    dtype = _coefficient_dtype(x, config)
-    with torch.autocast(x.device.type, enabled=False):
-        kinds = ("pre", "post", "res") if config.residual_columns else ("pre", "post")
-        names = [(f"{kind}_alpha", f"{kind}_alpha_scale", f"{kind}_beta") for kind in kinds]
-        z = logits(x, weights, names, weights.get("mhc_norm.scale"), config, shards)
-        pre = (torch.sigmoid(z[0]) + config.pre_eps).to(dtype)  # [..., n]
-        post = (config.post_scale * torch.sigmoid(z[1]) + config.post_eps).to(dtype)  # [..., n]
-        if config.residual == "identity":
-            H = torch.eye(n, dtype=dtype, device=x.device).expand(*x.shape[:-2], n, n)  # [..., n, n]
-        else:
-            res = z[2].to(dtype) if config.matrix == "activation" else z[2]  # [..., n*n or n!]
-            res = res.unflatten(-1, (n, n)) if config.residual == "sinkhorn" else res  # [..., n, n]
-            H = residual_matrix(res, config).to(dtype)  # [..., n, n]
-    return pre, post, H
+def gates_and_matrix(z: Tensor, config: MHCConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """pre, post and H from the logits of all three ``[..., m]``, rounded to ``dtype``."""
+    n = config.streams
+    z_pre, z_post, z_res = z.split([n, n, z.shape[-1] - 2 * n], -1)
+    pre = (torch.sigmoid(z_pre) + config.pre_eps).to(dtype)  # [..., n]
+    post = (config.post_scale * torch.sigmoid(z_post) + config.post_eps).to(dtype)  # [..., n]
+    if config.residual == "identity":
+        return pre, post, torch.eye(n, dtype=dtype, device=z.device).expand(*z.shape[:-1], n, n)  # [..., n, n]
+    res = z_res.to(dtype) if config.matrix == "activation" else z_res  # [..., n*n or n!]
+    res = res.unflatten(-1, (n, n)) if config.residual == "sinkhorn" else res  # [..., n, n]
+    return pre, post, residual_matrix(res, config).to(dtype)  # [..., n, n]

@@ -11,7 +11,7 @@ Sinkhorn starts from a softmax over one axis and makes N iterations of two passe
 
 from __future__ import annotations
 
-import itertools
+import math
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,25 @@ def check_shape(name: str, value: Tensor, tail: tuple[int, ...]) -> None:
     """
     if tuple(value.shape[value.ndim - len(tail) :]) != tail or value.ndim < len(tail):
         raise ValueError(f"{name} must end in {list(tail)}, got {list(value.shape)}")
+
+
+def _first_axis(config: MHCConfig) -> int:
+    return ROWS if config.order == "rows-first" else COLUMNS
+
+
+def start_axis(config: MHCConfig) -> int | None:
+    """The axis of the softmax that Sinkhorn starts from; None where it starts from exp."""
+    start = AXES.get(str(config.softmax))
+    if start is None and config.guard == "none":  # from exp(z) the first pass is a softmax too
+        return _first_axis(config)
+    return start
+
+
+def passes(config: MHCConfig) -> list[int]:
+    """The axes of Sinkhorn's passes after its start, one after the other."""
+    first = _first_axis(config)
+    every = [first, ROWS + COLUMNS - first] * (config.iterations or 0)
+    return every[1:] if start_axis(config) == first else every  # the softmax takes the place of the first pass
 
 
 def _normalise(p: Tensor, axis: int, config: MHCConfig) -> Tensor:
@@ -81,19 +100,17 @@ def sinkhorn(logits: Float[Tensor, "... n n"], config: MHCConfig) -> Float[Tenso
     Returns:
         H in the dtype of the logits. The axis normalised last sums to 1 to rounding, the other need not.
     """
-    first, second = (ROWS, COLUMNS) if config.order == "rows-first" else (COLUMNS, ROWS)
+    first, start = _first_axis(config), start_axis(config)
     z = logits if config.matrix == "activation" else logits.to(wide_dtype(logits.dtype))
     if config.logit_limit is not None:
         z = _limited(z, config.logit_limit)
-    passes = [first, second] * (config.iterations or 0)
-    start = AXES.get(str(config.softmax))
-    if config.guard == "none":  # from exp(z) the first pass is a softmax too
-        p, start = _balanced(z, first if start is None else start), first if start is None else start
+    if start is None:
+        p = (z - _largest(z, first)).exp()
     else:
-        p = (z - _largest(z, first)).exp() if start is None else torch.softmax(z, start)
+        p = _balanced(z, start) if config.guard == "none" else torch.softmax(z, start)
     if config.guard == "add":
         p = p + (config.eps or 0.0)
-    for axis in passes[1:] if start == first else passes:  # the softmax takes the place of the first pass
+    for axis in passes(config):
         p = _normalise(p, axis, config)
     return p.to(logits.dtype)
 
@@ -109,12 +126,22 @@ def permutations(logits: Float[Tensor, "... factorial"], config: MHCConfig) -> F
         H in the dtype of the logits.
     """
     weight = torch.softmax(logits.to(wide_dtype(logits.dtype)), -1)  # [..., n!]
-    matrices = torch.zeros(config.residual_columns, config.streams, config.streams, dtype=torch.bool)  # [n!, n, n]
-    for index, order in enumerate(itertools.permutations(range(config.streams))):
-        for i, j in enumerate(order):
-            matrices[index, i, j] = True
-    H = torch.einsum("...p,pij->...ij", weight, matrices.to(logits.device, weight.dtype))
+    matrices = _permutation_matrices(config.streams, logits.device).to(weight.dtype)
+    H = torch.einsum("...p,pij->...ij", weight, matrices)
     return H.to(logits.dtype)
+
+
+def _permutation_matrices(n: int, device: torch.device) -> Tensor:
+    """Every permutation matrix ``[n!, n, n]`` in `itertools.permutations` order, made on the device.
+
+    A table that is made on the host would be sent there in every forward pass, and no CUDA graph can hold that.
+    """
+    number = torch.arange(math.factorial(n), device=device)
+    # The digits of a permutation's number in the factorial system say which of the values left comes next.
+    images = [number // math.factorial(n - 1 - i) % (n - i) for i in range(n)]
+    for i in range(n - 2, -1, -1):
+        images[i + 1 :] = [later + (later >= images[i]) for later in images[i + 1 :]]
+    return torch.stack(images, -1).unsqueeze(-1) == torch.arange(n, device=device)  # [n!, n] -> [n!, n, n]
 
 
 def residual_matrix(logits: Float[Tensor, ...], config: MHCConfig) -> Float[Tensor, "... n n"]:

@@ -1,0 +1,167 @@
+"""Sinkhorn with a derivative of its own: in place, tokens last, iterates made again on the way back.
+
+With tokens last, ``[n, n, T]``, a sum over streams adds whole rows of tokens. For q = p / t with t = sum p, which a
+guard may change, the way back is ``dp = (dq - sum(dq * q)) / t``; the sum is left out where ``t`` is the guard's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from torch_impl.config import MHCConfig
+from torch_impl.lean import transforms
+from torch_impl.residual import COLUMNS, ROWS, passes, sinkhorn, start_axis, wide_dtype
+
+BLOCK = 2048
+"""Tokens at a time on a CPU: all iterates of a block stay in its caches."""
+Totals = tuple[Tensor, Tensor | None]
+"""What a pass divided by ``[n, 1, T]`` or ``[1, n, T]``, and where that is the guard's."""
+
+
+def blocks(tokens: int, most: int, device: torch.device) -> Iterator[slice]:
+    """Ranges of at most so many tokens; all of them on a device where each operator is launched."""
+    size = max(1, most) if device.type == "cpu" else max(1, tokens)
+    return (slice(begin, min(tokens, begin + size)) for begin in range(0, tokens, size))
+
+
+def balanced(logits: Tensor, config: MHCConfig) -> Tensor:
+    """H ``[T, n, n]`` of wide logits ``[T, n, n]``; as `residual.sinkhorn` writes it."""
+    H = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    for part in blocks(len(logits), BLOCK, logits.device):
+        p = _start(_limited(_tokens_last(logits[part]), config), config)[0]
+        for axis in _passes(config):
+            p.div_(_total(p, axis, config)[0])
+        H[part] = p.permute(2, 0, 1)
+    return H
+
+
+def pulled(logits: Tensor, config: MHCConfig, cotangent: Tensor) -> Tensor:
+    """The cotangent of the logits ``[T, n, n]``."""
+    result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    axes = _passes(config)
+    for part in blocks(len(logits), BLOCK, logits.device):
+        raw = _tokens_last(logits[part])
+        z = _limited(raw, config)
+        p, soft = _start(z, config)
+        first = p
+        kept, totals = torch.empty(len(axes), *p.shape, dtype=p.dtype, device=p.device), list[Totals]()
+        for q, axis in zip(kept, axes, strict=True):
+            totals.append(_total(p, axis, config))
+            torch.div(p, totals[-1][0], out=q)
+            p = q
+        g = _tokens_last(cotangent[part]).to(p.dtype, copy=True)
+        for axis, q, (total, guarded) in zip(reversed(axes), kept.flip(0), reversed(totals), strict=True):
+            inner = (g * q).sum(axis, keepdim=True)
+            g.sub_(inner if guarded is None else inner.masked_fill_(guarded, 0.0)).div_(total)
+        g = _of_start(g, z, first, soft, config)
+        if config.logit_limit is not None:
+            g.masked_fill_(raw.abs() > config.logit_limit, 0.0)
+        result[part] = g.permute(2, 0, 1)
+    return result
+
+
+def _tokens_last(value: Tensor) -> Tensor:
+    """``[T, n, n]`` to a packed ``[n, n, T]``."""
+    return value.permute(1, 2, 0).contiguous()
+
+
+def _axis(axis: int) -> int:
+    """An axis of ``[..., n, n]`` as one of ``[n, n, T]``."""
+    return {ROWS: 1, COLUMNS: 0}[axis]
+
+
+def _passes(config: MHCConfig) -> list[int]:
+    return [_axis(axis) for axis in passes(config)]
+
+
+def _limited(logits: Tensor, config: MHCConfig) -> Tensor:
+    return logits if config.logit_limit is None else logits.clamp(-config.logit_limit, config.logit_limit)
+
+
+def _start(z: Tensor, config: MHCConfig) -> tuple[Tensor, Tensor | None]:
+    """What the passes begin with, a tensor of its own, and the softmax that it comes from where it comes from one."""
+    start = start_axis(config)
+    eps = config.eps or 0.0
+    if start is None:
+        first = _passes(config)[0]
+        return (z - z.amax(first, keepdim=True)).exp_().add_(eps if config.guard == "add" else 0.0), None
+    axis = _axis(start)
+    soft = torch.softmax(z, axis)
+    if config.guard == "none":  # each line across times a factor, which the next pass divides out again
+        level = z - z.amax(axis, keepdim=True)
+        factor = level.amax(1 - axis, keepdim=True)
+        return (level - factor).exp_().div_(level.exp().sum(axis, keepdim=True)), soft
+    return soft + eps if config.guard == "add" else soft.clone(), soft
+
+
+def _of_start(g: Tensor, z: Tensor, p: Tensor, soft: Tensor | None, config: MHCConfig) -> Tensor:
+    """The cotangent of the limited logits from that of the beginning ``p``."""
+    start = start_axis(config)
+    if start is None:
+        axis, eps = _passes(config)[0], config.eps or 0.0
+        g.mul_(p - eps if config.guard == "add" else p)
+        largest = z.argmax(axis, keepdim=True)
+        return g.scatter_add_(axis, largest, -g.sum(axis, keepdim=True))
+    assert soft is not None
+    own = p if config.guard == "none" else soft
+    g.mul_(own)
+    return g.sub_(soft * g.sum(_axis(start), keepdim=True))
+
+
+def _total(p: Tensor, axis: int, config: MHCConfig) -> Totals:
+    """What a pass along an axis divides by."""
+    total, eps = p.sum(axis, keepdim=True), config.eps or 0.0
+    if config.guard in ("add", "denominator"):
+        return total.add_(eps), None
+    if config.guard == "clip":
+        guarded = total < eps
+        return total.clamp_(min=eps), guarded
+    return total, None
+
+
+class Balancing(Function):
+    """H of logits ``[..., n, n]`` in any dtype, which it has too."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(logits: Tensor, config: MHCConfig) -> Tensor:
+        n = config.streams
+        wide = logits.reshape(-1, n, n).to(wide_dtype(logits.dtype))
+        return balanced(wide, config).to(logits.dtype).view(logits.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        del output
+        logits, ctx.config = inputs
+        ctx.save_for_backward(logits)
+        ctx.save_for_forward(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        (logits,), (cotangent,) = ctx.saved_tensors, cotangents
+        if torch.is_grad_enabled():
+            return transforms.pulled_back(_twin, (logits, ctx.config), (cotangent,), (True, False))
+        n, wide = ctx.config.streams, wide_dtype(logits.dtype)
+        flat = (value.reshape(-1, n, n).to(wide) for value in (logits, cotangent))
+        z, g = flat
+        return pulled(z, ctx.config, g).to(logits.dtype).view(logits.shape), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return transforms.pushed_forward(_twin, (*ctx.saved_tensors, ctx.config), tangents)[0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        del info
+        outputs, dims = transforms.batched(_twin, in_dims, inputs, 1)
+        return outputs[0], dims[0]
+
+
+def _twin(logits: Tensor, config: MHCConfig) -> tuple[Tensor, ...]:
+    return (sinkhorn(logits, config),)

@@ -1,0 +1,227 @@
+"""From x to u and the coefficients with a derivative of its own, in one pass over x each way.
+
+    sums = [x phi, sum x^2]                              # [T, m + 1], all that is kept beside x
+    z = scale * sums / rms + shift                       # [T, m]
+    pre, post, H = gates and residual matrix of z        # computed again on the way back
+    u = sum_i pre[i] * x[i]                              # [T, dim]
+
+x is an output too: what is computed of it afterwards sends its cotangent here, where it is added while x's is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from torch_impl.config import MHCConfig
+from torch_impl.lean import balancing, transforms
+from torch_impl.lean.mixing import parts
+from torch_impl.projections import contract, gates_and_matrix, over_rms
+from torch_impl.residual import permutations
+from torch_impl.streams import weighted
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a site computes of x.
+
+    Attributes:
+        gates: that u is read with: ``"own"``, ``"carried"``, or ``"none"`` where no u is wanted.
+        head: the projections are those of the head's gates alone.
+    """
+
+    config: MHCConfig
+    gates: str = "own"
+    head: bool = False
+
+
+class Site(Function):
+    """Takes x ``[..., n, dim]``, phi ``[n, dim, m]`` with the norm's weight in it, scale and shift ``[m]``, the gates
+    ``[..., n]`` that are carried (None for others) and a `Reading`.
+
+    Returns u ``[..., dim]``, pre, post ``[..., n]``, H ``[..., n, n]``, x, and the sums ``[..., m + 1]``; u is empty
+    where none is wanted, post and H are where there is a head.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, phi: Tensor, scale: Tensor, shift: Tensor, carried: Tensor | None, reading: Reading
+    ) -> tuple[Tensor, ...]:
+        c, lead = reading.config, x.shape[:-2]
+        n, dim, m = phi.shape
+        flat, matrix, wide = x.reshape(-1, n * dim), phi.reshape(n * dim, m), phi.dtype
+        tokens = len(flat)
+        sums = torch.empty(tokens, m + 1, dtype=wide, device=x.device)
+        read = reading.gates != "none"
+        u = torch.empty(tokens if read else 0, dim, dtype=x.dtype, device=x.device)
+        given = None if carried is None else carried.reshape(-1, n).to(wide)
+        for part in parts(tokens, n * dim, x):
+            values = flat[part].to(wide)
+            sums[part, :m] = values @ matrix
+            sums[part, m] = torch.bmm(values.unsqueeze(1), values.unsqueeze(2)).view(-1)
+            if read:
+                gates = _gates(sums[part], scale, shift, c, n) if given is None else given[part]
+                u[part] = torch.bmm(gates.unsqueeze(1), values.view(-1, n, dim)).squeeze(1)
+        z = torch.addcmul(shift, scale, _normed(sums, c, n * dim))
+        pre, post, H = _small(z, reading, n)
+        u = u.view(*lead, dim) if read else u
+        shaped = (pre.view(*lead, n), post.view(*lead, *post.shape[1:]), H.view(*lead, *H.shape[1:]))
+        return u, *shaped, x.view_as(x), sums.view(*lead, m + 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.reading = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[-1])
+        ctx.save_for_backward(*tensors, output[-1])
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, sums = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = (*inputs, ctx.reading)
+            return transforms.pulled_back(_twin, inputs, (*cotangents[:-1], None), ctx.needs_input_grad)
+        return _pulled(inputs, sums, ctx.reading, cotangents, ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        pushed = transforms.pushed_forward(_twin, (*ctx.saved_tensors, ctx.reading), tangents)
+        return *pushed[:-1], None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        del info
+        return transforms.batched(_twin, in_dims, inputs, 6)
+
+
+def _normed(sums: Tensor, config: MHCConfig, count: int) -> Tensor:
+    """The projections over the root of the mean square of ``count`` numbers."""
+    return over_rms(sums[:, :-1], sums[:, -1:] / count, config)
+
+
+def _gates(sums: Tensor, scale: Tensor, shift: Tensor, config: MHCConfig, n: int) -> Tensor:
+    """The gates of u ``[T, n]``."""
+    h = over_rms(sums[:, :n], sums[:, -1:] / (n * config.dim), config)
+    return torch.addcmul(shift[:n], scale[:n], h).sigmoid_().add_(config.pre_eps)
+
+
+def _small(z: Tensor, reading: Reading, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """pre, post and H of the logits ``[T, m]``."""
+    config = reading.config
+    if reading.head:
+        empty = z.new_empty(len(z), 0)
+        return torch.sigmoid(z) + config.pre_eps, empty, empty
+    if config.residual != "sinkhorn":
+        return gates_and_matrix(z, config, z.dtype)
+    pre = torch.sigmoid(z[:, :n]) + config.pre_eps
+    post = config.post_scale * torch.sigmoid(z[:, n : 2 * n]) + config.post_eps
+    return pre, post, balancing.balanced(z[:, 2 * n :].reshape(-1, n, n), config)
+
+
+def _pulled(
+    inputs: list[Any],
+    sums: Tensor,
+    reading: Reading,
+    cotangents: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The cotangents of x, phi, scale, shift and the carried gates."""
+    x, phi, scale, shift, carried = inputs
+    c, (n, dim, m) = reading.config, phi.shape
+    flat, matrix, wide = x.reshape(-1, n * dim), phi.reshape(n * dim, m), phi.dtype
+    tokens, sums = len(flat), sums.reshape(-1, m + 1)
+    du, dpre, dpost, dH, further = (
+        None if v is None else v.reshape(tokens, *v.shape[x.ndim - 2 :]) for v in cotangents[:5]
+    )
+    h = _normed(sums, c, n * dim)  # [T, m]
+    z = torch.addcmul(shift, scale, h)
+    dz = _of_small(z, reading, n, dpost, dH)  # [T, m], zero for pre
+    sigmoid = torch.sigmoid(z[:, :n])
+    slope = sigmoid * (1 - sigmoid)
+    if dpre is not None:
+        dz[:, :n] = dpre * slope
+    own = carried is None
+    gates = sigmoid + c.pre_eps if own else carried.reshape(-1, n).to(wide)
+    dcarried = None if own else torch.zeros(tokens, n, dtype=wide, device=x.device)
+    inverse, of_square = _of_norm(sums, c, n * dim)
+    dx = torch.empty_like(flat) if wanted[0] else None
+    dphi = torch.zeros_like(matrix) if wanted[1] else None
+    for part in parts(tokens, n * dim, x):
+        values = flat[part].to(wide)
+        received = None if du is None else du[part].to(wide)
+        if received is not None:
+            of_gates = torch.bmm(values.view(-1, n, dim), received.unsqueeze(2)).squeeze(2)
+            if dcarried is None:
+                dz[part, :n] += of_gates * slope[part]
+            else:
+                dcarried[part] = of_gates
+        dh = dz[part] * scale
+        dsums = dh * inverse[part]
+        if dphi is not None:
+            dphi.addmm_(values.t(), dsums)
+        if dx is None:
+            continue
+        of_x = values * (2 * of_square[part] * (dh * h[part]).sum(1, keepdim=True))
+        of_x.addmm_(dsums, matrix.t())
+        if received is not None:
+            of_x.view(-1, n, dim).addcmul_(gates[part].unsqueeze(2), received.unsqueeze(1))
+        if further is not None:
+            of_x += further.reshape(-1, n * dim)[part]
+        dx[part] = of_x
+    return (
+        None if dx is None else dx.view(x.shape),
+        None if dphi is None else dphi.view(phi.shape),
+        (dz * h).sum(0) if wanted[2] else None,
+        dz.sum(0) if wanted[3] else None,
+        None if dcarried is None else dcarried.to(carried.dtype).view(carried.shape),
+        None,
+    )
+
+
+def _of_norm(sums: Tensor, config: MHCConfig, count: int) -> tuple[Tensor, Tensor]:
+    """1 / rms ``[T, 1]``, and its relative slope by the sum of squares."""
+    mean = sums[:, -1:] / count
+    if config.norm_eps_position == "mean":
+        return (mean + config.norm_eps).rsqrt(), -0.5 / (mean + config.norm_eps) / count
+    root = mean.sqrt()
+    inverse = 1 / (root + config.norm_eps)
+    return inverse, torch.where(mean == 0, 0.0, -0.5 * inverse / root / count)
+
+
+def _of_small(z: Tensor, reading: Reading, n: int, dpost: Tensor | None, dH: Tensor | None) -> Tensor:
+    """The cotangent of the logits by way of post and H; zero for those of pre."""
+    dz, config = torch.zeros_like(z), reading.config
+    if dpost is not None and not reading.head:
+        sigmoid = torch.sigmoid(z[:, n : 2 * n])
+        dz[:, n : 2 * n] = config.post_scale * dpost * sigmoid * (1 - sigmoid)
+    if dH is None or reading.head or config.residual == "identity":
+        return dz
+    logits = z[:, 2 * n :]
+    if config.residual == "sinkhorn":
+        dz[:, 2 * n :] = balancing.pulled(logits.reshape(-1, n, n), config, dH).flatten(1)
+    else:
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            dz[:, 2 * n :] = torch.autograd.grad(permutations(logits, config), logits, dH)[0]
+    return dz
+
+
+def _twin(
+    x: Tensor, phi: Tensor, scale: Tensor, shift: Tensor, carried: Tensor | None, reading: Reading
+) -> tuple[Tensor, ...]:
+    c, (n, dim, _) = reading.config, phi.shape
+    squares = x.to(phi.dtype).square().sum((-2, -1)).unsqueeze(-1)  # [..., 1]
+    sums = torch.cat([contract(phi, x), squares], -1)  # [..., m + 1]
+    z = scale * over_rms(sums[..., :-1], squares / (n * dim), c) + shift
+    if reading.head:
+        pre = torch.sigmoid(z) + c.pre_eps
+        post = H = z[..., :0]
+    else:
+        pre, post, H = gates_and_matrix(z, c, z.dtype)
+    u = x.new_empty(0, dim) if reading.gates == "none" else weighted(x, pre if carried is None else carried)
+    return u, pre, post, H, x.view_as(x), sums

@@ -1,0 +1,56 @@
+"""What an autograd function hands to its plain twin: gradients of gradients, forward mode, `torch.func.vmap`.
+
+A twin takes what the function takes and returns as many tensors, by operators that PyTorch differentiates itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Twin = Callable[..., tuple[Tensor, ...]]
+
+
+def pulled_back(
+    twin: Twin, inputs: Sequence[Any], cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the wanted inputs, which can be differentiated again.
+
+    Args:
+        cotangents: None for an output that nothing depends on.
+    """
+    kept = [index for index, cotangent in enumerate(cotangents) if cotangent is not None]
+    chosen = [index for index, want in enumerate(wanted) if want]
+    pull = torch.func.vjp(_of(twin, inputs, chosen, kept), *(inputs[index] for index in chosen))[1]
+    gradients = iter(pull(tuple(cotangents[index] for index in kept)))
+    return tuple(next(gradients) if want else None for want in wanted)
+
+
+def pushed_forward(twin: Twin, inputs: Sequence[Any], tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The tangents of all outputs, by the transpose of the transpose: it needs no forward mode inside forward mode."""
+    chosen = [index for index, tangent in enumerate(tangents) if tangent is not None]
+    outputs, pull = torch.func.vjp(_of(twin, inputs, chosen), *(inputs[index] for index in chosen))[:2]
+    zeros = tuple(torch.zeros_like(value) for value in outputs)
+    push = torch.func.vjp(lambda *cotangents: pull(cotangents), *zeros)[1]
+    return push(tuple(tangents[index] for index in chosen))
+
+
+def _of(twin: Twin, inputs: Sequence[Any], chosen: Sequence[int], kept: Sequence[int] | None = None) -> Twin:
+    """The twin as a function of the chosen inputs, with the outputs that are kept."""
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        whole = list(inputs)
+        for index, value in zip(chosen, values, strict=True):
+            whole[index] = value
+        outputs = twin(*whole)
+        return outputs if kept is None else tuple(outputs[index] for index in kept)
+
+    return function
+
+
+def batched(twin: Twin, in_dims: tuple[int | None, ...], inputs: Sequence[Any], outputs: int) -> tuple[Any, Any]:
+    """What the ``vmap`` of an autograd function returns: the outputs, each with the batch first."""
+    return torch.func.vmap(twin, in_dims=in_dims)(*inputs), (0,) * outputs

@@ -1,0 +1,37 @@
+"""The two mixings of streams by operators: read with gates, written with gates and the residual matrix.
+
+Shapes at line ends are those of `functional`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_impl.residual import wide_dtype
+
+
+def weighted(x: Tensor, gates: Tensor) -> Tensor:
+    """``sum_i gates_i x_i``, summed in float32 or wider and rounded once to x's dtype."""
+    wide = wide_dtype(x.dtype)
+    product = gates.to(wide).unsqueeze(-1) * x.to(wide)  # [..., n, 1] * [..., n, dim]
+    return product.sum(-2).to(x.dtype)  # [..., dim]
+
+
+def mixed(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, rounded: bool) -> Tensor:
+    """``out_j = post_j y + sum_i H[i, j] x_i`` (``H[j, i]`` for "out-in"; H None is the identity), in x's dtype.
+
+    Args:
+        rounded: whether both terms are rounded to x's dtype before they are added.
+    """
+    wide = wide_dtype(x.dtype)
+    own = post.to(wide).unsqueeze(-1) * y.to(wide).unsqueeze(-2)  # [..., n, 1] * [..., 1, dim]
+    if H is None:
+        across = x.to(wide)
+    else:
+        pattern = "...ij,...ic->...jc" if mix == "in-out" else "...ji,...ic->...jc"
+        with torch.autocast(x.device.type, enabled=False):
+            across = torch.einsum(pattern, H.to(wide), x.to(wide))  # [..., n, dim]
+    if rounded:
+        own, across = own.to(x.dtype), across.to(x.dtype)
+    return (own + across).to(x.dtype)
