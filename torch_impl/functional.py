@@ -46,7 +46,7 @@ from torch_impl.projections import (
     rms_norm,
     weight_shapes,
 )
-from torch_impl.residual import check_shape, wide_dtype
+from torch_impl.residual import check_shape, wide_dtype, without_autocast
 from torch_impl.residual import residual_matrix as plain_matrix
 from torch_impl.streams import mixed, weighted
 
@@ -286,7 +286,7 @@ def _site(
     reading = Reading(config, gates)
     if chosen(backend, x, held.values(), _hindrance(x, config, shards)):
         return _read(x, held, layer_names(config), held.get("mhc_norm.scale"), reading, carried)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         side = packed(x, held, layer_names(config), held.get("mhc_norm.scale"), config)
         own, post, H = gates_and_matrix(logits(x, side, config, shards), config, coefficient_dtype(x, config))
     return (x[..., 0, :] if gates == "none" else x, own, post, H, x)
@@ -309,7 +309,7 @@ def _read(
     carried: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """What `Site` returns, but for the sums."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         side = packed(x, weights, names, norm, reading.config)
         phi = side.phi if side.norm is None else side.phi * side.norm.unsqueeze(-1)  # [n, dim, m] * [n, dim, 1]
         return cast("tuple[Tensor, ...]", Site.apply(x, phi, side.scale, side.shift, carried, reading))[:5]
@@ -409,7 +409,7 @@ def head(
     own = _of_head(config)
     if chosen(backend, x, held.values(), _hindrance(x, own, shards)):
         return _read(x, held, names, None, Reading(own, head=True))[0]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         gates = torch.sigmoid(logits(x, packed(x, held, names, None, own), own, shards)) + config.pre_eps  # [..., n]
     return pre_mix(x, shards.share(gates) if shards else gates)
 

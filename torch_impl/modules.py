@@ -66,6 +66,8 @@ class Site(nn.Module):
         if any(value.is_meta for value in self.parameters()):
             return
         seed, device = torch.randint(2**63 - 1, ()), next(self.parameters()).device
+        if type(seed) is not Tensor:  # in a FakeTensorMode there are no values
+            return
         if self.is_sharded():
             from torch_impl import shards  # here, since it needs torch.distributed
 

@@ -12,6 +12,7 @@ Sinkhorn starts from a softmax over one axis and makes N iterations of two passe
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,11 @@ AXES = {"rows": ROWS, "columns": COLUMNS}
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that coefficients are computed in: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which products aren't rounded, whatever autocast the caller is in; not every device has one."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def check_shape(name: str, value: Tensor, tail: tuple[int, ...]) -> None:

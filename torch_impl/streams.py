@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_impl.residual import wide_dtype
+from torch_impl.residual import wide_dtype, without_autocast
 
 
 def weighted(x: Tensor, gates: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def mixed(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, rounde
         across = x.to(wide)
     else:
         pattern = "...ij,...ic->...jc" if mix == "in-out" else "...ji,...ic->...jc"
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             across = torch.einsum(pattern, H.to(wide), x.to(wide))  # [..., n, dim]
     if rounded:
         own, across = own.to(x.dtype), across.to(x.dtype)

@@ -11,7 +11,23 @@ from tests.parity.signatures import PACKAGES, ROOT
 
 LAID_OUT = "JAX's functions have whole arrays, which are laid out on devices; a process of PyTorch has its part"
 STACKS = "Flax's scan stacks layers along an axis of their parameters; PyTorch has no such stacks"
+LEAN = "PyTorch's eager calls have a path with derivatives of its own, which shares its pieces with the plain one"
 ONLY = {
+    "streams": LEAN,
+    "functional.coefficients": LEAN,
+    "functional.residual_matrix": LEAN,
+    "projections.coefficients": LEAN,
+    "projections.Packed": LEAN,
+    "projections.packed": LEAN,
+    "projections.coefficient_dtype": LEAN,
+    "projections.over_rms": LEAN,
+    "projections.contract": LEAN,
+    "projections.layer_names": LEAN,
+    "projections.gates_and_matrix": LEAN,
+    "residual.start_axis": LEAN,
+    "residual.passes": LEAN,
+    "residual.without_autocast": "PyTorch's autocast is in force in a whole block of a program",
+    "residual.compiled": "an eager call of JAX runs one program for each operation; PyTorch compiles nothing then",
     "mixing": "JAX's derivative of the mixing is slower on a TPU than one of its own",
     "projections.Shards.activation": LAID_OUT,
     "projections.Shards.gates": LAID_OUT,
@@ -44,19 +60,22 @@ PRECISION = "PyTorch's precision is a setting of the whole process (torch_impl.f
 DRAWN = "a module of Flax is handed its random numbers, a module of PyTorch its device"
 ARGUMENTS = {
     "functional.one_hot": ({"shards="}, set(), LAID_OUT),
-    "functional.post_mix": (set(), {"shards="}, LAID_OUT),
-    "functional.pre": ({"precision="}, set(), PRECISION),
-    "functional.head": ({"precision="}, set(), PRECISION),
+    "functional.post_mix": (set(), {"shards=", "backend="}, LAID_OUT),
+    "functional.pre": ({"precision="}, {"backend="}, PRECISION),
+    "functional.head": ({"precision="}, {"backend="}, PRECISION),
     "projections.check_weights": (set(), {"dim"}, LAID_OUT),
-    "projections.coefficients": ({"precision="}, set(), PRECISION),
-    "projections.logits": ({"precision"}, set(), PRECISION),
-    "modules.Site.__init__": ({"rngs", "param_dtype", "precision"}, {"device", "dtype"}, DRAWN),
+    "projections.logits": ({"names", "norm", "precision"}, set(), PRECISION),
+    "modules.Site.__init__": ({"rngs", "param_dtype", "precision"}, {"device", "dtype", "backend"}, DRAWN),
     "modules.ManifoldConstrainedHyperConnections.__init__": (
         {"rngs=", "param_dtype=", "precision="},
-        {"device=", "dtype="},
+        {"device=", "dtype=", "backend="},
         DRAWN,
     ),
-    "modules.HyperHead.__init__": ({"rngs=", "param_dtype=", "precision="}, {"device=", "dtype="}, DRAWN),
+    "modules.HyperHead.__init__": (
+        {"rngs=", "param_dtype=", "precision="},
+        {"device=", "dtype=", "backend="},
+        DRAWN,
+    ),
     "sharding.make_mesh": ({"devices=", "explicit="}, {"device_type="}, APART["sharding"]),
     "sharding.check_divisible": ({"rules"}, {"gates"}, "JAX's logical axes are mapped by rules"),
     "sharding.shard": ({"rules"}, set(), "JAX's logical axes are mapped by rules"),
@@ -111,6 +130,7 @@ def test_both_packages_export_the_same_names():
     assert len(exported) == 2 and exported[0] == exported[1]
 
 
+LEAN_MODULES = ("lean", "lean.balancing", "lean.mixing", "lean.site")
 STANDS_ON = {
     "version": set(),
     "config": set(),
@@ -118,7 +138,8 @@ STANDS_ON = {
     "residual": {"config"},
     "projections": {"config", "residual"},
     "shards": {"projections"},
-    "functional": {"config", "mixing", "projections", "residual"},
+    "streams": {"residual"},
+    "functional": {"config", "mixing", "projections", "residual", "streams", *LEAN_MODULES},
     "metadata": {"config"},
     "weights": {"config", "functional", "metadata"},
     "modules": {"config", "functional", "models", "shards", "weights"},  # models inside two methods

@@ -86,26 +86,24 @@ def _limited(logits: Tensor, config: MHCConfig) -> Tensor:
 def _start(z: Tensor, config: MHCConfig) -> tuple[Tensor, Tensor | None]:
     """What the passes begin with, a tensor of its own, and the softmax that it comes from where it comes from one."""
     start = start_axis(config)
-    eps = config.eps or 0.0
     if start is None:
-        first = _passes(config)[0]
-        return (z - z.amax(first, keepdim=True)).exp_().add_(eps if config.guard == "add" else 0.0), None
+        return (z - z.amax(_passes(config)[0], keepdim=True)).exp_(), None
     axis = _axis(start)
     soft = torch.softmax(z, axis)
     if config.guard == "none":  # each line across times a factor, which the next pass divides out again
         level = z - z.amax(axis, keepdim=True)
         factor = level.amax(1 - axis, keepdim=True)
         return (level - factor).exp_().div_(level.exp().sum(axis, keepdim=True)), soft
-    return soft + eps if config.guard == "add" else soft.clone(), soft
+    return soft + (config.eps or 0.0) if config.guard == "add" else soft.clone(), soft
 
 
 def _of_start(g: Tensor, z: Tensor, p: Tensor, soft: Tensor | None, config: MHCConfig) -> Tensor:
     """The cotangent of the limited logits from that of the beginning ``p``."""
     start = start_axis(config)
     if start is None:
-        axis, eps = _passes(config)[0], config.eps or 0.0
-        g.mul_(p - eps if config.guard == "add" else p)
-        largest = z.argmax(axis, keepdim=True)
+        axis = _passes(config)[0]
+        g.mul_(p)
+        largest = z.argmax(axis, keepdim=True)  # the maximum that was taken off has its gradient at one entry
         return g.scatter_add_(axis, largest, -g.sum(axis, keepdim=True))
     assert soft is not None
     own = p if config.guard == "none" else soft
@@ -127,9 +125,8 @@ def _total(p: Tensor, axis: int, config: MHCConfig) -> Totals:
 class Balancing(Function):
     """H of logits ``[..., n, n]`` in any dtype, which it has too."""
 
-    generate_vmap_rule = False
-
     @staticmethod
+    @transforms.unrounded
     def forward(logits: Tensor, config: MHCConfig) -> Tensor:
         n = config.streams
         wide = logits.reshape(-1, n, n).to(wide_dtype(logits.dtype))
@@ -143,6 +140,7 @@ class Balancing(Function):
         ctx.save_for_forward(logits)
 
     @staticmethod
+    @transforms.unrounded
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         (logits,), (cotangent,) = ctx.saved_tensors, cotangents
         if torch.is_grad_enabled():

@@ -29,6 +29,7 @@ class Mixing(Function):
     """
 
     @staticmethod
+    @transforms.unrounded
     def forward(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, rounded: bool) -> Tensor:
         n, dim = x.shape[-2:]
         x3, y2, gates, M = _flat(y, x, post, H, mix)
@@ -50,6 +51,7 @@ class Mixing(Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
+    @transforms.unrounded
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         (cotangent,) = cotangents
         y, x, post, H = ctx.saved_tensors

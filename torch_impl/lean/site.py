@@ -48,6 +48,7 @@ class Site(Function):
     """
 
     @staticmethod
+    @transforms.unrounded
     def forward(
         x: Tensor, phi: Tensor, scale: Tensor, shift: Tensor, carried: Tensor | None, reading: Reading
     ) -> tuple[Tensor, ...]:
@@ -81,6 +82,7 @@ class Site(Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
+    @transforms.unrounded
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, sums = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -117,7 +119,8 @@ def _small(z: Tensor, reading: Reading, n: int) -> tuple[Tensor, Tensor, Tensor]
         empty = z.new_empty(len(z), 0)
         return torch.sigmoid(z) + config.pre_eps, empty, empty
     if config.residual != "sinkhorn":
-        return gates_and_matrix(z, config, z.dtype)
+        pre, post, H = gates_and_matrix(z, config, z.dtype)
+        return pre, post, H.contiguous()
     pre = torch.sigmoid(z[:, :n]) + config.pre_eps
     post = config.post_scale * torch.sigmoid(z[:, n : 2 * n]) + config.post_eps
     return pre, post, balancing.balanced(z[:, 2 * n :].reshape(-1, n, n), config)

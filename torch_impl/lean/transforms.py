@@ -5,13 +5,28 @@ A twin takes what the function takes and returns as many tensors, by operators t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from torch_impl.residual import without_autocast
+
 Twin = Callable[..., tuple[Tensor, ...]]
+Result = TypeVar("Result")
+
+
+def unrounded(function: Callable[..., Result]) -> Callable[..., Result]:
+    """A ``forward`` or ``backward`` whose products aren't rounded; a backward pass runs under its caller's autocast."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any) -> Result:
+        with without_autocast(next(value.device for value in arguments if isinstance(value, Tensor))):
+            return function(*arguments)
+
+    return wrapped
 
 
 def pulled_back(

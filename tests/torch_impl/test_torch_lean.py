@@ -1,0 +1,278 @@
+"""The lean path is the plain one to rounding, under every transformation, and keeps little for the way back."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import torch_impl
+from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig
+from torch_impl.lean.site import Site
+from torch_impl.residual import permutations
+
+LAYERS = {
+    "columns first, no guard": {},
+    "rows first, eps added": {"order": "rows-first", "guard": "add", "eps": 1e-3, "norm_weight": True},
+    "softmax over the other axis": {"order": "rows-first", "softmax": "columns", "guard": "denominator", "eps": 1e-2},
+    "from exp, clipped": {"softmax": "none", "guard": "clip", "eps": 0.3, "iterations": 3},
+    "from exp, eps in the sums": {"softmax": "none", "guard": "denominator", "eps": 0.1, "mix": "in-out"},
+    "limited": {"logit_limit": 0.5, "order": "rows-first", "iterations": 1},
+    "norm over the root": {"norm_eps_position": "root", "norm_eps": 1e-2, "norm_weight": True},
+    "permutations": {"residual": "permutations"},
+    "identity": {"residual": "identity"},
+    "single pass": {"pre_from": "previous", "pre_eps": 1e-3, "post_eps": 1e-3},
+    "rounded mixing": {"mixing": "activation"},
+}
+N, DIM = 3, 5
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode imports it
+
+
+def site(options, dtype=torch.float64):
+    """Weights that are sharp enough for every limit and guard to be met, and x."""
+    config = MHCConfig(streams=N, dim=DIM, **options)
+    generator = torch.Generator().manual_seed(3)
+    weights = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for name, shape in torch_impl.functional.weight_shapes(config).items()
+    }
+    x = torch.randn(2, 3, N, DIM, generator=generator, dtype=torch.float64).to(dtype)
+    carried = torch.rand(2, 3, N, generator=generator, dtype=torch.float64) if "pre_from" in options else None
+    return config, weights, x, carried
+
+
+def whole(config, backend):
+    """A function of all tensors to everything that a site returns."""
+
+    def function(x, carried, *weights):
+        named = dict(zip(torch_impl.functional.weight_shapes(config), weights, strict=True))
+        u, context, handed = torch_impl.pre(x, named, config, carried, backend=backend)
+        out = torch_impl.post(u.tanh(), context)
+        return (u, context.post, context.H, out) if handed is None else (u, context.post, context.H, out, handed)
+
+    return function
+
+
+def leaves(*tensors):
+    return tuple(None if t is None else t.clone().requires_grad_() for t in tensors)
+
+
+def total(outputs):
+    """One number with another weight for each element."""
+    return sum(
+        (o.double() * torch.linspace(-1, 1, o.numel(), dtype=torch.float64).view(o.shape)).sum() for o in outputs
+    )
+
+
+def gradients(function, tensors, **options):
+    kept = [t for t in tensors if t is not None]
+    return torch.autograd.grad(total(function(*tensors)), kept, allow_unused=True, materialize_grads=True, **options)
+
+
+def assert_close(one, other, tolerance=1e-11):
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_and_gradients_are_those_of_the_plain_path(name):
+    config, weights, x, carried = site(LAYERS[name])
+    lean, plain = whole(config, "lean"), whole(config, "plain")
+    tensors = (x, carried, *weights.values())
+    assert_close(lean(*tensors), plain(*tensors))
+    assert_close(gradients(lean, leaves(*tensors)), gradients(plain, leaves(*tensors)))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_gradients_forward_mode_and_batches_are_those_of_the_plain_path(name):
+    config, weights, x, carried = site(LAYERS[name])
+    lean, plain = whole(config, "lean"), whole(config, "plain")
+    tensors = (x, carried, *weights.values())
+
+    def twice(function):
+        given = leaves(*tensors)
+        first = gradients(function, given, create_graph=True)
+        again = [t for t in given if t is not None]
+        return torch.autograd.grad(total(g.sin() for g in first), again, allow_unused=True, materialize_grads=True)
+
+    assert_close(twice(lean), twice(plain), 1e-10)
+    other = tuple(torch.linspace(-1, 1, w.numel(), dtype=w.dtype).view(w.shape) for w in weights.values())
+
+    def pushed(function):
+        return torch.func.jvp(lambda x, *w: function(x, carried, *w), (x, *weights.values()), (x.cos(), *other))[1]
+
+    assert_close(pushed(lean), pushed(plain), 1e-10)
+    one = lambda function: lambda x, carried: function(x, carried, *weights.values())  # noqa: E731
+    dims = (0, None if carried is None else 0)
+    assert_close(torch.func.vmap(one(lean), dims)(x, carried), lean(*tensors))
+
+    def of_each(function):
+        """The gradient of every row of a batch by itself."""
+        summed = lambda x, carried: total(one(function)(x, carried))  # noqa: E731
+        return (torch.func.vmap(torch.func.grad(summed), dims)(x, carried),)
+
+    assert_close(of_each(lean), of_each(plain))
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "residual" not in LAYERS[name]])
+def test_a_matrix_alone_and_a_head_are_those_of_the_plain_path(name):
+    config, _, x, _ = site(LAYERS[name])
+    logits = torch.randn(2, 3, N, N, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    matrix = lambda backend: lambda z: (torch_impl.residual_matrix(z, config, backend=backend),)  # noqa: E731
+    assert_close(matrix("lean")(logits), matrix("plain")(logits))
+    assert_close(gradients(matrix("lean"), leaves(logits)), gradients(matrix("plain"), leaves(logits)))
+    assert torch.autograd.gradgradcheck(lambda z: matrix("lean")(z)[0], leaves(logits[:1, :1]))
+    pushed = [torch.func.jvp(matrix(b), (logits,), (logits.cos(),))[1] for b in ("lean", "plain")]
+    assert_close(*pushed)
+    head = {k: torch.randn(s, dtype=torch.float64) for k, s in torch_impl.functional.head_shapes(config).items()}
+    reduced = [
+        gradients(
+            lambda x, *w, b=backend: (torch_impl.head(x, dict(zip(head, w, strict=True)), config, backend=b),),
+            leaves(x, *head.values()),
+        )
+        for backend in ("lean", "plain")
+    ]
+    assert_close(*reduced)
+
+
+def test_forward_mode_of_autograd_and_hessians_agree():
+    config, weights, x, _ = site({})
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x.cos())
+        tangents = [
+            torch.autograd.forward_ad.unpack_dual(whole(config, b)(dual, None, *weights.values())[3]).tangent
+            for b in ("lean", "plain")
+        ]
+    assert_close(tangents[:1], tangents[1:], 1e-10)
+    x = x[:1, :1]
+    hessians = [
+        torch.func.hessian(lambda x, b=b: total(whole(config, b)(x, None, *weights.values())))(x)
+        for b in ("lean", "plain")
+    ]
+    assert_close(hessians[:1], hessians[1:], 1e-9)
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 0, 3), (2, 3, 2)])
+def test_any_leading_shape(lead):
+    config, weights, _, _ = site({})
+    x = torch.randn(*lead, N, DIM, dtype=torch.float64)
+    tensors = (x, None, *weights.values())
+    assert_close(whole(config, "lean")(*tensors), whole(config, "plain")(*tensors))
+    assert_close(*(gradients(whole(config, b), leaves(*tensors)) for b in ("lean", "plain")))
+
+
+def test_some_gradients_alone():
+    config, weights, x, _ = site({"norm_weight": True})
+    for asked in itertools.product((True, False), repeat=3):
+        given = [
+            t.clone().requires_grad_(a) for t, a in zip((x, *weights.values()), itertools.cycle(asked), strict=False)
+        ]
+        kept = [t for t in given if t.requires_grad]
+        if kept:
+            both = [
+                torch.autograd.grad(total(whole(config, b)(given[0], None, *given[1:])), kept, allow_unused=True)
+                for b in ("lean", "plain")
+            ]
+            assert_close(*both)
+
+
+def test_blocks_do_not_matter(monkeypatch):
+    config, weights, x, _ = site({"guard": "clip", "eps": 0.3})
+    tensors = (x, None, *weights.values())
+    once = gradients(whole(config, "lean"), leaves(*tensors))
+    monkeypatch.setattr("torch_impl.lean.mixing.BLOCK_BYTES", 4 * N * DIM * 8)
+    monkeypatch.setattr("torch_impl.lean.balancing.BLOCK", 4)
+    assert_close(gradients(whole(config, "lean"), leaves(*tensors)), once)
+
+
+def layer(dtype=torch.float32, n=4, dim=64, backend="auto"):
+    torch.manual_seed(0)
+    config = MHCConfig.from_dialect("deepseek-v4", streams=n, dim=dim)
+    return ManifoldConstrainedHyperConnections(config, dtype=dtype, backend=backend)
+
+
+def run(module, x):
+    return module(lambda u: u, lambda inputs: inputs.tanh(), x, HyperConnectionType.MLP_DENSE)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_kept_beside_x_and_y_is_a_few_numbers_a_token(dtype):
+    module, tokens, n, dim = layer(), 32, 4, 64
+    x = torch.randn(tokens, 1, n, dim).to(dtype).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        run(module, x)
+    of_weights = (n * dim * (2 * n + n * n) + 2 * (2 * n + n * n)) * 4
+    streams = x.numel() * x.element_size()
+    numbers = 2 * n * n + 4 * n + 4
+    allowed = streams + 2 * tokens * dim * x.element_size() + 4 * numbers * tokens + of_weights  # y and its tanh
+    assert sum(size for pointer, size in kept.items() if pointer not in own) <= allowed
+    assert all(size <= max(streams, of_weights) for size in kept.values()), "a wide copy of a narrow x is kept"
+
+
+def test_autocast_checkpoints_and_meta():
+    module = layer()
+    x = torch.randn(2, 3, 4, 64, requires_grad=True)
+    plain = torch.autograd.grad(run(module, x).square().sum(), x)[0]
+    for reentrant in (True, False):
+        again = torch.autograd.grad(checkpoint(run, module, x, use_reentrant=False).square().sum(), x)[0]
+        assert torch.equal(again, plain), reentrant
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(module, x), run(module, x)) and run(module, x).dtype == torch.float32
+        assert torch.equal(torch.autograd.grad(run(module, x).square().sum(), x)[0], plain)
+    empty = ManifoldConstrainedHyperConnections(module.config, device="meta")
+    there = torch.empty(2, 3, 4, 64, device="meta", requires_grad=True)
+    assert torch.autograd.grad(run(empty, there).sum(), there)[0].shape == there.shape
+    mode = FakeTensorMode()
+    fake = mode.from_tensor(x.detach())
+    with mode:
+        assert run(layer(), fake).shape == x.shape
+
+
+def test_a_backend_that_cannot_be_had_is_refused():
+    config, weights, x, _ = site({})
+    with pytest.raises(ValueError, match=r"backend must be one of auto, plain, lean, got 'fast'"):
+        torch_impl.pre(x, weights, config, backend="fast")
+    narrow = MHCConfig(streams=N, dim=DIM, coefficients="activation")
+    with pytest.raises(ValueError, match=r"backend='lean' doesn't go with coefficients that are rounded to x's dtype"):
+        torch_impl.pre(x.bfloat16(), weights, narrow, backend="lean")
+    with pytest.raises(ValueError, match="doesn't go with this residual matrix"):
+        torch_impl.residual_matrix(
+            torch.zeros(1, 6), MHCConfig(streams=3, dim=1, residual="permutations"), backend="lean"
+        )
+    assert torch_impl.pre(x.bfloat16(), weights, narrow)[0].dtype == torch.bfloat16
+
+
+def test_the_default_is_lean_in_eager_calls_alone(monkeypatch):
+    seen = []
+    original = Site.apply
+    monkeypatch.setattr(Site, "apply", lambda *a: (seen.append(1), original(*a))[1])
+    module, x = layer(), torch.randn(2, 3, 4, 64)
+    run(module, x)
+    assert len(seen) == 1
+    run(layer(backend="plain"), x)
+    assert len(seen) == 1
+    HyperHead(module.config)(x)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_the_matrices_of_permutations_are_those_of_itertools(n):
+    config = MHCConfig(streams=n, dim=1, residual="permutations")
+    orders = list(itertools.permutations(range(n)))
+    for index, order in enumerate(orders):
+        logits = torch.full((len(orders),), -torch.inf)
+        logits[index] = 0.0
+        expected = torch.zeros(n, n)
+        expected[range(n), order] = 1.0
+        assert torch.equal(permutations(logits, config), expected)
