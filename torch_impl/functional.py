@@ -43,6 +43,7 @@ from torch_impl.projections import (
     local_dim,
     logits,
     packed,
+    packed_gates,
     rms_norm,
     weight_shapes,
 )
@@ -310,9 +311,9 @@ def _read(
 ) -> tuple[Tensor, ...]:
     """What `Site` returns, but for the sums."""
     with without_autocast(x.device):
-        side = packed(x, weights, names, norm, reading.config)
-        phi = side.phi if side.norm is None else side.phi * side.norm.unsqueeze(-1)  # [n, dim, m] * [n, dim, 1]
-        return cast("tuple[Tensor, ...]", Site.apply(x, phi, side.scale, side.shift, carried, reading))[:5]
+        scale, shift = packed_gates(x, weights, names, reading.config)
+        phis = [weights[phi] for phi, _, _ in names]
+        return cast("tuple[Tensor, ...]", Site.apply(x, carried, reading, scale, shift, norm, *phis))[:5]
 
 
 def pre(

@@ -10,7 +10,7 @@ Shapes at line ends are those of `functional`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -139,28 +139,32 @@ class Packed(NamedTuple):
     norm: Tensor | None
     scale: Tensor
     shift: Tensor
-    widths: list[int]
+
+
+def _rounding(x: Tensor, config: MHCConfig) -> Callable[[Tensor], Tensor]:
+    """Rounds a weight to the dtype of the coefficients; it is wide from there on, so that gradients are added up
+    before they are rounded.
+    """
+    dtype, wide = coefficient_dtype(x, config), wide_dtype(x.dtype)
+    return lambda value: value.to(dtype).to(wide)
 
 
 def packed(
     x: Tensor, weights: Weights, names: Sequence[tuple[str, str, str]], norm: Tensor | None, config: MHCConfig
 ) -> Packed:
     """The weights of every ``(phi, scale, shift)``."""
-    dtype, wide = coefficient_dtype(x, config), wide_dtype(x.dtype)
+    rounded = _rounding(x, config)
+    phi = torch.cat([rounded(weights[name]) for name, _, _ in names], -1)  # [n, dim, m]
+    return Packed(phi, None if norm is None else rounded(norm), *packed_gates(x, weights, names, config))
 
-    def rounded(value: Tensor) -> Tensor:
-        """Held wide from here on, so that gradients are added up before they are rounded."""
-        return value.to(dtype).to(wide)
 
-    phis, scales, shifts = ([rounded(weights[name]) for name in part] for part in zip(*names, strict=True))
-    widths = [phi.shape[-1] for phi in phis]
-    return Packed(
-        torch.cat(phis, -1),  # [n, dim, m]
-        None if norm is None else rounded(norm),
-        torch.cat([value.expand(width) for value, width in zip(scales, widths, strict=True)]),  # [m]
-        torch.cat([value.reshape(-1) for value in shifts]),  # [m]
-        widths,
-    )
+def packed_gates(
+    x: Tensor, weights: Weights, names: Sequence[tuple[str, str, str]], config: MHCConfig
+) -> tuple[Tensor, Tensor]:
+    """Every scale and every shift, ``[m]`` each."""
+    rounded = _rounding(x, config)
+    scales = [rounded(weights[scale]).expand(weights[phi].shape[-1]) for phi, scale, _ in names]
+    return torch.cat(scales), torch.cat([rounded(weights[shift]).reshape(-1) for _, _, shift in names])
 
 
 def logits(x: Tensor, weights: Packed, config: MHCConfig, shards: Shards | None) -> Tensor:

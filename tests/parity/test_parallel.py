@@ -19,6 +19,7 @@ ONLY = {
     "projections.coefficients": LEAN,
     "projections.Packed": LEAN,
     "projections.packed": LEAN,
+    "projections.packed_gates": LEAN,
     "projections.coefficient_dtype": LEAN,
     "projections.over_rms": LEAN,
     "projections.contract": LEAN,

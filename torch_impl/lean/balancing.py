@@ -31,11 +31,11 @@ def blocks(tokens: int, most: int, device: torch.device) -> Iterator[slice]:
 
 def balanced(logits: Tensor, config: MHCConfig) -> Tensor:
     """H ``[T, n, n]`` of wide logits ``[T, n, n]``; as `residual.sinkhorn` writes it."""
-    H = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    H, eps = torch.empty_like(logits, memory_format=torch.contiguous_format), _eps(logits, config)
     for part in blocks(len(logits), BLOCK, logits.device):
         p = _start(_limited(_tokens_last(logits[part]), config), config)[0]
         for axis in _passes(config):
-            p.div_(_total(p, axis, config)[0])
+            p.div_(_total(p, axis, eps, config)[0])
         H[part] = p.permute(2, 0, 1)
     return H
 
@@ -43,20 +43,20 @@ def balanced(logits: Tensor, config: MHCConfig) -> Tensor:
 def pulled(logits: Tensor, config: MHCConfig, cotangent: Tensor) -> Tensor:
     """The cotangent of the logits ``[T, n, n]``."""
     result = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    axes = _passes(config)
+    axes, eps = _passes(config), _eps(logits, config)
     for part in blocks(len(logits), BLOCK, logits.device):
         raw = _tokens_last(logits[part])
         z = _limited(raw, config)
         p, soft = _start(z, config)
         first = p
-        kept, totals = torch.empty(len(axes), *p.shape, dtype=p.dtype, device=p.device), list[Totals]()
-        for q, axis in zip(kept, axes, strict=True):
-            totals.append(_total(p, axis, config))
-            torch.div(p, totals[-1][0], out=q)
-            p = q
+        kept, totals = list[Tensor](), list[Totals]()
+        for axis in axes:
+            totals.append(_total(p, axis, eps, config))
+            p = p / totals[-1][0]
+            kept.append(p)
         g = _tokens_last(cotangent[part]).to(p.dtype, copy=True)
-        for axis, q, (total, guarded) in zip(reversed(axes), kept.flip(0), reversed(totals), strict=True):
-            inner = (g * q).sum(axis, keepdim=True)
+        for axis, q, (total, guarded) in zip(reversed(axes), reversed(kept), reversed(totals), strict=True):
+            inner = q.mul_(g).sum(axis, keepdim=True)
             g.sub_(inner if guarded is None else inner.masked_fill_(guarded, 0.0)).div_(total)
         g = _of_start(g, z, first, soft, config)
         if config.logit_limit is not None:
@@ -111,9 +111,14 @@ def _of_start(g: Tensor, z: Tensor, p: Tensor, soft: Tensor | None, config: MHCC
     return g.sub_(soft * g.sum(_axis(start), keepdim=True))
 
 
-def _total(p: Tensor, axis: int, config: MHCConfig) -> Totals:
+def _eps(logits: Tensor, config: MHCConfig) -> Tensor:
+    """The eps of the guard as a tensor: a number is made one, and converted, at each pass."""
+    return torch.full((), config.eps or 0.0, dtype=logits.dtype, device=logits.device)
+
+
+def _total(p: Tensor, axis: int, eps: Tensor, config: MHCConfig) -> Totals:
     """What a pass along an axis divides by."""
-    total, eps = p.sum(axis, keepdim=True), config.eps or 0.0
+    total = p.sum(axis, keepdim=True)
     if config.guard in ("add", "denominator"):
         return total.add_(eps), None
     if config.guard == "clip":

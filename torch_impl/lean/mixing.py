@@ -67,7 +67,7 @@ class Mixing(Function):
         for part in parts(len(x3), n * dim, x):
             g, values = g3[part].to(gates.dtype), x3[part].to(gates.dtype)
             dy[part] = torch.bmm(gates[part].unsqueeze(1), g).squeeze(1)
-            dpost[part] = torch.bmm(g, y2[part].to(gates.dtype).unsqueeze(2)).squeeze(2)
+            dpost[part] = (g * y2[part].to(gates.dtype).unsqueeze(1)).sum(2)  # a third of a batched product's time
             if M is None or dM is None:
                 dx[part] = g
             else:

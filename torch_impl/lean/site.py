@@ -10,6 +10,7 @@ x is an output too: what is computed of it afterwards sends its cotangent here, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch_impl.config import MHCConfig
 from torch_impl.lean import balancing, transforms
 from torch_impl.lean.mixing import parts
 from torch_impl.projections import contract, gates_and_matrix, over_rms
-from torch_impl.residual import permutations
+from torch_impl.residual import permutations, wide_dtype
 from torch_impl.streams import weighted
 
 
@@ -40,8 +41,8 @@ class Reading:
 
 
 class Site(Function):
-    """Takes x ``[..., n, dim]``, phi ``[n, dim, m]`` with the norm's weight in it, scale and shift ``[m]``, the gates
-    ``[..., n]`` that are carried (None for others) and a `Reading`.
+    """Takes x ``[..., n, dim]``, gates ``[..., n]`` that are carried (None for others), a `Reading`, scale and shift
+    ``[m]``, the norm's weight ``[n, dim]`` or None, and each projection ``[n, dim, columns]``, with m columns in all.
 
     Returns u ``[..., dim]``, pre, post ``[..., n]``, H ``[..., n, n]``, x, and the sums ``[..., m + 1]``; u is empty
     where none is wanted, post and H are where there is a head.
@@ -50,12 +51,18 @@ class Site(Function):
     @staticmethod
     @transforms.unrounded
     def forward(
-        x: Tensor, phi: Tensor, scale: Tensor, shift: Tensor, carried: Tensor | None, reading: Reading
+        x: Tensor,
+        carried: Tensor | None,
+        reading: Reading,
+        scale: Tensor,
+        shift: Tensor,
+        norm: Tensor | None,
+        *phis: Tensor,
     ) -> tuple[Tensor, ...]:
-        c, lead = reading.config, x.shape[:-2]
-        n, dim, m = phi.shape
-        flat, matrix, wide = x.reshape(-1, n * dim), phi.reshape(n * dim, m), phi.dtype
-        tokens = len(flat)
+        c, lead, wide = reading.config, x.shape[:-2], wide_dtype(x.dtype)
+        n, dim = x.shape[-2:]
+        flat, matrix = x.reshape(-1, n * dim), _matrix(phis, norm, wide)
+        tokens, m = len(flat), matrix.shape[1]
         sums = torch.empty(tokens, m + 1, dtype=wide, device=x.device)
         read = reading.gates != "none"
         u = torch.empty(tokens if read else 0, dim, dtype=x.dtype, device=x.device)
@@ -63,7 +70,8 @@ class Site(Function):
         for part in parts(tokens, n * dim, x):
             values = flat[part].to(wide)
             sums[part, :m] = values @ matrix
-            sums[part, m] = torch.bmm(values.unsqueeze(1), values.unsqueeze(2)).view(-1)
+            # As a product of vectors this takes ten times as long; its root and square round once each.
+            sums[part, m] = torch.linalg.vector_norm(values, dim=1).square_()
             if read:
                 gates = _gates(sums[part], scale, shift, c, n) if given is None else given[part]
                 u[part] = torch.bmm(gates.unsqueeze(1), values.view(-1, n, dim)).squeeze(1)
@@ -75,30 +83,37 @@ class Site(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.reading = inputs
+        x, carried, ctx.reading, *weights = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[-1])
-        ctx.save_for_backward(*tensors, output[-1])
-        ctx.save_for_forward(*tensors)
+        ctx.save_for_backward(x, carried, *weights, output[-1])
+        ctx.save_for_forward(x, carried, *weights)
 
     @staticmethod
     @transforms.unrounded
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, sums = ctx.saved_tensors
+        x, carried, *weights, sums = ctx.saved_tensors
         if torch.is_grad_enabled():
-            inputs = (*inputs, ctx.reading)
+            inputs = (x, carried, ctx.reading, *weights)
             return transforms.pulled_back(_twin, inputs, (*cotangents[:-1], None), ctx.needs_input_grad)
-        return _pulled(inputs, sums, ctx.reading, cotangents, ctx.needs_input_grad)
+        return _pulled(x, carried, ctx.reading, weights, sums, cotangents, ctx.needs_input_grad)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        pushed = transforms.pushed_forward(_twin, (*ctx.saved_tensors, ctx.reading), tangents)
+        x, carried, *weights = ctx.saved_tensors
+        pushed = transforms.pushed_forward(_twin, (x, carried, ctx.reading, *weights), tangents)
         return *pushed[:-1], None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         del info
         return transforms.batched(_twin, in_dims, inputs, 6)
+
+
+def _matrix(phis: Sequence[Tensor], norm: Tensor | None, wide: torch.dtype) -> Tensor:
+    """All projections side by side, times the norm's weight: ``[n * dim, m]``. It is made again on the way back."""
+    phi = torch.cat([value.to(wide) for value in phis], -1)  # [n, dim, m]
+    return (phi if norm is None else phi * norm.to(wide).unsqueeze(-1)).flatten(0, 1)
 
 
 def _normed(sums: Tensor, config: MHCConfig, count: int) -> Tensor:
@@ -127,19 +142,23 @@ def _small(z: Tensor, reading: Reading, n: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _pulled(
-    inputs: list[Any],
-    sums: Tensor,
+    x: Tensor,
+    carried: Tensor | None,
     reading: Reading,
+    weights: Sequence[Any],
+    sums: Tensor,
     cotangents: tuple[Tensor | None, ...],
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The cotangents of x, phi, scale, shift and the carried gates."""
-    x, phi, scale, shift, carried = inputs
-    c, (n, dim, m) = reading.config, phi.shape
-    flat, matrix, wide = x.reshape(-1, n * dim), phi.reshape(n * dim, m), phi.dtype
-    tokens, sums = len(flat), sums.reshape(-1, m + 1)
+    """The cotangents of all inputs."""
+    scale, shift, norm, *phis = weights
+    c, wide = reading.config, wide_dtype(x.dtype)
+    n, dim = x.shape[-2:]
+    flat, matrix = x.reshape(-1, n * dim), _matrix(phis, norm, wide)
+    tokens, m = len(flat), matrix.shape[1]
+    sums = sums.reshape(-1, m + 1)
     du, dpre, dpost, dH, further = (
-        None if v is None else v.reshape(tokens, *v.shape[x.ndim - 2 :]) for v in cotangents[:5]
+        None if value is None else value.reshape(tokens, *value.shape[x.ndim - 2 :]) for value in cotangents[:5]
     )
     h = _normed(sums, c, n * dim)  # [T, m]
     z = torch.addcmul(shift, scale, h)
@@ -148,25 +167,24 @@ def _pulled(
     slope = sigmoid * (1 - sigmoid)
     if dpre is not None:
         dz[:, :n] = dpre * slope
-    own = carried is None
-    gates = sigmoid + c.pre_eps if own else carried.reshape(-1, n).to(wide)
-    dcarried = None if own else torch.zeros(tokens, n, dtype=wide, device=x.device)
+    gates = sigmoid + c.pre_eps if carried is None else carried.reshape(-1, n).to(wide)
+    dcarried = None if carried is None else torch.zeros(tokens, n, dtype=wide, device=x.device)
     inverse, of_square = _of_norm(sums, c, n * dim)
     dx = torch.empty_like(flat) if wanted[0] else None
-    dphi = torch.zeros_like(matrix) if wanted[1] else None
+    dmatrix = torch.zeros(m, n * dim, dtype=wide, device=x.device) if any(wanted[5:]) else None
     for part in parts(tokens, n * dim, x):
         values = flat[part].to(wide)
         received = None if du is None else du[part].to(wide)
         if received is not None:
-            of_gates = torch.bmm(values.view(-1, n, dim), received.unsqueeze(2)).squeeze(2)
+            of_gates = (values.view(-1, n, dim) * received.unsqueeze(1)).sum(2)
             if dcarried is None:
                 dz[part, :n] += of_gates * slope[part]
             else:
                 dcarried[part] = of_gates
         dh = dz[part] * scale
         dsums = dh * inverse[part]
-        if dphi is not None:
-            dphi.addmm_(values.t(), dsums)
+        if dmatrix is not None:
+            dmatrix.addmm_(dsums.t(), values)
         if dx is None:
             continue
         of_x = values * (2 * of_square[part] * (dh * h[part]).sum(1, keepdim=True))
@@ -178,12 +196,29 @@ def _pulled(
         dx[part] = of_x
     return (
         None if dx is None else dx.view(x.shape),
-        None if dphi is None else dphi.view(phi.shape),
-        (dz * h).sum(0) if wanted[2] else None,
-        dz.sum(0) if wanted[3] else None,
-        None if dcarried is None else dcarried.to(carried.dtype).view(carried.shape),
+        None if dcarried is None or carried is None else dcarried.to(carried.dtype).view(carried.shape),
         None,
+        (dz * h).sum(0) if wanted[3] else None,
+        dz.sum(0) if wanted[4] else None,
+        *_of_matrix(dmatrix, norm, phis, wanted[5:]),
     )
+
+
+def _of_matrix(
+    dmatrix: Tensor | None, norm: Tensor | None, phis: Sequence[Tensor], wanted: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    """The cotangents of the norm's weight and of each projection, from that of their matrix ``[m, n * dim]``."""
+    if dmatrix is None:
+        yield from (None for _ in wanted)
+        return
+    of_phi = dmatrix.t().reshape(*phis[0].shape[:2], -1)  # [n, dim, m]
+    if norm is None:
+        yield None
+    else:
+        yield (of_phi * torch.cat([phi.to(of_phi.dtype) for phi in phis], -1)).sum(-1).to(norm.dtype)
+        of_phi = of_phi * norm.to(of_phi.dtype).unsqueeze(-1)
+    for phi, part in zip(phis, of_phi.split([phi.shape[-1] for phi in phis], -1), strict=True):
+        yield part.to(phi.dtype).contiguous()
 
 
 def _of_norm(sums: Tensor, config: MHCConfig, count: int) -> tuple[Tensor, Tensor]:
@@ -215,10 +250,18 @@ def _of_small(z: Tensor, reading: Reading, n: int, dpost: Tensor | None, dH: Ten
 
 
 def _twin(
-    x: Tensor, phi: Tensor, scale: Tensor, shift: Tensor, carried: Tensor | None, reading: Reading
+    x: Tensor,
+    carried: Tensor | None,
+    reading: Reading,
+    scale: Tensor,
+    shift: Tensor,
+    norm: Tensor | None,
+    *phis: Tensor,
 ) -> tuple[Tensor, ...]:
-    c, (n, dim, _) = reading.config, phi.shape
-    squares = x.to(phi.dtype).square().sum((-2, -1)).unsqueeze(-1)  # [..., 1]
+    c, wide = reading.config, wide_dtype(x.dtype)
+    n, dim = x.shape[-2:]
+    phi = _matrix(phis, norm, wide).unflatten(0, (n, dim))
+    squares = x.to(wide).square().sum((-2, -1)).unsqueeze(-1)  # [..., 1]
     sums = torch.cat([contract(phi, x), squares], -1)  # [..., m + 1]
     z = scale * over_rms(sums[..., :-1], squares / (n * dim), c) + shift
     if reading.head:

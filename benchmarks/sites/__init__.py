@@ -1,0 +1,1 @@
+"""A site's time and memory beside those of other implementations of the same function (`python -m benchmarks`)."""
