@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 from dataclasses import asdict
 from importlib import metadata
@@ -49,7 +50,8 @@ def _run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes a line at each start and stop
     import torch
 
-    from benchmarks.sites.measuring import Shape, measured
+    from benchmarks.sites.measuring import measured
+    from benchmarks.sites.numbers import Shape
     from conformance.files import atomic
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -60,11 +62,22 @@ def _run(arguments: argparse.Namespace) -> int:
     shapes = [Shape(t, d, dtype) for t, d in SHAPES for dtype in DTYPES if not arguments.quick or t <= 1024]
     rows: list[dict[str, Any]] = []
     for shape in shapes:
-        rows.append({**asdict(shape), **measured(shape, arguments.device)})
+        rows.append({**asdict(shape), **measured(shape, arguments.device), "jax": _in_jax(shape, arguments)})
         print(f"{shape.tokens} x {shape.dim}, {shape.dtype}: " + _told(rows[-1]["cells"]), flush=True)
         result = {"format": "mhc-benchmarks/1", "environment": _environment(arguments, torch), "rows": rows}
         atomic.write(path, json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def _in_jax(shape: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """JAX's part, in a process of its own: both frameworks have threads, and take each other's time."""
+    environment = {**os.environ, "JAX_PLATFORMS": arguments.device, "OMP_NUM_THREADS": str(arguments.threads)}
+    environment.pop("XLA_FLAGS", None)  # the suite's have programs compiled without optimisations
+    command = [sys.executable, "-m", "benchmarks.sites.in_jax", json.dumps(asdict(shape))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        return {"reason": done.stderr.strip().splitlines()[-1][:200] if done.stderr else f"status {done.returncode}"}
+    return json.loads(done.stdout)
 
 
 def _told(cells: dict[str, Any]) -> str:

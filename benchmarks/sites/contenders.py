@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.sites.numbers import STREAMS
 from torch_impl import MHCConfig, functional
 
 ROW = "deepseek-v4-transformers"
-STREAMS = 4
 Weights = Mapping[str, Tensor]
 
 

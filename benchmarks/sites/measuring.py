@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,24 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.sites.contenders import CONTENDERS, OURS, STREAMS, drawn
-from torch_impl import MHCConfig
+from benchmarks.sites.contenders import CONTENDERS, drawn
+from benchmarks.sites.numbers import STREAMS, TOLERANCE, Shape, quartiles, rounds_are_enough
 
-LEAST_SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 1.0, 5, 200
-FLOOR_UNITS = {"forward": 3 * STREAMS + 2, "both": 8 * STREAMS + 5}
-"""Streams that a site has to read or write at least (docs/performance.md), in units of T x dim numbers of x's dtype."""
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.04, "float16": 0.005}
-"""Of the largest value, for outputs and the gradient of x: enough to tell a broken one. The suite judges precision."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """T tokens of n = 4 streams."""
-
-    tokens: int
-    dim: int
-    dtype: str
 
 
 @dataclass
@@ -82,13 +67,13 @@ def measured(shape: Shape, device: str) -> dict[str, Any]:
         operators = {kind: _profiled(calls[name, kind]) for kind in ("forward", "both")}
         cells[name] = asdict(
             Figures(
-                {kind: _quartiles(times[name, kind]) for kind in ("forward", "both")},
+                {kind: quartiles(times[name, kind]) for kind in ("forward", "both")},
                 _saved(module, x),
                 operators["both"][1],
                 {kind: count for kind, (count, _) in operators.items()},
             )
         )
-    return {"copy": _quartiles(times["copy", ""])[0], "cells": cells}
+    return {"copy": quartiles(times["copy", ""])[0], "cells": cells}
 
 
 def _results(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,17 +116,14 @@ def _both(module: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def _in_turns(calls: Mapping[Any, Callable[[], object]], device: str) -> dict[Any, list[float]]:
-    """Seconds of each call, one of each after the other, for as many rounds as take a second of the fastest."""
+    """Seconds of each call, one of each after the other, until the slowest has taken a second."""
     times: dict[Any, list[float]] = {key: [] for key in calls}
     for call in calls.values():
         call()
-    while len(next(iter(times.values()))) < MOST_ROUNDS:
+    while not rounds_are_enough(times):
         for key, call in calls.items():
             with _timed(times[key], device):
                 call()
-        spent = [sum(values) for values in times.values()]
-        if len(next(iter(times.values()))) >= LEAST_ROUNDS and max(spent) >= LEAST_SECONDS:
-            break
     return times
 
 
@@ -154,11 +136,6 @@ def _timed(times: list[float], device: str) -> Iterator[None]:
     if device == "cuda":
         torch.cuda.synchronize()
     times.append(time.perf_counter() - began)
-
-
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, low, high
 
 
 def _saved(module: nn.Module, x: Tensor) -> int:
@@ -195,6 +172,3 @@ def _inside(event: Any) -> bool:
     """Whether an operator was called by another."""
     parent = event.cpu_parent
     return parent is not None and (parent.name.startswith("aten::") or _inside(parent))
-
-
-__all__ = ["FLOOR_UNITS", "OURS", "Figures", "MHCConfig", "Shape", "measured"]

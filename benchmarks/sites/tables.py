@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sites.contenders import CONTENDERS, OURS
-from benchmarks.sites.measuring import FLOOR_UNITS, STREAMS
+from benchmarks.sites.numbers import FLOOR_UNITS, STREAMS
 from conformance.files import document
 
 MARKER = "site benchmarks"
@@ -39,8 +39,8 @@ def _of_device(device: str, result: dict[str, Any] | None) -> str:
     e = result["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items() if version != "absent")
     head = f"**{device}**: {e['device']}, {e['threads']} threads, Python {e['python']}, {versions}."
-    tables = [_times(result["rows"], kind) for kind in KINDS]
-    return "\n\n".join([head, *tables, _memory(result["rows"])])
+    rows = result["rows"]
+    return "\n\n".join([head, *(_times(rows, kind) for kind in KINDS), _memory(rows), _in_jax(rows)])
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -90,6 +90,29 @@ def _memory(rows: list[dict[str, Any]]) -> str:
             )
         lines.append(line)
     return _table(["kept beside x, most held (of x), operators: tokens x dim", *names], lines)
+
+
+def _in_jax(rows: list[dict[str, Any]]) -> str:
+    """`jax_impl` under jit beside the layer written plainly: its milliseconds, and the other's time as a multiple."""
+    lines: list[list[str]] = []
+    for row in rows:
+        line = [_shape(row)]
+        for kind in KINDS:
+            ours, other = (row.get("jax", {}).get(name) for name in ("jax_impl", "written plainly"))
+            if not isinstance(ours, dict) or not isinstance(other, dict):
+                line += [NOT_MEASURED, NOT_MEASURED]
+                continue
+            seconds = ours["seconds"][kind][0]
+            line += [f"{seconds * 1e3:.2f}", f"{other['seconds'][kind][0] / seconds:.2f}"]
+        lines.append(line)
+    header = [
+        "`jax.jit`: tokens x dim",
+        "forward, ms",
+        "written plainly",
+        "forward and gradients, ms",
+        "written plainly",
+    ]
+    return _table(header, lines)
 
 
 def compare(before: Path, after: Path) -> int:

@@ -264,6 +264,11 @@ def test_the_default_is_lean_in_eager_calls_alone(monkeypatch):
     assert len(seen) == 1
     HyperHead(module.config)(x)
     assert len(seen) == 2
+    with torch.no_grad():
+        run(module, x)
+        assert len(seen) == 2, "without gradients a small x is served faster by operators"
+        run(module, torch.randn(1, 2048, 4, 64).expand(5, 2048, 4, 64))
+        assert len(seen) == 3
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])

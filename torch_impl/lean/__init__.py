@@ -22,13 +22,15 @@ from torch_impl.residual import wide_dtype
 
 BACKENDS = ("auto", "plain", "lean")
 KINDS = (Tensor, torch.nn.Parameter)
+FEW = 1 << 21
+"""Numbers of x below which plain operators are faster where no gradient is asked for: a function costs some Python."""
 
 
 def chosen(backend: str, x: Tensor, others: Iterable[Tensor], reason: str = "") -> bool:
     """Whether a call takes the lean path.
 
     Args:
-        backend: ``"auto"`` takes it wherever it can be taken, ``"plain"`` never.
+        backend: ``"auto"`` takes it wherever it can be taken and pays, ``"plain"`` never.
         x: the streams, or the logits.
         others: further tensors that go in.
         reason: why the caller can't take it; empty where he can.
@@ -40,10 +42,18 @@ def chosen(backend: str, x: Tensor, others: Iterable[Tensor], reason: str = "") 
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "plain":
         return False
+    others = tuple(others)
+    if backend == "auto" and x.numel() < FEW and not _differentiated(x, others):
+        return False
     reason = reason or _hindrance(x, others)
     if reason and backend == "lean":
         raise ValueError(f"backend='lean' doesn't go with {reason}: take 'auto', which then runs plain operators")
     return not reason
+
+
+def _differentiated(x: Tensor, others: Iterable[Tensor]) -> bool:
+    """Whether a gradient of any of them may be asked for."""
+    return torch.is_grad_enabled() and any(value.requires_grad for value in (x, *others))
 
 
 def _hindrance(x: Tensor, others: Iterable[Tensor]) -> str:

@@ -31,11 +31,16 @@ def blocks(tokens: int, most: int, device: torch.device) -> Iterator[slice]:
 
 def balanced(logits: Tensor, config: MHCConfig) -> Tensor:
     """H ``[T, n, n]`` of wide logits ``[T, n, n]``; as `residual.sinkhorn` writes it."""
-    H, eps = torch.empty_like(logits, memory_format=torch.contiguous_format), _eps(logits, config)
+    axes, eps = _passes(config), _eps(logits, config)
+    H = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for part in blocks(len(logits), BLOCK, logits.device):
         p = _start(_limited(_tokens_last(logits[part]), config), config)[0]
-        for axis in _passes(config):
-            p.div_(_total(p, axis, eps, config)[0])
+        if config.guard in ("add", "denominator"):
+            for axis in axes:
+                p.div_(p.sum(axis, keepdim=True).add_(eps))
+        else:
+            for axis in axes:
+                p.div_(_total(p, axis, eps, config)[0])
         H[part] = p.permute(2, 0, 1)
     return H
 

@@ -6,6 +6,7 @@ A twin takes what the function takes and returns as many tensors, by operators t
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ def unrounded(function: Callable[..., Result]) -> Callable[..., Result]:
         with without_autocast(next(value.device for value in arguments if isinstance(value, Tensor))):
             return function(*arguments)
 
+    # `Function.apply` asks for it at every call, and working it out takes as long as thirty operators.
+    wrapped.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return wrapped
 
 

@@ -8,26 +8,41 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MISTAKES = {
-    "transposed H": {"both": ("functional", 'config.mix == "in-out" else', 'config.mix != "in-out" else')},
+    "transposed H": {
+        "torch": ("lean.mixing", 'and mix == "in-out" else', 'and mix != "in-out" else'),
+        "torch, plain": ("streams", 'mix == "in-out" else', 'mix != "in-out" else'),
+        "jax": ("functional", 'config.mix == "in-out" else', 'config.mix != "in-out" else'),
+    },
     "19 iterations": {
         "torch": ("residual", "* (config.iterations or 0)", "* ((config.iterations or 0) - 1)"),
         "jax": ("residual", "whole, start = config.iterations or 0", "whole, start = (config.iterations or 0) - 1"),
     },
     "clip for add": {
-        "torch": ("residual", "total = total + eps", "total = total.clamp(min=eps)"),
+        "torch": ("lean.balancing", "return total.add_(eps), None", "return total.clamp_(min=eps), None"),
+        "torch, plain": ("residual", "total = total + eps", "total = total.clamp(min=eps)"),
         "jax": ("residual", "total = total + eps", "total = jnp.maximum(total, eps)"),
     },
     "softmax over columns": {
-        "torch": ("residual", "torch.softmax(z, start)", "torch.softmax(z, COLUMNS)"),
+        "torch": ("lean.balancing", "torch.softmax(z, axis)", "torch.softmax(z, 0)"),
+        "torch, plain": ("residual", "torch.softmax(z, start)", "torch.softmax(z, COLUMNS)"),
         "jax": ("residual", "softmax(logits, axis=start)", "softmax(logits, axis=COLUMNS)"),
     },
-    "dropped pre_eps": {"both": ("projections", "+ config.pre_eps", "+ 0 * config.pre_eps")},
-    "post_scale 1": {"both": ("projections", "config.post_scale *", "1 *")},
+    "dropped pre_eps": {
+        "torch": ("lean.site", "config.pre_eps", "(0 * config.pre_eps)"),
+        "torch, plain": ("projections", "+ config.pre_eps", "+ 0 * config.pre_eps"),
+        "jax": ("projections", "+ config.pre_eps", "+ 0 * config.pre_eps"),
+    },
+    "post_scale 1": {
+        "torch": ("lean.site", "config.post_scale * torch.sigmoid", "1 * torch.sigmoid"),
+        "torch, plain": ("projections", "config.post_scale *", "1 *"),
+        "jax": ("projections", "config.post_scale *", "1 *"),
+    },
 }
-"""The file of the package, what it has, and what is put there instead."""
+"""The file of the package, what it has, and what is put there instead; of PyTorch's two paths, where they differ."""
 SINGLE_PASS = {
     "reads with its own pre": {
-        "torch": ("functional", "gates, handed = _check_carried(x, carried), own", "gates, handed = own, own"),
+        "torch": ("functional", 'config, read, "carried" if previous', 'config, None, "own" if previous'),
+        "torch, plain": ("functional", "gates = own if read is None else read", "gates = own"),
         "jax": (
             "functional",
             "return pre_mix(x, _check_carried(x, carried, shards)), context",
@@ -39,7 +54,11 @@ SINGLE_PASS = {
         "jax": ("functional", "jnp.arange(x.shape[-2]) == 0", "jnp.arange(x.shape[-2]) >= 0"),
     },
     "carried gradient cut": {
-        "torch": ("functional", "_check_carried(x, carried), own", "_check_carried(x, carried).detach(), own"),
+        "torch": (
+            "functional",
+            "_check_carried(x, carried) if previous",
+            "_check_carried(x, carried).detach() if previous",
+        ),
         "jax": (
             "functional",
             "_check_carried(x, carried, shards)), context",
@@ -48,20 +67,29 @@ SINGLE_PASS = {
     },
 }
 """The same for a dialect whose sites read with the pre of the site before."""
+PLAIN = "torch, plain"
+LEAN = ("site", "mixing", "balancing")
 
 
 @contextlib.contextmanager
 def planted(framework: str, mistake: str) -> Iterator[None]:
-    """Runs with the mistake in the package's functions; puts the originals back."""
+    """Runs with the mistake in the package's functions; puts the originals back.
+
+    Args:
+        framework: ``jax``, ``torch``, or ``torch, plain`` for its plain path.
+    """
     places = {**MISTAKES, **SINGLE_PASS}[mistake]
-    file, right, wrong = places.get(framework) or places["both"]
-    package = importlib.import_module(f"{framework}_impl")
-    module = importlib.import_module(f"{framework}_impl.{file}")
+    kind = framework.partition(",")[0]
+    file, right, wrong = places.get(framework) or places[kind]
+    package = importlib.import_module(f"{kind}_impl")
+    module = importlib.import_module(f"{kind}_impl.{file}")
     path = Path(module.__file__ or "")
     source = path.read_text()
     assert right in source, f"{path} no longer contains {right!r}: plant the mistake anew"
     # Whoever has imported a function of the file by name is handed the changed one too.
-    holders = [package, module, importlib.import_module(f"{framework}_impl.functional")]
+    functional = importlib.import_module(f"{kind}_impl.functional")
+    lean = [importlib.import_module(f"torch_impl.lean.{name}") for name in LEAN] if kind == "torch" else []
+    holders = [package, module, functional, *lean]
     before = [dict(vars(holder)) for holder in holders]
     own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     try:
@@ -70,7 +98,17 @@ def planted(framework: str, mistake: str) -> Iterator[None]:
             for name, value in own.items():
                 if held.get(name) is value:
                     setattr(holder, name, vars(module)[name])
+        if framework == PLAIN:
+            vars(functional)["chosen"] = lambda *arguments: False
+        _forget(kind)
         yield
     finally:
         for holder, held in zip(holders, before, strict=True):
             vars(holder).update(held)
+        _forget(kind)
+
+
+def _forget(kind: str) -> None:
+    """Lets go of the programs that were made of the functions as they were."""
+    if kind == "jax":
+        importlib.import_module("jax").clear_caches()
