@@ -38,7 +38,7 @@ from jax_impl.projections import (
     rms_norm,
     weight_shapes,
 )
-from jax_impl.residual import HIGHEST, check_shape, compiled, tokens_first, wide_dtype
+from jax_impl.residual import check_shape, compiled, tokens_first, wide_dtype
 
 __all__ = [
     "COEFFICIENTS",
@@ -206,8 +206,9 @@ def _post_mixed(y: Array, x: Array, post: Array, H: Array, config: MHCConfig) ->
     if config.mix == "identity":
         mixed = x.astype(wide)
     else:
-        pattern = "...ij,...ic->...jc" if config.mix == "in-out" else "...ji,...ic->...jc"
-        mixed = jnp.einsum(pattern, H.astype(wide), x.astype(wide), precision=HIGHEST)  # [..., n, dim]
+        transposed = config.mix == "out-in"
+        matrix = jnp.broadcast_to(H, (*x.shape[:-1], config.streams))  # [..., n, n]
+        mixed: Array = mixing.across(matrix, x, transposed)  # [..., n, dim]
     if rounded:
         own, mixed = own.astype(x.dtype), mixed.astype(x.dtype)
     return (own + mixed).astype(x.dtype)

@@ -1,14 +1,22 @@
-"""The two mixings of streams with gates, each the other's transpose, with derivatives of their own::
+"""The mixings of streams with gates and with H, with derivatives of their own::
 
     weighted_sum(x, gates) = sum_i gates[i] * x[i]      # [..., n, dim], [..., n] -> [..., dim]
     spread(y, gates)[i] = gates[i] * y                  # [..., dim], [..., n] -> [..., n, dim]
+    across(H, x)[j] = sum_i H[i, j] * x[i]              # [..., n, n], [..., n, dim] -> [..., n, dim]
 
-The transpose that JAX derives converts cotangents before it repeats them (`_repeated`): 75.8 units with backward on a
-v5e at (4, 4096, 4, 7168), against 70.8 (benchmarks/tpu_aot.py). The price is forward mode: `jax.jvp` of a layer is
-refused, forward over reverse (a Hessian-vector product) is not.
+The transpose that JAX derives of the first two converts cotangents before it repeats them (`_repeated`): 75.8 units
+with backward on a v5e at (4, 4096, 4, 7168), against 70.8 (benchmarks/tpu_aot.py). The price is forward mode: `jax.jvp`
+of a layer is refused, forward over reverse (a Hessian-vector product) is not.
+
+On a CPU each is written out stream by stream: XLA fuses that into one loop over a row of dim, where its reductions over
+a middle axis, and its products of 4 x 4 matrices, take 3 to 100 times as long (`python -m benchmarks run`). A mesh in
+use has the other form, since what is written out has other shardings.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +26,59 @@ from jaxtyping import Float
 Kept = tuple[Array, Array]
 
 
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def on_mesh() -> bool:
+    """Whether a mesh is in use: what is written out for a CPU has other shardings, and rules of our own add up nothing
+    over the parts of an array.
+    """
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def by_platform(on_cpu: Callable[..., Array], elsewhere: Callable[..., Array], *arrays: Array) -> Array:
+    """One of two forms of a function, by the platform that it is compiled for; it is never differentiated itself."""
+    if on_mesh():
+        return elsewhere(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
+
+
+def _wide(*arrays: Array) -> tuple[Array, ...]:
+    """Arrays in float32, or wider where the last of them is."""
+    return tuple(array.astype(jnp.promote_types(arrays[-1].dtype, jnp.float32)) for array in arrays)
+
+
 def _weigh(x: Array, gates: Array) -> Array:
     """``sum_i gates_i x_i`` in float32 or wider."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    weighted = gates.astype(wide)[..., None] * x.astype(wide)  # [..., n, 1] * [..., n, dim]
-    return weighted.sum(-2)  # [..., dim]
+    return by_platform(_weigh_by_stream, _weigh_at_once, x, gates)
+
+
+def _weigh_at_once(x: Array, gates: Array) -> Array:
+    gates, x = _wide(gates, x)
+    return (gates[..., None] * x).sum(-2)  # [..., n, 1] * [..., n, dim] -> [..., dim]
+
+
+def _weigh_by_stream(x: Array, gates: Array) -> Array:
+    gates, x = _wide(gates, x)
+    total = gates[..., 0, None] * x[..., 0, :]  # [..., dim]
+    for i in range(1, x.shape[-2]):
+        total = total + gates[..., i, None] * x[..., i, :]
+    return total
+
+
+def _of_gates(x: Array, y: Array, gates: Array) -> Array:
+    """``sum_c x[i, c] y[c]`` for each stream, in float32 or wider: a cotangent of gates."""
+
+    def at_once(x: Array, y: Array, gates: Array) -> Array:
+        repeated = _repeated(y, gates)
+        return (repeated * x.astype(repeated.dtype)).sum(-1)  # [..., n, dim] -> [..., n]
+
+    def by_stream(x: Array, y: Array, gates: Array) -> Array:
+        del gates
+        x, y = _wide(x, y)
+        return jnp.stack([(x[..., i, :] * y).sum(-1) for i in range(x.shape[-2])], -1)
+
+    return by_platform(by_stream, at_once, x, y, gates)
 
 
 def _repeated(y: Array, gates: Array) -> Array:
@@ -64,8 +120,8 @@ def _weighted_sum_forward(x: Array, gates: Array) -> tuple[Array, Kept]:
 def _weighted_sum_backward(kept: Kept, cotangent: Array) -> Kept:
     x, gates = kept
     repeated = _repeated(cotangent, gates)
-    of_gates = (repeated * x.astype(repeated.dtype)).sum(-1)  # [..., n, dim] -> [..., n]
-    return (gates.astype(repeated.dtype)[..., None] * repeated).astype(x.dtype), of_gates.astype(gates.dtype)
+    of_x = (gates.astype(repeated.dtype)[..., None] * repeated).astype(x.dtype)
+    return of_x, _of_gates(x, cotangent, gates).astype(gates.dtype)
 
 
 def _spread_forward(y: Array, gates: Array) -> tuple[Array, Kept]:
@@ -74,9 +130,61 @@ def _spread_forward(y: Array, gates: Array) -> tuple[Array, Kept]:
 
 def _spread_backward(kept: Kept, cotangent: Array) -> Kept:
     y, gates = kept
-    of_gates = (cotangent * _repeated(y, gates)).sum(-1)  # [..., n, dim] -> [..., n]
-    return _weigh(cotangent, gates).astype(y.dtype), of_gates.astype(gates.dtype)
+    return _weigh(cotangent, gates).astype(y.dtype), _of_gates(cotangent, y, gates).astype(gates.dtype)
 
 
 weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
 spread.defvjp(_spread_forward, _spread_backward)
+
+
+def across(
+    H: Float[Array, "... n n"], x: Float[Array, "... n dim"], transposed: bool = False
+) -> Float[Array, "... n dim"]:
+    """Computes ``sum_i H[i, j] x_i``, or with H transposed, in float32 or wider."""
+    if on_mesh():
+        return _across_at_once(H, x, transposed)
+    result: Array = _ruled_across(H, x, transposed)
+    return result
+
+
+def _across_at_once(H: Array, x: Array, transposed: bool) -> Array:
+    pattern = "...ji,...ic->...jc" if transposed else "...ij,...ic->...jc"
+    return jnp.einsum(pattern, *_wide(H, x), precision=HIGHEST)  # [..., n, dim]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _ruled_across(H: Array, x: Array, transposed: bool) -> Array:
+    return _across(H, x, transposed)
+
+
+def _across(H: Array, x: Array, transposed: bool) -> Array:
+    def by_stream(H: Array, x: Array) -> Array:
+        H, x = _wide(H, x)
+        rows = H if transposed else jnp.swapaxes(H, -1, -2)  # [..., to, from]
+        return jnp.stack([_weigh_by_stream(x, rows[..., j, :]) for j in range(x.shape[-2])], -2)
+
+    return by_platform(by_stream, partial(_across_at_once, transposed=transposed), H, x)
+
+
+def _across_forward(H: Array, x: Array, transposed: bool) -> tuple[Array, Kept]:
+    return _across(H, x, transposed), (H, x)
+
+
+def _across_backward(transposed: bool, kept: Kept, cotangent: Array) -> Kept:
+    H, x = kept
+
+    def at_once(cotangent: Array, x: Array) -> Array:
+        return jnp.einsum("...jc,...ic->...ji", *_wide(cotangent, x), precision=HIGHEST)  # [..., to, from]
+
+    def by_stream(cotangent: Array, x: Array) -> Array:
+        g, x = _wide(cotangent, x)
+        n = range(x.shape[-2])
+        rows = [jnp.stack([(g[..., j, :] * x[..., i, :]).sum(-1) for i in n], -1) for j in n]
+        return jnp.stack(rows, -2)
+
+    of_matrix = by_platform(by_stream, at_once, cotangent, x)
+    of_matrix = of_matrix if transposed else jnp.swapaxes(of_matrix, -1, -2)
+    return of_matrix.astype(H.dtype), _across(H, cotangent, not transposed).astype(x.dtype)
+
+
+_ruled_across.defvjp(_across_forward, _across_backward)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -21,6 +22,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
+from jax_impl import mixing
 from jax_impl.config import MHCConfig
 from jax_impl.residual import HIGHEST, check_shape, compiled, residual_matrix, tokens_first, tokens_last, wide_dtype
 
@@ -143,14 +145,76 @@ def _contract(phi: Array, x: Array, precision: jax.lax.PrecisionLike) -> Array:
 
     Never by way of ``[..., n*C]``: a flattened axis can't be sharded as dim is, and x would be gathered.
     """
+    precision = HIGHEST if precision is None else precision
+    if mixing.on_mesh():
+        return _contracted_at_once(phi, x, precision)
+    result: Array = _contracted(phi, x, precision)
+    return result
+
+
+def _contracted_at_once(phi: Array, x: Array, precision: jax.lax.PrecisionLike) -> Array:
     wide = wide_dtype(x.dtype)
-    return jnp.einsum(
-        "ncm,...nc->m...",
-        phi.astype(wide),
-        x.astype(wide),
-        precision=HIGHEST if precision is None else precision,
-        preferred_element_type=wide,
-    )
+    return _einsum("ncm,...nc->m...", phi.astype(wide), x.astype(wide), precision)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _contracted(phi: Array, x: Array, precision: jax.lax.PrecisionLike) -> Array:
+    return _product(phi, x, precision)
+
+
+def _product(phi: Array, x: Array, precision: jax.lax.PrecisionLike) -> Array:
+    """On a CPU it is a product of two matrices, which takes a tenth of the einsum's time."""
+    wide = wide_dtype(x.dtype)
+
+    def flat(phi: Array, x: Array) -> Array:
+        return tokens_last(jnp.matmul(_rows(x.astype(wide)), _matrix(phi.astype(wide)), precision=precision), 1)
+
+    return mixing.by_platform(flat, partial(_contracted_at_once, precision=precision), phi, x)
+
+
+def _einsum(pattern: str, one: Array, other: Array, precision: jax.lax.PrecisionLike) -> Array:
+    return jnp.einsum(pattern, one, other, precision=precision, preferred_element_type=one.dtype)
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])  # [..., n, dim] -> [..., n*dim]
+
+
+def _matrix(phi: Array) -> Array:
+    return phi.reshape(-1, phi.shape[-1])  # [n, dim, m] -> [n*dim, m]
+
+
+def _contracted_forward(phi: Array, x: Array, precision: jax.lax.PrecisionLike) -> tuple[Array, tuple[Array, Array]]:
+    return _product(phi, x, precision), (phi, x)  # no function with a rule: forward mode goes through it
+
+
+def _contracted_backward(
+    precision: jax.lax.PrecisionLike, kept: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    phi, x = kept
+    wide = cotangent.dtype
+
+    def of_phi(cotangent: Array, x: Array) -> Array:
+        return _einsum("m...,...nc->ncm", cotangent, x.astype(wide), precision)
+
+    def of_phi_flat(cotangent: Array, x: Array) -> Array:
+        m, tokens = cotangent.shape[0], cotangent.reshape(cotangent.shape[0], -1)
+        rows = x.astype(wide).reshape(tokens.shape[1], x.shape[-2] * x.shape[-1])
+        return jnp.matmul(tokens, rows, precision=precision).T.reshape(*x.shape[-2:], m)
+
+    def of_x(cotangent: Array, phi: Array) -> Array:
+        return _einsum("m...,ncm->...nc", cotangent, phi.astype(wide), precision)
+
+    def of_x_flat(cotangent: Array, phi: Array) -> Array:
+        rows = jnp.matmul(tokens_first(cotangent, 1), _matrix(phi.astype(wide)).T, precision=precision)
+        return rows.reshape(*rows.shape[:-1], *phi.shape[:2])
+
+    dphi = mixing.by_platform(of_phi_flat, of_phi, cotangent, x)
+    dx = mixing.by_platform(of_x_flat, of_x, cotangent, phi)
+    return dphi.astype(phi.dtype), dx.astype(x.dtype)
+
+
+_contracted.defvjp(_contracted_forward, _contracted_backward)
 
 
 def logits(

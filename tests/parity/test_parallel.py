@@ -137,7 +137,7 @@ STANDS_ON = {
     "config": set(),
     "mixing": set(),
     "residual": {"config"},
-    "projections": {"config", "residual"},
+    "projections": {"config", "mixing", "residual"},
     "shards": {"projections"},
     "streams": {"residual"},
     "functional": {"config", "mixing", "projections", "residual", "streams", *LEAN_MODULES},
