@@ -35,12 +35,8 @@ def balanced(logits: Tensor, config: MHCConfig) -> Tensor:
     H = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for part in blocks(len(logits), BLOCK, logits.device):
         p = _start(_limited(_tokens_last(logits[part]), config), config)[0]
-        if config.guard in ("add", "denominator"):
-            for axis in axes:
-                p.div_(p.sum(axis, keepdim=True).add_(eps))
-        else:
-            for axis in axes:
-                p.div_(_total(p, axis, eps, config)[0])
+        for axis in axes:
+            p.div_(_total(p, axis, eps, config)[0])
         H[part] = p.permute(2, 0, 1)
     return H
 

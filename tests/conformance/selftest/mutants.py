@@ -11,7 +11,7 @@ MISTAKES = {
     "transposed H": {
         "torch": ("lean.mixing", 'and mix == "in-out" else', 'and mix != "in-out" else'),
         "torch, plain": ("streams", 'mix == "in-out" else', 'mix != "in-out" else'),
-        "jax": ("functional", 'config.mix == "in-out" else', 'config.mix != "in-out" else'),
+        "jax": ("functional", 'config.mix == "out-in"', 'config.mix != "out-in"'),
     },
     "19 iterations": {
         "torch": ("residual", "* (config.iterations or 0)", "* ((config.iterations or 0) - 1)"),
