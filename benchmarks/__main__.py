@@ -1,6 +1,6 @@
 """Benchmarks of a site beside other implementations of it.
 
-python -m benchmarks run [--device cpu|cuda] [--quick] [--json FILE]    # measures, and writes the results
+python -m benchmarks run [--device cpu|cuda] [--quick] [--tokens T …]   # measures, and writes the results
 python -m benchmarks table [--write docs/performance.md]               # the tables of all results
 python -m benchmarks compare A.json B.json                             # where B is slower than A, status 1
 """
@@ -28,7 +28,8 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    run.add_argument("--quick", action="store_true", help="the two smallest numbers of tokens")
+    run.add_argument("--quick", action="store_true", help="64 and 1,024 tokens")
+    run.add_argument("--tokens", type=int, nargs="+", help="these alone; what the file has of others stays")
     run.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     run.add_argument("--json", type=Path, help="default: benchmarks/results/site-DEVICE.json")
     table = commands.add_parser("table", help="print the tables")
@@ -59,11 +60,15 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
     torch.set_num_threads(arguments.threads)
     path = arguments.json or RESULTS / f"site-{arguments.device}.json"
-    shapes = [Shape(t, d, dtype) for t, d in SHAPES for dtype in DTYPES if not arguments.quick or t <= 1024]
+    wanted = set(arguments.tokens or ([64, 1024] if arguments.quick else [t for t, _ in SHAPES]))
+    shapes = [Shape(t, d, dtype) for t, d in SHAPES for dtype in DTYPES if t in wanted]
     rows: list[dict[str, Any]] = []
+    if arguments.tokens and path.is_file():
+        rows = [row for row in json.loads(path.read_text())["rows"] if row["tokens"] not in wanted]
     for shape in shapes:
         rows.append({**asdict(shape), **measured(shape, arguments.device), "jax": _in_jax(shape, arguments)})
         print(f"{shape.tokens} x {shape.dim}, {shape.dtype}: " + _told(rows[-1]["cells"]), flush=True)
+        rows.sort(key=lambda row: (row["tokens"], row["dim"], row["dtype"] != "float32"))
         result = {"format": "mhc-benchmarks/1", "environment": _environment(arguments, torch), "rows": rows}
         atomic.write(path, json.dumps(result, indent=1) + "\n")
     return 0

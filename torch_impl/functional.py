@@ -72,6 +72,10 @@ __all__ = [
 ]
 
 
+Read = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""u, pre, post, H, and x as it is to be used further on."""
+
+
 class Context(NamedTuple):
     """The values that `pre` hands to `post`: x ``[..., n, dim]``, post ``[..., n]`` and H ``[..., n, n]``."""
 
@@ -242,8 +246,16 @@ def coefficients(
     Raises:
         ValueError: x or a weight of another shape than the configuration's, or a backend that can't be had.
     """
-    _, pre, post, H, _ = _site(x, weights, config, None, "none", shards, backend)
-    return pre, post, H
+    dim, norm = local_dim(config, shards), "mhc_norm.scale"
+    check_shape("x", x, (config.streams, dim))
+    check_weights(weights, weight_shapes(config), dim)
+    held = {name: weights[name] for name in weight_shapes(config)}
+    if chosen(backend, x, held.values(), _hindrance(x, config, shards)):
+        _, pre, post, H, _ = _read(x, held, layer_names(config), held.get(norm), Reading(config, u=False))
+        return pre, post, H
+    with without_autocast(x.device):
+        side = packed(x, held, layer_names(config), held.get(norm), config)
+        return gates_and_matrix(logits(x, side, config, shards), config, coefficient_dtype(x, config))
 
 
 def residual_matrix(
@@ -270,29 +282,6 @@ def residual_matrix(
     return cast(Tensor, Balancing.apply(logits, config))
 
 
-def _site(
-    x: Tensor,
-    weights: Weights,
-    config: MHCConfig,
-    carried: Tensor | None,
-    gates: str,
-    shards: Shards | None,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """u, pre, post, H, and x as further calls are to have it; no u where ``gates`` is ``"none"``."""
-    dim = local_dim(config, shards)
-    check_shape("x", x, (config.streams, dim))
-    check_weights(weights, weight_shapes(config), dim)
-    held = {name: weights[name] for name in weight_shapes(config)}
-    reading = Reading(config, gates)
-    if chosen(backend, x, held.values(), _hindrance(x, config, shards)):
-        return _read(x, held, layer_names(config), held.get("mhc_norm.scale"), reading, carried)
-    with without_autocast(x.device):
-        side = packed(x, held, layer_names(config), held.get("mhc_norm.scale"), config)
-        own, post, H = gates_and_matrix(logits(x, side, config, shards), config, coefficient_dtype(x, config))
-    return (x[..., 0, :] if gates == "none" else x, own, post, H, x)
-
-
 def _hindrance(x: Tensor, config: MHCConfig, shards: Shards | None) -> str:
     """Why the lean path doesn't serve this site; empty where it does."""
     if shards:
@@ -308,12 +297,12 @@ def _read(
     norm: Tensor | None,
     reading: Reading,
     carried: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+) -> Read:
     """What `Site` returns, but for the sums."""
     with without_autocast(x.device):
         scale, shift = packed_gates(x, weights, names, reading.config)
         phis = [weights[phi] for phi, _, _ in names]
-        return cast("tuple[Tensor, ...]", Site.apply(x, carried, reading, scale, shift, norm, *phis))[:5]
+        return cast(Read, Site.apply(x, carried, reading, scale, shift, norm, *phis)[:5])
 
 
 def pre(
@@ -335,8 +324,8 @@ def pre(
             else None.
         shards: the shards of dim; they add as in `coefficients`, and the cotangents of the gates and H once.
         backend: ``"auto"``, ``"plain"`` or ``"lean"``. The lean path (`torch_impl.lean`) reads x a block at a time and
-            computes what is small again on the way back. ``"auto"`` takes it in eager calls, wherever it can be taken;
-            ``"plain"`` runs operators that PyTorch differentiates itself; ``"lean"`` raises where it can't be taken.
+            computes what is small again on the way back. ``"auto"`` takes it in eager calls where it can and pays,
+            ``"plain"`` runs operators that PyTorch differentiates itself, ``"lean"`` raises where it can't be taken.
 
     Returns:
         u ``[..., dim]``, the context for `post`, and this site's own pre ``[..., streams]`` for the next site; None for
@@ -345,13 +334,18 @@ def pre(
     Raises:
         ValueError: x, a weight or ``carried`` isn't what the configuration needs, or a backend that can't be had.
     """
-    check_shape("x", x, (config.streams, local_dim(config, shards)))
+    dim = local_dim(config, shards)
+    check_shape("x", x, (config.streams, dim))
     previous = config.pre_from == "previous"
     if carried is not None and not previous:
         raise ValueError("carried goes with pre_from='previous' alone: this configuration reads with its own pre")
     read = _check_carried(x, carried) if previous else None
-    if chosen(backend, x, weights.values(), _hindrance(x, config, shards)):
-        u, own, post_gates, H, x = _site(x, weights, config, read, "carried" if previous else "own", None, backend)
+    check_weights(weights, weight_shapes(config), dim)
+    held = {name: weights[name] for name in weight_shapes(config)}
+    given = held.values() if read is None else (*held.values(), read)
+    if chosen(backend, x, given, _hindrance(x, config, shards)):
+        norm = held.get("mhc_norm.scale")
+        u, own, post_gates, H, x = _read(x, held, layer_names(config), norm, Reading(config), read)
         return u, Context(x, post_gates, H, config, None, backend), own if previous else None
     own, post_gates, H = coefficients(x, weights, config, shards=shards, backend="plain")
     gates = own if read is None else read

@@ -31,12 +31,12 @@ class Reading:
     """What a site computes of x.
 
     Attributes:
-        gates: that u is read with: ``"own"``, ``"carried"``, or ``"none"`` where no u is wanted.
+        u: whether u is wanted, by the gates that are carried where there are any, else by the site's own.
         head: the projections are those of the head's gates alone.
     """
 
     config: MHCConfig
-    gates: str = "own"
+    u: bool = True
     head: bool = False
 
 
@@ -64,7 +64,7 @@ class Site(Function):
         flat, matrix = x.reshape(-1, n * dim), _matrix(phis, norm, wide)
         tokens, m = len(flat), matrix.shape[1]
         sums = torch.empty(tokens, m + 1, dtype=wide, device=x.device)
-        read = reading.gates != "none"
+        read = reading.u
         u = torch.empty(tokens if read else 0, dim, dtype=x.dtype, device=x.device)
         given = None if carried is None else carried.reshape(-1, n).to(wide)
         for part in parts(tokens, n * dim, x):
@@ -269,5 +269,5 @@ def _twin(
         post = H = z[..., :0]
     else:
         pre, post, H = gates_and_matrix(z, c, z.dtype)
-    u = x.new_empty(0, dim) if reading.gates == "none" else weighted(x, pre if carried is None else carried)
+    u = x.new_empty(0, dim) if not reading.u else weighted(x, pre if carried is None else carried)
     return u, pre, post, H, x.view_as(x), sums

@@ -41,7 +41,7 @@ MISTAKES = {
 """The file of the package, what it has, and what is put there instead; of PyTorch's two paths, where they differ."""
 SINGLE_PASS = {
     "reads with its own pre": {
-        "torch": ("functional", 'config, read, "carried" if previous', 'config, None, "own" if previous'),
+        "torch": ("functional", "Reading(config), read)", "Reading(config), None)"),
         "torch, plain": ("functional", "gates = own if read is None else read", "gates = own"),
         "jax": (
             "functional",
