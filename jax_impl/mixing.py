@@ -9,8 +9,8 @@ with backward on a v5e at (4, 4096, 4, 7168), against 70.8 (benchmarks/tpu_aot.p
 of a layer is refused, forward over reverse (a Hessian-vector product) is not.
 
 On a CPU each is written out stream by stream: XLA fuses that into one loop over a row of dim, where its reductions over
-a middle axis, and its products of 4 x 4 matrices, take 3 to 100 times as long (`python -m benchmarks run`). A mesh in
-use has the other form, since what is written out has other shardings.
+a middle axis and its products of small matrices are slow (`python -m benchmarks run` times a layer that has them). A
+mesh in use has the other form, since what is written out has other shardings.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from torch_impl.config import MHCConfig
 from torch_impl.lean import chosen
 from torch_impl.lean.balancing import Balancing
 from torch_impl.lean.mixing import Mixing
-from torch_impl.lean.site import Reading, Site
+from torch_impl.lean.site import Reading, hindrance, read_site
 from torch_impl.projections import (
     SHARDED,
     Shards,
@@ -43,7 +43,6 @@ from torch_impl.projections import (
     local_dim,
     logits,
     packed,
-    packed_gates,
     rms_norm,
     weight_shapes,
 )
@@ -70,10 +69,6 @@ __all__ = [
     "rms_norm",
     "weight_shapes",
 ]
-
-
-Read = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""u, pre, post, H, and x as it is to be used further on."""
 
 
 class Context(NamedTuple):
@@ -250,8 +245,8 @@ def coefficients(
     check_shape("x", x, (config.streams, dim))
     check_weights(weights, weight_shapes(config), dim)
     held = {name: weights[name] for name in weight_shapes(config)}
-    if chosen(backend, x, held.values(), _hindrance(x, config, shards)):
-        _, pre, post, H, _ = _read(x, held, layer_names(config), held.get(norm), Reading(config, u=False))
+    if chosen(backend, x, held.values(), hindrance(x, config, shards)):
+        _, pre, post, H, _ = read_site(x, held, layer_names(config), held.get(norm), Reading(config, u=False))
         return pre, post, H
     with without_autocast(x.device):
         side = packed(x, held, layer_names(config), held.get(norm), config)
@@ -280,29 +275,6 @@ def residual_matrix(
         return plain_matrix(logits, config)
     check_shape("logits", logits, (config.streams, config.streams))
     return cast(Tensor, Balancing.apply(logits, config))
-
-
-def _hindrance(x: Tensor, config: MHCConfig, shards: Shards | None) -> str:
-    """Why the lean path doesn't serve this site; empty where it does."""
-    if shards:
-        return "shards of dim"
-    narrow = coefficient_dtype(x, config) != wide_dtype(x.dtype)
-    return "coefficients that are rounded to x's dtype" if narrow else ""
-
-
-def _read(
-    x: Tensor,
-    weights: Weights,
-    names: list[tuple[str, str, str]],
-    norm: Tensor | None,
-    reading: Reading,
-    carried: Tensor | None = None,
-) -> Read:
-    """What `Site` returns, but for the sums."""
-    with without_autocast(x.device):
-        scale, shift = packed_gates(x, weights, names, reading.config)
-        phis = [weights[phi] for phi, _, _ in names]
-        return cast(Read, Site.apply(x, carried, reading, scale, shift, norm, *phis)[:5])
 
 
 def pre(
@@ -343,9 +315,9 @@ def pre(
     check_weights(weights, weight_shapes(config), dim)
     held = {name: weights[name] for name in weight_shapes(config)}
     given = held.values() if read is None else (*held.values(), read)
-    if chosen(backend, x, given, _hindrance(x, config, shards)):
+    if chosen(backend, x, given, hindrance(x, config, shards)):
         norm = held.get("mhc_norm.scale")
-        u, own, post_gates, H, x = _read(x, held, layer_names(config), norm, Reading(config), read)
+        u, own, post_gates, H, x = read_site(x, held, layer_names(config), norm, Reading(config), read)
         return u, Context(x, post_gates, H, config, None, backend), own if previous else None
     own, post_gates, H = coefficients(x, weights, config, shards=shards, backend="plain")
     gates = own if read is None else read
@@ -402,8 +374,8 @@ def head(
     check_weights(weights, head_shapes(config), dim)
     held, names = {name: weights[name] for name in head_shapes(config)}, [("head_fn", "head_scale", "head_base")]
     own = _of_head(config)
-    if chosen(backend, x, held.values(), _hindrance(x, own, shards)):
-        return _read(x, held, names, None, Reading(own, head=True))[0]
+    if chosen(backend, x, held.values(), hindrance(x, own, shards)):
+        return read_site(x, held, names, None, Reading(own, head=True))[0]
     with without_autocast(x.device):
         gates = torch.sigmoid(logits(x, packed(x, held, names, None, own), own, shards)) + config.pre_eps  # [..., n]
     return pre_mix(x, shards.share(gates) if shards else gates)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,8 +21,16 @@ from torch.autograd import Function
 from torch_impl.config import MHCConfig
 from torch_impl.lean import balancing, transforms
 from torch_impl.lean.mixing import parts
-from torch_impl.projections import contract, gates_and_matrix, over_rms
-from torch_impl.residual import permutations, wide_dtype
+from torch_impl.projections import (
+    Shards,
+    Weights,
+    coefficient_dtype,
+    contract,
+    gates_and_matrix,
+    over_rms,
+    packed_gates,
+)
+from torch_impl.residual import permutations, wide_dtype, without_autocast
 from torch_impl.streams import weighted
 
 
@@ -38,6 +46,33 @@ class Reading:
     config: MHCConfig
     u: bool = True
     head: bool = False
+
+
+Read = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""u, pre, post, H, and x as it is to be used further on."""
+
+
+def hindrance(x: Tensor, config: MHCConfig, shards: Shards | None) -> str:
+    """Why the lean path doesn't serve a site; empty where it does."""
+    if shards:
+        return "shards of dim"
+    narrow = coefficient_dtype(x, config) != wide_dtype(x.dtype)
+    return "coefficients that are rounded to x's dtype" if narrow else ""
+
+
+def read_site(
+    x: Tensor,
+    weights: Weights,
+    names: list[tuple[str, str, str]],
+    norm: Tensor | None,
+    reading: Reading,
+    carried: Tensor | None = None,
+) -> Read:
+    """What a site computes of x by the (phi, scale, shift) of these names."""
+    with without_autocast(x.device):
+        scale, shift = packed_gates(x, weights, names, reading.config)
+        phis = [weights[phi] for phi, _, _ in names]
+        return cast(Read, Site.apply(x, carried, reading, scale, shift, norm, *phis)[:5])
 
 
 class Site(Function):
