@@ -158,7 +158,7 @@ class ManifoldConstrainedHyperConnections(Site):
     def _pre(self, x: Tensor, carried: Tensor | None) -> Mixing:
         """The part that needs the parameters, and that FSDP gathers them for."""
         assert self.sharding is not None
-        return self.sharding.pre(x, self.weights(), self.config, carried)
+        return self.sharding.pre(x, self.weights(), self.config, carried, self.backend)
 
     def _with_context(
         self, sharding: Sharding, x: Tensor, mixing: Mixing
@@ -252,5 +252,5 @@ class HyperHead(Site):
 
     def forward(self, x: Float[Tensor, "... streams dim"]) -> Float[Tensor, "... dim"]:
         if self.sharding is not None:
-            return self.sharding.head(x, self.weights(), self.config)
+            return self.sharding.head(x, self.weights(), self.config, self.backend)
         return functional.head(x, self.weights(), self.config, backend=self.backend)

@@ -197,10 +197,12 @@ class Sharding:
             name: v.to_local(grad_placements=v.placements) if isinstance(v, DTensor) else v for name, v in whole.items()
         }
 
-    def pre(self, x: Tensor, parameters: Mapping[str, Tensor], config: MHCConfig, carried: Tensor | None) -> Mixing:
+    def pre(
+        self, x: Tensor, parameters: Mapping[str, Tensor], config: MHCConfig, carried: Tensor | None, backend: str
+    ) -> Mixing:
         """u, post, H and the pre handed on of `functional.pre` on parts; all but u are this process's tokens, whole."""
         local, weights = self._local(x, "x"), self._weights(parameters)
-        u, context, handed = functional.pre(local, weights, config, carried, shards=self.shards)
+        u, context, handed = functional.pre(local, weights, config, carried, shards=self.shards, backend=backend)
         # Copies, since FSDP hangs its hooks on what is returned, and warns of views.
         return self._like(u, x), context.post.clone(), context.H.clone(), None if handed is None else handed.clone()
 
@@ -225,10 +227,10 @@ class Sharding:
         local, options = self._local(x, "x"), {"reduction": config.reduction, "shards": self.shards}
         return self._like(functional.reduce(local, str(config.reduce), carried, **options), x)
 
-    def head(self, x: Tensor, parameters: Mapping[str, Tensor], config: MHCConfig) -> Tensor:
+    def head(self, x: Tensor, parameters: Mapping[str, Tensor], config: MHCConfig, backend: str) -> Tensor:
         """`functional.head` on parts."""
-        out = functional.head(self._local(x, "x"), self._weights(parameters), config, shards=self.shards)
-        return self._like(out, x)
+        local, weights = self._local(x, "x"), self._weights(parameters)
+        return self._like(functional.head(local, weights, config, shards=self.shards, backend=backend), x)
 
 
 def parallelize(

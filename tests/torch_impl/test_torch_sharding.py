@@ -120,11 +120,24 @@ def a_norm_rounded_before_the_projection_is_summed_first(mesh: DeviceMesh) -> No
     wider = lambda dtype: torch.float64  # noqa: E731
     with replaced(functional, "wide_dtype", wider), replaced(projections, "wide_dtype", wider):
         module = make("maxtext", dtype=torch.float32)
+        module.backend = "plain"  # the path of shards; the lean one has no rounded norm
         assert_small(errors(module, mesh, dtype=torch.float32), 1e-5)
         if mesh["tensor"].size() > 1:
             but_the_norm = lambda self, value: value if value.shape[-1] == 1 else share(self, value)  # noqa: E731
             with replaced(TensorShards, "share", but_the_norm):
                 assert errors(module, mesh, dtype=torch.float32)["x"] > 1e-4
+
+
+def the_backend_that_was_asked_for_is_taken(mesh: DeviceMesh) -> None:
+    for kind in (ManifoldConstrainedHyperConnections, HyperHead):
+        module = make("deepseek-v4", kind)
+        module.backend = "lean"
+        if mesh["tensor"].size() == 1:
+            assert_small(errors(module, mesh), 1e-12, "lean")
+            continue
+        sharded.parallelize(module, mesh)
+        with pytest.raises(ValueError, match="doesn't go with shards of dim"):
+            forward(module, sharded.shard(example()[0], mesh))
 
 
 def a_missing_sum_is_caught(mesh: DeviceMesh) -> None:
@@ -315,6 +328,7 @@ COMPUTATION = (
     mean_gradients_are_those_of_the_mean_loss,
     activations_may_be_bfloat16,
     a_norm_rounded_before_the_projection_is_summed_first,
+    the_backend_that_was_asked_for_is_taken,
     a_missing_sum_is_caught,
     the_carried_pre_crosses_sites,
     a_policy_that_casts_the_carried_pre_is_refused,
