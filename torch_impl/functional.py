@@ -20,17 +20,19 @@ not ``float32``. PyTorch's default is off; nothing here changes the setting.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_impl import kernels
 from torch_impl.config import MHCConfig
-from torch_impl.lean import chosen
-from torch_impl.lean.balancing import Balancing
-from torch_impl.lean.mixing import Mixing
-from torch_impl.lean.site import Reading, hindrance, read_site
+from torch_impl.fused import chosen
+from torch_impl.fused.balancing import Balancing
+from torch_impl.fused.mixing import Mixing
+from torch_impl.fused.site import Reading, read_site
 from torch_impl.projections import (
     SHARDED,
     Shards,
@@ -207,12 +209,21 @@ def post_mix(
         post, H = post.to(x.dtype), H.to(x.dtype)
     matrix = None if config.mix == "identity" else H
     others = (y, post) if matrix is None else (y, post, matrix)
-    if not chosen(backend, x, others, "shards of dim" if shards else ""):
+    name = chosen(backend, x, others, "shards of dim" if shards else "", lambda: kernels.hindrance(x, config, shards))
+    if not name:
         return mixed(y, x, post, matrix, str(config.mix), rounded)
     lead = x.shape[:-2]
     y, post = y.expand(*lead, -1), post.expand(*lead, -1)
     matrix = None if matrix is None else matrix.expand(*lead, -1, -1)
-    return cast(Tensor, Mixing.apply(y, x, post, matrix, config.mix, rounded))
+    return cast(Tensor, Mixing.apply(y, x, post, matrix, config.mix, rounded, name))
+
+
+def _of_site(backend: str, x: Tensor, others: Iterable[Tensor], config: MHCConfig, shards: Shards | None) -> str:
+    """The engine that a site or a head takes (`fused.chosen`)."""
+    narrow = coefficient_dtype(x, config) != wide_dtype(x.dtype)
+    rounded = "coefficients that are rounded to x's dtype" if narrow else ""
+    triton = lambda: rounded or kernels.hindrance(x, config, shards)  # noqa: E731
+    return chosen(backend, x, others, "shards of dim" if shards else rounded, triton)
 
 
 def coefficients(
@@ -245,8 +256,9 @@ def coefficients(
     check_shape("x", x, (config.streams, dim))
     check_weights(weights, weight_shapes(config), dim)
     held = {name: weights[name] for name in weight_shapes(config)}
-    if chosen(backend, x, held.values(), hindrance(x, config, shards)):
-        _, pre, post, H, _ = read_site(x, held, layer_names(config), held.get(norm), Reading(config, u=False))
+    name = _of_site(backend, x, held.values(), config, shards)
+    if name:
+        _, pre, post, H, _ = read_site(x, held, layer_names(config), held.get(norm), Reading(config, name, u=False))
         return pre, post, H
     with without_autocast(x.device):
         side = packed(x, held, layer_names(config), held.get(norm), config)
@@ -271,10 +283,11 @@ def residual_matrix(
     """
     narrow = config.matrix == "activation" and logits.dtype != wide_dtype(logits.dtype)
     reason = "passes in a narrow dtype" if narrow else "" if config.residual == "sinkhorn" else "this residual matrix"
-    if not chosen(backend, logits, (), reason):
+    name = chosen(backend, logits, (), reason, lambda: reason or kernels.hindrance(logits, config))
+    if not name:
         return plain_matrix(logits, config)
     check_shape("logits", logits, (config.streams, config.streams))
-    return cast(Tensor, Balancing.apply(logits, config))
+    return cast(Tensor, Balancing.apply(logits, config, name))
 
 
 def pre(
@@ -295,9 +308,10 @@ def pre(
         carried: ``[..., streams]``, for ``pre_from="previous"`` the pre of the site before (`one_hot` for the first),
             else None.
         shards: the shards of dim; they add as in `coefficients`, and the cotangents of the gates and H once.
-        backend: ``"auto"``, ``"plain"`` or ``"lean"``. The lean path (`torch_impl.lean`) reads x a block at a time and
-            computes what is small again on the way back. ``"auto"`` takes it in eager calls where it can and pays,
-            ``"plain"`` runs operators that PyTorch differentiates itself, ``"lean"`` raises where it can't be taken.
+        backend: ``"auto"``, ``"plain"``, ``"lean"`` or ``"triton"``. The lean path (`torch_impl.lean`) reads x a block
+            at a time and computes what is small again on the way back; ``"triton"`` does so by kernels
+            (`torch_impl.kernels`). ``"auto"`` takes the lean path in eager calls where it can and pays, ``"plain"``
+            runs operators that PyTorch differentiates itself; the other two raise where they can't be taken.
 
     Returns:
         u ``[..., dim]``, the context for `post`, and this site's own pre ``[..., streams]`` for the next site; None for
@@ -315,9 +329,10 @@ def pre(
     check_weights(weights, weight_shapes(config), dim)
     held = {name: weights[name] for name in weight_shapes(config)}
     given = held.values() if read is None else (*held.values(), read)
-    if chosen(backend, x, given, hindrance(x, config, shards)):
+    name = _of_site(backend, x, given, config, shards)
+    if name:
         norm = held.get("mhc_norm.scale")
-        u, own, post_gates, H, x = read_site(x, held, layer_names(config), norm, Reading(config), read)
+        u, own, post_gates, H, x = read_site(x, held, layer_names(config), norm, Reading(config, name), read)
         return u, Context(x, post_gates, H, config, None, backend), own if previous else None
     own, post_gates, H = coefficients(x, weights, config, shards=shards, backend="plain")
     gates = own if read is None else read
@@ -374,8 +389,9 @@ def head(
     check_weights(weights, head_shapes(config), dim)
     held, names = {name: weights[name] for name in head_shapes(config)}, [("head_fn", "head_scale", "head_base")]
     own = _of_head(config)
-    if chosen(backend, x, held.values(), hindrance(x, own, shards)):
-        return read_site(x, held, names, None, Reading(own, head=True))[0]
+    name = _of_site(backend, x, held.values(), own, shards)
+    if name:
+        return read_site(x, held, names, None, Reading(own, name, head=True))[0]
     with without_autocast(x.device):
         gates = torch.sigmoid(logits(x, packed(x, held, names, None, own), own, shards)) + config.pre_eps  # [..., n]
     return pre_mix(x, shards.share(gates) if shards else gates)

@@ -10,7 +10,7 @@ Shapes at line ends are those of `functional`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -128,6 +128,29 @@ def contract(phi: Tensor, x: Tensor) -> Tensor:
     """``[..., m]``: (streams, dim) contracted at once, accumulated in float32 or wider."""
     wide = wide_dtype(x.dtype)
     return x.to(wide).flatten(-2) @ phi.to(wide).flatten(0, 1)  # as an einsum it copies x transposed
+
+
+def joined(phis: Sequence[Tensor], norm: Tensor | None, wide: torch.dtype) -> Tensor:
+    """All projections side by side, times the norm's weight: ``[n * dim, m]``."""
+    phi = torch.cat([value.to(wide) for value in phis], -1)  # [n, dim, m]
+    return (phi if norm is None else phi * norm.to(wide).unsqueeze(-1)).flatten(0, 1)
+
+
+def of_joined(
+    dmatrix: Tensor | None, norm: Tensor | None, phis: Sequence[Tensor], wanted: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    """The cotangents of the norm's weight and of each projection, from that of `joined`, ``[m, n * dim]``."""
+    if dmatrix is None:
+        yield from (None for _ in wanted)
+        return
+    of_phi = dmatrix.t().reshape(*phis[0].shape[:2], -1)  # [n, dim, m]
+    if norm is None:
+        yield None
+    else:
+        yield (of_phi * torch.cat([phi.to(of_phi.dtype) for phi in phis], -1)).sum(-1).to(norm.dtype)
+        of_phi = of_phi * norm.to(of_phi.dtype).unsqueeze(-1)
+    for phi, part in zip(phis, of_phi.split([phi.shape[-1] for phi in phis], -1), strict=True):
+        yield part.to(phi.dtype).contiguous()
 
 
 class Packed(NamedTuple):

@@ -132,12 +132,12 @@ def permutations(logits: Float[Tensor, "... factorial"], config: MHCConfig) -> F
         H in the dtype of the logits.
     """
     weight = torch.softmax(logits.to(wide_dtype(logits.dtype)), -1)  # [..., n!]
-    matrices = _permutation_matrices(config.streams, logits.device).to(weight.dtype)
+    matrices = permutation_matrices(config.streams, logits.device).to(weight.dtype)
     H = torch.einsum("...p,pij->...ij", weight, matrices)
     return H.to(logits.dtype)
 
 
-def _permutation_matrices(n: int, device: torch.device) -> Tensor:
+def permutation_matrices(n: int, device: torch.device) -> Tensor:
     """Every permutation matrix ``[n!, n, n]`` in `itertools.permutations` order, made on the device.
 
     A table that is made on the host would be sent there in every forward pass, and no CUDA graph can hold that.

@@ -22,11 +22,14 @@ ONLY = {
     "projections.packed_gates": LEAN,
     "projections.coefficient_dtype": LEAN,
     "projections.over_rms": LEAN,
+    "projections.joined": LEAN,
+    "projections.of_joined": LEAN,
     "projections.contract": LEAN,
     "projections.layer_names": LEAN,
     "projections.gates_and_matrix": LEAN,
     "residual.start_axis": LEAN,
     "residual.passes": LEAN,
+    "residual.permutation_matrices": LEAN,
     "residual.without_autocast": "PyTorch's autocast is in force in a whole block of a program",
     "residual.compiled": "an eager call of JAX runs one program for each operation; PyTorch compiles nothing then",
     "mixing": "JAX's derivative of the mixing is slower on a TPU than one of its own",
@@ -131,7 +134,7 @@ def test_both_packages_export_the_same_names():
     assert len(exported) == 2 and exported[0] == exported[1]
 
 
-LEAN_MODULES = ("lean", "lean.balancing", "lean.mixing", "lean.site")
+FUSED = ("fused", "fused.balancing", "fused.mixing", "fused.site", "kernels")
 STANDS_ON = {
     "version": set(),
     "config": set(),
@@ -140,7 +143,7 @@ STANDS_ON = {
     "projections": {"config", "mixing", "residual"},
     "shards": {"projections"},
     "streams": {"residual"},
-    "functional": {"config", "mixing", "projections", "residual", "streams", *LEAN_MODULES},
+    "functional": {"config", "mixing", "projections", "residual", "streams", *FUSED},
     "metadata": {"config"},
     "weights": {"config", "functional", "metadata"},
     "modules": {"config", "functional", "models", "shards", "weights"},  # models inside two methods

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_impl
 from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, functional
-from torch_impl.lean.site import Site
+from torch_impl.fused.site import Site
 from torch_impl.residual import permutations
 
 LAYERS = {
@@ -280,7 +280,7 @@ def test_autocast_checkpoints_and_meta():
 
 def test_a_backend_that_cannot_be_had_is_refused():
     config, weights, x, _ = site({})
-    with pytest.raises(ValueError, match=r"backend must be one of auto, plain, lean, got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend must be one of auto, plain, lean, triton, got 'fast'"):
         torch_impl.pre(x, weights, config, backend="fast")
     narrow = MHCConfig(streams=N, dim=DIM, coefficients="activation")
     with pytest.raises(ValueError, match=r"backend='lean' doesn't go with coefficients that are rounded to x's dtype"):

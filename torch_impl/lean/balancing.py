@@ -1,4 +1,4 @@
-"""Sinkhorn with a derivative of its own: in place, tokens last, iterates made again on the way back.
+"""Sinkhorn by operators: in place, tokens last, iterates made again on the way back.
 
 With tokens last, ``[n, n, T]``, a sum over streams adds whole rows of tokens. For q = p / t with t = sum p, which a
 guard may change, the way back is ``dp = (dq - sum(dq * q)) / t``; the sum is left out where ``t`` is the guard's own.
@@ -7,15 +7,12 @@ guard may change, the way back is ``dp = (dq - sum(dq * q)) / t``; the sum is le
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from torch_impl.config import MHCConfig
-from torch_impl.lean import transforms
-from torch_impl.residual import COLUMNS, ROWS, passes, sinkhorn, start_axis, wide_dtype
+from torch_impl.residual import COLUMNS, ROWS, passes, start_axis, wide_dtype
 
 BLOCK = 2048
 """Tokens at a time on a CPU: all iterates of a block stay in its caches."""
@@ -128,44 +125,15 @@ def _total(p: Tensor, axis: int, eps: Tensor, config: MHCConfig) -> Totals:
     return total, None
 
 
-class Balancing(Function):
-    """H of logits ``[..., n, n]`` in any dtype, which it has too."""
-
-    @staticmethod
-    @transforms.unrounded
-    def forward(logits: Tensor, config: MHCConfig) -> Tensor:
-        n = config.streams
-        wide = logits.reshape(-1, n, n).to(wide_dtype(logits.dtype))
-        return balanced(wide, config).to(logits.dtype).view(logits.shape)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        del output
-        logits, ctx.config = inputs
-        ctx.save_for_backward(logits)
-        ctx.save_for_forward(logits)
-
-    @staticmethod
-    @transforms.unrounded
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        (logits,), (cotangent,) = ctx.saved_tensors, cotangents
-        if torch.is_grad_enabled():
-            return transforms.pulled_back(_twin, (logits, ctx.config), (cotangent,), (True, False))
-        n, wide = ctx.config.streams, wide_dtype(logits.dtype)
-        flat = (value.reshape(-1, n, n).to(wide) for value in (logits, cotangent))
-        z, g = flat
-        return pulled(z, ctx.config, g).to(logits.dtype).view(logits.shape), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return transforms.pushed_forward(_twin, (*ctx.saved_tensors, ctx.config), tangents)[0]
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        del info
-        outputs, dims = transforms.batched(_twin, in_dims, inputs, 1)
-        return outputs[0], dims[0]
+def balance(logits: Tensor, config: MHCConfig) -> Tensor:
+    """H ``[..., n, n]`` of logits in any dtype, which it has too."""
+    n = config.streams
+    wide = logits.reshape(-1, n, n).to(wide_dtype(logits.dtype))
+    return balanced(wide, config).to(logits.dtype).view(logits.shape)
 
 
-def _twin(logits: Tensor, config: MHCConfig) -> tuple[Tensor, ...]:
-    return (sinkhorn(logits, config),)
+def balance_back(logits: Tensor, config: MHCConfig, cotangent: Tensor) -> Tensor:
+    """The cotangent of the logits ``[..., n, n]`` from that of H."""
+    n, wide = config.streams, wide_dtype(logits.dtype)
+    z, g = (value.reshape(-1, n, n).to(wide) for value in (logits, cotangent))
+    return pulled(z, config, g).to(logits.dtype).view(logits.shape)

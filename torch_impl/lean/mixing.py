@@ -1,17 +1,12 @@
-"""``out_j = post_j y + sum_i H[i, j] x_i`` with a derivative of its own: a block of tokens at a time, wide inside."""
+"""``out_j = post_j y + sum_i H[i, j] x_i`` by operators: a block of tokens at a time, wide inside."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from torch_impl.lean import transforms
 from torch_impl.lean.balancing import blocks
 from torch_impl.residual import wide_dtype
-from torch_impl.streams import mixed
 
 BLOCK_BYTES = 1 << 24
 """Bytes of x in float32 that a block of tokens has on a CPU: about what its last cache holds."""
@@ -23,70 +18,42 @@ def parts(tokens: int, width: int, x: Tensor) -> list[slice]:
     return list(blocks(tokens, most, x.device))
 
 
-class Mixing(Function):
-    """Takes y ``[..., dim]``, x ``[..., n, dim]``, post ``[..., n]`` and H ``[..., n, n]``, None for the identity; then
-    the index that is summed over (`MHCConfig.mix`), and whether both terms are rounded to x's dtype before the sum.
-    """
+def mix(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, rounded: bool) -> Tensor:
+    """The streams ``[..., n, dim]``."""
+    n, dim = x.shape[-2:]
+    x3, y2, gates, M = _flat(y, x, post, H, mix)
+    out = torch.empty_like(x3)
+    for part in parts(len(x3), n * dim, x):
+        wide, own = x3[part].to(gates.dtype), gates[part].unsqueeze(2) * y2[part].to(gates.dtype).unsqueeze(1)
+        if rounded:
+            across = wide if M is None else torch.bmm(M[part], wide)
+            torch.add(own.to(x.dtype), across.to(x.dtype), out=out[part])
+        else:
+            out[part] = own.add_(wide) if M is None else own.baddbmm_(M[part], wide)
+    return out.view(x.shape)
 
-    @staticmethod
-    @transforms.unrounded
-    def forward(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, rounded: bool) -> Tensor:
-        n, dim = x.shape[-2:]
-        x3, y2, gates, M = _flat(y, x, post, H, mix)
-        out = torch.empty_like(x3)
-        for part in parts(len(x3), n * dim, x):
-            wide, own = x3[part].to(gates.dtype), gates[part].unsqueeze(2) * y2[part].to(gates.dtype).unsqueeze(1)
-            if rounded:
-                across = wide if M is None else torch.bmm(M[part], wide)
-                torch.add(own.to(x.dtype), across.to(x.dtype), out=out[part])
-            else:
-                out[part] = own.add_(wide) if M is None else own.baddbmm_(M[part], wide)
-        return out.view(x.shape)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        del output
-        *tensors, ctx.mix, ctx.rounded = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    @transforms.unrounded
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        (cotangent,) = cotangents
-        y, x, post, H = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return transforms.pulled_back(
-                _twin, (y, x, post, H, ctx.mix, ctx.rounded), (cotangent,), ctx.needs_input_grad
-            )
-        n, dim = x.shape[-2:]
-        x3, y2, gates, M = _flat(y, x, post, H, ctx.mix)
-        g3 = cotangent.reshape(x3.shape)
-        dy, dx, dpost = torch.empty_like(y2), torch.empty_like(x3), torch.empty_like(gates)
-        dM = None if M is None else torch.empty(M.shape, dtype=gates.dtype, device=x.device)
-        for part in parts(len(x3), n * dim, x):
-            g, values = g3[part].to(gates.dtype), x3[part].to(gates.dtype)
-            dy[part] = torch.bmm(gates[part].unsqueeze(1), g).squeeze(1)
-            dpost[part] = (g * y2[part].to(gates.dtype).unsqueeze(1)).sum(2)  # a third of a batched product's time
-            if M is None or dM is None:
-                dx[part] = g
-            else:
-                dx[part] = torch.bmm(M[part].transpose(1, 2), g)
-                dM[part] = torch.bmm(g, values.transpose(1, 2))
-        if dM is not None and H is not None:
-            dM = (dM.transpose(1, 2) if ctx.mix == "in-out" else dM).to(H.dtype).reshape(H.shape)
-        return dy.view(y.shape), dx.view(x.shape), dpost.to(post.dtype).view(post.shape), dM, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        inputs = (*ctx.saved_tensors, ctx.mix, ctx.rounded)
-        return transforms.pushed_forward(_twin, inputs, tangents)[0]
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        del info
-        outputs, dims = transforms.batched(_twin, in_dims, inputs, 1)
-        return outputs[0], dims[0]
+def mix_back(
+    y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, cotangent: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The cotangents of y, x, post and H."""
+    n, dim = x.shape[-2:]
+    x3, y2, gates, M = _flat(y, x, post, H, mix)
+    g3 = cotangent.reshape(x3.shape)
+    dy, dx, dpost = torch.empty_like(y2), torch.empty_like(x3), torch.empty_like(gates)
+    dM = None if M is None else torch.empty(M.shape, dtype=gates.dtype, device=x.device)
+    for part in parts(len(x3), n * dim, x):
+        g, values = g3[part].to(gates.dtype), x3[part].to(gates.dtype)
+        dy[part] = torch.bmm(gates[part].unsqueeze(1), g).squeeze(1)
+        dpost[part] = (g * y2[part].to(gates.dtype).unsqueeze(1)).sum(2)  # a third of a batched product's time
+        if M is None or dM is None:
+            dx[part] = g
+        else:
+            dx[part] = torch.bmm(M[part].transpose(1, 2), g)
+            dM[part] = torch.bmm(g, values.transpose(1, 2))
+    if dM is not None and H is not None:
+        dM = (dM.transpose(1, 2) if mix == "in-out" else dM).to(H.dtype).reshape(H.shape)
+    return dy.view(y.shape), dx.view(x.shape), dpost.to(post.dtype).view(post.shape), dM
 
 
 def _flat(
@@ -98,7 +65,3 @@ def _flat(
     M = None if H is None else H.reshape(-1, n, n).to(wide)
     M = M.transpose(1, 2) if M is not None and mix == "in-out" else M
     return x.reshape(-1, n, dim), y.reshape(-1, dim), post.reshape(-1, n).to(wide), M
-
-
-def _twin(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, rounded: bool) -> tuple[Tensor, ...]:
-    return (mixed(y, x, post, H, mix, rounded),)

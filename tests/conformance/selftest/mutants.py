@@ -28,12 +28,12 @@ MISTAKES = {
         "jax": ("residual", "softmax(logits, axis=start)", "softmax(logits, axis=COLUMNS)"),
     },
     "dropped pre_eps": {
-        "torch": ("lean.site", "config.pre_eps", "(0 * config.pre_eps)"),
+        "torch": ("lean.reading", "config.pre_eps", "(0 * config.pre_eps)"),
         "torch, plain": ("projections", "+ config.pre_eps", "+ 0 * config.pre_eps"),
         "jax": ("projections", "+ config.pre_eps", "+ 0 * config.pre_eps"),
     },
     "post_scale 1": {
-        "torch": ("lean.site", "config.post_scale * torch.sigmoid", "1 * torch.sigmoid"),
+        "torch": ("lean.reading", "config.post_scale * torch.sigmoid", "1 * torch.sigmoid"),
         "torch, plain": ("projections", "config.post_scale *", "1 *"),
         "jax": ("projections", "config.post_scale *", "1 *"),
     },
@@ -68,7 +68,7 @@ SINGLE_PASS = {
 }
 """The same for a dialect whose sites read with the pre of the site before."""
 PLAIN = "torch, plain"
-LEAN = ("site", "mixing", "balancing")
+LEAN = ("lean", "lean.reading", "lean.mixing", "lean.balancing")
 
 
 @contextlib.contextmanager
@@ -88,7 +88,7 @@ def planted(framework: str, mistake: str) -> Iterator[None]:
     assert right in source, f"{path} no longer contains {right!r}: plant the mistake anew"
     # Whoever has imported a function of the file by name is handed the changed one too.
     functional = importlib.import_module(f"{kind}_impl.functional")
-    lean = [importlib.import_module(f"torch_impl.lean.{name}") for name in LEAN] if kind == "torch" else []
+    lean = [importlib.import_module(f"torch_impl.{name}") for name in LEAN] if kind == "torch" else []
     holders = [package, module, functional, *lean]
     before = [dict(vars(holder)) for holder in holders]
     own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
@@ -99,7 +99,7 @@ def planted(framework: str, mistake: str) -> Iterator[None]:
                 if held.get(name) is value:
                     setattr(holder, name, vars(module)[name])
         if framework == PLAIN:
-            vars(functional)["chosen"] = lambda *arguments: False
+            vars(functional)["chosen"] = lambda *arguments: ""
         _forget(kind)
         yield
     finally:

@@ -1,0 +1,145 @@
+"""From x to u and the coefficients with a derivative of its own::
+
+    sums = [x phi, sum x^2]                              # [T, m + 1], all that is kept beside x
+    z = scale * sums / rms + shift                       # [T, m]
+    pre, post, H = gates and residual matrix of z        # computed again on the way back
+    u = sum_i pre[i] * x[i]                              # [T, dim]
+
+x is an output too: what is computed of it afterwards sends its cotangent here, where it is added while x's is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from torch_impl.config import MHCConfig
+from torch_impl.fused import engine, transforms
+from torch_impl.projections import (
+    Weights,
+    contract,
+    gates_and_matrix,
+    joined,
+    over_rms,
+    packed_gates,
+)
+from torch_impl.residual import wide_dtype, without_autocast
+from torch_impl.streams import weighted
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a site computes of x.
+
+    Attributes:
+        engine: what computes it (`fused.engine`).
+        u: whether u is wanted, by the gates that are carried where there are any, else by the site's own.
+        head: the projections are those of the head's gates alone.
+    """
+
+    config: MHCConfig
+    engine: str
+    u: bool = True
+    head: bool = False
+
+
+Read = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""u, pre, post, H, and x as it is to be used further on."""
+
+
+def read_site(
+    x: Tensor,
+    weights: Weights,
+    names: list[tuple[str, str, str]],
+    norm: Tensor | None,
+    reading: Reading,
+    carried: Tensor | None = None,
+) -> Read:
+    """What a site computes of x by the (phi, scale, shift) of these names."""
+    with without_autocast(x.device):
+        scale, shift = packed_gates(x, weights, names, reading.config)
+        phis = [weights[phi] for phi, _, _ in names]
+        return cast(Read, Site.apply(x, carried, reading, scale, shift, norm, *phis)[:5])
+
+
+class Site(Function):
+    """Takes x ``[..., n, dim]``, gates ``[..., n]`` that are carried (None for others), a `Reading`, scale and shift
+    ``[m]``, the norm's weight ``[n, dim]`` or None, and each projection ``[n, dim, columns]``, with m columns in all.
+
+    Returns u ``[..., dim]``, pre, post ``[..., n]``, H ``[..., n, n]``, x, and the sums ``[..., m + 1]``; u is empty
+    where none is wanted, post and H are where there is a head.
+    """
+
+    @staticmethod
+    @transforms.unrounded
+    def forward(
+        x: Tensor,
+        carried: Tensor | None,
+        reading: Reading,
+        scale: Tensor,
+        shift: Tensor,
+        norm: Tensor | None,
+        *phis: Tensor,
+    ) -> tuple[Tensor, ...]:
+        lead, n = x.shape[:-2], x.shape[-2]
+        u, pre, post, H, sums = engine(reading.engine).read(x, carried, reading, scale, shift, norm, phis)
+        u = u.view(*lead, x.shape[-1]) if reading.u else u
+        shaped = (pre.view(*lead, n), post.view(*lead, *post.shape[1:]), H.view(*lead, *H.shape[1:]))
+        return u, *shaped, x.view_as(x), sums.view(*lead, sums.shape[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, carried, ctx.reading, *weights = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[-1])
+        ctx.save_for_backward(x, carried, *weights, output[-1])
+        ctx.save_for_forward(x, carried, *weights)
+
+    @staticmethod
+    @transforms.unrounded
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, carried, *weights, sums = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = (x, carried, ctx.reading, *weights)
+            return transforms.pulled_back(_twin, inputs, (*cotangents[:-1], None), ctx.needs_input_grad)
+        name, wanted = ctx.reading.engine, ctx.needs_input_grad
+        return engine(name).read_back(x, carried, ctx.reading, weights, sums, cotangents, wanted)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        x, carried, *weights = ctx.saved_tensors
+        pushed = transforms.pushed_forward(_twin, (x, carried, ctx.reading, *weights), tangents)
+        return *pushed[:-1], None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        del info
+        return transforms.batched(_twin, in_dims, inputs, 6)
+
+
+def _twin(
+    x: Tensor,
+    carried: Tensor | None,
+    reading: Reading,
+    scale: Tensor,
+    shift: Tensor,
+    norm: Tensor | None,
+    *phis: Tensor,
+) -> tuple[Tensor, ...]:
+    c, wide = reading.config, wide_dtype(x.dtype)
+    n, dim = x.shape[-2:]
+    phi = joined(phis, norm, wide).unflatten(0, (n, dim))
+    squares = x.to(wide).square().sum((-2, -1)).unsqueeze(-1)  # [..., 1]
+    sums = torch.cat([contract(phi, x), squares], -1)  # [..., m + 1]
+    z = scale * over_rms(sums[..., :-1], squares / (n * dim), c) + shift
+    if reading.head:
+        pre = torch.sigmoid(z) + c.pre_eps
+        post = H = z[..., :0]
+    else:
+        pre, post, H = gates_and_matrix(z, c, z.dtype)
+    u = x.new_empty(0, dim) if not reading.u else weighted(x, pre if carried is None else carried)
+    return u, pre, post, H, x.view_as(x), sums

@@ -1,0 +1,203 @@
+"""Launches of the kernels: each function fills results that its caller has made. All tensors are packed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_impl.config import MHCConfig
+from torch_impl.kernels import balancing, interpreted, mixing, site, site_back
+from torch_impl.kernels.plans import (
+    SEGMENT,
+    blocks,
+    blocks_of,
+    columns_of,
+    kept_of,
+    kind,
+    launch,
+    padded,
+    projections,
+    sinkhorn,
+    split,
+    table,
+)
+
+
+def read(
+    x: Tensor, carried: Tensor | None, matrix: Tensor, scale: Tensor, shift: Tensor, config: MHCConfig, head: bool,
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Fills u, pre, post, H and the sums."""
+    u = results[0]
+    columns, wanted = columns_of(config, head), len(u) > 0
+    parts, count = _sums(x, matrix, config, columns, (carried, u) if wanted and carried is not None else None)
+    _finish(x, parts, count, scale, shift, config, columns, results, wanted and carried is None)
+    if config.residual == "identity" and not head:
+        results[3].copy_(torch.eye(config.streams, device=x.device))
+
+
+def _sums(
+    x: Tensor, matrix: Tensor, config: MHCConfig, columns: dict[str, Any], reading: tuple[Tensor, Tensor] | None,
+    fused: tuple[Tensor, Tensor, Tensor | None, MHCConfig, Tensor] | None = None,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """The sums ``[parts, T, m + 1]`` over the parts of dim, and how many parts.
+
+    Args:
+        reading: gates that are carried, and the u that they read.
+        fused: y, post, H, the configuration of the site that mixes x first, and what it writes.
+    """
+    T, n, dim = x.shape
+    m, block = matrix.shape[1], blocks(dim, n, interpreted())
+    pieces = split(dim, T, block.channels)
+    parts = torch.empty(pieces.parts, T, m + 1, dtype=torch.float32, device=x.device)
+    of_gates, of_matrix = projections(matrix, config, columns)
+    carried, u = reading or (parts, x)
+    y, post, H, mixer, out = fused or (x, parts, None, None, x)
+    launch(
+        site.sums_kernel, (blocks_of(T, block.tokens), pieces.parts),
+        x, of_gates, of_matrix, parts, carried, u, y, post, parts if H is None else H, out, T, dim,
+        pieces.size, pieces.each, m,
+        FUSED=str(mixer.mix) if mixer else "", ROUNDED=bool(mixer and mixer.mixing == "activation"),
+        READ=reading is not None, B=block.tokens, BC=block.channels, **columns,
+    )  # fmt: skip
+    return parts, pieces.parts
+
+
+def _finish(
+    x: Tensor, parts: Tensor, count: int, scale: Tensor, shift: Tensor, config: MHCConfig, columns: dict[str, Any],
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], wanted: bool,
+) -> None:  # fmt: skip
+    """Fills pre, post, H, the sums, and u where it is wanted."""
+    u, pre, post, H, sums = results
+    T, n, dim = x.shape
+    block, recipe = blocks(dim, n, interpreted()), sinkhorn(config)
+    channels = min(block.plain_channels, 128) if not interpreted() else block.plain_channels
+    grid = blocks_of(T, block.tokens), blocks_of(dim, channels) if wanted else 1
+    launch(
+        site.finish_kernel, grid,
+        x, parts, scale, shift, table(config, columns, scale), sums, pre, post, H, u, T, dim, count,
+        parts.shape[2] - 1, config.norm_eps, config.pre_eps, config.post_scale, config.post_eps, **recipe.numbers,
+        KIND=kind(config, columns["HEAD"]), MEAN=config.norm_eps_position == "mean", READ=wanted,
+        B=block.tokens, BC=channels, **{**recipe.constants, **columns},
+    )  # fmt: skip
+
+
+def read_back(
+    x: Tensor, carried: Tensor | None, matrix: Tensor, scale: Tensor, shift: Tensor, sums: Tensor,
+    cotangents: Sequence[Tensor | None], config: MHCConfig, head: bool,
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Fills the cotangents of x, carried, the matrix, scale and shift."""
+    dx, dcarried, dmatrix, dscale, dshift = results
+    du, dpre, dpost, dH, further = cotangents
+    T, n, dim = x.shape
+    m, columns, block = matrix.shape[1], columns_of(config, head), blocks(dim, n, interpreted())
+    new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
+    count, parts = 1, sums
+    if du is not None:
+        pieces = split(dim, T, block.plain_channels)
+        count, parts = pieces.parts, new(pieces.parts, T, n)
+        launch(
+        site_back.read_back_kernel, (blocks_of(T, block.plain_tokens), pieces.parts),
+        x, du, parts, T, dim, pieces.size, pieces.each, N=n, NP=columns["NP"], B=block.plain_tokens,
+            BC=block.plain_channels,
+        )  # fmt: skip
+    dz, dzh, dsums, slope, gates = new(T, m), new(T, m), new(T, m), new(T), new(T, n)
+    recipe, kept = sinkhorn(config), kept_of(config)
+    kept = {**kept, "B": 16} if config.residual == "permutations" else kept  # a product of matrices takes 16 rows
+    launch(
+        site_back.small_back_kernel, (blocks_of(T, kept["B"]),),
+        sums, scale, shift, table(config, columns, scale), parts,
+        *(sums if value is None else value for value in (dpre, dpost, dH)), dz, dzh, dsums, slope, gates, dcarried,
+        T, count, m, n * dim, config.norm_eps, config.pre_eps, config.post_scale, **recipe.numbers,
+        KIND=kind(config, head), MEAN=config.norm_eps_position == "mean",
+        OWN=du is not None and carried is None, CARRIED=du is not None and carried is not None,
+        OF_PRE=dpre is not None, OF_POST=dpost is not None, OF_H=dH is not None, **kept,
+        **{**recipe.constants, **columns},
+    )  # fmt: skip
+    dscale.copy_(dzh.sum(0))
+    dshift.copy_(dz.sum(0))
+    if not (len(dx) or len(dmatrix)):
+        return
+    of_gates, of_matrix = projections(matrix, config, columns)
+    segments = blocks_of(T, SEGMENT)
+    shares = new(segments, m, n * dim) if segments > 1 and len(dmatrix) else dmatrix
+    launch(
+        site_back.large_back_kernel, (n * blocks_of(dim, block.channels), segments),
+        x, x if du is None else du, gates if carried is None else carried, x if further is None else further,
+        of_gates, of_matrix, dsums, slope, dx, shares, T, dim, m, SEGMENT,
+        READ=du is not None, FURTHER=further is not None, OF_X=len(dx) > 0,
+        OF_PHI=len(dmatrix) > 0, B=block.tokens, BC=block.channels, **columns,
+    )  # fmt: skip
+    if shares is not dmatrix:
+        torch.sum(shares, 0, out=dmatrix)
+
+
+def mix(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, how: str, rounded: bool, out: Tensor) -> None:
+    """Fills the streams."""
+    T, n, dim = x.shape
+    block = blocks(dim, n, interpreted())
+    launch(
+        mixing.mix_kernel, (blocks_of(T, block.plain_tokens), blocks_of(dim, block.plain_channels)),
+        y, x, post, post if H is None else H, out, T, dim, MIX=how, ROUNDED=rounded, N=n, NP=padded(n),
+        B=block.plain_tokens, BC=block.plain_channels,
+    )  # fmt: skip
+
+
+def mix_back(
+    y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, how: str, cotangent: Tensor,
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Fills the cotangents of y, x, post and H."""
+    dy, dx, dpost, dH = results
+    T, n, dim = x.shape
+    block, side = blocks(dim, n, interpreted()), n if H is None else n + n * n
+    pieces = split(dim, T, block.plain_channels)
+    parts = torch.empty(pieces.parts, T, side, dtype=torch.float32, device=x.device)
+    launch(
+        mixing.mix_back_kernel, (blocks_of(T, block.plain_tokens), pieces.parts),
+        y, x, post, post if H is None else H, cotangent, dy, dx, parts, T, dim, pieces.size, pieces.each, MIX=how, N=n,
+        NP=padded(n), B=block.plain_tokens, BC=block.plain_channels,
+    )  # fmt: skip
+    total = parts[0]
+    if pieces.parts > 1:
+        total = torch.empty_like(total)
+        launch(mixing.fold_kernel, (blocks_of(T * side, 1024),), parts, total, T * side, pieces.parts, B=1024)
+    dpost.copy_(total[:, :n])
+    if H is not None:
+        dH.copy_(total[:, n:].view(T, n, n))
+
+
+def balance(logits: Tensor, config: MHCConfig, H: Tensor) -> None:
+    """Fills H."""
+    recipe, size = sinkhorn(config), 32
+    launch(
+        balancing.balance_kernel,
+        (blocks_of(len(logits), size),),
+        logits,
+        H,
+        len(logits),
+        **recipe.numbers,
+        **recipe.constants,
+        B=size,
+    )
+
+
+def balance_back(logits: Tensor, config: MHCConfig, cotangent: Tensor, result: Tensor) -> None:
+    """Fills the cotangent of the logits."""
+    recipe, kept = sinkhorn(config), kept_of(config)
+    launch(
+        balancing.balance_back_kernel,
+        (blocks_of(len(logits), kept["B"]),),
+        logits,
+        cotangent,
+        result,
+        len(logits),
+        **recipe.numbers,
+        **recipe.constants,
+        **kept,
+    )
