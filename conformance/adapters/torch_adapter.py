@@ -2,13 +2,15 @@
 
 ``torch-compile`` captures every stage and its gradient as graphs (``fullgraph=True``, AOTAutograd) and runs them
 by ATen: about 1 s a graph, against 10 s with the default backend, and the suite has about 500 graphs.
-``torch-inductor`` is that default backend; it claims the same and is run on request.
+``torch-inductor`` is that default backend; it claims the same and is run on request. So is ``torch-triton``, eager by
+the Triton kernels: on a GPU, or in Triton's interpreter, which has to be chosen before Triton is imported.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any
 
@@ -21,6 +23,10 @@ from conformance.adapters.torch_gradients import settings, vector_jacobian
 from conformance.cases.case import DTYPES
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import STAGES, relevant
+from torch_impl.fused import BackendError
+
+INTERPRETED = 600
+"""Tokens that Triton's interpreter computes within a minute or so."""
 
 
 def capture() -> Callable[..., Any]:
@@ -43,24 +49,38 @@ def configuration(config: dict[str, Any]) -> torch_impl.MHCConfig:
 
 
 class TorchImplementation:
-    """Every stage of `torch_impl`; ``backend`` None runs eagerly."""
+    """Every stage of `torch_impl`; ``compiler`` None runs eagerly, ``backend`` is that of its functions."""
 
-    def __init__(self, name: str, backend: str | Callable[..., Any] | None, how: str):
+    def __init__(
+        self,
+        name: str,
+        compiler: str | Callable[..., Any] | None,
+        how: str,
+        backend: str = "auto",
+        dtypes: Iterable[str] = DTYPES,
+        stages: Iterable[str] = STAGES,
+        device: str = "cpu",
+        tokens: int | None = None,
+    ):
         torch.set_num_threads(1)
-        if backend is not None:  # Dynamo takes seconds to import, and eager code has no use for it
+        if compiler is not None:  # Dynamo takes seconds to import, and eager code has no use for it
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
             torch._dynamo.config.run_gc_after_compile = False  # the suite looks for garbage itself
         self.name = name
+        self.compiler = compiler
         self.backend = backend
+        self.device = device
         self._compiled: tuple[str, Callable[..., Any]] = ("", dict)
         self.capabilities = Capabilities(
-            stages=frozenset(STAGES),
+            stages=frozenset(stages),
             dialects=frozenset(torch_impl.config.dialects()),
-            dtypes=frozenset(DTYPES),
+            dtypes=frozenset(dtypes),
             overrides=None,
             description=f"torch_impl, torch {torch.__version__}, {how}",
             settings=settings(),
-            compiled=backend is not None,
+            compiled=compiler is not None,
+            device=device,
+            tokens=tokens,
         )
 
     def _run(self, key: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,19 +89,32 @@ class TorchImplementation:
         Dynamo keeps its graphs with the code that they come from, and tries one after the other. So each key has a code
         of its own, and that of another key is let go: items of one graph come together.
         """
-        if self.backend is None:
+        if self.compiler is None:
             return function
         if self._compiled[0] != key:
             own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
-            self._compiled = key, torch.compile(own, fullgraph=True, dynamic=False, backend=self.backend)
+            self._compiled = key, torch.compile(own, fullgraph=True, dynamic=False, backend=self.compiler)
         return self._compiled[1]
 
     def _stage(self, name: str, function: Callable[..., Any], inputs: Any, config: Any, cotangents: Any) -> Result:
         c = configuration(config)
         key = f"{name}/{relevant(name, config)}"
-        told = {**config, "module": _module(c)} if name == "layer" else config
+        told = {**config, "backend": self.backend}
+        if name == "layer":
+            told["module"] = _module(c, self.backend)
         body = self._run(key, lambda values: function(values, c, told))
-        return vector_jacobian(name, body, inputs, cotangents)
+        return self._answer(name, body, inputs, cotangents)
+
+    def _answer(self, name: str, body: Callable[..., Any], inputs: Any, cotangents: Any) -> Result:
+        """Outputs and gradients, computed where the implementation runs."""
+
+        def there(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return body({key: value.to(self.device) for key, value in values.items()})
+
+        try:
+            return vector_jacobian(name, body if self.device == "cpu" else there, inputs, cotangents)
+        except BackendError as error:
+            raise NotImplementedError(str(error)) from error
 
     def expand(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         return self._stage("expand", _expand, inputs, config, cotangents)
@@ -109,7 +142,7 @@ class TorchImplementation:
 
     def stack(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         c = configuration(config)
-        told = {**config, "branch": "mlp_dense", "module": _module(c)}
+        told = {**config, "branch": "mlp_dense", "module": _module(c, self.backend)}
         run_site = self._run(f"stack/{relevant('stack', config)}", lambda values: _layer(values, c, told))
 
         def body(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -123,7 +156,7 @@ class TorchImplementation:
                 x, carried = site_outputs["out"], site_outputs.get("pre")
             return _reduced(x, carried, c, config["reduce"])
 
-        return vector_jacobian("stack", body, inputs, cotangents)
+        return self._answer("stack", body, inputs, cotangents)
 
 
 def _weights(values: dict[str, torch.Tensor], c: torch_impl.MHCConfig) -> dict[str, torch.Tensor]:
@@ -145,25 +178,26 @@ def _reduced(
 
 
 def _head(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torch.Tensor]:
-    return {"out": torch_impl.head(values["x"], _weights(values, c), c)}
+    return {"out": torch_impl.head(values["x"], _weights(values, c), c, backend=options["backend"])}
 
 
 def _residual_matrix(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torch.Tensor]:
-    return {"H": torch_impl.residual_matrix(values["logits"], c)}
+    return {"H": torch_impl.residual_matrix(values["logits"], c, backend=options["backend"])}
 
 
 def _coefficients(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torch.Tensor]:
-    pre, post, H = torch_impl.coefficients(values["x"], _weights(values, c), c)
+    pre, post, H = torch_impl.coefficients(values["x"], _weights(values, c), c, backend=options["backend"])
     return {"pre": pre, "post": post, "H": H}
 
 
 def _pre(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torch.Tensor]:
-    u, _, handed = torch_impl.pre(values["x"], _weights(values, c), c, values.get("carried"))
+    u, _, handed = torch_impl.pre(values["x"], _weights(values, c), c, values.get("carried"), backend=options["backend"])
     return {"u": u} if handed is None else {"u": u, "pre": handed}
 
 
 def _post(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torch.Tensor]:
-    return {"out": torch_impl.post_mix(values["y"], values["x"], values["post"], values["H"], c)}
+    mixing = (values["y"], values["x"], values["post"], values["H"])
+    return {"out": torch_impl.post_mix(*mixing, c, backend=options["backend"])}
 
 
 def _layer(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torch.Tensor]:
@@ -175,9 +209,9 @@ def _layer(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torc
 
 
 @functools.cache
-def _module(c: torch_impl.MHCConfig) -> torch_impl.ManifoldConstrainedHyperConnections:
+def _module(c: torch_impl.MHCConfig, backend: str) -> torch_impl.ManifoldConstrainedHyperConnections:
     """A module without memory: its parameters are handed over at each call."""
-    return torch_impl.ManifoldConstrainedHyperConnections(c, device="meta")
+    return torch_impl.ManifoldConstrainedHyperConnections(c, device="meta", backend=backend)
 
 
 def eager() -> TorchImplementation:
@@ -190,3 +224,24 @@ def compiled() -> TorchImplementation:
 
 def inductor() -> TorchImplementation:
     return TorchImplementation("torch-inductor", "inductor", "inductor")
+
+
+def triton() -> TorchImplementation:
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, triton's own too
+    from torch_impl import kernels
+    from torch_impl.kernels import arithmetic
+
+    if not gpu and not arithmetic.INTERPRETED:
+        raise ImportError("without a GPU triton must be imported with TRITON_INTERPRET=1, and was without it before")
+    return TorchImplementation(
+        "torch-triton",
+        None,
+        "Triton kernels on a GPU" if gpu else "Triton kernels, interpreted",
+        backend="triton",
+        dtypes=[str(dtype).removeprefix("torch.") for dtype in kernels.DTYPES],
+        stages=("residual_matrix", "coefficients", "pre", "post", "head", "layer", "stack"),
+        device="cuda" if gpu else "cpu",
+        tokens=None if gpu else INTERPRETED,
+    )

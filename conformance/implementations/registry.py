@@ -23,6 +23,7 @@ SHARDED = "mhc_conformance.sharded"
 """Entry points that are called with a `mesh.Member`, and run on a mesh."""
 MODULES = {
     "jax": ("jax", "flax"),
+    "torch-triton": ("torch", "triton"),
     "torch": ("torch",),
     "transformers": ("torch", "transformers"),
     "liger-kernel": ("torch", "triton", "liger_kernel"),
@@ -49,7 +50,7 @@ FETCHED = {
     "fla-core": "fla-core==0.6.0",
 }
 """The package of `witnesses.fetch` that a registered implementation runs, by the beginning of its name."""
-ON_REQUEST = ("torch-inductor", "jax-explicit")
+ON_REQUEST = ("torch-inductor", "torch-triton", "jax-explicit")
 MANY_DEVICES = ("jax", "jax-explicit")
 """What has all devices of a mesh in one process unless told otherwise; others have one process a device."""
 

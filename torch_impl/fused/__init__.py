@@ -33,6 +33,10 @@ FEW = 1 << 21
 """Numbers of x below which plain operators are faster where no gradient is asked for: a function costs some Python."""
 
 
+class BackendError(ValueError):
+    """A backend that was asked for can't be had for this call."""
+
+
 @runtime_checkable
 class Engine(Protocol):
     """What computes the functions of this package. Shapes are those of the functions, T tokens flattened."""
@@ -87,7 +91,8 @@ def chosen(backend: str, x: Tensor, others: Iterable[Tensor], lean: str, triton:
         triton: says why he can't take kernels.
 
     Raises:
-        ValueError: ``backend`` is another word, or what it names can't be taken.
+        ValueError: ``backend`` is another word.
+        BackendError: what it names can't be taken.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -101,7 +106,7 @@ def chosen(backend: str, x: Tensor, others: Iterable[Tensor], lean: str, triton:
     else:
         reason = lean or _hindrance(x, others)
     if reason and backend != "auto":
-        raise ValueError(f"backend={backend!r} doesn't go with {reason}: take 'auto', which finds a path that does")
+        raise BackendError(f"backend={backend!r} doesn't go with {reason}: take 'auto', which finds a path that does")
     return "" if reason else "triton" if backend == "triton" else "lean"
 
 

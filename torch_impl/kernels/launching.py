@@ -19,6 +19,7 @@ from torch_impl.kernels.plans import (
     kept_of,
     kind,
     launch,
+    options_of,
     padded,
     projections,
     sinkhorn,
@@ -63,6 +64,7 @@ def _sums(
         pieces.size, pieces.each, m,
         FUSED=str(mixer.mix) if mixer else "", ROUNDED=bool(mixer and mixer.mixing == "activation"),
         READ=reading is not None, B=block.tokens, BC=block.channels, **columns,
+        **options_of(columns),
     )  # fmt: skip
     return parts, pieces.parts
 
@@ -82,7 +84,7 @@ def _finish(
         x, parts, scale, shift, table(config, columns, scale), sums, pre, post, H, u, T, dim, count,
         parts.shape[2] - 1, config.norm_eps, config.pre_eps, config.post_scale, config.post_eps, **recipe.numbers,
         KIND=kind(config, columns["HEAD"]), MEAN=config.norm_eps_position == "mean", READ=wanted,
-        B=block.tokens, BC=channels, **{**recipe.constants, **columns},
+        B=block.tokens, BC=channels, **options_of(columns), **{**recipe.constants, **columns},
     )  # fmt: skip
 
 

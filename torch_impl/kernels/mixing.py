@@ -40,7 +40,7 @@ def row(H, t, ok, index, FROM: tl.constexpr, TO: tl.constexpr, N: tl.constexpr, 
 
 @triton.jit
 def written(
-    j: tl.constexpr, xs, y, post, H, t, ok, dtype: tl.constexpr,
+    j, xs, y, post, H, t, ok, dtype: tl.constexpr,
     MIX: tl.constexpr, ROUNDED: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     """Stream j of the output ``[B, BC]`` of streams ``[B, NP, BC]`` and y ``[B, BC]``."""

@@ -117,6 +117,11 @@ def columns_of(config: MHCConfig, head: bool) -> dict[str, Any]:
     }
 
 
+def options_of(columns: dict[str, Any]) -> dict[str, int]:
+    """How a program with products is compiled; other settings spill on one target or another."""
+    return {"num_warps": 8, "num_stages": 2} if columns["R"] > 16 else {"num_warps": 4, "num_stages": 3}
+
+
 def projections(matrix: Tensor, config: MHCConfig, columns: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The projections ``[n * C, m]`` as the kernels read them: gates ``[n * C, 16]``, the rest ``[n * C, R]``."""
     n, NP = config.streams, columns["NP"]

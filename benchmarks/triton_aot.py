@@ -1,0 +1,229 @@
+"""What the Triton kernels of `torch_impl` need on GPUs that aren't here: they are compiled ahead of time.
+
+Every launch of a site, forward and backward, is recorded as it would be made, and its kernel compiled for each target.
+Registers and local memory are those that ``cuobjdump -res-usage`` reads in the binary (Triton brings it), or the AMD
+assembly's own; local memory on the stack is a spill. The bytes are those of tensors that a launch reads and writes
+once, in units of tokens x dim x 2, for x in bfloat16: what stays in a cache or is read twice isn't told apart.
+
+    python -m benchmarks.triton_aot [--target sm_90 …] [--json FILE] [--write docs/performance.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from conformance.files import atomic, document
+from torch_impl import MHCConfig
+from torch_impl.kernels import launching
+
+RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site whose launches are recorded."""
+
+    name: str
+    dtype: torch.dtype = torch.bfloat16
+    streams: int = 4
+    dim: int = 4096
+    dialect: str = "deepseek-v4"
+
+    @property
+    def config(self) -> MHCConfig:
+        return MHCConfig.from_dialect(self.dialect, streams=self.streams, dim=self.dim)
+
+
+SITES = (
+    Site("bfloat16"),
+    Site("float32", torch.float32),
+    Site("float16", torch.float16),
+    Site("bfloat16, 1,280 channels", dim=1280),
+    Site("bfloat16, 8 streams", streams=8),
+    Site("bfloat16, single pass", dialect="deepseek-v4.1"),
+    Site("bfloat16, permutations", dialect="mhc-lite"),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with what it was launched with."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def source(self) -> ASTSource:
+        """What `triton.compile` takes: types of the arguments, and which are multiples of 16."""
+        names = self.kernel.arg_names
+        unknown = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
+        signature: dict[str, str] = {}
+        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        for index, (name, value) in enumerate(zip(names, self._values(), strict=False)):
+            signature[name] = _type(value)
+            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and name not in unknown):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        signature |= dict.fromkeys((name for name in names if name not in signature), "constexpr")
+        constants = {name: value for name, value in self.constants.items() if signature.get(name) == "constexpr"}
+        return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+    def _values(self) -> Iterator[Any]:
+        """The arguments that aren't constants, by position and then by name."""
+        yield from self.arguments
+        for name in self.kernel.arg_names[len(self.arguments) :]:
+            if self.kernel.params[self.kernel.arg_names.index(name)].is_constexpr:
+                return
+            yield self.constants[name]
+
+    def options(self) -> dict[str, int]:
+        """What a launch asks of the compiler."""
+        return {name: value for name, value in self.constants.items() if name not in self.kernel.arg_names}
+
+    def moved(self) -> int:
+        """Bytes of the tensors that are handed over, each once."""
+        tensors = {id(value): value for value in self._values() if isinstance(value, Tensor)}
+        return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def launches(site: Site) -> list[Launch]:
+    """All launches of a site, forward and backward, on tensors without memory."""
+    recorded: list[Launch] = []
+    own, launching.launch = launching.launch, lambda kernel, grid, *a, **k: recorded.append(Launch(kernel, a, k))
+    try:
+        with torch.device("meta"):
+            _site(site)
+    finally:
+        launching.launch = own
+    return recorded
+
+
+def _site(site: Site) -> None:
+    config, n, T, C = site.config, site.streams, TOKENS, site.dim
+    m = 2 * n + config.residual_columns
+    x, out, dx, y, u, dy = (torch.empty(T, *one, dtype=site.dtype) for one in 3 * [(n, C)] + 3 * [(C,)])
+    matrix, scale, shift = torch.empty(n * C, m), torch.empty(m), torch.empty(m)
+    carried = torch.empty(T, n) if config.pre_from == "previous" else None
+    pre, post, H, sums = torch.empty(T, n), torch.empty(T, n), torch.empty(T, n, n), torch.empty(T, m + 1)
+    dpre, dpost, dH, dmatrix = torch.empty(T, n), torch.empty(T, n), torch.empty(T, n, n), torch.empty(m, n * C)
+    launching.read(x, carried, matrix, scale, shift, config, False, (u, pre, post, H, sums))
+    launching.mix(y, x, post, H, str(config.mix), config.mixing == "activation", out)
+    launching.mix_back(y, x, post, H, str(config.mix), out, (dy, dx, dpost, dH))
+    cotangents, own = (u, None, dpost, dH, out), (dx, dpre, dmatrix, scale, shift)
+    launching.read_back(x, carried, matrix, scale, shift, sums, cotangents, config, False, own)
+    if config.residual == "sinkhorn":
+        launching.balance(H, config, dH)
+        launching.balance_back(H, config, dH, torch.empty_like(H))
+
+
+def compiled(launch: Launch, target: str) -> dict[str, Any]:
+    """Registers, bytes of local and of shared memory of a kernel's binary."""
+    made = triton.compile(launch.source(), target=TARGETS[target], options=launch.options())
+    if "cubin" in made.asm:
+        from triton.backends import nvidia
+
+        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+        registers, spilled = used["REG"], used["STACK"] + used["LOCAL"]
+    else:
+        said = made.asm["amdgcn"]
+        registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", said)[0])
+        counts = re.findall(r"\.(?:private_segment_fixed_size|vgpr_spill_count):\s*(\d+)", said)
+        spilled = sum(int(value) for value in counts)
+    return {"registers": registers, "spilled": spilled, "shared": made.metadata.shared}
+
+
+def measured(site: Site, target: str) -> Iterator[dict[str, Any]]:
+    """A row for each launch."""
+    for launch in launches(site):
+        yield {
+            "site": site.name, "target": target, "kernel": launch.kernel.__name__,
+            **compiled(launch, target), "moved units": round(launch.moved() / (TOKENS * site.dim * 2), 2),
+        }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [site.name for site in SITES]
+    parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS))
+    parser.add_argument("--site", choices=names, nargs="+", default=names)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--write", type=Path, help=f"put the table of {RESULTS.name} between the markers of this page")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for site in SITES:
+        for target in arguments.target if site.name in arguments.site else ():
+            for row in measured(site, target):
+                rows.append(row)
+                print(*row.values(), sep="\t", flush=True)
+    if arguments.json:
+        text = json.dumps({"triton": metadata.version("triton"), "tokens": TOKENS, "rows": rows}, indent=1) + "\n"
+        atomic.write(arguments.json, text)
+    if arguments.write:
+        document.rewrite(arguments.write, "triton", table(json.loads(RESULTS.read_text())))
+    spilled = [row for row in rows if row["spilled"]]
+    for row in spilled:
+        print(f"{row['kernel']} spills {row['spilled']} bytes on {row['target']} ({row['site']})", file=sys.stderr)
+    return 1 if spilled else 0
+
+
+def table(held: dict[str, Any]) -> str:
+    """A row for each kernel of the first site, the range of registers over all sites, and the bytes that it moves."""
+    lines = [
+        f"Triton {held['triton']}, {held['tokens']:,} tokens. Registers a thread in {SITES[0].name} at "
+        f"{SITES[0].dim:,} channels, and in brackets over {len(SITES)} sites; shared memory in KiB.",
+        "",
+        f"| kernel | moved | {' | '.join(TARGETS)} | shared | spilled |",
+        f"|---|---|{'---|' * len(TARGETS)}---|---|",
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in held["rows"]):
+        of_kernel = [row for row in held["rows"] if row["kernel"] == kernel]
+        cells = []
+        for target in TARGETS:
+            there = {row["site"]: row["registers"] for row in of_kernel if row["target"] == target}
+            cells.append(f"{there[SITES[0].name]} ({min(there.values())} to {max(there.values())})")
+        shared = max(row["shared"] for row in of_kernel) / 1024
+        moved = next(row["moved units"] for row in of_kernel if row["site"] == SITES[0].name)
+        spilled = sum(row["spilled"] for row in of_kernel)
+        lines.append(f"| `{kernel}` | {moved:.2f} | {' | '.join(cells)} | {shared:.0f} | {spilled} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
