@@ -30,9 +30,10 @@ from torch import Tensor
 from torch_impl import kernels
 from torch_impl.config import MHCConfig
 from torch_impl.fused import chosen
-from torch_impl.fused.balancing import Balancing
-from torch_impl.fused.mixing import Mixing
+from torch_impl.fused.balancing import Balancing, TracedBalancing
+from torch_impl.fused.mixing import Mixing, TracedMixing
 from torch_impl.fused.site import Reading, read_site
+from torch_impl.fused.transforms import callable_here
 from torch_impl.projections import (
     SHARDED,
     Shards,
@@ -215,7 +216,7 @@ def post_mix(
     lead = x.shape[:-2]
     y, post = y.expand(*lead, -1), post.expand(*lead, -1)
     matrix = None if matrix is None else matrix.expand(*lead, -1, -1)
-    return cast(Tensor, Mixing.apply(y, x, post, matrix, config.mix, rounded, name))
+    return cast(Tensor, callable_here(Mixing, TracedMixing).apply(y, x, post, matrix, config.mix, rounded, name))
 
 
 def _of_site(backend: str, x: Tensor, others: Iterable[Tensor], config: MHCConfig, shards: Shards | None) -> str:
@@ -287,7 +288,7 @@ def residual_matrix(
     if not name:
         return plain_matrix(logits, config)
     check_shape("logits", logits, (config.streams, config.streams))
-    return cast(Tensor, Balancing.apply(logits, config, name))
+    return cast(Tensor, callable_here(Balancing, TracedBalancing).apply(logits, config, name))
 
 
 def pre(

@@ -191,7 +191,9 @@ def _coefficients(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[st
 
 
 def _pre(values: Any, c: torch_impl.MHCConfig, options: Any) -> dict[str, torch.Tensor]:
-    u, _, handed = torch_impl.pre(values["x"], _weights(values, c), c, values.get("carried"), backend=options["backend"])
+    u, _, handed = torch_impl.pre(
+        values["x"], _weights(values, c), c, values.get("carried"), backend=options["backend"]
+    )
     return {"u": u} if handed is None else {"u": u, "pre": handed}
 
 

@@ -15,7 +15,6 @@ doesn't (`transforms`): derivatives of derivatives, forward mode and `torch.func
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 import torch
@@ -76,7 +75,13 @@ class Engine(Protocol):
 
 def engine(name: str) -> Engine:
     """The engine of that name, ``"lean"`` or ``"triton"``; one that isn't asked for isn't imported."""
-    return cast(Engine, import_module({"lean": "torch_impl.lean", "triton": "torch_impl.kernels.engine"}[name]))
+    if name == "lean":
+        from torch_impl import lean
+
+        return cast(Engine, lean)
+    from torch_impl.kernels import engine as kernels
+
+    return cast(Engine, kernels)
 
 
 def chosen(backend: str, x: Tensor, others: Iterable[Tensor], lean: str, triton: Callable[[], str]) -> str:

@@ -13,7 +13,7 @@ from torch_impl.fused import engine, transforms
 from torch_impl.residual import sinkhorn
 
 
-class Balancing(Function):
+class TracedBalancing(Function):
     """H of logits ``[..., n, n]`` in any dtype, which it has too, by a configuration and an engine of that name."""
 
     @staticmethod
@@ -35,6 +35,10 @@ class Balancing(Function):
         if torch.is_grad_enabled():
             return transforms.pulled_back(_twin, (logits, ctx.config, ctx.name), (cotangent,), (True, False, False))
         return engine(ctx.name).balance_back(logits, ctx.config, cotangent), None, None
+
+
+class Balancing(TracedBalancing):
+    """`TracedBalancing` with forward mode and `torch.func.vmap`."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

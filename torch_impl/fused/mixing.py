@@ -12,7 +12,7 @@ from torch_impl.fused import engine, transforms
 from torch_impl.streams import mixed
 
 
-class Mixing(Function):
+class TracedMixing(Function):
     """Takes y ``[..., dim]``, x ``[..., n, dim]``, post ``[..., n]`` and H ``[..., n, n]``, None for the identity; then
     the index that is summed over (`MHCConfig.mix`), and whether both terms are rounded to x's dtype before the
     sum, and the name of the engine.
@@ -41,6 +41,10 @@ class Mixing(Function):
             )
         dy, dx, dpost, dH = engine(ctx.name).mix_back(y, x, post, H, ctx.mix, cotangent)
         return dy, dx, dpost, dH, None, None, None
+
+
+class Mixing(TracedMixing):
+    """`TracedMixing` with forward mode and `torch.func.vmap`."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

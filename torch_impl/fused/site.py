@@ -63,10 +63,11 @@ def read_site(
     with without_autocast(x.device):
         scale, shift = packed_gates(x, weights, names, reading.config)
         phis = [weights[phi] for phi, _, _ in names]
-        return cast(Read, Site.apply(x, carried, reading, scale, shift, norm, *phis)[:5])
+        function = transforms.callable_here(Site, TracedSite)
+        return cast(Read, function.apply(x, carried, reading, scale, shift, norm, *phis)[:5])
 
 
-class Site(Function):
+class TracedSite(Function):
     """Takes x ``[..., n, dim]``, gates ``[..., n]`` that are carried (None for others), a `Reading`, scale and shift
     ``[m]``, the norm's weight ``[n, dim]`` or None, and each projection ``[n, dim, columns]``, with m columns in all.
 
@@ -108,6 +109,10 @@ class Site(Function):
             return transforms.pulled_back(_twin, inputs, (*cotangents[:-1], None), ctx.needs_input_grad)
         name, wanted = ctx.reading.engine, ctx.needs_input_grad
         return engine(name).read_back(x, carried, ctx.reading, weights, sums, cotangents, wanted)
+
+
+class Site(TracedSite):
+    """`TracedSite` with forward mode and `torch.func.vmap`."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:

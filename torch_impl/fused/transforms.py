@@ -12,11 +12,17 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from torch_impl.residual import without_autocast
 
 Twin = Callable[..., tuple[Tensor, ...]]
 Result = TypeVar("Result")
+
+
+def callable_here(function: type[Function], traced: type[Function]) -> type[Function]:
+    """The function, or under `torch.compile` its base: Dynamo takes none with forward mode of its own."""
+    return traced if torch.compiler.is_compiling() else function
 
 
 def unrounded(function: Callable[..., Result]) -> Callable[..., Result]:

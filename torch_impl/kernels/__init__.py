@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,21 +23,37 @@ MOST_ITERATIONS = 512
 """The way back keeps the total of every pass in registers."""
 
 
+class Setting(NamedTuple):
+    """What is known of Triton here."""
+
+    installed: bool
+    interpreted: bool
+
+
 @functools.cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on any device."""
+def _setting() -> Setting:
+    if find_spec("triton") is None:
+        return Setting(False, False)
     from triton import knobs
 
-    return bool(knobs.runtime.interpret)
+    return Setting(True, bool(knobs.runtime.interpret))
+
+
+@torch.compiler.assume_constant_result
+def installed() -> bool:
+    """Whether there is Triton."""
+    return _setting().installed
+
+
+@torch.compiler.assume_constant_result
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on any device."""
+    return _setting().interpreted
 
 
 def hindrance(x: Tensor, config: MHCConfig, shards: Shards | None = None) -> str:
     """Why kernels don't serve these streams or logits; empty where they do."""
-    if not _installed():
+    if not installed():
         return "a Python without Triton: pip install triton"
     if shards:
         return "shards of dim"

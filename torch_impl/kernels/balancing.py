@@ -13,6 +13,8 @@ import triton.language as tl
 
 from torch_impl.kernels.arithmetic import exp, rounded
 
+LOWEST = tl.constexpr(-1e38)
+"""A logit beyond n: it loses against every other, and its difference from another is a number."""
 COLUMNS = tl.constexpr(1)
 """The axis that a pass over columns sums over; a pass over rows sums over 2."""
 
@@ -26,10 +28,10 @@ def inside(N: tl.constexpr, NP: tl.constexpr):
 
 @triton.jit
 def limited(z, limit, LIMITED: tl.constexpr, N: tl.constexpr, NP: tl.constexpr):
-    """The logits clipped, -inf beyond n."""
+    """The logits clipped, `LOWEST` beyond n."""
     if LIMITED:
         z = tl.where(z > limit, limit, tl.where(z < -limit, -limit, z))
-    return tl.where(inside(N, NP), z, float("-inf"))
+    return tl.where(inside(N, NP), z, LOWEST)
 
 
 @triton.jit
@@ -47,7 +49,7 @@ def start(z, eps, START: tl.constexpr, A: tl.constexpr, GUARD: tl.constexpr, N: 
     if START == 0:
         p = exp(z - tl.expand_dims(tl.max(z, A), A))
     elif GUARD == "none":  # each line across times a factor, which the next pass divides out again
-        level = tl.where(inside(N, NP), z - tl.expand_dims(tl.max(z, START), START), float("-inf"))
+        level = tl.where(inside(N, NP), z - tl.expand_dims(tl.max(z, START), START), LOWEST)
         factor = tl.max(level, 3 - START)
         total = tl.sum(exp(level), START)
         p = exp(level - tl.expand_dims(factor, 3 - START)) / tl.expand_dims(total, START)

@@ -19,10 +19,14 @@ from torch_impl.kernels import launching
 from torch_impl.projections import joined, of_joined
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
-def _text(config: MHCConfig) -> str:
+def _written(config: MHCConfig) -> str:
     return json.dumps(config.parameters())
+
+
+@torch.compiler.assume_constant_result
+def _text(config: MHCConfig) -> str:
+    return _written(config)
 
 
 @functools.cache
@@ -42,7 +46,12 @@ def _wide(value: Tensor, axes: int) -> Tensor:
 # From x to u and the coefficients.
 
 
-@custom_op("mhc::read", mutates_args=())
+@custom_op(
+    "mhc::read",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? carried, Tensor matrix, Tensor scale, Tensor shift, str config, bool u, bool head)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _read(
     x: Tensor, carried: Tensor | None, matrix: Tensor, scale: Tensor, shift: Tensor, config: str, u: bool, head: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -68,7 +77,13 @@ def _empty_of_read(
     return read, new(T, n), post, H, new(T, m + 1)
 
 
-@custom_op("mhc::read_back", mutates_args=())
+@custom_op(
+    "mhc::read_back",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? carried, Tensor matrix, Tensor scale, Tensor shift, Tensor sums, Tensor? du, "
+    "Tensor? dpre, Tensor? dpost, Tensor? dH, Tensor? further, str config, bool head, bool of_x, bool of_matrix)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _read_back(
     x: Tensor, carried: Tensor | None, matrix: Tensor, scale: Tensor, shift: Tensor, sums: Tensor,
     du: Tensor | None, dpre: Tensor | None, dpost: Tensor | None, dH: Tensor | None, further: Tensor | None,
@@ -140,7 +155,11 @@ def read_back(
 # From y and x to the streams.
 
 
-@custom_op("mhc::mix", mutates_args=())
+@custom_op(
+    "mhc::mix",
+    mutates_args=(),
+    schema="(Tensor y, Tensor x, Tensor post, Tensor? H, str mix, bool rounded) -> Tensor",
+)
 def _mix(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, rounded: bool) -> Tensor:
     """y ``[T, C]``, x ``[T, n, C]``, post ``[T, n]``, H ``[T, n, n]``."""
     out = torch.empty_like(x)
@@ -154,7 +173,12 @@ def _(y, x, post, H, mix, rounded):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
 
 
-@custom_op("mhc::mix_back", mutates_args=())
+@custom_op(
+    "mhc::mix_back",
+    mutates_args=(),
+    schema="(Tensor y, Tensor x, Tensor post, Tensor? H, str mix, Tensor cotangent)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _mix_back(
     y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, cotangent: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -194,7 +218,7 @@ def mix_back(
 # From logits to H.
 
 
-@custom_op("mhc::balance", mutates_args=())
+@custom_op("mhc::balance", mutates_args=(), schema="(Tensor logits, str config) -> Tensor")
 def _balance(logits: Tensor, config: str) -> Tensor:
     """logits ``[T, n, n]``."""
     H = torch.empty_like(logits)
@@ -208,7 +232,7 @@ def _(logits, config):  # type: ignore[no-untyped-def]
     return torch.empty_like(logits)
 
 
-@custom_op("mhc::balance_back", mutates_args=())
+@custom_op("mhc::balance_back", mutates_args=(), schema="(Tensor logits, str config, Tensor cotangent) -> Tensor")
 def _balance_back(logits: Tensor, config: str, cotangent: Tensor) -> Tensor:
     result = torch.empty_like(logits)
     if len(logits):

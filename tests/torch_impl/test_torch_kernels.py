@@ -1,0 +1,273 @@
+"""The Triton kernels beside plain operators: on a GPU, or in Triton's interpreter (tests/conftest.py chooses)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import torch_impl
+from torch_impl import MHCConfig, functional
+from torch_impl.fused import BackendError
+
+pytest.importorskip("triton", reason="triton isn't installed: no kernel can be defined")
+
+from torch_impl.kernels import launching, plans
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode imports it
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BASE: dict[str, Any] = {"streams": 4, "dim": 24, "norm_eps": 1e-6}
+SITES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "guard add": {"guard": "add", "eps": 1e-6, "pre_eps": 1e-3, "post_eps": 1e-3},
+    "guard denominator, rows first": {"guard": "denominator", "eps": 1e-3, "order": "rows-first"},
+    "guard clip": {"guard": "clip", "eps": 0.3, "softmax": "none"},
+    "softmax over the other axis": {"softmax": "rows", "order": "columns-first", "iterations": 3},
+    "one iteration": {"iterations": 1},
+    "logits limited": {"logit_limit": 1.0, "mix": "in-out"},
+    "norm weight, eps at the root": {"norm_weight": True, "norm_eps_position": "root"},
+    "rounded terms": {"mixing": "activation"},
+    "single pass": {"pre_from": "previous"},
+    "permutations": {"residual": "permutations"},
+    "permutations, 5 streams": {"residual": "permutations", "streams": 5},
+    "identity": {"residual": "identity"},
+    **{f"{n} streams": {"streams": n, "guard": "add", "eps": 1e-6} for n in (1, 2, 3, 5, 6, 7, 8)},
+    "a width of no power of two": {"dim": 131},
+    "several chunks": {"dim": 2100},
+}
+
+
+Given = tuple[MHCConfig, dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]
+
+
+def site(changes: dict[str, Any], lead: tuple[int, ...] = (2, 9), dtype: torch.dtype = torch.float32) -> Given:
+    """A configuration, its weights, x, and the gates that are carried where it takes them."""
+    config = MHCConfig(**{**BASE, **changes})
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)  # noqa: E731
+    n, dim = config.streams, config.dim
+    weights = {
+        name: (draw(*shape) * (3 * (n * dim) ** -0.5 if len(shape) == 3 else 1.0)).requires_grad_()
+        for name, shape in functional.weight_shapes(config).items()
+    }
+    x = draw(*lead, n, dim).to(dtype).requires_grad_()
+    carried = draw(*lead, n).sigmoid().requires_grad_() if config.pre_from == "previous" else None
+    return config, weights, x, carried
+
+
+def run(config: MHCConfig, weights: Any, x: Any, carried: Any, backend: str) -> dict[str, torch.Tensor]:
+    """All outputs of a site."""
+    u, context, handed = torch_impl.pre(x, weights, config, carried, backend=backend)
+    out = torch_impl.post((2 * u).sin(), context)
+    results = {"u": u, "post": context.post, "H": context.H, "out": out}
+    return results if handed is None else {**results, "handed": handed}
+
+
+def values_and_gradients(config: MHCConfig, weights: Any, x: Any, carried: Any, backend: str) -> dict[str, Any]:
+    results = run(config, weights, x, carried, backend)
+    inputs = {"x": x, **({} if carried is None else {"carried": carried}), **weights}
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(value.shape, generator=generator).to(DEVICE) for value in results.values()]
+    loss = sum((one.float() * other).sum() for one, other in zip(results.values(), cotangents, strict=True))
+    assert isinstance(loss, torch.Tensor)
+    gradients = torch.autograd.grad(loss, list(inputs.values()))
+    results = {name: value.detach() for name, value in results.items()}
+    return results | {f"d{name}": value for name, value in zip(inputs, gradients, strict=True)}
+
+
+def assert_close(actual: dict[str, Any], expected: dict[str, Any], relative: float) -> None:
+    """To a share of the largest number of each tensor; scales' gradients are sums that nearly cancel."""
+    for name, value in expected.items():
+        largest, error = ((v.abs().max().item() if v.numel() else 0.0) for v in (value, actual[name] - value))
+        bound = relative * max(1.0, largest) * (300 if name.endswith("scale") else 1)
+        assert error <= bound, f"{name} is off by {error}, bound {bound}"
+        assert actual[name].dtype == value.dtype and actual[name].shape == value.shape, name
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_values_and_gradients_are_those_of_plain_operators(name: str):
+    given = site(SITES[name])
+    assert_close(values_and_gradients(*given, "triton"), values_and_gradients(*given, "plain"), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_streams_are_rounded_once(dtype: torch.dtype):
+    given = site({"guard": "add", "eps": 1e-6}, dtype=dtype)
+    actual, plain = (run(*given, backend) for backend in ("triton", "plain"))
+    for name in ("u", "out"):
+        spacing = torch.finfo(dtype).eps * plain[name].abs().float().clamp(min=1e-3)
+        assert ((actual[name].float() - plain[name].float()).abs() <= spacing).all(), name
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_blocks_of_a_gpu_and_of_the_interpreter_agree(monkeypatch: pytest.MonkeyPatch, large: bool):
+    sizes = plans.blocks(131, 4, large)
+    assert sizes.tokens * sizes.channels >= 1024 and sizes.plain_channels >= 131
+    monkeypatch.setattr(launching, "blocks", lambda dim, streams, _: plans.blocks(dim, streams, large))
+    given = site({"dim": 131, "guard": "add", "eps": 1e-6}, lead=(37,))
+    assert_close(values_and_gradients(*given, "triton"), values_and_gradients(*given, "plain"), 1e-5)
+
+
+def test_a_tokens_bits_do_not_depend_on_how_many_there_are(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plans, "FEW", 20)  # so that the whole is split another way than its part
+    config, weights, x, carried = site({"dim": 2100, "guard": "add", "eps": 1e-6}, lead=(40,))
+    assert plans.split(2100, 40, 64).parts == 1 and plans.split(2100, 3, 64).parts > 1
+    assert (plans.split(2100, 40, 64).size, plans.split(2100, 3, 64).size) == (1088, 1088)
+    whole = run(config, weights, x, carried, "triton")
+    few = run(config, weights, x[:3], carried, "triton")
+    for name, value in few.items():
+        assert torch.equal(value, whole[name][:3]), name
+    given = torch.autograd.grad(whole["out"].sum(), x)[0][:3]
+    part = x[:3].detach().requires_grad_()
+    assert torch.equal(torch.autograd.grad(run(config, weights, part, carried, "triton")["out"].sum(), part)[0], given)
+
+
+def test_sums_over_segments_of_tokens_are_added(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launching, "SEGMENT", 64)
+    given = site({"guard": "add", "eps": 1e-6}, lead=(150,))
+    assert_close(values_and_gradients(*given, "triton"), values_and_gradients(*given, "plain"), 1e-5)
+
+
+def test_head_and_residual_matrix():
+    config = MHCConfig(**{**BASE, "guard": "add", "eps": 1e-6, "pre_eps": 1e-3})
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(shape, generator=generator).to(DEVICE).requires_grad_()
+        for name, shape in functional.head_shapes(config).items()
+    }
+    x = torch.randn(3, 5, 4, 24, generator=generator).to(DEVICE).requires_grad_()
+    logits = (4 * torch.randn(3, 5, 4, 4, generator=generator)).to(DEVICE).requires_grad_()
+    for call, inputs in (
+        (lambda backend: torch_impl.head(x, weights, config, backend=backend), (x, *weights.values())),
+        (lambda backend: torch_impl.residual_matrix(logits, config, backend=backend), (logits,)),
+    ):
+        actual, plain = call("triton"), call("plain")
+        torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-6)
+        cotangent = torch.randn(plain.shape, generator=generator).to(DEVICE)
+        for one, other in zip(
+            torch.autograd.grad(actual, inputs, cotangent), torch.autograd.grad(plain, inputs, cotangent), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (2, 0), (1,), (2, 3, 5)])
+def test_any_leading_shape(lead: tuple[int, ...]):
+    given = site({}, lead=lead)
+    assert_close(values_and_gradients(*given, "triton"), values_and_gradients(*given, "plain"), 1e-5)
+
+
+def test_gradients_of_some_inputs_alone():
+    config, weights, x, carried = site({})
+    for wanted in ([x], [weights["res_alpha"]], [weights["pre_beta"]]):
+        actual, plain = (
+            torch.autograd.grad(run(config, weights, x, carried, backend)["out"].square().sum(), wanted)
+            for backend in ("triton", "plain")
+        )
+        torch.testing.assert_close(actual, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivatives_and_transforms():
+    config, weights, x, carried = site({"iterations": 3}, lead=(3,))
+
+    def loss(x: torch.Tensor, backend: str) -> torch.Tensor:
+        return run(config, weights, x, carried, backend)["out"].square().sum()
+
+    results = {}
+    for backend in ("triton", "plain"):
+        slope = torch.autograd.grad(loss(x, backend), x, create_graph=True)[0]
+        results[backend] = [
+            *torch.autograd.grad(slope.square().sum(), x),
+            torch.func.grad(loss)(x, backend),
+            torch.func.vmap(lambda one, backend=backend: loss(one, backend))(x),
+            torch.func.jvp(lambda one, backend=backend: loss(one, backend), (x,), (torch.ones_like(x),))[1],
+        ]
+    for actual, plain in zip(results["triton"], results["plain"], strict=True):
+        torch.testing.assert_close(actual, plain, rtol=1e-3, atol=1e-3 * plain.detach().abs().max().item())
+
+
+def test_checkpoints_and_meta():
+    config, weights, x, carried = site({"guard": "add", "eps": 1e-6})
+    loss = lambda x: run(config, weights, x, carried, "triton")["out"].square().sum()  # noqa: E731
+    again = checkpoint(loss, x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again, x)[0], torch.autograd.grad(loss(x), x)[0])
+    there = torch.empty(2, 3, 4, 24, device="meta", requires_grad=True)
+    empty = {name: torch.empty_like(value, device="meta", requires_grad=True) for name, value in weights.items()}
+    out = run(config, empty, there, None, "triton")["out"]
+    assert out.is_meta and torch.autograd.grad(out.sum(), there)[0].shape == there.shape
+
+
+def test_what_kernels_do_not_serve_is_refused_by_name():
+    config, weights, x, _ = site({})
+    wide = {name: value.double() for name, value in weights.items()}
+    with pytest.raises(BackendError, match="float64: kernels take float32, bfloat16 and float16"):
+        torch_impl.pre(x.double(), wide, config, backend="triton")
+    narrow = MHCConfig(**{**BASE, "coefficients": "activation"})
+    with pytest.raises(BackendError, match="coefficients that are rounded to x's dtype"):
+        torch_impl.pre(x.bfloat16(), weights, narrow, backend="triton")
+    many = MHCConfig(streams=9, dim=4)
+    with pytest.raises(BackendError, match="9 streams: kernels have at most 8"):
+        torch_impl.residual_matrix(torch.zeros(1, 9, 9), many, backend="triton")
+    long = MHCConfig(streams=4, dim=4, iterations=513)
+    with pytest.raises(BackendError, match="513 iterations: kernels have at most 512"):
+        torch_impl.residual_matrix(torch.zeros(1, 4, 4), long, backend="triton")
+
+
+COMPILED = """
+import torch
+from torch_impl import HyperConnectionType, ManifoldConstrainedHyperConnections, MHCConfig
+
+def run(module, x):
+    return module(lambda u: u, lambda inputs: inputs.sin(), x, HyperConnectionType.MLP_DENSE)[0]
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        config = MHCConfig.from_dialect("deepseek-v4", streams=4, dim=24)
+        self.site = ManifoldConstrainedHyperConnections(config, device=DEVICE, backend="triton")
+
+    def forward(self, x):
+        return run(self.site, x)
+
+model = Model()
+x = torch.randn(2, 3, 4, 24, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+inputs = (x, *model.parameters())
+for one, other in zip(*(torch.autograd.grad(f(x).square().sum(), inputs) for f in (compiled, model)), strict=True):
+    assert torch.equal(one, other)
+exported = torch.export.export(model, (x.detach(),))
+assert torch.equal(exported.module()(x), model(x))
+targets = {str(node.target) for part in exported.graph_module.modules() for node in part.graph.nodes}
+print(*sorted(name for name in targets if "mhc." in name))
+"""
+
+
+def test_operators_are_held_by_compiled_and_exported_graphs():
+    """In a process without the checks of shapes, which Dynamo can't trace."""
+    call = [sys.executable, "-c", COMPILED.replace("DEVICE", repr(DEVICE))]
+    said = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    assert said == ["mhc.mix.default", "mhc.read.default"]
+
+
+def test_operators_do_as_their_schemas_and_fakes_say():
+    from torch_impl.kernels import engine
+
+    config, weights, x, _ = site({}, lead=(5,))
+    x, text = x.detach(), engine._text(config)
+    matrix = torch.cat([weights[f"{kind}_alpha"].detach() for kind in ("pre", "post", "res")], -1).flatten(0, 1)
+    scale, shift = torch.ones(24, device=DEVICE), torch.zeros(24, device=DEVICE)
+    u, pre, post, H, sums = torch.ops.mhc.read(x, None, matrix, scale, shift, text, True, False)
+    calls = {
+        "read": (x, None, matrix, scale, shift, text, True, False),
+        "read_back": (x, None, matrix, scale, shift, sums, u, pre, post, H, x, text, False, True, True),
+        "mix": (u, x, post, H, "in-out", False),
+        "mix_back": (u, x, post, H, "in-out", x),
+        "balance": (H, text),
+        "balance_back": (H, text, H),
+    }
+    for name, arguments in calls.items():
+        operator = getattr(torch.ops.mhc, name).default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
