@@ -5,7 +5,7 @@ Registers and local memory are those that ``cuobjdump -res-usage`` reads in the 
 assembly's own; local memory on the stack is a spill. The bytes are those of tensors that a launch reads and writes
 once, in units of tokens x dim x 2, for x in bfloat16: what stays in a cache or is read twice isn't told apart.
 
-    python -m benchmarks.triton_aot [--target sm_90 …] [--json FILE] [--write docs/performance.md]
+    python -m benchmarks.triton_aot [--target sm_90 …] [--check] [--json FILE] [--write docs/performance.md]
 """
 
 from __future__ import annotations
@@ -80,6 +80,11 @@ class Launch:
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """Of the kernel, and what it does besides where it mixes first."""
+        return self.kernel.__name__ + (", mixing first" if self.constants.get("FUSED") else "")
+
     def source(self) -> ASTSource:
         """What `triton.compile` takes: types of the arguments, and which are multiples of 16."""
         names = self.kernel.arg_names
@@ -143,6 +148,8 @@ def _site(site: Site) -> None:
     launching.mix_back(y, x, post, H, str(config.mix), out, (dy, dx, dpost, dH))
     cotangents, own = (u, None, dpost, dH, out), (dx, dpre, dmatrix, scale, shift)
     launching.read_back(x, carried, matrix, scale, shift, sums, cotangents, config, False, own)
+    after = (torch.empty_like(u), torch.empty_like(pre), torch.empty_like(post), torch.empty_like(H), sums)
+    launching.mix_read(y, x, post, H, config, carried, matrix, scale, shift, config, out, after)
     if config.residual == "sinkhorn":
         launching.balance(H, config, dH)
         launching.balance_back(H, config, dH, torch.empty_like(H))
@@ -173,7 +180,7 @@ def measured(site: Site, target: str) -> Iterator[dict[str, Any]]:
     """A row for each launch."""
     for launch in launches(site):
         yield {
-            "site": site.name, "target": target, "kernel": launch.kernel.__name__,
+            "site": site.name, "target": target, "kernel": launch.name,
             **compiled(launch, target), "moved units": round(launch.moved() / (TOKENS * site.dim * 2), 2),
         }  # fmt: skip
 
@@ -183,6 +190,7 @@ def main() -> int:
     names = [site.name for site in SITES]
     parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS))
     parser.add_argument("--site", choices=names, nargs="+", default=names)
+    parser.add_argument("--check", action="store_true", help=f"fail where a figure isn't that of {RESULTS.name}")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--write", type=Path, help=f"put the table of {RESULTS.name} between the markers of this page")
     arguments = parser.parse_args()
@@ -197,10 +205,13 @@ def main() -> int:
         atomic.write(arguments.json, text)
     if arguments.write:
         document.rewrite(arguments.write, "triton", table(json.loads(RESULTS.read_text())))
-    spilled = [row for row in rows if row["spilled"]]
-    for row in spilled:
-        print(f"{row['kernel']} spills {row['spilled']} bytes on {row['target']} ({row['site']})", file=sys.stderr)
-    return 1 if spilled else 0
+    wrong = [f"it spills {row['spilled']} bytes: {row}" for row in rows if row["spilled"]]
+    if arguments.check:
+        recorded = json.loads(RESULTS.read_text())["rows"]
+        wrong += [f"{RESULTS.name} has another figure, write it anew by --json: {r}" for r in rows if r not in recorded]
+    for problem in wrong:
+        print(problem, file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def table(held: dict[str, Any]) -> str:

@@ -291,6 +291,25 @@ def residual_matrix(
     return cast(Tensor, callable_here(Balancing, TracedBalancing).apply(logits, config, name))
 
 
+def check_site(
+    x: Tensor, weights: Weights, config: MHCConfig, carried: Tensor | None, shards: Shards | None = None
+) -> Tensor | None:
+    """Checks what `pre` is given.
+
+    Returns:
+        The gates that u is read with where they are carried, else None.
+
+    Raises:
+        ValueError: as `pre`.
+    """
+    dim = local_dim(config, shards)
+    check_shape("x", x, (config.streams, dim))
+    if carried is not None and config.pre_from != "previous":
+        raise ValueError("carried goes with pre_from='previous' alone: this configuration reads with its own pre")
+    check_weights(weights, weight_shapes(config), dim)
+    return _check_carried(x, carried) if config.pre_from == "previous" else None
+
+
 def pre(
     x: Float[Tensor, "... streams dim"],
     weights: Weights,
@@ -321,13 +340,8 @@ def pre(
     Raises:
         ValueError: x, a weight or ``carried`` isn't what the configuration needs, or a backend that can't be had.
     """
-    dim = local_dim(config, shards)
-    check_shape("x", x, (config.streams, dim))
     previous = config.pre_from == "previous"
-    if carried is not None and not previous:
-        raise ValueError("carried goes with pre_from='previous' alone: this configuration reads with its own pre")
-    read = _check_carried(x, carried) if previous else None
-    check_weights(weights, weight_shapes(config), dim)
+    read = check_site(x, weights, config, carried, shards)
     held = {name: weights[name] for name in weight_shapes(config)}
     given = held.values() if read is None else (*held.values(), read)
     name = _of_site(backend, x, given, config, shards)

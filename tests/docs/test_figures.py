@@ -14,6 +14,11 @@ from tests.docs.blocks import ROOT, environment
 
 RESULTS = ROOT / "benchmarks" / "results"
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+PRINT_KERNELS = """
+import json
+from benchmarks import triton_aot
+print(triton_aot.table(json.loads(triton_aot.RESULTS.read_text())), end="")
+"""
 PRINT_TABLE = """
 import json, sys
 sys.path.insert(0, "benchmarks")
@@ -65,4 +70,14 @@ def test_the_table_of_tpu_figures_is_the_recorded_one() -> None:
         [sys.executable, "-c", PRINT_TABLE], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     repair = "run: python benchmarks/tpu_aot.py --only 'v5e/1/*/forward' --write docs/tpu.md"
+    assert shown and shown[1] == done.stdout, f"{repair}\n{done.stderr[-1000:]}"
+
+
+def test_the_table_of_triton_figures_is_the_recorded_one() -> None:
+    pytest.importorskip("triton", reason="benchmarks/triton_aot.py needs Triton")
+    shown = re.search(r"<!-- triton: begin -->\n(.*)<!-- triton: end -->", PERFORMANCE, re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_KERNELS], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    repair = "run: python -m benchmarks.triton_aot --write docs/performance.md"
     assert shown and shown[1] == done.stdout, f"{repair}\n{done.stderr[-1000:]}"

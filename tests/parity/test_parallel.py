@@ -14,6 +14,8 @@ STACKS = "Flax's scan stacks layers along an axis of their parameters; PyTorch h
 LEAN = "PyTorch's eager calls have a path with derivatives of its own, which shares its pieces with the plain one"
 ONLY = {
     "streams": LEAN,
+    "crossing": "a kernel of Triton's projects the streams while it writes them",
+    "functional.check_site": "`crossing` checks the same",
     "functional.coefficients": LEAN,
     "functional.residual_matrix": LEAN,
     "projections.coefficients": LEAN,
@@ -134,7 +136,7 @@ def test_both_packages_export_the_same_names():
     assert len(exported) == 2 and exported[0] == exported[1]
 
 
-FUSED = ("fused", "fused.balancing", "fused.mixing", "fused.site", "kernels")
+FUSED = ("fused", "fused.balancing", "fused.mixing", "fused.site", "fused.transforms", "kernels")
 STANDS_ON = {
     "version": set(),
     "config": set(),
@@ -144,6 +146,7 @@ STANDS_ON = {
     "shards": {"projections"},
     "streams": {"residual"},
     "functional": {"config", "mixing", "projections", "residual", "streams", *FUSED},
+    "crossing": {"config", "functional", "projections", "residual", "fused.crossing", *FUSED},
     "metadata": {"config"},
     "weights": {"config", "functional", "metadata"},
     "modules": {"config", "functional", "models", "shards", "weights"},  # models inside two methods

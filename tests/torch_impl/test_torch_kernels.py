@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_impl
 from torch_impl import MHCConfig, functional
+from torch_impl.crossing import post_pre
 from torch_impl.fused import BackendError
 
 pytest.importorskip("triton", reason="triton isn't installed: no kernel can be defined")
@@ -158,6 +159,25 @@ def test_head_and_residual_matrix():
 def test_any_leading_shape(lead: tuple[int, ...]):
     given = site({}, lead=lead)
     assert_close(values_and_gradients(*given, "triton"), values_and_gradients(*given, "plain"), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["paper", "single pass", "identity", "rounded terms", "several chunks", "8 streams"])
+def test_from_one_site_to_the_next(name: str):
+    config, weights, x, carried = site(SITES[name])
+    following = site(SITES[name])[1]
+    results: dict[str, list[torch.Tensor]] = {}
+    for backend in ("triton", "plain"):
+        u, context, handed = torch_impl.pre(x, weights, config, carried, backend=backend)
+        read, context, handed = post_pre((2 * u).sin(), context, following, config, handed, backend=backend)
+        out = torch_impl.post(read.cos(), context)
+        outputs = [read, context.x, context.post, out, *(() if handed is None else (handed,))]
+        generator = torch.Generator().manual_seed(1)
+        loss = torch.stack([(v * torch.randn(v.shape, generator=generator).to(DEVICE)).sum() for v in outputs]).sum()
+        inputs = (x, *weights.values(), *following.values(), *(() if carried is None else (carried,)))
+        results[backend] = [*(v.detach() for v in outputs), *torch.autograd.grad(loss, inputs)]
+    for index, (actual, plain) in enumerate(zip(results["triton"], results["plain"], strict=True)):
+        largest = max(1.0, plain.abs().max().item())
+        assert (actual - plain).abs().max().item() <= 1e-4 * largest, index
 
 
 def test_gradients_of_some_inputs_alone():

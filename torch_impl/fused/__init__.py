@@ -5,6 +5,7 @@ each of them. Here:
 
 * `site.Site`: from x to u and the coefficients; keeps x and m + 1 sums a token;
 * `mixing.Mixing`: from y, x and the coefficients to the streams; keeps its inputs;
+* `crossing.Crossing`: `mixing` of a site and `site` of the next; keeps what both keep;
 * `balancing.Balancing`: Sinkhorn; keeps the logits.
 
 What computes them and their cotangents is an `Engine`: `torch_impl.lean`, by operators on blocks of tokens, or
@@ -62,6 +63,13 @@ class Engine(Protocol):
         self, y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, cotangent: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The cotangents of y, x, post and H."""
+        ...
+
+    def mix_read(
+        self, y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mixer: MHCConfig, carried: Tensor | None,
+        reading: Reading, scale: Tensor, shift: Tensor, norm: Tensor | None, phis: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """The streams ``[..., n, dim]`` that a site with the configuration ``mixer`` writes, and `read` of them."""
         ...
 
     def balance(self, logits: Tensor, config: MHCConfig) -> Tensor:

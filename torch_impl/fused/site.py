@@ -10,6 +10,7 @@ x is an output too: what is computed of it afterwards sends its cotangent here, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -67,6 +68,14 @@ def read_site(
         return cast(Read, function.apply(x, carried, reading, scale, shift, norm, *phis)[:5])
 
 
+def shaped(x: Tensor, read: Sequence[Tensor], reading: Reading) -> tuple[Tensor, ...]:
+    """What `TracedSite` returns, from x and what an engine computes of it."""
+    lead = x.shape[:-2]
+    u, *small, sums = read
+    u = u.view(*lead, x.shape[-1]) if reading.u else u
+    return u, *(value.view(*lead, *value.shape[1:]) for value in small), x, sums.view(*lead, sums.shape[-1])
+
+
 class TracedSite(Function):
     """Takes x ``[..., n, dim]``, gates ``[..., n]`` that are carried (None for others), a `Reading`, scale and shift
     ``[m]``, the norm's weight ``[n, dim]`` or None, and each projection ``[n, dim, columns]``, with m columns in all.
@@ -86,11 +95,8 @@ class TracedSite(Function):
         norm: Tensor | None,
         *phis: Tensor,
     ) -> tuple[Tensor, ...]:
-        lead, n = x.shape[:-2], x.shape[-2]
-        u, pre, post, H, sums = engine(reading.engine).read(x, carried, reading, scale, shift, norm, phis)
-        u = u.view(*lead, x.shape[-1]) if reading.u else u
-        shaped = (pre.view(*lead, n), post.view(*lead, *post.shape[1:]), H.view(*lead, *H.shape[1:]))
-        return u, *shaped, x.view_as(x), sums.view(*lead, sums.shape[-1])
+        read = engine(reading.engine).read(x, carried, reading, scale, shift, norm, phis)
+        return shaped(x.view_as(x), read, reading)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -106,7 +112,7 @@ class TracedSite(Function):
         x, carried, *weights, sums = ctx.saved_tensors
         if torch.is_grad_enabled():
             inputs = (x, carried, ctx.reading, *weights)
-            return transforms.pulled_back(_twin, inputs, (*cotangents[:-1], None), ctx.needs_input_grad)
+            return transforms.pulled_back(twin, inputs, (*cotangents[:-1], None), ctx.needs_input_grad)
         name, wanted = ctx.reading.engine, ctx.needs_input_grad
         return engine(name).read_back(x, carried, ctx.reading, weights, sums, cotangents, wanted)
 
@@ -117,16 +123,16 @@ class Site(TracedSite):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         x, carried, *weights = ctx.saved_tensors
-        pushed = transforms.pushed_forward(_twin, (x, carried, ctx.reading, *weights), tangents)
+        pushed = transforms.pushed_forward(twin, (x, carried, ctx.reading, *weights), tangents)
         return *pushed[:-1], None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         del info
-        return transforms.batched(_twin, in_dims, inputs, 6)
+        return transforms.batched(twin, in_dims, inputs, 6)
 
 
-def _twin(
+def twin(
     x: Tensor,
     carried: Tensor | None,
     reading: Reading,
@@ -135,6 +141,7 @@ def _twin(
     norm: Tensor | None,
     *phis: Tensor,
 ) -> tuple[Tensor, ...]:
+    """What `TracedSite` computes, by operators."""
     c, wide = reading.config, wide_dtype(x.dtype)
     n, dim = x.shape[-2:]
     phi = joined(phis, norm, wide).unflatten(0, (n, dim))

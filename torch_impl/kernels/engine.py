@@ -215,6 +215,41 @@ def mix_back(
     return dy.view(y.shape), dx.view(x.shape), dpost.to(post.dtype).view(post.shape), of_H
 
 
+@custom_op(
+    "mhc::mix_read",
+    mutates_args=(),
+    schema="(Tensor y, Tensor x, Tensor post, Tensor? H, str mixer, Tensor? carried, Tensor matrix, Tensor scale, "
+    "Tensor shift, str config) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _mix_read(
+    y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mixer: str, carried: Tensor | None, matrix: Tensor,
+    scale: Tensor, shift: Tensor, config: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The streams ``[T, n, C]`` that a site writes, and what `_read` returns of them."""
+    out, results = torch.empty_like(x), _empty_of_read(x, matrix.shape[1], _config(config), True, False)
+    if len(x):
+        mixing = (y, x, post, H, _config(mixer))
+        launching.mix_read(*mixing, carried, matrix, scale, shift, _config(config), out, results)
+    return out, *results
+
+
+@_mix_read.register_fake
+def _(y, x, post, H, mixer, carried, matrix, scale, shift, config):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), *_empty_of_read(x, matrix.shape[1], _config(config), True, False)
+
+
+def mix_read(
+    y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mixer: MHCConfig, carried: Tensor | None,
+    reading: Reading, scale: Tensor, shift: Tensor, norm: Tensor | None, phis: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The streams that a site writes, and u, pre, post, H and the sums of the next."""
+    mixing = (_flat(y, 1), _flat(x, 2), _wide(post, 1), None if H is None else _wide(H, 2), _text(mixer))
+    given = None if carried is None else _wide(carried, 1)
+    matrix = joined(phis, norm, torch.float32)
+    out, *read = _mix_read(*mixing, given, matrix, scale, shift, _text(reading.config))
+    return out.view(x.shape), *read
+
+
 # From logits to H.
 
 

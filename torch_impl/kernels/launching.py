@@ -41,6 +41,19 @@ def read(
         results[3].copy_(torch.eye(config.streams, device=x.device))
 
 
+def mix_read(
+    y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mixer: MHCConfig, carried: Tensor | None, matrix: Tensor,
+    scale: Tensor, shift: Tensor, config: MHCConfig, out: Tensor,
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Fills the streams that a site writes, and u, pre, post, H and the sums of the next."""
+    columns, reading = columns_of(config, False), None if carried is None else (carried, results[0])
+    parts, count = _sums(x, matrix, config, columns, reading, (y, post, H, mixer, out))
+    _finish(out, parts, count, scale, shift, config, columns, results, carried is None)
+    if config.residual == "identity":
+        results[3].copy_(torch.eye(config.streams, device=x.device))
+
+
 def _sums(
     x: Tensor, matrix: Tensor, config: MHCConfig, columns: dict[str, Any], reading: tuple[Tensor, Tensor] | None,
     fused: tuple[Tensor, Tensor, Tensor | None, MHCConfig, Tensor] | None = None,
@@ -58,13 +71,14 @@ def _sums(
     of_gates, of_matrix = projections(matrix, config, columns)
     carried, u = reading or (parts, x)
     y, post, H, mixer, out = fused or (x, parts, None, None, x)
+    # All streams of a block are held where they are mixed first.
+    channels = min(block.channels, 32) if fused and not interpreted() else block.channels
     launch(
         site.sums_kernel, (blocks_of(T, block.tokens), pieces.parts),
         x, of_gates, of_matrix, parts, carried, u, y, post, parts if H is None else H, out, T, dim,
         pieces.size, pieces.each, m,
         FUSED=str(mixer.mix) if mixer else "", ROUNDED=bool(mixer and mixer.mixing == "activation"),
-        READ=reading is not None, B=block.tokens, BC=block.channels, **columns,
-        **options_of(columns),
+        READ=reading is not None, B=block.tokens, BC=channels, **columns, **options_of(columns, fused is not None),
     )  # fmt: skip
     return parts, pieces.parts
 

@@ -117,8 +117,10 @@ def columns_of(config: MHCConfig, head: bool) -> dict[str, Any]:
     }
 
 
-def options_of(columns: dict[str, Any]) -> dict[str, int]:
+def options_of(columns: dict[str, Any], fused: bool = False) -> dict[str, int]:
     """How a program with products is compiled; other settings spill on one target or another."""
+    if fused:
+        return {"num_warps": 8, "num_stages": 1}
     return {"num_warps": 8, "num_stages": 2} if columns["R"] > 16 else {"num_warps": 4, "num_stages": 3}
 
 

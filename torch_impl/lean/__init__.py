@@ -5,6 +5,6 @@ On a CPU it takes a block of tokens at a time, so that what a block needs stays 
 
 from torch_impl.lean.balancing import balance, balance_back
 from torch_impl.lean.mixing import mix, mix_back
-from torch_impl.lean.reading import read, read_back
+from torch_impl.lean.reading import mix_read, read, read_back
 
-__all__ = ["balance", "balance_back", "mix", "mix_back", "read", "read_back"]
+__all__ = ["balance", "balance_back", "mix", "mix_back", "mix_read", "read", "read_back"]

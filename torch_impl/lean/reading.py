@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_impl.config import MHCConfig
 from torch_impl.fused.site import Reading
 from torch_impl.lean.balancing import balanced, pulled
-from torch_impl.lean.mixing import parts
+from torch_impl.lean.mixing import mix, parts
 from torch_impl.projections import gates_and_matrix, joined, of_joined, over_rms
 from torch_impl.residual import permutations, wide_dtype
 
@@ -44,6 +44,15 @@ def read(
     z = torch.addcmul(shift, scale, _normed(sums, c, n * dim))
     pre, post, H = _small(z, reading, n)
     return u, pre, post, H, sums
+
+
+def mix_read(
+    y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mixer: MHCConfig, carried: Tensor | None,
+    reading: Reading, scale: Tensor, shift: Tensor, norm: Tensor | None, phis: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The streams that a site writes, and `read` of them, one after the other."""
+    out = mix(y, x, post, H, str(mixer.mix), mixer.mixing == "activation")
+    return out, *read(out, carried, reading, scale, shift, norm, phis)
 
 
 def _normed(sums: Tensor, config: MHCConfig, count: int) -> Tensor:

@@ -1,0 +1,74 @@
+"""From one site to the next: the streams that a site writes, and what the next site reads of them, in one call::
+
+    x = post(y, context)                            # [..., n, dim]
+    u, context, carried = pre(x, weights, config)
+
+By kernels the streams are projected while they are written, so that x is read once less: 28 C bytes a token for 36 C,
+with four streams of C channels in bfloat16. By any other backend this is the two calls.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from jaxtyping import Float
+from torch import Tensor
+
+from torch_impl import functional, kernels
+from torch_impl.config import MHCConfig
+from torch_impl.functional import Context
+from torch_impl.fused import chosen
+from torch_impl.fused.crossing import Crossing, TracedCrossing
+from torch_impl.fused.site import Reading
+from torch_impl.fused.transforms import callable_here
+from torch_impl.projections import Weights, coefficient_dtype, layer_names, packed_gates
+from torch_impl.residual import check_shape, wide_dtype, without_autocast
+
+
+def post_pre(
+    y: Float[Tensor, "... dim"],
+    context: Context,
+    weights: Weights,
+    config: MHCConfig,
+    carried: Float[Tensor, "... streams"] | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "... dim"], Context, Float[Tensor, "... streams"] | None]:
+    """Computes `functional.post` of a site and `functional.pre` of the next.
+
+    Args:
+        y: ``[..., dim]``, the output of the sub-layer between them.
+        context: the one that the site's `functional.pre` returned.
+        weights: of the next site.
+        config: of the next site; streams and dim are those of the site before.
+        carried: as for `functional.pre` of the next site.
+        backend: as for `functional.pre`.
+
+    Returns:
+        What `functional.pre` of the next site returns.
+
+    Raises:
+        ValueError: as `functional.post` and `functional.pre`.
+    """
+    if backend != "triton":
+        return functional.pre(functional.post(y, context), weights, config, carried, backend=backend)
+    x, mixer = context.x, context.config
+    functional.check_site(x, weights, config, carried)
+    check_shape("y", y, (config.dim,))
+    held = {name: weights[name] for name in functional.weight_shapes(config)}
+    gates = context.post, context.H
+    if mixer.mixing == "activation":
+        gates = context.post.to(x.dtype), context.H.to(x.dtype)
+    narrow = coefficient_dtype(x, config) != wide_dtype(x.dtype)
+    rounded = "coefficients that are rounded to x's dtype" if narrow else ""
+    others = (y, *gates, *held.values(), *(() if carried is None else (carried,)))
+    name = chosen(backend, x, others, "", lambda: rounded or kernels.hindrance(x, config, context.shards))
+    with without_autocast(x.device):
+        names = layer_names(config)
+        scale, shift = packed_gates(x, held, names, config)
+        phis = [held[phi] for phi, _, _ in names]
+        H = None if mixer.mix == "identity" else gates[1]
+        inputs = (y, x, gates[0], H, mixer, carried, Reading(config, name), scale, shift, held.get("mhc_norm.scale"))
+        results = callable_here(Crossing, TracedCrossing).apply(*inputs, *phis)
+    u, own, post, H, x, _ = cast(tuple[Tensor, ...], results)
+    return u, Context(x, post, H, config, None, backend), own if carried is not None else None
