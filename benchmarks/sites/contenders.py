@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.sites.numbers import STREAMS
+from conformance.witnesses.fetch import WitnessError, folder
 from torch_impl import MHCConfig, functional
 
 ROW = "deepseek-v4-transformers"
@@ -102,27 +103,91 @@ class Transformers(nn.Module):
         return own + torch.matmul(H.to(x.dtype).transpose(-1, -2), x)
 
 
+class Liger(nn.Module):
+    """The autograd functions of the installed ``liger-kernel``, whose mixing takes the transpose of H."""
+
+    def __init__(self, dim: int, weights: Weights):
+        super().__init__()
+        self.config = configuration(dim)
+        kinds = ("pre", "post", "res")
+        self.phi = nn.Parameter(torch.cat([weights[f"{k}_alpha"].flatten(0, 1) for k in kinds], -1))  # [n * dim, m]
+        self.shift = nn.Parameter(torch.cat([weights[f"{k}_beta"].reshape(-1) for k in kinds]))
+        self.scales = nn.ParameterList([nn.Parameter(weights[f"{k}_alpha_scale"].reshape(())) for k in kinds])
+
+    def forward(self, x: Tensor) -> Tensor:
+        from liger_kernel.ops.mhc import (  # pyright: ignore[reportMissingImports]
+            LigerMHCCoeffsFunction,
+            LigerMHCPostResFunction,
+            LigerMHCPreFunction,
+        )
+
+        c = self.config
+        numbers = (True, c.iterations, c.norm_eps, c.pre_eps, c.eps, c.post_scale)
+        pre, post, H = LigerMHCCoeffsFunction.apply(x, self.phi, self.shift, *self.scales, *numbers)
+        u = LigerMHCPreFunction.apply(x, pre)
+        return LigerMHCPostResFunction.apply(x, u, post, H.transpose(-1, -2).contiguous())
+
+
+class TileReferences(nn.Module):
+    """The references in PyTorch that ``tile-kernels`` tests its kernels with; they mix in bfloat16 alone."""
+
+    def __init__(self, dim: int, weights: Weights):
+        super().__init__()
+        from conformance.adapters import branch
+        from conformance.adapters.tile_kernels_adapter import MODULE, PACKAGE
+        from conformance.stages import PROJECTIONS
+        from conformance.witnesses.loading import load
+
+        self.config, self.functions = configuration(dim), load(PACKAGE, MODULE)
+        flat = {k: v.flatten(0, 1) if v.ndim > 1 else v for k, v in weights.items()}
+        for name, value in branch.joined(flat, torch.cat, PROJECTIONS).items():
+            self.register_parameter(name, nn.Parameter(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            raise NotImplementedError("its references mix in bfloat16 alone")
+        c, functions = self.config, self.functions
+        own = dict(self.named_parameters())
+        mixes = functions.mhc_pre_norm_fn_ref(x, own["fn"], None, c.norm_eps)
+        split = (mixes, own["scale"], own["base"], STREAMS, c.post_scale, c.pre_eps)
+        pre, post, logits = functions.mhc_pre_split_mixes_ref(*split)
+        H = functions.sinkhorn_normalize_ref(logits, c.iterations, c.eps)
+        u = functions.mhc_pre_apply_mix_ref(x, pre)
+        return functions.mhc_post_ref(u, x, post, H)
+
+
 @dataclass(frozen=True)
 class Contender:
     """One implementation.
 
     Attributes:
-        make: a module of a width and weights.
+        make: a module of a width and weights; None for one whose layer is another function.
         packages: what has to be installed.
         devices: where it runs.
+        fetched: the package of `witnesses.fetch` that it runs.
     """
 
     name: str
-    make: Callable[[int, Weights], nn.Module]
+    make: Callable[[int, Weights], nn.Module] | None
     packages: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
+    fetched: str = ""
 
     def missing(self, device: str) -> str:
         """Why it can't be measured here; empty where it can."""
+        if self.make is None:
+            return "its layer is another function"
         if device not in self.devices:
             return f"doesn't run on {device}"
         absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
-        return f"{', '.join(absent)} not installed" if absent else ""
+        if absent:
+            return f"{', '.join(absent)} not installed"
+        try:
+            if self.fetched:
+                folder(self.fetched)
+        except WitnessError:
+            return f"{self.fetched} not fetched (python -m conformance.witnesses.fetch)"
+        return ""
 
 
 def _compiled(dim: int, weights: Weights) -> nn.Module:
@@ -130,18 +195,15 @@ def _compiled(dim: int, weights: Weights) -> nn.Module:
     return module
 
 
-def _absent(dim: int, weights: Weights) -> nn.Module:
-    raise NotImplementedError("its packages are installed, and no module of it is written here yet")
-
-
 OURS = "torch_impl"
 CONTENDERS = (
     Contender(OURS, lambda dim, weights: Ours(dim, weights, "auto")),
     Contender("torch_impl, plain", lambda dim, weights: Ours(dim, weights, "plain")),
+    Contender("torch_impl, triton", lambda dim, weights: Ours(dim, weights, "triton"), ("triton",), ("cuda",)),
     Contender("written plainly", Written),
     Contender("written plainly, torch.compile", _compiled),
     Contender("transformers", Transformers, ("transformers",)),
-    Contender("liger-kernel", _absent, ("triton", "liger_kernel"), ("cuda",)),
-    Contender("hyper-connections", _absent, ("hyper_connections",)),
-    Contender("tile-kernels", _absent, ("tile_kernels",), ("cuda",)),
+    Contender("liger-kernel", Liger, ("triton", "liger_kernel"), ("cuda",)),
+    Contender("tile-kernels' references", TileReferences, fetched="tile-kernels==2.1.0"),
+    Contender("hyper-connections", None),
 )

@@ -37,7 +37,20 @@ def test_every_contender_computes_the_same_and_has_its_figures(few, dtype):
         assert all(low <= middle <= high for middle, low, high in cell["seconds"].values())
         assert 0 < cell["operators"]["forward"] < cell["operators"]["both"] and cell["peak"] > 0
     assert result["cells"]["torch_impl"]["saved"] < result["cells"]["written plainly"]["saved"]
-    assert result["cells"]["tile-kernels"] == "not measured: doesn't run on cpu"
+    assert result["cells"]["liger-kernel"] == "not measured: doesn't run on cpu"
+    assert result["cells"]["hyper-connections"] == "not measured: its layer is another function"
+
+
+def test_the_references_of_tile_kernels_are_the_same_function(few, monkeypatch):
+    (contender,) = (c for c in contenders.CONTENDERS if c.fetched)
+    if contender.missing("cpu"):
+        pytest.skip(contender.missing("cpu"))
+    monkeypatch.setattr(measuring, "CONTENDERS", (*measuring.CONTENDERS[:2], contender))
+    cells = [
+        measuring.measured(Shape(6, 16, dtype), "cpu")["cells"][contender.name] for dtype in ("float32", "bfloat16")
+    ]
+    assert cells[0] == "not measured: NotImplementedError: its references mix in bfloat16 alone"
+    assert isinstance(cells[1], dict), cells[1]
 
 
 def test_one_that_computes_something_else_is_not_timed(few, monkeypatch):
