@@ -29,9 +29,9 @@ def mixed(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, rounde
     if H is None:
         across = x.to(wide)
     else:
-        pattern = "...ij,...ic->...jc" if mix == "in-out" else "...ji,...ic->...jc"
+        M = H.to(wide).transpose(-1, -2) if mix == "in-out" else H.to(wide)  # [..., n of out, n of x]
         with without_autocast(x.device):
-            across = torch.einsum(pattern, H.to(wide), x.to(wide))  # [..., n, dim]
+            across = M @ x.to(wide)  # [..., n, dim]
     if rounded:
         own, across = own.to(x.dtype), across.to(x.dtype)
     return (own + across).to(x.dtype)
