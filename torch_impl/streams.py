@@ -5,7 +5,6 @@ Shapes at line ends are those of `functional`.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from torch_impl.residual import wide_dtype, without_autocast
