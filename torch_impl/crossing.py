@@ -20,7 +20,7 @@ from torch_impl.functional import Context
 from torch_impl.fused import chosen
 from torch_impl.fused.crossing import Crossing, TracedCrossing
 from torch_impl.fused.site import Reading
-from torch_impl.fused.transforms import callable_here
+from torch_impl.fused.transforms import called
 from torch_impl.projections import Weights, coefficient_dtype, layer_names, packed_gates
 from torch_impl.residual import check_shape, wide_dtype, without_autocast
 
@@ -69,6 +69,6 @@ def post_pre(
         phis = [held[phi] for phi, _, _ in names]
         H = None if mixer.mix == "identity" else gates[1]
         inputs = (y, x, gates[0], H, mixer, carried, Reading(config, name), scale, shift, held.get("mhc_norm.scale"))
-        results = callable_here(Crossing, TracedCrossing).apply(*inputs, *phis)
+        results = called(Crossing, TracedCrossing, *inputs, *phis)
     u, own, post, H, x, _ = cast(tuple[Tensor, ...], results)
     return u, Context(x, post, H, config, None, backend), own if carried is not None else None

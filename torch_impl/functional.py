@@ -33,7 +33,7 @@ from torch_impl.fused import chosen
 from torch_impl.fused.balancing import Balancing, TracedBalancing
 from torch_impl.fused.mixing import Mixing, TracedMixing
 from torch_impl.fused.site import Reading, read_site
-from torch_impl.fused.transforms import callable_here
+from torch_impl.fused.transforms import called
 from torch_impl.projections import (
     SHARDED,
     Shards,
@@ -216,7 +216,7 @@ def post_mix(
     lead = x.shape[:-2]
     y, post = y.expand(*lead, -1), post.expand(*lead, -1)
     matrix = None if matrix is None else matrix.expand(*lead, -1, -1)
-    return cast(Tensor, callable_here(Mixing, TracedMixing).apply(y, x, post, matrix, config.mix, rounded, name))
+    return cast(Tensor, called(Mixing, TracedMixing, y, x, post, matrix, config.mix, rounded, name))
 
 
 def _of_site(backend: str, x: Tensor, others: Iterable[Tensor], config: MHCConfig, shards: Shards | None) -> str:
@@ -288,7 +288,7 @@ def residual_matrix(
     if not name:
         return plain_matrix(logits, config)
     check_shape("logits", logits, (config.streams, config.streams))
-    return cast(Tensor, callable_here(Balancing, TracedBalancing).apply(logits, config, name))
+    return cast(Tensor, called(Balancing, TracedBalancing, logits, config, name))
 
 
 def check_site(
@@ -330,7 +330,7 @@ def pre(
         shards: the shards of dim; they add as in `coefficients`, and the cotangents of the gates and H once.
         backend: ``"auto"``, ``"plain"``, ``"lean"`` or ``"triton"``. The lean path (`torch_impl.lean`) reads x a block
             at a time and computes what is small again on the way back; ``"triton"`` does so by kernels
-            (`torch_impl.kernels`). ``"auto"`` takes the lean path in eager calls where it can and pays, ``"plain"``
+            (`torch_impl.kernels`). ``"auto"`` takes the lean path in eager calls where it can, ``"plain"``
             runs operators that PyTorch differentiates itself; the other two raise where they can't be taken.
 
     Returns:

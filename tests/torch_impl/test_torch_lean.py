@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_impl
 from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, functional
+from torch_impl.fused import transforms
 from torch_impl.fused.site import Site
 from torch_impl.residual import permutations
 
@@ -264,8 +265,7 @@ def test_autocast_checkpoints_and_meta():
         x.grad = None  # the reentrant kind goes with backward alone
         checkpoint(run, module, x, use_reentrant=reentrant).square().sum().backward()
         assert x.grad is not None
-        # Its first pass asks for no gradients, and so has plain operators, whose last bits are others.
-        torch.testing.assert_close(x.grad, plain, rtol=1e-5 if reentrant else 0.0, atol=1e-5 if reentrant else 0.0)
+        assert torch.equal(x.grad, plain)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(run(module, x), run(module, x)) and run(module, x).dtype == torch.float32
         assert torch.equal(torch.autograd.grad(run(module, x).square().sum(), x)[0], plain)
@@ -303,11 +303,30 @@ def test_the_default_is_lean_in_eager_calls_alone(monkeypatch):
     assert len(seen) == 1
     HyperHead(module.config)(x)
     assert len(seen) == 2
+
+
+def test_without_derivatives_no_autograd_function_is_around_it(monkeypatch):
+    module, x = layer(), torch.randn(2, 3, 4, 64)
+    expected = run(module, x)
+    seen = []
+    original = Site.apply
+    monkeypatch.setattr(Site, "apply", lambda *a: (seen.append(1), original(*a))[1])
     with torch.no_grad():
+        assert torch.equal(run(module, x), expected) and not seen
+        torch.testing.assert_close(torch.func.vmap(lambda one: run(module, one[None])[0])(x), expected)
+        assert len(seen) == 1, "a transformation is under way"
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            pushed = torch.autograd.forward_ad.unpack_dual(run(module, dual)).tangent
+        assert len(seen) == 2 and pushed is not None and pushed.abs().max() > 0
+        # The private names that tell of it: without them every call goes through the function.
+        assert transforms._in_functorch is torch._C._are_functorch_transforms_active
+        monkeypatch.setattr(torch.autograd.forward_ad, "_current_level", 0)
         run(module, x)
-        assert len(seen) == 2, "without gradients a small x is served faster by operators"
-        run(module, torch.randn(1, 2048, 4, 64).expand(5, 2048, 4, 64))
         assert len(seen) == 3
+        monkeypatch.delattr(torch.autograd.forward_ad, "_current_level")
+        run(module, x)
+        assert len(seen) == 4
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])

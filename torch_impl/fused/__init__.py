@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "plain", "lean", "triton")
 KINDS = (Tensor, torch.nn.Parameter)
-FEW = 1 << 21
-"""Numbers of x below which plain operators are faster where no gradient is asked for: a function costs some Python."""
 
 
 class BackendError(ValueError):
@@ -96,7 +94,7 @@ def chosen(backend: str, x: Tensor, others: Iterable[Tensor], lean: str, triton:
     """The engine that a call takes; empty for plain operators.
 
     Args:
-        backend: ``"auto"`` takes the lean path wherever it can be taken and pays, ``"plain"`` never. Nothing but
+        backend: ``"auto"`` takes the lean path wherever it can be taken, ``"plain"`` never. Nothing but
             ``"triton"`` takes kernels.
         x: the streams, or the logits.
         others: further tensors that go in.
@@ -112,20 +110,10 @@ def chosen(backend: str, x: Tensor, others: Iterable[Tensor], lean: str, triton:
     if backend == "plain":
         return ""
     others = tuple(others)
-    if backend == "triton":
-        reason = triton() or _subclass(x, others)
-    elif backend == "auto" and x.numel() < FEW and not _differentiated(x, others):
-        return ""
-    else:
-        reason = lean or _hindrance(x, others)
+    reason = triton() or _subclass(x, others) if backend == "triton" else lean or _hindrance(x, others)
     if reason and backend != "auto":
         raise BackendError(f"backend={backend!r} doesn't go with {reason}: take 'auto', which finds a path that does")
     return "" if reason else "triton" if backend == "triton" else "lean"
-
-
-def _differentiated(x: Tensor, others: Iterable[Tensor]) -> bool:
-    """Whether a gradient of any of them may be asked for."""
-    return torch.is_grad_enabled() and any(value.requires_grad for value in (x, *others))
 
 
 def _subclass(x: Tensor, others: Iterable[Tensor]) -> str:

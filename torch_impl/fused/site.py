@@ -64,8 +64,8 @@ def read_site(
     with without_autocast(x.device):
         scale, shift = packed_gates(x, weights, names, reading.config)
         phis = [weights[phi] for phi, _, _ in names]
-        function = transforms.callable_here(Site, TracedSite)
-        return cast(Read, function.apply(x, carried, reading, scale, shift, norm, *phis)[:5])
+        inputs = (x, carried, reading, scale, shift, norm, *phis)
+        return cast(Read, transforms.called(Site, TracedSite, *inputs)[:5])
 
 
 def shaped(x: Tensor, read: Sequence[Tensor], reading: Reading) -> tuple[Tensor, ...]:

@@ -20,9 +20,30 @@ Twin = Callable[..., tuple[Tensor, ...]]
 Result = TypeVar("Result")
 
 
-def callable_here(function: type[Function], traced: type[Function]) -> type[Function]:
-    """The function, or under `torch.compile` its base: Dynamo takes none with forward mode of its own."""
-    return traced if torch.compiler.is_compiling() else function
+def called(function: type[Function], traced: type[Function], *inputs: Any) -> Any:
+    """The function of these inputs; ``traced`` is its base, without forward mode and ``vmap``.
+
+    Under `torch.compile` the base is called, since Dynamo takes no function with forward mode of its own. Where nothing
+    is differentiated the forward pass is enough: an autograd function costs a tenth of a site of 64 tokens.
+    """
+    if torch.compiler.is_compiling():
+        return traced.apply(*inputs)
+    return function.apply(*inputs) if _transformed(inputs) else traced.forward(*inputs)
+
+
+# Neither has a public name. Without one of them every call goes through the autograd function.
+_in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def _in_forward_mode() -> bool:
+    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+
+
+def _transformed(inputs: Sequence[Any]) -> bool:
+    """Whether a derivative of any kind may be asked for, or a function transformation is under way."""
+    if _in_functorch() or _in_forward_mode():
+        return True
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
 
 
 def unrounded(function: Callable[..., Result]) -> Callable[..., Result]:
