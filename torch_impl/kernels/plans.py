@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from torch_impl.config import MHCConfig
@@ -154,5 +155,9 @@ def kind(config: MHCConfig, head: bool) -> str:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Runs a kernel; what compiles them for a GPU that isn't there takes this function's place."""
-    kernel[grid](*arguments, **constants)
+    """Runs a kernel on the device of its first argument, which need not be the current one.
+
+    What compiles kernels for a GPU that isn't there takes this function's place.
+    """
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants)
