@@ -35,11 +35,13 @@ from jax_impl.projections import (
     Shards,
     Weights,
     check_weights,
-    compiled_coefficients,
+    coefficient_dtype,
+    gates_and_matrix,
     head_shapes,
     layer_names,
     logits,
-    plain_coefficients,
+    own_gates,
+    packed,
     rms_norm,
     weight_shapes,
 )
@@ -179,51 +181,6 @@ def _check_carried(x: Array, carried: Array | None, shards: Shards | None) -> Ar
     return shards.gates(carried) if shards else carried
 
 
-def coefficients(
-    x: Float[Array, "... streams dim"],
-    weights: Weights,
-    config: MHCConfig,
-    *,
-    precision: jax.lax.PrecisionLike = None,
-    shards: Shards | None = None,
-    backend: str = "auto",
-) -> tuple[Float[Array, "... streams"], Float[Array, "... streams"], Float[Array, "... streams streams"]]:
-    """Computes pre, post and H of every token (docs/mathematics.md, "Forward").
-
-    They and the sums that they come from carry the name `COEFFICIENTS` for `jax.checkpoint`.
-
-    Args:
-        x: ``[..., streams, dim]``.
-        weights: in the shapes of `weight_shapes`.
-        precision: of the projections; None means HIGHEST.
-        shards: where x and the weights lie. Their parts add ``m + 1`` numbers a token once, for m columns of all
-            projections together; twice (m, then 1) where the coefficients are kept in an x.dtype narrower than float32.
-        backend: as for `pre`.
-
-    Returns:
-        pre ``[..., streams]``, post ``[..., streams]`` and H ``[..., streams, streams]``, in the dtype of the
-        coefficients (docs/mathematics.md, "Precision").
-
-    Raises:
-        ValueError: x or a weight of another shape than the configuration's, or a backend that can't be had.
-    """
-    held = _layer_weights(x, weights, config)
-    if chosen(backend, hindrance(config, shards, precision, narrow=x, x=x)):
-        x = shards.activation(x) if shards else x
-        reading = Reading(config, precision, u=False, shards=shards)
-        return read_site(x, held, layer_names(config), reading)[1:4]
-    if shards is None:
-        return compiled_coefficients(x, held, config, precision)
-    return plain_coefficients(x, held, config, precision, shards)
-
-
-def _layer_weights(x: Array, weights: Weights, config: MHCConfig) -> Weights:
-    """The layer's weights and no others, once they and x are known to have the configuration's shapes."""
-    check_shape("x", x, (config.streams, config.dim))
-    check_weights(weights, weight_shapes(config))
-    return {name: weights[name] for name in weight_shapes(config)}
-
-
 @compiled()
 def pre_mix(x: Float[Array, "... streams dim"], pre: Float[Array, "... streams"]) -> Float[Array, "... dim"]:
     """Computes ``u = sum_i pre_i x_i``, summed in float32 or wider and rounded once to x's dtype.
@@ -288,6 +245,61 @@ def _post_mixed(y: Array, x: Array, post: Array, H: Array, config: MHCConfig) ->
     if rounded:
         own, mixed = own.astype(x.dtype), mixed.astype(x.dtype)
     return (own + mixed).astype(x.dtype)
+
+
+def coefficients(
+    x: Float[Array, "... streams dim"],
+    weights: Weights,
+    config: MHCConfig,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    shards: Shards | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Array, "... streams"], Float[Array, "... streams"], Float[Array, "... streams streams"]]:
+    """Computes pre, post and H of every token (docs/mathematics.md, "Forward").
+
+    They and the sums that they come from carry the name `COEFFICIENTS` for `jax.checkpoint`.
+
+    Args:
+        x: ``[..., streams, dim]``.
+        weights: in the shapes of `weight_shapes`.
+        precision: of the projections; None means HIGHEST.
+        shards: where x and the weights lie. Their parts add ``m + 1`` numbers a token once, for m columns of all
+            projections together; twice (m, then 1) where the coefficients are kept in an x.dtype narrower than float32.
+        backend: as for `pre`.
+
+    Returns:
+        pre ``[..., streams]``, post ``[..., streams]`` and H ``[..., streams, streams]``, in the dtype of the
+        coefficients (docs/mathematics.md, "Precision").
+
+    Raises:
+        ValueError: x or a weight of another shape than the configuration's, or a backend that can't be had.
+    """
+    held = _layer_weights(x, weights, config)
+    if chosen(backend, hindrance(config, shards, precision, narrow=x, x=x)):
+        x = shards.activation(x) if shards else x
+        reading = Reading(config, precision, u=False, shards=shards)
+        return read_site(x, held, layer_names(config), reading)[1:4]
+    if shards is None:
+        return _compiled_coefficients(x, held, config, precision)
+    return _coefficients(x, held, config, precision, shards)
+
+
+def _coefficients(
+    x: Array, weights: Weights, config: MHCConfig, precision: jax.lax.PrecisionLike, shards: Shards | None = None
+) -> tuple[Array, Array, Array]:
+    held = packed(x, weights, layer_names(config), weights.get("mhc_norm.scale"), config)
+    return gates_and_matrix(logits(x, held, config, precision, shards), config, coefficient_dtype(x, config))
+
+
+_compiled_coefficients = compiled("config", "precision")(_coefficients)
+
+
+def _layer_weights(x: Array, weights: Weights, config: MHCConfig) -> Weights:
+    """The layer's weights and no others, once they and x are known to have the configuration's shapes."""
+    check_shape("x", x, (config.streams, config.dim))
+    check_weights(weights, weight_shapes(config))
+    return {name: weights[name] for name in weight_shapes(config)}
 
 
 def pre(
@@ -397,8 +409,9 @@ HEAD_NAMES = [("head_fn", "head_scale", "head_base")]
 def _headed(
     x: Array, weights: Weights, config: MHCConfig, precision: jax.lax.PrecisionLike, shards: Shards | None = None
 ) -> Array:
-    (z,) = logits(x, weights, HEAD_NAMES, None, _of_head(config), precision, shards)  # [n, ...]
-    return pre_mix(x, tokens_first(jax.nn.sigmoid(z) + config.pre_eps, 1))  # gates [..., n]
+    own = _of_head(config)
+    z = logits(x, packed(x, weights, HEAD_NAMES, None, own), own, precision, shards)  # [n, ...]
+    return pre_mix(x, tokens_first(own_gates(z, config), 1))  # gates [..., n]
 
 
 _compiled_headed = compiled("config", "precision")(_headed)

@@ -11,10 +11,9 @@ are done, since a TPU pads the last axis to 128.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -242,36 +241,44 @@ def _contracted_backward(
 _contracted.defvjp(_contracted_forward, _contracted_backward)
 
 
-def _rounded(weight: Array, x: Array, config: MHCConfig) -> Array:
-    """A weight as the coefficients round it; held wide, so that gradients are added up before they are rounded."""
-    return weight.astype(coefficient_dtype(x, config)).astype(wide_dtype(x.dtype))
+class Packed(NamedTuple):
+    """The weights of several projections side by side, m columns in all, rounded as the coefficients are.
+
+    They are held wide, so that gradients are added up before they are rounded.
+
+    Attributes:
+        phi: ``[streams, dim, m]``.
+        norm: ``[streams, dim]``, or None where the norm has no weight.
+        scale, shift: ``[m]``.
+    """
+
+    phi: Array
+    norm: Array | None
+    scale: Array
+    shift: Array
 
 
 def packed(
-    x: Array, weights: Weights, names: Sequence[tuple[str, str, str]], config: MHCConfig
-) -> tuple[Array, Array, Array, list[int]]:
-    """Every ``(phi, scale, shift)`` side by side: phi ``[n, dim, m]``, scale and shift ``[m]``, and the columns of each
-    phi, m in all."""
-    parts = zip(*names, strict=True)
-    phis, scales, shifts = ([_rounded(weights[name], x, config) for name in part] for part in parts)
+    x: Array, weights: Weights, names: Sequence[tuple[str, str, str]], norm: Array | None, config: MHCConfig
+) -> Packed:
+    """The weights of every ``(phi, scale, shift)``."""
+    dtype, wide = coefficient_dtype(x, config), wide_dtype(x.dtype)
+
+    def rounded(value: Array) -> Array:
+        return value.astype(dtype).astype(wide)
+
+    phis, scales, shifts = ([rounded(weights[name]) for name in part] for part in zip(*names, strict=True))
     widths = [phi.shape[-1] for phi in phis]
     scale = jnp.concatenate([jnp.broadcast_to(value, width) for value, width in zip(scales, widths, strict=True)])
-    shift = jnp.concatenate([value.reshape(-1) for value in shifts])
-    return jnp.concatenate(phis, axis=-1), scale, shift, widths
+    phi = jnp.concatenate(phis, axis=-1)  # [n, dim, m]
+    shift = jnp.concatenate([value.reshape(-1) for value in shifts])  # [m], as scale
+    return Packed(phi, None if norm is None else rounded(norm), scale, shift)
 
 
 def logits(
-    x: Array,
-    weights: Weights,
-    names: Sequence[tuple[str, str, str]],
-    norm: Array | None,
-    config: MHCConfig,
-    precision: jax.lax.PrecisionLike,
-    shards: Shards | None,
-) -> list[Array]:
-    """``scale * (normed x @ phi) + shift`` of every ``(phi, scale, shift)``, tokens last ``[m, ...]``, wide."""
-    phi, scale, shift, widths = packed(x, weights, names, config)
-    norms = [] if norm is None else [_rounded(norm, x, config)]  # [n, dim]
+    x: Array, weights: Packed, config: MHCConfig, precision: jax.lax.PrecisionLike, shards: Shards | None
+) -> Array:
+    """``scale * (normed x @ phi) + shift``, tokens last ``[m, ...]``, in float32 or wider."""
 
     def of_part(x: Array, held: list[Array], shared: list[Array], add: Callable[[Array], Array]) -> Array:
         phi, *norms = held
@@ -279,9 +286,9 @@ def logits(
         scale, shift = (value.reshape(-1, *(1,) * (h.ndim - 1)) for value in shared)  # [m] -> [m, 1, ...]
         return scale * h + shift
 
-    held, shared = [phi, *norms], [scale, shift]
-    z = shards.over_parts(of_part, x, held, shared) if shards else of_part(x, held, shared, lambda value: value)
-    return jnp.split(z, list(itertools.accumulate(widths))[:-1])
+    held = [weights.phi] if weights.norm is None else [weights.phi, weights.norm]
+    shared = [weights.scale, weights.shift]
+    return shards.over_parts(of_part, x, held, shared) if shards else of_part(x, held, shared, lambda value: value)
 
 
 def _projected(
@@ -310,14 +317,6 @@ def _projected(
     return kept(add(_contract(phi, normed, precision)).astype(dtype)).astype(wide)
 
 
-def plain_coefficients(
-    x: Array, weights: Weights, config: MHCConfig, precision: jax.lax.PrecisionLike, shards: Shards | None = None
-) -> tuple[Array, Array, Array]:
-    """pre, post and H by operators (`functional.coefficients`)."""
-    z = logits(x, weights, layer_names(config), weights.get("mhc_norm.scale"), config, precision, shards)
-    return gates_and_matrix(z, config, coefficient_dtype(x, config))
-
-
 def layer_names(config: MHCConfig) -> list[tuple[str, str, str]]:
     """The names of (phi, scale, shift) of the layer's projections."""
     kinds = ("pre", "post", "res") if config.residual_columns else ("pre", "post")
@@ -329,18 +328,16 @@ def own_gates(z: Array, config: MHCConfig) -> Array:
     return jax.nn.sigmoid(z) + config.pre_eps
 
 
-def gates_and_matrix(z: Sequence[Array], config: MHCConfig, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
-    """pre, post ``[..., n]`` and H ``[..., n, n]`` of the logits of each, tokens last ``[columns, ...]``."""
+def gates_and_matrix(z: Array, config: MHCConfig, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
+    """pre, post and H from the logits of all three, tokens last ``[m, ...]``, rounded to ``dtype``."""
     n = config.streams
-    pre = own_gates(z[0], config).astype(dtype)  # [n, ...]
-    post = (config.post_scale * jax.nn.sigmoid(z[1]) + config.post_eps).astype(dtype)  # [n, ...]
+    z_pre, z_post, z_res = jnp.split(z, [n, 2 * n])
+    pre = own_gates(z_pre, config).astype(dtype)  # [n, ...]
+    post = (config.post_scale * jax.nn.sigmoid(z_post) + config.post_eps).astype(dtype)  # [n, ...]
     pre, post = tokens_first(kept(pre), 1), tokens_first(kept(post), 1)  # [..., n]
     if config.residual == "identity":
         return pre, post, jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*pre.shape, n))
-    res = z[2].astype(dtype) if config.matrix == "activation" else z[2]  # [n*n or n!, ...]
+    res = z_res.astype(dtype) if config.matrix == "activation" else z_res  # [n*n or n!, ...]
     res = tokens_first(res.reshape(n, n, *res.shape[1:]), 2) if config.residual == "sinkhorn" else tokens_first(res, 1)
     H = tokens_last(residual_matrix(res, config).astype(dtype), 2)  # [..., n, n] -> [n, n, ...]
     return pre, post, tokens_first(kept(H), 2)  # [..., n, n]
-
-
-compiled_coefficients = compiled("config", "precision")(plain_coefficients)

@@ -70,9 +70,7 @@ class Reading:
         """pre, post and H; nothing for a head."""
         if not self.coefficients:
             return ()
-        n = self.config.streams
-        z = self.logits(sums, scale, shift)
-        return gates_and_matrix([z[:n], z[n : 2 * n], z[2 * n :]], self.config, F32)
+        return gates_and_matrix(self.logits(sums, scale, shift), self.config, F32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -93,9 +91,8 @@ def read_site(
 ) -> Site:
     """What a site computes of x by the (phi, scale, shift) of these names, one program for a caller who compiles
     nothing."""
-    phi, scale, shift, _ = packed(x, weights, names, reading.config)  # [n, dim, m], [m], [m]
-    if reading.coefficients and reading.config.norm_weight:
-        phi = phi * weights["mhc_norm.scale"].astype(F32)[..., None]
+    phi, norm, scale, shift = packed(x, weights, names, weights.get("mhc_norm.scale"), reading.config)
+    phi = phi if norm is None else phi * norm[..., None]  # [n, dim, m]
     return _compiled_site(reading, x, carried, jnp.swapaxes(phi, -1, -2), scale, shift)
 
 
