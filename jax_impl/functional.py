@@ -29,7 +29,7 @@ from jax_impl import mixing
 from jax_impl.config import MHCConfig
 from jax_impl.kernels import chosen, hindrance
 from jax_impl.kernels.mixing import Mixing, compiled_mixed
-from jax_impl.kernels.site import Reading, read_site
+from jax_impl.kernels.site import Reading, read_coefficients, read_head, read_layer
 from jax_impl.projections import (
     COEFFICIENTS,
     Shards,
@@ -278,8 +278,7 @@ def coefficients(
     held = _layer_weights(x, weights, config)
     if chosen(backend, hindrance(config, shards, precision, narrow=x, x=x)):
         x = shards.activation(x) if shards else x
-        reading = Reading(config, precision, u=False, shards=shards)
-        return read_site(x, held, layer_names(config), reading)[1:4]
+        return read_coefficients(x, held, Reading(config, precision, shards=shards))
     if shards is None:
         return _compiled_coefficients(x, held, config, precision)
     return _coefficients(x, held, config, precision, shards)
@@ -341,7 +340,7 @@ def pre(
         raise ValueError("carried goes with pre_from='previous' alone: this configuration reads with its own pre")
     if chosen(backend, hindrance(config, shards, precision, narrow=x, x=x)):
         reading = Reading(config, precision, shards=shards)
-        u, own, post_gates, H, tied = read_site(x, held, layer_names(config), reading, carried)
+        u, own, post_gates, H, tied = read_layer(x, held, reading, carried)
         return u, Context(x, post_gates, H, config, shards, backend, tied), own if previous else None
     own, post_gates, H = coefficients(x, held, config, precision=precision, shards=shards)
     u = pre_mix(x, own if carried is None else carried)
@@ -396,8 +395,7 @@ def head(
     held = {name: weights[name] for name in head_shapes(config)}
     if chosen(backend, hindrance(config, shards, precision, x=x)):
         x = shards.activation(x) if shards else x
-        reading = Reading(_of_head(config), precision, coefficients=False, shards=shards)
-        return read_site(x, held, HEAD_NAMES, reading)[0]
+        return read_head(x, held, HEAD_NAMES, Reading(_of_head(config), precision, shards=shards))
     if shards is None:
         return _compiled_headed(x, held, config, precision)
     return _headed(shards.activation(x), held, config, precision, shards)

@@ -111,8 +111,8 @@ def run(
     size = min(block([*operands, *made]), total)
     apart = all(one.tokens for one in made)
 
-    def call(*arrays: Array, interpret: bool) -> list[Array]:
-        return pl.pallas_call(
+    def call(*arrays: Array, interpret: bool) -> tuple[Array, ...]:
+        over_blocks = pl.pallas_call(
             lambda *refs: kernel(dict(zip(names, refs, strict=True))),
             grid=(pl.cdiv(total, size),),
             in_specs=[_spec(one, size) for one in operands],
@@ -123,7 +123,8 @@ def run(
             ),
             interpret=interpret,
             name=name,
-        )(*arrays)
+        )
+        return tuple(over_blocks(*arrays))
 
     compiled, interpreted = partial(call, interpret=False), partial(call, interpret=True)
     found = jax.lax.platform_dependent(*inputs.values(), tpu=compiled, default=interpreted)

@@ -95,7 +95,7 @@ def _read(refs: Refs, config: MHCConfig, precision: jax.lax.PrecisionLike) -> No
     else:
         gates = refs["gates"][...]  # [B, n]
 
-    def weigh(at: Any, state: int) -> int:
+    def weigh(at: Any, state: Any) -> Any:
         parts = [gates[:, i : i + 1] * x[:, i, at].astype(F32) for i in range(n)]  # [B, K] each
         refs["u"][:, at] = added(parts).astype(x.dtype)
         return state
@@ -210,7 +210,7 @@ def _pulled(refs: Refs, small: Small, precision: jax.lax.PrecisionLike, total: i
     def _() -> None:
         refs["dphi"][...] = jnp.zeros(refs["dphi"].shape, F32)
 
-    def back(at: Any, state: int) -> int:
+    def back(at: Any, state: Any) -> Any:
         du = refs["du"][:, at].astype(F32) if small.gates else None  # [B, K]
         g = [refs["g"][:, j, at].astype(F32) for j in range(n)] if "g" in refs else []  # n of [B, K]
         for i in range(n):

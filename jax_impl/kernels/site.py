@@ -11,9 +11,9 @@ Where dim is shared out over devices the gates need a sum over them before u can
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,11 @@ from jax_impl.kernels.blocks import Operand, check_room
 from jax_impl.kernels.mixing import between, packed_matrix
 from jax_impl.kernels.parts import Add, Arrays, by_token, on_parts
 from jax_impl.kernels.twins import twinned
-from jax_impl.projections import Shards, Weights, gates_and_matrix, kept, over_rms, own_gates, packed
+from jax_impl.projections import Shards, Weights, gates_and_matrix, kept, layer_names, over_rms, own_gates, packed
 from jax_impl.residual import HIGHEST, compiled, tokens_first, tokens_last
 
 F32 = jnp.float32
-Site = tuple[Array, Array, Array, Array, Array]
+Site = tuple[Array | None, Array | None, Array | None, Array | None, Array | None]
 """u, pre, post, H, and x for `mixing` alone; None in place of what isn't wanted."""
 
 
@@ -70,7 +70,7 @@ class Reading:
         """pre, post and H; nothing for a head."""
         if not self.coefficients:
             return ()
-        return gates_and_matrix(self.logits(sums, scale, shift), self.config, F32)
+        return gates_and_matrix(self.logits(sums, scale, shift), self.config, sums.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -86,11 +86,27 @@ def site(reading: Reading, x: Array, carried: Array | None, phi: Array, scale: A
     return _forward(reading, x, carried, phi, scale, shift)[0]
 
 
-def read_site(
+def read_layer(
+    x: Array, weights: Weights, reading: Reading, carried: Array | None = None
+) -> tuple[Array, Array, Array, Array, Array]:
+    """u, pre, post, H, and x for `mixing` alone; one program for a caller who compiles nothing, as the next two."""
+    return cast("Any", _read_site(x, weights, layer_names(reading.config), reading, carried))
+
+
+def read_coefficients(x: Array, weights: Weights, reading: Reading) -> tuple[Array, Array, Array]:
+    """pre, post and H."""
+    return cast("Any", _read_site(x, weights, layer_names(reading.config), replace(reading, u=False))[1:4])
+
+
+def read_head(x: Array, weights: Weights, names: Sequence[tuple[str, str, str]], reading: Reading) -> Array:
+    """The streams weighted by the gates of a head."""
+    return cast("Any", _read_site(x, weights, names, replace(reading, coefficients=False))[0])
+
+
+def _read_site(
     x: Array, weights: Weights, names: Sequence[tuple[str, str, str]], reading: Reading, carried: Array | None = None
 ) -> Site:
-    """What a site computes of x by the (phi, scale, shift) of these names, one program for a caller who compiles
-    nothing."""
+    """What a site computes of x by the (phi, scale, shift) of these names."""
     phi, norm, scale, shift = packed(x, weights, names, weights.get("mhc_norm.scale"), reading.config)
     phi = phi if norm is None else phi * norm[..., None]  # [n, dim, m]
     return _compiled_site(reading, x, carried, jnp.swapaxes(phi, -1, -2), scale, shift)
@@ -102,7 +118,7 @@ def _forward(
     u, sums = _read(reading, x, carried, phi, scale, shift)
     sums = kept(sums)
     pre, post, H = reading.small(sums, scale, shift) or (None, None, None)
-    return cast(Site, (u, pre, post, H, x if reading.streams else None)), (x, carried, phi, scale, shift, sums)
+    return (u, pre, post, H, x if reading.streams else None), (x, carried, phi, scale, shift, sums)
 
 
 def _backward(reading: Reading, held: tuple[Array | None, ...], cotangents: Site) -> tuple[Array | None, ...]:

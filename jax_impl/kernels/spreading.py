@@ -40,7 +40,7 @@ def _spread(refs: Refs, rounded: bool) -> None:
     _, n, dim = x.shape
     identity = small.shape[1] == n
 
-    def step(at: Any, state: int) -> int:
+    def step(at: Any, state: Any) -> Any:
         y = refs["y"][:, at].astype(F32)  # [B, K]
         streams = [x[:, i, at].astype(F32) for i in range(n)]  # n of [B, K]
         for j in range(n):
