@@ -23,6 +23,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from jax_impl import mixing
@@ -32,6 +33,7 @@ from jax_impl.kernels.mixing import Mixing, compiled_mixed
 from jax_impl.kernels.site import Reading, read_coefficients, read_head, read_layer
 from jax_impl.projections import (
     COEFFICIENTS,
+    INPUTS,
     Shards,
     Weights,
     check_weights,
@@ -49,6 +51,7 @@ from jax_impl.residual import check_shape, compiled, tokens_first, wide_dtype
 
 __all__ = [
     "COEFFICIENTS",
+    "INPUTS",
     "Context",
     "Shards",
     "Weights",
@@ -341,10 +344,12 @@ def pre(
     if chosen(backend, hindrance(config, shards, precision, narrow=x, x=x)):
         reading = Reading(config, precision, shards=shards)
         u, own, post_gates, H, tied = read_layer(x, held, reading, carried)
-        return u, Context(x, post_gates, H, config, shards, backend, tied), own if previous else None
+        context = Context(x, post_gates, H, config, shards, backend, tied)
+        return checkpoint_name(u, INPUTS), context, own if previous else None
     own, post_gates, H = coefficients(x, held, config, precision=precision, shards=shards)
     u = pre_mix(x, own if carried is None else carried)
-    return u, Context(x, post_gates, H, config, shards, backend), own if previous else None
+    context = Context(x, post_gates, H, config, shards, backend)
+    return checkpoint_name(u, INPUTS), context, own if previous else None
 
 
 def post(y: Float[Array, "... dim"], context: Context) -> Float[Array, "... streams dim"]:

@@ -29,6 +29,8 @@ Weights = Mapping[str, Array]
 COEFFICIENTS = "mhc_coefficients"
 """The name, for policies of `jax.checkpoint`, of small values that cost a pass over x or a collective to make again:
 projections, sum of squares, pre, post and H, 49 numbers a token at n = 4."""
+INPUTS = "mhc_inputs"
+"""The name of u, the sub-layer's input, which costs a pass over x to make again."""
 
 
 @runtime_checkable

@@ -19,7 +19,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from jax_impl.projections import COEFFICIENTS
+from jax_impl.projections import COEFFICIENTS, INPUTS
 
 Rules = Sequence[tuple[str, Any]]  # a mesh axis, several, or None
 RULES: Rules = (
@@ -35,6 +35,8 @@ RULES: Rules = (
 keep_coefficients = jax.checkpoint_policies.save_only_these_names(COEFFICIENTS)
 """A policy of `jax.checkpoint`: it keeps the values named `COEFFICIENTS`; u and the mixed streams are computed again.
 Of collectives only fsdp's gather is repeated, as elsewhere with parameters that aren't kept whole."""
+keep_inputs = jax.checkpoint_policies.save_only_these_names(COEFFICIENTS, INPUTS)
+"""A policy that keeps u too, one stream more beside the n of x: x isn't read again to make it."""
 
 
 def activation_axes(axes: int, streams: bool = True) -> tuple[str | None, ...]:
@@ -180,6 +182,7 @@ class MeshShards:
         over = tuple(axis for axis in on_phi if axis not in on_dim)
         tokens = tuple(axis for part in where[:-2] for axis in listed(part))
         copies = tuple(axis for axis in tokens if axis not in over)
+        alike = math.prod(self.mesh.shape[axis] for axis in over if axis not in tokens)  # devices with the same tokens
         lead = where[:-2]
         specs = {
             "streams": where,
@@ -200,6 +203,7 @@ class MeshShards:
             found = function(part, (lambda value: jax.lax.psum(value, on_dim)) if on_dim else None)
             for name, value in found.items():
                 if layouts[name] == "projection":
+                    value = value / alike if alike > 1 else value
                     value = jax.lax.psum_scatter(value, over, scatter_dimension=2, tiled=True) if over else value
                     found[name] = jax.lax.psum(value, copies) if copies else value
                 elif layouts[name] == "whole" and tokens:

@@ -1,7 +1,7 @@
 """Blocks of tokens that fit a TPU's vector memory, and the call of a kernel on them.
 
 A block has all of n*C, so that x is read once: sums over (streams, dim) are complete before u is made of the same
-block. Within it a kernel goes along dim in chunks, whose float32 copies stay in registers.
+block. Within it a kernel goes along dim in chunks, whose float32 copies are small beside the block.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 LEAST_VMEM = 64 << 20
 """Bytes of vector memory of a TPU v5p and of a core of a TPU7x; a v5e and a v6e have 128 MiB. Taken where no TPU is at
 hand, since a program may be compiled for any of them."""
-SIZES = (256, 128, 64, 32, 16, 8)
-"""Tokens of a block. A larger one saves nothing but steps; XLA wants some of the memory for itself."""
+SIZES = (128, 64, 32, 16, 8)
+"""Tokens of a block, the most that fit. What a kernel computes with grows with them, 20 MiB for 256 where n = 4."""
 CHUNK = 512
 LANES = 128
 State = TypeVar("State")
@@ -53,12 +53,19 @@ def capacity() -> int:
     return pltpu.get_tpu_info().vmem_capacity_bytes if jax.default_backend() == "tpu" else LEAST_VMEM
 
 
+def room() -> int:
+    """Bytes that the blocks may take; the rest is for what a kernel computes with, and for XLA."""
+    return capacity() * 5 // 8
+
+
 def block(operands: Sequence[Operand]) -> int:
-    """Tokens of a block whose arrays, each held twice, fit; 0 where none does."""
-    room = capacity() * 5 // 8
-    fixed = sum(2 * one.block_bytes for one in operands if not one.tokens)
-    each = sum(2 * one.block_bytes for one in operands if one.tokens)
-    return next((size for size in SIZES if fixed + size * each <= room), 0)
+    """Tokens of a block whose arrays fit; 0 where none does."""
+    return next((size for size in SIZES if needed(operands, size) <= room()), 0)
+
+
+def needed(operands: Sequence[Operand], size: int) -> int:
+    """Bytes of blocks of ``size`` tokens. Each is held twice: one is moved while the other is computed with."""
+    return sum(2 * one.block_bytes * (size if one.tokens else 1) for one in operands)
 
 
 def check_room(operands: Sequence[Operand]) -> None:
@@ -68,10 +75,10 @@ def check_room(operands: Sequence[Operand]) -> None:
         ValueError: they don't; it says how much they need.
     """
     if not block(operands):
-        least = sum(2 * one.block_bytes * (SIZES[-1] if one.tokens else 1) for one in operands)
+        least = needed(operands, SIZES[-1])
         raise ValueError(
             f"backend='pallas' doesn't go with streams this wide: {SIZES[-1]} tokens need {least >> 20} MiB of the "
-            f"{capacity() * 5 // 8 >> 20} MiB of vector memory that kernels take: share dim out over more devices, or "
+            f"{room() >> 20} MiB of vector memory that kernels take: share dim out over more devices, or "
             "take 'auto', which then runs the plain path"
         )
 
