@@ -131,7 +131,8 @@ def run(
             interpret=interpret,
             name=name,
         )
-        return tuple(over_blocks(*arrays))
+        with jax.enable_x64(False):  # Mosaic has no 64-bit indices
+            return tuple(over_blocks(*arrays))
 
     compiled, interpreted = partial(call, interpret=False), partial(call, interpret=True)
     found = jax.lax.platform_dependent(*inputs.values(), tpu=compiled, default=interpreted)

@@ -74,6 +74,13 @@ def test_coefficients_and_the_mixing_alone_are_those_of_the_plain_path(case):
     assert furthest(both("pallas"), both("plain")) < NEAR[jnp.float32]
 
 
+def test_float32_is_served_where_float64_is_switched_on():
+    with jax.enable_x64(True):
+        config, arguments = example(*CASES["more tokens than a block"])
+        actual, expected = (pulled(jax.jit(site(config, backend)), arguments) for backend in ("pallas", "plain"))
+        assert furthest(actual, expected) < NEAR[jnp.float32]
+
+
 def test_a_head_is_that_of_the_plain_path():
     config, (x, *_) = example("deepseek-v4", 4, 40, (3, 2), {"head_norm_eps": 0.2})
     held = weights(config, of_head=True)
@@ -180,6 +187,23 @@ def test_on_a_mesh_it_computes_what_it_does_on_one_device(sizes, case, explicit)
     with sharding.use(mesh):
         actual = gradient(module, sharding.shard(x, mesh), sharding.shard(cotangent, mesh))
     assert furthest(jax.tree.leaves(actual), jax.tree.leaves(expected)) < NEAR[jnp.float32]
+
+
+@pytest.mark.parametrize("mix", ["in-out", "out-in"])
+def test_on_a_mesh_coefficients_and_the_mixing_alone_are_those_of_one_device(mix):
+    config = MHCConfig.from_dialect("deepseek-v4", streams=4, dim=16, mix=mix)
+    x, y, held = normal((4, 2, 4, 16), 1), normal((4, 2, 16), 2), weights(config)
+
+    def run(x, y, held):
+        options = {"shards": sharding.current(), "backend": "pallas"}
+        pre, post, H = jax_impl.coefficients(x, held, config, **options)
+        return pre, jax_impl.post_mix(y, x, post, H, config, **options)
+
+    expected = pulled(jax.jit(run), (x, y, held))
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    with sharding.use(mesh):
+        actual = pulled(jax.jit(run), (sharding.shard(x, mesh), sharding.shard(y, mesh), held))
+    assert furthest(actual, expected) < NEAR[jnp.float32]
 
 
 def test_parameters_may_lie_on_an_axis_that_has_no_tokens():
