@@ -40,6 +40,11 @@ class Shards(Protocol):
     x, u, y, φ and the norm weight are split along dim, x, u and y along tokens too; all the rest is whole over dim.
     """
 
+    @property
+    def whole(self) -> bool:
+        """Whether each device has all of dim."""
+        ...
+
     def activation(self, value: Array, *, streams: bool = True) -> Array:
         """x ``[..., streams, dim]``, or one stream ``[..., dim]``, laid out in its parts."""
         ...

@@ -110,6 +110,11 @@ class MeshShards:
         """Whether sharding is a part of the arrays' types."""
         return AxisType.Explicit in self.mesh.axis_types
 
+    @property
+    def whole(self) -> bool:
+        """Whether each device has all of dim."""
+        return not listed(self.spec(("activation_embed",))[0])
+
     def spec(self, names: Sequence[str | None]) -> PartitionSpec:
         """The mesh axes of logical ones."""
         return partition(names, self.mesh, self.rules)

@@ -109,12 +109,16 @@ def run(
         inputs: arrays, shared out by their first axis but for those that are ``shared``.
         outputs: what is made; one that isn't shared out is added up over the blocks by the kernel, one after the other.
         shared: inputs that every block has the whole of.
+
+    Raises:
+        ValueError: no block fits into the vector memory.
     """
     operands = [Operand(array.shape, array.dtype, key not in shared) for key, array in inputs.items()]
     made, names = list(outputs.values()), (*inputs, *outputs)
     total = next(one.shape[0] for one in operands if one.tokens)
     if not total:  # there is no block, and a kernel that adds up would begin nowhere
         return {key: jnp.zeros(one.shape, one.dtype) for key, one in outputs.items()}
+    check_room([*operands, *made])
     size = min(block([*operands, *made]), total)
     apart = all(one.tokens for one in made)
 

@@ -115,8 +115,11 @@ def _read_site(
 def _forward(
     reading: Reading, x: Array, carried: Array | None, phi: Array, scale: Array, shift: Array
 ) -> tuple[Site, tuple[Array | None, ...]]:
-    u, sums = _read(reading, x, carried, phi, scale, shift)
+    apart = reading.u and carried is None and reading.shards is not None and not reading.shards.whole
+    u, sums = _read(replace(reading, u=False) if apart else reading, x, carried, phi, scale, shift)
     sums = kept(sums)
+    if apart:  # of what is kept, so that it is made again without a collective
+        u = mixing.weighed(x, tokens_first(reading.gates(sums, scale, shift), 1))
     pre, post, H = reading.small(sums, scale, shift) or (None, None, None)
     return (u, pre, post, H, x if reading.streams else None), (x, carried, phi, scale, shift, sums)
 
@@ -143,17 +146,12 @@ def _read_by_kernels(
         affine = gates = None
         if "carried" in part:
             gates = by_token(part["carried"], 1)
-        elif reading.u and add is None:
+        elif reading.u:
             affine = jnp.stack([part["scale"][:n], part["shift"][:n]])
         sums, u = kernels.read(flat, phi, config, reading.precision, affine=affine, gates=gates)
         sums = tokens_last(sums.reshape(*lead, sums.shape[1]), 1)  # [m + 1, ...]
         sums = sums if add is None else add(sums)
-        if not reading.u:
-            return {"sums": sums}
-        if u is None:
-            own = reading.gates(sums, part["scale"], part["shift"])
-            return {"sums": sums, "u": mixing.weighed(x, tokens_first(own, 1))}
-        return {"sums": sums, "u": u.reshape(*lead, u.shape[1])}
+        return {"sums": sums} if u is None else {"sums": sums, "u": u.reshape(*lead, u.shape[1])}
 
     arrays = {"x": x, "carried": carried, "phi": phi, "scale": scale, "shift": shift}
     found = on_parts(reading.shards, of_part, arrays, ("sums", "u") if reading.u else ("sums",))

@@ -21,6 +21,7 @@ ONLY = {
     "projections.own_gates": KERNELS,
     "projections.kept": "JAX's checkpoints keep values by name",
     "projections.Shards.by_layout": LAID_OUT,
+    "projections.Shards.whole": LAID_OUT,
     "residual.start_axis": LEAN,
     "residual.passes": LEAN,
     "residual.without_autocast": "PyTorch's autocast is in force in a whole block of a program",
