@@ -6,6 +6,8 @@ Programs, each with x in bfloat16 and weights in float32:
 * ``both``: one layer and its gradients, of x and of every weight;
 * ``stack``: four by `jax.lax.scan` under `jax.checkpoint` with `sharding.keep_coefficients`, and gradients; two a
   round, as a transformer's layer has (with one, x is copied in each round, since it is carried from one to the next);
+* ``line``: the same four one after the other, without a scan: what XLA then doesn't copy to and from stacked buffers;
+* ``line-inputs``: by `sharding.keep_inputs`, which keeps u too;
 * ``model``: 43 layers of two sites on 256 chips, Flax NNX modules (`sharded_init.stack`), with gradients.
 
 The sub-layer between pre and post is `jax.lax.optimization_barrier`: as with a real one, u is written and y is read,
@@ -29,7 +31,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -52,104 +54,38 @@ from hlo.traffic import total  # noqa: E402
 from jax import lax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from sharded_init import DIM, LAYERS, STREAMS, Stack, parameter_bytes, stack  # noqa: E402
+from tpu_programs import KINDS, SHAPES, STACKED, TOPOLOGIES, WIDTHS, Program, programs  # noqa: E402
 
 from conformance.files import atomic, document  # noqa: E402
 from jax_impl import MHCConfig, functional, post, pre, sharding  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "tpu-aot.json"
-KINDS = ("forward", "both", "stack")
-STACKED = 4
-SHAPES = ((1, 4096, 4, 2048), (1, 4096, 4, 4096), (4, 4096, 4, 7168))
-TOPOLOGIES = {
-    "v5e": {1: "v5e:1x1", 8: "v5e:2x4", 16: "v5e:4x4", 64: "v5e:8x8"},
-    "v5p": {1: "v5p:2x2x1", 8: "v5p:2x2x2", 64: "v5p:4x4x4"},
-    "v6e": {1: "v6e:1x1", 8: "v6e:2x4", 64: "v6e:8x8"},
-    "tpu7x": {1: "tpu7x:2x2x1", 8: "tpu7x:2x2x1", 128: "tpu7x:4x4x4"},
-}
-"""By number of devices; a TPU7x chip is two. Of a topology with more devices than asked for the first is taken."""
-MESHES = {
-    1: {
-        8: {"sequence": 2, "tensor": 4}, 16: {"sequence": 4, "tensor": 4}, 64: {"sequence": 8, "tensor": 8},
-        128: {"sequence": 16, "tensor": 8},
-    },
-    4: {
-        8: {"data": 2, "tensor": 4}, 16: {"data": 4, "tensor": 4}, 64: {"data": 4, "sequence": 2, "tensor": 8},
-        128: {"data": 4, "sequence": 4, "tensor": 8},
-    },
-}  # fmt: skip
-"""By batch and number of devices."""
 MODEL: dict[str, Any] = {"topology": "v5e:16x16", "mesh": {"data": 4, "fsdp": 8, "tensor": 8}, "batch": 32, "seq": 4096}
 
 
-@dataclass(frozen=True)
-class Program:
-    """What is compiled: ``kind`` is ``forward``, ``both`` or ``stack``."""
-
-    generation: str
-    devices: int
-    dialect: str
-    shape: tuple[int, int, int, int]
-    kind: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.generation}/{self.devices}/{self.dialect}/{'x'.join(map(str, self.shape))}/{self.kind}"
-
-    @property
-    def topology(self) -> str:
-        return TOPOLOGIES[self.generation][self.devices]
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """Of the mesh's axes; of one device there is no mesh."""
-        if self.devices == 1:
-            return {}
-        return MESHES[self.shape[0]][self.devices]
-
-    @property
-    def config(self) -> MHCConfig:
-        return MHCConfig.from_dialect(self.dialect, streams=self.shape[2], dim=self.shape[3])
-
-    @property
-    def floor(self) -> int:
-        """Units that the mathematics moves."""
-        n = self.shape[2]
-        both = (3 * n + 2) + (5 * n + 3)
-        return {"forward": 3 * n + 2, "both": both, "stack": STACKED * both}[self.kind]
-
-    @property
-    def unit(self) -> int:
-        """Bytes of one stream on one device: tokens x dim x 2."""
-        batch, seq, _, dim = self.shape
-        return batch * seq * dim * 2 // math.prod(self.sizes.values())
-
-
-def programs() -> Iterator[Program]:
-    """All of them but the model; MaxText's dialect, which rounds the norm's output, to compare with."""
-    for generation, topology in TOPOLOGIES.items():
-        for devices in topology:
-            for shape in SHAPES:
-                for kind in KINDS:
-                    yield Program(generation, devices, "deepseek-v4", shape, kind)
-                    if (generation, devices) == ("v5e", 1) and kind != "stack":
-                        yield Program(generation, devices, "maxtext", shape, kind)
-
-
-def layer(x: jax.Array, weights: functional.Weights, config: MHCConfig) -> jax.Array:
+def layer(x: jax.Array, weights: functional.Weights, config: MHCConfig, backend: str = "plain") -> jax.Array:
     """One site around a sub-layer that is a barrier."""
-    u, context, _ = pre(x, weights, config, shards=sharding.current())
+    u, context, _ = pre(x, weights, config, shards=sharding.current(), backend=backend)
     return post(lax.optimization_barrier(u), context)
 
 
-def layers(x: jax.Array, weights: functional.Weights, config: MHCConfig) -> jax.Array:
+def layers(x: jax.Array, weights: functional.Weights, config: MHCConfig, backend: str = "plain") -> jax.Array:
     """As many sites as the weights have on their first axis."""
 
     # inside a scan nothing is there to be merged with what is computed again (documentation of `jax.checkpoint`)
     @partial(jax.checkpoint, policy=sharding.keep_coefficients, prevent_cse=False)
     def step(x: jax.Array, weights: functional.Weights) -> tuple[jax.Array, None]:
-        return layer(x, weights, config), None
+        return layer(x, weights, config, backend), None
 
     return lax.scan(step, x, weights, unroll=2)[0]
+
+
+def line(x: jax.Array, weights: functional.Weights, config: MHCConfig, backend: str, policy: Any) -> jax.Array:
+    """The same sites one after the other, each a checkpoint of this policy."""
+    site = jax.checkpoint(partial(layer, config=config, backend=backend), policy=policy)
+    for index in range(STACKED):
+        x = site(x, {name: value[index] for name, value in weights.items()})
+    return x
 
 
 def with_gradients(function: Callable[..., jax.Array], x: jax.Array, weights: Any, cotangent: jax.Array) -> Any:
@@ -169,8 +105,13 @@ class Compiled:
 def compiled(program: Program) -> Compiled:
     devices = topologies.get_topology_desc(program.topology, platform="tpu").devices[: program.devices]
     config, shapes = program.config, functional.weight_shapes(program.config)
-    function = partial(layers if program.kind == "stack" else layer, config=config)
-    lead = (STACKED,) if program.kind == "stack" else ()
+    functions: dict[str, Callable[..., jax.Array]] = {
+        "stack": layers,
+        "line": partial(line, policy=sharding.keep_coefficients),
+        "line-inputs": partial(line, policy=sharding.keep_inputs),
+    }
+    function = partial(functions.get(program.kind, layer), config=config, backend=program.backend)
+    lead = (STACKED,) if program.stacked else ()
     if program.devices == 1:
         where: Any = jax.sharding.SingleDeviceSharding(devices[0])
         held: Any = dict.fromkeys(shapes, where)
@@ -219,6 +160,8 @@ def figures(made: Compiled) -> dict[str, Any]:
 def measure(program: Program) -> dict[str, Any]:
     """The program and its figures, as they are recorded."""
     found = figures(compiled(program))
+    if program.backend != "plain":
+        found["backend"] = program.backend
     return {
         "topology": program.topology, "devices": program.devices, "mesh": program.sizes, "dialect": program.dialect,
         "shape": list(program.shape), "program": program.kind, **found, "unit bytes": program.unit,
@@ -295,7 +238,37 @@ def main() -> int:
         atomic.write(arguments.json, json.dumps({"versions": versions(), "programs": ordered}, indent=1) + "\n")
     if arguments.write:
         document.rewrite(arguments.write, "tpu", table(held))
+        document.rewrite(arguments.write, "tpu kernels", kernel_table(held))
     return 0
+
+
+def kernel_table(held: dict[str, dict[str, Any]]) -> str:
+    """A row for each topology that the kernels are compiled for, and the sites in a line under it."""
+    lines = [
+        f"| devices | {' | '.join(f'(4, 4096, 4, {width})' for width in WIDTHS)} |",
+        f"|---|{'---|' * len(WIDTHS)}",
+    ]
+    for generation, topology in TOPOLOGIES.items():
+        for devices, name in topology.items():
+            cells = []
+            for width in WIDTHS:
+                made = [Program(generation, devices, "deepseek-v4", (4, 4096, 4, width), k, "pallas") for k in KINDS]
+                found = [held[one.name] for one in made if one.name in held]
+                cells.append(" / ".join(f"{one['moved units']:.2f}" for one in found))
+            if any(cells):
+                title = f"{devices}, {name}" if devices > 1 else f"1, {generation}"
+                lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += ["", "| one v5e, (4, 4096, 4, 7168), four checkpointed sites | kernels | plain path |", "|---|---|---|"]
+    titles = {"stack": "in a scan", "line": "one after the other", "line-inputs": "one after the other, u kept too"}
+    for kind, title in titles.items():
+        made = [Program("v5e", 1, "deepseek-v4", SHAPES[-1], kind, backend) for backend in ("pallas", "plain")]
+        found = [held.get(one.name) for one in made]
+        cells = [
+            f"{one['moved units']:.1f}, {one['temporary bytes'] / 2**20:,.0f} MiB temporary" if one else "-"
+            for one in found
+        ]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def table(held: dict[str, dict[str, Any]]) -> str:

@@ -23,18 +23,27 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from jax_impl import mixing
 from jax_impl.config import MHCConfig
+from jax_impl.kernels import chosen, hindrance
+from jax_impl.kernels.mixing import Mixing, compiled_mixed
+from jax_impl.kernels.site import Reading, read_coefficients, read_head, read_layer
 from jax_impl.projections import (
     COEFFICIENTS,
+    INPUTS,
     Shards,
     Weights,
     check_weights,
-    coefficients,
+    coefficient_dtype,
+    gates_and_matrix,
     head_shapes,
+    layer_names,
     logits,
+    own_gates,
+    packed,
     rms_norm,
     weight_shapes,
 )
@@ -42,6 +51,7 @@ from jax_impl.residual import check_shape, compiled, tokens_first, wide_dtype
 
 __all__ = [
     "COEFFICIENTS",
+    "INPUTS",
     "Context",
     "Shards",
     "Weights",
@@ -60,16 +70,28 @@ __all__ = [
 ]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["x", "post", "H"], meta_fields=["config", "shards"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["x", "post", "H", "tied"],
+    meta_fields=["config", "shards", "backend"],
+)
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The values that `pre` hands to `post`: x ``[..., n, dim]``, post ``[..., n]`` and H ``[..., n, n]``."""
+    """The values that `pre` hands to `post`: x ``[..., n, dim]``, post ``[..., n]`` and H ``[..., n, n]``.
+
+    Attributes:
+        backend: that of `pre`.
+        tied: x once more where `pre` ran the kernels, for `post` alone: what it sends back for this x is the cotangent
+            of its output, which `pre` mixes (`jax_impl.kernels`).
+    """
 
     x: Array
     post: Array
     H: Array
     config: MHCConfig
     shards: Shards | None = None
+    backend: str = "auto"
+    tied: Array | None = None
 
 
 def expand(x: Float[Array, "... dim"], streams: int) -> Float[Array, "... streams dim"]:
@@ -179,6 +201,9 @@ def post_mix(
     post: Float[Array, "... streams"],
     H: Float[Array, "... streams streams"],
     config: MHCConfig,
+    *,
+    shards: Shards | None = None,
+    backend: str = "auto",
 ) -> Float[Array, "... streams dim"]:
     """Computes ``out_j = post_j y + sum_i H[i, j] x_i`` (``H[j, i]`` for "out-in"), in x's dtype.
 
@@ -187,13 +212,24 @@ def post_mix(
         x: ``[..., streams, dim]``.
         post: ``[..., streams]``.
         H: ``[..., streams, streams]``.
+        shards: where x and y lie, for the kernels alone.
+        backend: as for `pre`.
 
     Raises:
-        ValueError: x or y of another shape than the configuration's.
+        ValueError: x or y of another shape than the configuration's, or a backend that can't be had.
     """
     check_shape("x", x, (config.streams, config.dim))
     check_shape("y", y, (config.dim,))
+    if chosen(backend, hindrance(config, shards, x=x, y=y)):
+        return _mixed_by_kernels(y, x, post, H, Mixing(config, shards=shards))
     return _post_mixed(y, x, post, H, config)
+
+
+def _mixed_by_kernels(y: Array, x: Array, post: Array, H: Array, settings: Mixing) -> Array:
+    n = settings.config.streams
+    post = jnp.broadcast_to(post, x.shape[:-1]).astype(jnp.float32)  # [..., n]
+    H = jnp.broadcast_to(H, (*x.shape[:-1], n)).astype(jnp.float32)  # [..., n, n]
+    return compiled_mixed(settings, jnp.broadcast_to(y, (*x.shape[:-2], y.shape[-1])), x, post, H)
 
 
 @compiled("config")
@@ -214,6 +250,60 @@ def _post_mixed(y: Array, x: Array, post: Array, H: Array, config: MHCConfig) ->
     return (own + mixed).astype(x.dtype)
 
 
+def coefficients(
+    x: Float[Array, "... streams dim"],
+    weights: Weights,
+    config: MHCConfig,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    shards: Shards | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Array, "... streams"], Float[Array, "... streams"], Float[Array, "... streams streams"]]:
+    """Computes pre, post and H of every token (docs/mathematics.md, "Forward").
+
+    They and the sums that they come from carry the name `COEFFICIENTS` for `jax.checkpoint`.
+
+    Args:
+        x: ``[..., streams, dim]``.
+        weights: in the shapes of `weight_shapes`.
+        precision: of the projections; None means HIGHEST.
+        shards: where x and the weights lie. Their parts add ``m + 1`` numbers a token once, for m columns of all
+            projections together; twice (m, then 1) where the coefficients are kept in an x.dtype narrower than float32.
+        backend: as for `pre`.
+
+    Returns:
+        pre ``[..., streams]``, post ``[..., streams]`` and H ``[..., streams, streams]``, in the dtype of the
+        coefficients (docs/mathematics.md, "Precision").
+
+    Raises:
+        ValueError: x or a weight of another shape than the configuration's, or a backend that can't be had.
+    """
+    held = _layer_weights(x, weights, config)
+    if chosen(backend, hindrance(config, shards, precision, narrow=x, x=x)):
+        x = shards.activation(x) if shards else x
+        return read_coefficients(x, held, Reading(config, precision, shards=shards))
+    if shards is None:
+        return _compiled_coefficients(x, held, config, precision)
+    return _coefficients(x, held, config, precision, shards)
+
+
+def _coefficients(
+    x: Array, weights: Weights, config: MHCConfig, precision: jax.lax.PrecisionLike, shards: Shards | None = None
+) -> tuple[Array, Array, Array]:
+    held = packed(x, weights, layer_names(config), weights.get("mhc_norm.scale"), config)
+    return gates_and_matrix(logits(x, held, config, precision, shards), config, coefficient_dtype(x, config))
+
+
+_compiled_coefficients = compiled("config", "precision")(_coefficients)
+
+
+def _layer_weights(x: Array, weights: Weights, config: MHCConfig) -> Weights:
+    """The layer's weights and no others, once they and x are known to have the configuration's shapes."""
+    check_shape("x", x, (config.streams, config.dim))
+    check_weights(weights, weight_shapes(config))
+    return {name: weights[name] for name in weight_shapes(config)}
+
+
 def pre(
     x: Float[Array, "... streams dim"],
     weights: Weights,
@@ -222,6 +312,7 @@ def pre(
     *,
     precision: jax.lax.PrecisionLike = None,
     shards: Shards | None = None,
+    backend: str = "auto",
 ) -> tuple[Float[Array, "... dim"], Context, Float[Array, "... streams"] | None]:
     """Computes the first half of the layer: the sub-layer's input, and the coefficients for `post`
     (docs/mathematics.md, "Forward").
@@ -233,22 +324,32 @@ def pre(
             else None.
         precision: of the projections; None means HIGHEST.
         shards: where x and the weights lie.
+        backend: ``"auto"``, ``"plain"`` or ``"pallas"``. ``"pallas"`` runs kernels for TPUs (`jax_impl.kernels`), on
+            other platforms interpreted and slow, and raises where they can't serve; ``"plain"`` runs operators that XLA
+            compiles, and so does ``"auto"`` as yet, since the kernels were never timed on a TPU.
 
     Returns:
         u ``[..., dim]``, the context for `post`, and this site's own pre ``[..., streams]`` for the next site; None for
         ``pre_from="own"``, which hands none on.
 
     Raises:
-        ValueError: x, a weight or ``carried`` isn't what the configuration needs.
+        ValueError: x, a weight or ``carried`` isn't what the configuration needs, or a backend that can't be had.
     """
     x = shards.activation(x) if shards else x
-    own, post_gates, H = coefficients(x, weights, config, precision=precision, shards=shards)
-    context = Context(x, post_gates, H, config, shards)
-    if config.pre_from == "previous":
-        return pre_mix(x, _check_carried(x, carried, shards)), context, own
-    if carried is not None:
+    held, previous = _layer_weights(x, weights, config), config.pre_from == "previous"
+    if previous:
+        carried = _check_carried(x, carried, shards)
+    elif carried is not None:
         raise ValueError("carried goes with pre_from='previous' alone: this configuration reads with its own pre")
-    return pre_mix(x, own), context, None
+    if chosen(backend, hindrance(config, shards, precision, narrow=x, x=x)):
+        reading = Reading(config, precision, shards=shards)
+        u, own, post_gates, H, tied = read_layer(x, held, reading, carried)
+        context = Context(x, post_gates, H, config, shards, backend, tied)
+        return checkpoint_name(u, INPUTS), context, own if previous else None
+    own, post_gates, H = coefficients(x, held, config, precision=precision, shards=shards)
+    u = pre_mix(x, own if carried is None else carried)
+    context = Context(x, post_gates, H, config, shards, backend)
+    return checkpoint_name(u, INPUTS), context, own if previous else None
 
 
 def post(y: Float[Array, "... dim"], context: Context) -> Float[Array, "... streams dim"]:
@@ -259,10 +360,15 @@ def post(y: Float[Array, "... dim"], context: Context) -> Float[Array, "... stre
         context: the one that `pre` returned.
 
     Raises:
-        ValueError: y of another width than the configuration's.
+        ValueError: y of another width than the configuration's, or of a dtype that the backend doesn't take.
     """
     y = context.shards.activation(y, streams=False) if context.shards else y
-    return post_mix(y, context.x, context.post, context.H, context.config)
+    config, shards, backend = context.config, context.shards, context.backend
+    if context.tied is None:
+        return post_mix(y, context.x, context.post, context.H, config, shards=shards, backend=backend)
+    check_shape("y", y, (config.dim,))
+    chosen(backend, hindrance(config, shards, y=y))
+    return _mixed_by_kernels(y, context.tied, context.post, context.H, Mixing(config, True, shards))
 
 
 def head(
@@ -272,6 +378,7 @@ def head(
     *,
     precision: jax.lax.PrecisionLike = None,
     shards: Shards | None = None,
+    backend: str = "auto",
 ) -> Float[Array, "... dim"]:
     """Reduces the streams by learned gates: ``sum_i g_i x_i``, g from one projection of the normed streams
     (docs/mathematics.md, "Forward").
@@ -283,24 +390,31 @@ def head(
         weights: in the shapes of `head_shapes`.
         precision: of the projection; None means HIGHEST.
         shards: where x and the weights lie.
+        backend: as for `pre`.
 
     Raises:
-        ValueError: x or a weight of another shape than the configuration's.
+        ValueError: x or a weight of another shape than the configuration's, or a backend that can't be had.
     """
     check_shape("x", x, (config.streams, config.dim))
     check_weights(weights, head_shapes(config))
     held = {name: weights[name] for name in head_shapes(config)}
+    if chosen(backend, hindrance(config, shards, precision, x=x)):
+        x = shards.activation(x) if shards else x
+        return read_head(x, held, HEAD_NAMES, Reading(_of_head(config), precision, shards=shards))
     if shards is None:
         return _compiled_headed(x, held, config, precision)
     return _headed(shards.activation(x), held, config, precision, shards)
 
 
+HEAD_NAMES = [("head_fn", "head_scale", "head_base")]
+
+
 def _headed(
     x: Array, weights: Weights, config: MHCConfig, precision: jax.lax.PrecisionLike, shards: Shards | None = None
 ) -> Array:
-    names = [("head_fn", "head_scale", "head_base")]
-    (z,) = logits(x, weights, names, None, _of_head(config), precision, shards)  # [n, ...]
-    return pre_mix(x, tokens_first(jax.nn.sigmoid(z) + config.pre_eps, 1))  # gates [..., n]
+    own = _of_head(config)
+    z = logits(x, packed(x, weights, HEAD_NAMES, None, own), own, precision, shards)  # [n, ...]
+    return pre_mix(x, tokens_first(own_gates(z, config), 1))  # gates [..., n]
 
 
 _compiled_headed = compiled("config", "precision")(_headed)

@@ -66,7 +66,7 @@ def _weigh_by_stream(x: Array, gates: Array) -> Array:
     return total
 
 
-def _of_gates(x: Array, y: Array, gates: Array) -> Array:
+def of_gates(x: Array, y: Array, gates: Array) -> Array:
     """``sum_c x[i, c] y[c]`` for each stream, in float32 or wider: a cotangent of gates."""
 
     def at_once(x: Array, y: Array, gates: Array) -> Array:
@@ -91,7 +91,8 @@ def _repeated(y: Array, gates: Array) -> Array:
     return repeated.astype(jnp.promote_types(y.dtype, jnp.float32))
 
 
-def _weighted_sum(x: Array, gates: Array) -> Array:
+def weighed(x: Array, gates: Array) -> Array:
+    """What `weighted_sum` computes, without a rule for its derivative."""
     return _weigh(x, gates).astype(x.dtype)
 
 
@@ -103,7 +104,7 @@ def _spread(y: Array, gates: Array) -> Array:
 @jax.custom_vjp
 def weighted_sum(x: Float[Array, "... n dim"], gates: Float[Array, "... n"]) -> Float[Array, "... dim"]:
     """Computes ``sum_i gates_i x_i``, summed in float32 or wider and rounded once to x's dtype."""
-    return _weighted_sum(x, gates)
+    return weighed(x, gates)
 
 
 @jax.custom_vjp
@@ -114,14 +115,14 @@ def spread(y: Float[Array, "... dim"], gates: Float[Array, "... n"]) -> Float[Ar
 
 # The rules call functions that have no rules of their own, so that forward mode over them works.
 def _weighted_sum_forward(x: Array, gates: Array) -> tuple[Array, Kept]:
-    return _weighted_sum(x, gates), (x, gates)
+    return weighed(x, gates), (x, gates)
 
 
 def _weighted_sum_backward(kept: Kept, cotangent: Array) -> Kept:
     x, gates = kept
     repeated = _repeated(cotangent, gates)
     of_x = (gates.astype(repeated.dtype)[..., None] * repeated).astype(x.dtype)
-    return of_x, _of_gates(x, cotangent, gates).astype(gates.dtype)
+    return of_x, of_gates(x, cotangent, gates).astype(gates.dtype)
 
 
 def _spread_forward(y: Array, gates: Array) -> tuple[Array, Kept]:
@@ -130,7 +131,7 @@ def _spread_forward(y: Array, gates: Array) -> tuple[Array, Kept]:
 
 def _spread_backward(kept: Kept, cotangent: Array) -> Kept:
     y, gates = kept
-    return _weigh(cotangent, gates).astype(y.dtype), _of_gates(cotangent, y, gates).astype(gates.dtype)
+    return _weigh(cotangent, gates).astype(y.dtype), of_gates(cotangent, y, gates).astype(gates.dtype)
 
 
 weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)

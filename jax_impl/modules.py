@@ -42,9 +42,11 @@ class Site(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: Any,
         precision: jax.lax.PrecisionLike,
+        backend: str,
     ):
         self.config = config
         self.precision = precision
+        self.backend = backend
         self._shapes = shapes
         deviation = (config.streams * config.dim) ** -0.5
         for name, shape in shapes.items():
@@ -133,6 +135,7 @@ class ManifoldConstrainedHyperConnections(Site):
         rngs: its ``params`` stream makes the initial values.
         param_dtype: of the parameters; the coefficients are computed in float32 or wider whatever it is.
         precision: of the projections (`functional`).
+        backend: of its calls (`functional.pre`).
     """
 
     def __init__(
@@ -142,14 +145,15 @@ class ManifoldConstrainedHyperConnections(Site):
         rngs: nnx.Rngs,
         param_dtype: Any = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
+        backend: str = "auto",
     ):
-        super().__init__(config, functional.weight_shapes(config), rngs, param_dtype, precision)
+        super().__init__(config, functional.weight_shapes(config), rngs, param_dtype, precision, backend)
 
     def pre(
         self, x: Float[Array, "... streams dim"], carried: Float[Array, "... streams"] | None = None
     ) -> tuple[Float[Array, "... dim"], functional.Context, Float[Array, "... streams"] | None]:
         """Returns u for the sub-layer, the context for `post`, and the pre for the next site (`functional.pre`)."""
-        options = {"precision": self.precision, "shards": shards.current()}
+        options = {"precision": self.precision, "shards": shards.current(), "backend": self.backend}
         return functional.pre(x, self.weights(), self.config, carried, **options)
 
     def one_hot(self, x: Float[Array, "... streams dim"]) -> Float[Array, "... streams"]:
@@ -226,8 +230,10 @@ class HyperHead(Site):
         rngs: nnx.Rngs,
         param_dtype: Any = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
+        backend: str = "auto",
     ):
-        super().__init__(config, functional.head_shapes(config), rngs, param_dtype, precision)
+        super().__init__(config, functional.head_shapes(config), rngs, param_dtype, precision, backend)
 
     def __call__(self, x: Float[Array, "... streams dim"]) -> Float[Array, "... dim"]:
-        return functional.head(x, self.weights(), self.config, precision=self.precision, shards=shards.current())
+        options = {"precision": self.precision, "shards": shards.current(), "backend": self.backend}
+        return functional.head(x, self.weights(), self.config, **options)

@@ -11,10 +11,9 @@ are done, since a TPU pads the last axis to 128.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +23,14 @@ from jaxtyping import Float
 
 from jax_impl import mixing
 from jax_impl.config import MHCConfig
-from jax_impl.residual import HIGHEST, check_shape, compiled, residual_matrix, tokens_first, tokens_last, wide_dtype
+from jax_impl.residual import HIGHEST, compiled, residual_matrix, tokens_first, tokens_last, wide_dtype
 
 Weights = Mapping[str, Array]
 COEFFICIENTS = "mhc_coefficients"
 """The name, for policies of `jax.checkpoint`, of small values that cost a pass over x or a collective to make again:
 projections, sum of squares, pre, post and H, 49 numbers a token at n = 4."""
+INPUTS = "mhc_inputs"
+"""The name of u, the sub-layer's input, which costs a pass over x to make again."""
 
 
 @runtime_checkable
@@ -38,6 +39,11 @@ class Shards(Protocol):
 
     x, u, y, φ and the norm weight are split along dim, x, u and y along tokens too; all the rest is whole over dim.
     """
+
+    @property
+    def whole(self) -> bool:
+        """Whether each device has all of dim."""
+        ...
 
     def activation(self, value: Array, *, streams: bool = True) -> Array:
         """x ``[..., streams, dim]``, or one stream ``[..., dim]``, laid out in its parts."""
@@ -62,8 +68,32 @@ class Shards(Protocol):
         """
         ...
 
+    def by_layout(
+        self,
+        function: Callable[[Mapping[str, Array], Callable[[Array], Array] | None], dict[str, Array]],
+        arrays: Mapping[str, Array],
+        layouts: Mapping[str, str],
+        results: Collection[str],
+    ) -> dict[str, Array]:
+        """``function`` on each device's part of arrays by name; it isn't differentiated.
 
-def _coefficient_dtype(x: Array, config: MHCConfig) -> jnp.dtype:
+        Args:
+            function: takes parts by name, and ``add``, which sums a value over the parts of dim, None where dim is
+                whole; returns the ``results`` by name. Those that are a projection or whole are of its own tokens
+                alone, and are added up over all of them.
+            arrays: x among them.
+            layouts: of arrays and results: ``"streams"`` ``[..., streams, dim]``, ``"stream"`` ``[..., dim]``,
+                ``"gates"`` ``[..., streams]``, ``"matrix"`` ``[..., streams, streams]``, ``"sums"`` ``[m, ...]``,
+                ``"projection"`` ``[streams, m, dim]``, ``"whole"``.
+
+        Raises:
+            ValueError: an axis can't be shared out evenly.
+        """
+        ...
+
+
+def coefficient_dtype(x: Array, config: MHCConfig) -> jnp.dtype:
+    """The dtype that the norm's output, the projections, pre, post and H are rounded to."""
     return x.dtype if config.coefficients == "activation" else wide_dtype(x.dtype)
 
 
@@ -120,14 +150,14 @@ def rms_norm(
 
 def _normed(x: Array, mean: Array, scale: Array | None, config: MHCConfig) -> Array:
     """x over the root of its mean square, times ``scale``, in the dtype of the coefficients."""
-    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
-    normed = _over_rms(x.astype(wide), mean, config)
+    dtype, wide = coefficient_dtype(x, config), wide_dtype(x.dtype)
+    normed = over_rms(x.astype(wide), mean, config)
     if scale is not None:
         normed = normed * scale.astype(dtype).astype(wide)
     return normed.astype(dtype)
 
 
-def _over_rms(value: Array, mean: Array, config: MHCConfig) -> Array:
+def over_rms(value: Array, mean: Array, config: MHCConfig) -> Array:
     """``value`` over the root of the mean square, with eps where the configuration has it."""
     if config.norm_eps_position == "mean":
         return value * jax.lax.rsqrt(mean + config.norm_eps)
@@ -136,7 +166,8 @@ def _over_rms(value: Array, mean: Array, config: MHCConfig) -> Array:
     return value / (root + config.norm_eps)
 
 
-def _kept(value: Array) -> Array:
+def kept(value: Array) -> Array:
+    """A value by the name that policies of `jax.checkpoint` know it by."""
     return checkpoint_name(value, COEFFICIENTS)
 
 
@@ -217,20 +248,30 @@ def _contracted_backward(
 _contracted.defvjp(_contracted_forward, _contracted_backward)
 
 
-def logits(
-    x: Array,
-    weights: Weights,
-    names: Sequence[tuple[str, str, str]],
-    norm: Array | None,
-    config: MHCConfig,
-    precision: jax.lax.PrecisionLike,
-    shards: Shards | None,
-) -> list[Array]:
-    """``scale * (normed x @ phi) + shift`` of every ``(phi, scale, shift)``, tokens last ``[m, ...]``, wide."""
-    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
+class Packed(NamedTuple):
+    """The weights of several projections side by side, m columns in all, rounded as the coefficients are.
+
+    They are held wide, so that gradients are added up before they are rounded.
+
+    Attributes:
+        phi: ``[streams, dim, m]``.
+        norm: ``[streams, dim]``, or None where the norm has no weight.
+        scale, shift: ``[m]``.
+    """
+
+    phi: Array
+    norm: Array | None
+    scale: Array
+    shift: Array
+
+
+def packed(
+    x: Array, weights: Weights, names: Sequence[tuple[str, str, str]], norm: Array | None, config: MHCConfig
+) -> Packed:
+    """The weights of every ``(phi, scale, shift)``."""
+    dtype, wide = coefficient_dtype(x, config), wide_dtype(x.dtype)
 
     def rounded(value: Array) -> Array:
-        """Held wide from here on, so that gradients are added up before they are rounded."""
         return value.astype(dtype).astype(wide)
 
     phis, scales, shifts = ([rounded(weights[name]) for name in part] for part in zip(*names, strict=True))
@@ -238,7 +279,13 @@ def logits(
     scale = jnp.concatenate([jnp.broadcast_to(value, width) for value, width in zip(scales, widths, strict=True)])
     phi = jnp.concatenate(phis, axis=-1)  # [n, dim, m]
     shift = jnp.concatenate([value.reshape(-1) for value in shifts])  # [m], as scale
-    norms = [] if norm is None else [rounded(norm)]  # [n, dim]
+    return Packed(phi, None if norm is None else rounded(norm), scale, shift)
+
+
+def logits(
+    x: Array, weights: Packed, config: MHCConfig, precision: jax.lax.PrecisionLike, shards: Shards | None
+) -> Array:
+    """``scale * (normed x @ phi) + shift``, tokens last ``[m, ...]``, in float32 or wider."""
 
     def of_part(x: Array, held: list[Array], shared: list[Array], add: Callable[[Array], Array]) -> Array:
         phi, *norms = held
@@ -246,9 +293,9 @@ def logits(
         scale, shift = (value.reshape(-1, *(1,) * (h.ndim - 1)) for value in shared)  # [m] -> [m, 1, ...]
         return scale * h + shift
 
-    held, shared = [phi, *norms], [scale, shift]
-    z = shards.over_parts(of_part, x, held, shared) if shards else of_part(x, held, shared, lambda value: value)
-    return jnp.split(z, list(itertools.accumulate(widths))[:-1])
+    held = [weights.phi] if weights.norm is None else [weights.phi, weights.norm]
+    shared = [weights.scale, weights.shift]
+    return shards.over_parts(of_part, x, held, shared) if shards else of_part(x, held, shared, lambda value: value)
 
 
 def _projected(
@@ -265,68 +312,39 @@ def _projected(
     token. Where the norm's output is rounded to a narrow dtype (``coefficients="activation"``) the division has to
     come first, and the norm's sum and the projections are added up one after the other.
     """
-    dtype, wide = _coefficient_dtype(x, config), wide_dtype(x.dtype)
+    dtype, wide = coefficient_dtype(x, config), wide_dtype(x.dtype)
     squares = jnp.square(x.astype(wide)).sum((-2, -1))  # [..., n, dim] -> [...]
     count = config.streams * config.dim
     if dtype == wide:
         phi = phi if norm is None else phi * norm[..., None]  # [n, dim, m] * [n, dim, 1]
-        sums = _kept(add(jnp.concatenate([_contract(phi, x, precision), squares[None]])))  # [m + 1, ...]
-        return _over_rms(sums[:-1], sums[-1] / count, config)
-    mean = _kept(add(squares)) / count
+        sums = kept(add(jnp.concatenate([_contract(phi, x, precision), squares[None]])))  # [m + 1, ...]
+        return over_rms(sums[:-1], sums[-1] / count, config)
+    mean = kept(add(squares)) / count
     normed = _normed(x, mean[..., None, None], norm, config)  # [..., n, dim]
-    return _kept(add(_contract(phi, normed, precision)).astype(dtype)).astype(wide)
+    return kept(add(_contract(phi, normed, precision)).astype(dtype)).astype(wide)
 
 
-def coefficients(
-    x: Float[Array, "... streams dim"],
-    weights: Weights,
-    config: MHCConfig,
-    *,
-    precision: jax.lax.PrecisionLike = None,
-    shards: Shards | None = None,
-) -> tuple[Float[Array, "... streams"], Float[Array, "... streams"], Float[Array, "... streams streams"]]:
-    """Computes pre, post and H of every token (docs/mathematics.md, "Forward").
-
-    They and the sums that they come from carry the name `COEFFICIENTS` for `jax.checkpoint`.
-
-    Args:
-        x: ``[..., streams, dim]``.
-        weights: in the shapes of `weight_shapes`.
-        precision: of the projections; None means HIGHEST.
-        shards: where x and the weights lie. Their parts add ``m + 1`` numbers a token once, for m columns of all
-            projections together; twice (m, then 1) where the coefficients are kept in an x.dtype narrower than float32.
-
-    Returns:
-        pre ``[..., streams]``, post ``[..., streams]`` and H ``[..., streams, streams]``, in the dtype of the
-        coefficients (docs/mathematics.md, "Precision").
-
-    Raises:
-        ValueError: x or a weight of another shape than the configuration's.
-    """
-    check_shape("x", x, (config.streams, config.dim))
-    check_weights(weights, weight_shapes(config))
-    held = {name: weights[name] for name in weight_shapes(config)}
-    if shards is None:
-        return _compiled_coefficients(x, held, config, precision)
-    return _coefficients(x, held, config, precision, shards)
-
-
-def _coefficients(
-    x: Array, weights: Weights, config: MHCConfig, precision: jax.lax.PrecisionLike, shards: Shards | None = None
-) -> tuple[Array, Array, Array]:
-    n, dtype = config.streams, _coefficient_dtype(x, config)
+def layer_names(config: MHCConfig) -> list[tuple[str, str, str]]:
+    """The names of (phi, scale, shift) of the layer's projections."""
     kinds = ("pre", "post", "res") if config.residual_columns else ("pre", "post")
-    names = [(f"{kind}_alpha", f"{kind}_alpha_scale", f"{kind}_beta") for kind in kinds]
-    z = logits(x, weights, names, weights.get("mhc_norm.scale"), config, precision, shards)
-    pre = (jax.nn.sigmoid(z[0]) + config.pre_eps).astype(dtype)  # [n, ...]
-    post = (config.post_scale * jax.nn.sigmoid(z[1]) + config.post_eps).astype(dtype)  # [n, ...]
-    pre, post = tokens_first(_kept(pre), 1), tokens_first(_kept(post), 1)  # [..., n]
+    return [(f"{kind}_alpha", f"{kind}_alpha_scale", f"{kind}_beta") for kind in kinds]
+
+
+def own_gates(z: Array, config: MHCConfig) -> Array:
+    """The gates that the streams are read with, of their logits; of the layer and of the head."""
+    return jax.nn.sigmoid(z) + config.pre_eps
+
+
+def gates_and_matrix(z: Array, config: MHCConfig, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
+    """pre, post and H from the logits of all three, tokens last ``[m, ...]``, rounded to ``dtype``."""
+    n = config.streams
+    z_pre, z_post, z_res = jnp.split(z, [n, 2 * n])
+    pre = own_gates(z_pre, config).astype(dtype)  # [n, ...]
+    post = (config.post_scale * jax.nn.sigmoid(z_post) + config.post_eps).astype(dtype)  # [n, ...]
+    pre, post = tokens_first(kept(pre), 1), tokens_first(kept(post), 1)  # [..., n]
     if config.residual == "identity":
-        return pre, post, jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*x.shape[:-2], n, n))
-    res = z[2].astype(dtype) if config.matrix == "activation" else z[2]  # [n*n or n!, ...]
+        return pre, post, jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*pre.shape, n))
+    res = z_res.astype(dtype) if config.matrix == "activation" else z_res  # [n*n or n!, ...]
     res = tokens_first(res.reshape(n, n, *res.shape[1:]), 2) if config.residual == "sinkhorn" else tokens_first(res, 1)
     H = tokens_last(residual_matrix(res, config).astype(dtype), 2)  # [..., n, n] -> [n, n, ...]
-    return pre, post, tokens_first(_kept(H), 2)  # [..., n, n]
-
-
-_compiled_coefficients = compiled("config", "precision")(_coefficients)
+    return pre, post, tokens_first(kept(H), 2)  # [..., n, n]

@@ -32,7 +32,7 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_impl.projections import COEFFICIENTS
+from jax_impl.projections import COEFFICIENTS, INPUTS
 from jax_impl.shards import (
     RULES,
     MeshShards,
@@ -45,6 +45,7 @@ from jax_impl.shards import (
     gate_axes,
     gather,
     keep_coefficients,
+    keep_inputs,
     logical_axes,
     partition,
 )
@@ -52,6 +53,7 @@ from jax_impl.shards import (
 __all__ = [
     "AXES",
     "COEFFICIENTS",
+    "INPUTS",
     "RULES",
     "MeshShards",
     "Rules",
@@ -64,6 +66,7 @@ __all__ = [
     "gate_axes",
     "gather",
     "keep_coefficients",
+    "keep_inputs",
     "logical_axes",
     "make_mesh",
     "partition",

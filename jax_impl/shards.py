@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from jax_impl.projections import COEFFICIENTS
+from jax_impl.projections import COEFFICIENTS, INPUTS
 
 Rules = Sequence[tuple[str, Any]]  # a mesh axis, several, or None
 RULES: Rules = (
@@ -35,6 +35,8 @@ RULES: Rules = (
 keep_coefficients = jax.checkpoint_policies.save_only_these_names(COEFFICIENTS)
 """A policy of `jax.checkpoint`: it keeps the values named `COEFFICIENTS`; u and the mixed streams are computed again.
 Of collectives only fsdp's gather is repeated, as elsewhere with parameters that aren't kept whole."""
+keep_inputs = jax.checkpoint_policies.save_only_these_names(COEFFICIENTS, INPUTS)
+"""A policy that keeps u too, one stream more beside the n of x: x isn't read again to make it."""
 
 
 def activation_axes(axes: int, streams: bool = True) -> tuple[str | None, ...]:
@@ -108,6 +110,11 @@ class MeshShards:
         """Whether sharding is a part of the arrays' types."""
         return AxisType.Explicit in self.mesh.axis_types
 
+    @property
+    def whole(self) -> bool:
+        """Whether each device has all of dim."""
+        return not listed(self.spec(("activation_embed",))[0])
+
     def spec(self, names: Sequence[str | None]) -> PartitionSpec:
         """The mesh axes of logical ones."""
         return partition(names, self.mesh, self.rules)
@@ -163,6 +170,57 @@ class MeshShards:
         everywhere = [PartitionSpec(*(None,) * value.ndim) for value in shared]
         out = PartitionSpec(None, *where[:-2])
         return jax.shard_map(local, in_specs=(where, parts, everywhere), out_specs=out)(x, held, shared)
+
+    def by_layout(
+        self,
+        function: Callable[[Mapping[str, Array], Callable[[Array], Array] | None], dict[str, Array]],
+        arrays: Mapping[str, Array],
+        layouts: Mapping[str, str],
+        results: Collection[str],
+    ) -> dict[str, Array]:
+        """By `jax.shard_map`, as `over_parts`, for functions that have derivatives of their own.
+
+        Projections are gathered over fsdp, and what is made of them is scattered over it.
+        """
+        where, on_phi = self.spec(activation_axes(arrays["x"].ndim)), listed(self.spec((None, "embed"))[1])
+        on_dim = listed(where[-1])
+        over = tuple(axis for axis in on_phi if axis not in on_dim)
+        tokens = tuple(axis for part in where[:-2] for axis in listed(part))
+        copies = tuple(axis for axis in tokens if axis not in over)
+        alike = math.prod(self.mesh.shape[axis] for axis in over if axis not in tokens)  # devices with the same tokens
+        lead = where[:-2]
+        specs = {
+            "streams": where,
+            "stream": PartitionSpec(*lead, where[-1]),
+            "gates": PartitionSpec(*lead, None),
+            "matrix": PartitionSpec(*lead, None, None),
+            "sums": PartitionSpec(None, *lead),
+            "projection": PartitionSpec(None, None, on_dim + over),
+            "whole": PartitionSpec(),
+        }
+        for name, value in arrays.items():
+            check_even(value.shape, specs[layouts[name]], self.mesh.shape, name)
+
+        def local(part: dict[str, Array]) -> dict[str, Array]:
+            for name, value in part.items():
+                if layouts[name] == "projection" and over:
+                    part[name] = jax.lax.all_gather(value, over, axis=2, tiled=True)
+            found = function(part, (lambda value: jax.lax.psum(value, on_dim)) if on_dim else None)
+            for name, value in found.items():
+                if layouts[name] == "projection":
+                    value = value / alike if alike > 1 else value
+                    value = jax.lax.psum_scatter(value, over, scatter_dimension=2, tiled=True) if over else value
+                    found[name] = jax.lax.psum(value, copies) if copies else value
+                elif layouts[name] == "whole" and tokens:
+                    found[name] = jax.lax.psum(value, tokens)
+            return found
+
+        taken, made = ({name: specs[layouts[name]] for name in names} for names in (arrays, results))
+        held = dict(arrays)
+        if self.explicit:
+            held = {name: jax.sharding.reshard(value, taken[name]) for name, value in held.items()}
+        # What varies over which axes isn't checked: a Pallas call has no rule for it.
+        return jax.shard_map(local, in_specs=(taken,), out_specs=made, check_vma=False)(held)
 
 
 def current() -> MeshShards | None:

@@ -5,6 +5,7 @@ Counted, for each instruction that control reaches, times the rounds of the loop
 * the operands and results of every fusion, copy, convolution, reduction, collective and custom call, as far as their
   layout puts them in main memory (memory space 0), in whole tiles;
 * of an operand that a fusion only slices, the slices; of a buffer that it updates in place, the part written;
+* of a Pallas kernel the operands and results once each: so a kernel must take each block of an operand once;
 * of an asynchronous copy or collective, its source and its target, once, where it starts.
 
 Not counted: parameters, constants, tuples, bitcasts (nothing moves), arrays in on-chip memory, and what an instruction

@@ -1,7 +1,8 @@
-"""`jax_impl` for the suite: eager, and under `jax.jit`."""
+"""`jax_impl` for the suite: eager, under `jax.jit`, and by its Pallas kernels, which off a TPU are interpreted."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from conformance.adapters.jax_gradients import StageCalls, compile_all_cheaply, 
 from conformance.cases.case import DTYPES
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import STAGES
-from jax_impl import sharding
+from jax_impl import kernels, sharding
 
 
 def configuration(config: dict[str, Any]) -> jax_impl.MHCConfig:
@@ -33,6 +34,8 @@ def _set(name: str) -> Any:
 
 class JaxImplementation:
     """Every stage of `jax_impl`; with ``jit``, outputs and gradients come from one compiled function."""
+
+    backend = "auto"
 
     def __init__(self, name: str, jit: bool):
         self.name = name
@@ -57,7 +60,7 @@ class JaxImplementation:
         self, name: str, function: Callable[..., Any], inputs: Arrays, config: dict[str, Any], cotangents: Any
     ) -> Result:
         def body(values: Any) -> dict[str, jax.Array]:
-            return function(values, configuration(config), config)
+            return function(values, configuration(config), {**config, "backend": self.backend})
 
         return self._calls(name, config, body, inputs, cotangents)
 
@@ -93,6 +96,11 @@ def _weights(values: dict[str, jax.Array], c: jax_impl.MHCConfig) -> dict[str, j
     return branch.in_memory(branch.split(values)[1], c.streams, c.dim)
 
 
+def _kwargs(options: Any) -> dict[str, Any]:
+    """How a stage is computed: on the mesh in use, by a backend that the suite doesn't know of."""
+    return {"shards": sharding.current(), "backend": options.get("backend", "auto")}
+
+
 def _expand(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
     return {"out": jax_impl.expand(values["embedding"], c.streams)}
 
@@ -102,7 +110,7 @@ def _reduce(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.A
 
 
 def _head(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
-    return {"out": jax_impl.head(values["x"], _weights(values, c), c, shards=sharding.current())}
+    return {"out": jax_impl.head(values["x"], _weights(values, c), c, **_kwargs(options))}
 
 
 def _residual_matrix(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
@@ -110,22 +118,23 @@ def _residual_matrix(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[s
 
 
 def _coefficients(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
-    pre, post, H = jax_impl.coefficients(values["x"], _weights(values, c), c)
+    pre, post, H = jax_impl.coefficients(values["x"], _weights(values, c), c, **_kwargs(options))
     return {"pre": pre, "post": post, "H": H}
 
 
 def _pre(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
     weights = _weights(values, c)
-    u, _, handed = jax_impl.pre(values["x"], weights, c, values.get("carried"), shards=sharding.current())
+    u, _, handed = jax_impl.pre(values["x"], weights, c, values.get("carried"), **_kwargs(options))
     return {"u": u} if handed is None else {"u": u, "pre": handed}
 
 
 def _post(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
-    return {"out": jax_impl.post_mix(values["y"], values["x"], values["post"], values["H"], c)}
+    return {"out": jax_impl.post_mix(values["y"], values["x"], values["post"], values["H"], c, **_kwargs(options))}
 
 
 def _layer(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
-    module = nnx.eval_shape(lambda: jax_impl.ManifoldConstrainedHyperConnections(c, rngs=nnx.Rngs(0)))
+    backend = _kwargs(options)["backend"]
+    module = nnx.eval_shape(lambda: jax_impl.ManifoldConstrainedHyperConnections(c, rngs=nnx.Rngs(0), backend=backend))
     for name, value in _weights(values, c).items():
         setattr(module, name.replace(".", "_"), nnx.Param(value))
     kind = jax_impl.HyperConnectionType(options["branch"])
@@ -138,13 +147,13 @@ State = tuple[jax.Array, jax.Array | None]
 """The streams, and what the next site of a single-pass stack reads with."""
 
 
-def _one_layer(values: Any, c: jax_impl.MHCConfig) -> Callable[[State, dict[str, jax.Array]], State]:
+def _one_layer(values: Any, c: jax_impl.MHCConfig, options: Any) -> Callable[[State, dict[str, jax.Array]], State]:
     constants = {k: values[k] for k in ("norm_scale", "branch_scale")}
 
     def run(state: State, weights: dict[str, jax.Array]) -> State:
         x, carried = state
         handed = {} if carried is None else {"carried": carried}
-        values_out = _layer({**constants, "x": x, **handed, **weights}, c, {"branch": "mlp_dense"})
+        values_out = _layer({**constants, "x": x, **handed, **weights}, c, {**options, "branch": "mlp_dense"})
         return values_out["out"], values_out.get("pre")
 
     return run
@@ -161,20 +170,47 @@ def _reduced(x: jax.Array, carried: jax.Array | None, c: jax_impl.MHCConfig, how
 
 
 def _stack(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
-    weights, layer, state = branch.split(values)[1], _one_layer(values, c), _begin(values, c)
+    weights, layer, state = branch.split(values)[1], _one_layer(values, c, options), _begin(values, c)
     for index in range(options["layers"]):
         state = layer(state, {k: v[index] for k, v in weights.items()})
     return _reduced(*state, c, options["reduce"])
 
 
 def _scanned_stack(values: Any, c: jax_impl.MHCConfig, options: Any) -> dict[str, jax.Array]:
-    weights, layer = branch.split(values)[1], _one_layer(values, c)
+    weights, layer = branch.split(values)[1], _one_layer(values, c, options)
     state, _ = jax.lax.scan(lambda state, w: (layer(state, w), None), _begin(values, c), weights)
     return _reduced(*state, c, options["reduce"])
 
 
 SHARDABLE = {"pre": _pre, "head": _head, "layer": _layer, "stack": _scanned_stack}
 """The stages that x can be sharded in (`jax_mesh`)."""
+
+
+class PallasImplementation(JaxImplementation):
+    """The stages that have kernels, in one compiled function each, and no others."""
+
+    backend = "pallas"
+
+    def __init__(self):
+        super().__init__("jax-pallas", True)
+        self.capabilities = dataclasses.replace(
+            self.capabilities,
+            stages=frozenset({"coefficients", "head", "layer", "post", "pre", "stack"}),
+            dtypes=frozenset(kernels.DTYPES),
+            streams=frozenset(range(1, kernels.MOST_STREAMS + 1)),
+            description=f"jax_impl.kernels, jax {jax.__version__}, jit"
+            + ("" if jax.default_backend() == "tpu" else ", interpreted"),
+        )
+
+    def _stage(
+        self, name: str, function: Callable[..., Any], inputs: Arrays, config: dict[str, Any], cotangents: Any
+    ) -> Result:
+        x: Any = inputs["x" if "x" in inputs else "embedding"]
+        computed = name in ("coefficients", "layer", "pre", "stack")
+        reason = kernels.hindrance(configuration(config), None, narrow=x if computed else None, x=x)
+        if reason:
+            raise NotImplementedError(f"the kernels don't go with {reason}")
+        return super()._stage(name, function, inputs, config, cotangents)
 
 
 def eager() -> JaxImplementation:

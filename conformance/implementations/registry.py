@@ -50,7 +50,7 @@ FETCHED = {
     "fla-core": "fla-core==0.6.0",
 }
 """The package of `witnesses.fetch` that a registered implementation runs, by the beginning of its name."""
-ON_REQUEST = ("torch-inductor", "torch-triton", "jax-explicit")
+ON_REQUEST = ("torch-inductor", "torch-triton", "jax-explicit", "jax-pallas")
 MANY_DEVICES = ("jax", "jax-explicit")
 """What has all devices of a mesh in one process unless told otherwise; others have one process a device."""
 

@@ -23,7 +23,7 @@ PRINT_TABLE = """
 import json, sys
 sys.path.insert(0, "benchmarks")
 import tpu_aot
-print(tpu_aot.table(json.loads(tpu_aot.RESULTS.read_text())["programs"]), end="")
+print(tpu_aot.{}(json.loads(tpu_aot.RESULTS.read_text())["programs"]), end="")
 """
 
 
@@ -46,6 +46,14 @@ def test_the_memory_traffic_on_one_chip() -> None:
     assert [row[1:] for row in rows("What `jax_impl` moves")] == expected
 
 
+def test_the_memory_traffic_of_the_kernels() -> None:
+    programs = recorded("tpu-aot.json")["programs"]
+    kinds = ("forward", "both", "stack", "line", "line-inputs")
+    entries = [programs[f"v5e/1/deepseek-v4/4x4096x4x7168/{kind}/pallas"] for kind in kinds]
+    expected = [[f"{entry['moved units']:.1f}", str(entry["floor units"])] for entry in entries]
+    assert [row[1:] for row in rows("What the kernels of `jax_impl` move")] == expected
+
+
 def test_the_floor_is_the_sum_of_the_passes() -> None:
     *passes, together = [int(row[-1]) for row in rows("What a site has to move")]
     floor = recorded("tpu-aot.json")["programs"]["v5e/1/deepseek-v4/4x4096x4x7168/both"]["floor units"]
@@ -62,12 +70,13 @@ def test_the_memory_that_initialisation_takes() -> None:
     assert f"{held['parameter bytes'] / 1e6:.1f} MB" in PERFORMANCE
 
 
-def test_the_table_of_tpu_figures_is_the_recorded_one() -> None:
+@pytest.mark.parametrize(("name", "table"), [("tpu", "table"), ("tpu kernels", "kernel_table")])
+def test_the_table_of_tpu_figures_is_the_recorded_one(name: str, table: str) -> None:
     pytest.importorskip("flax", reason="benchmarks/tpu_aot.py needs JAX and Flax")
     page = (ROOT / "docs" / "tpu.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- tpu: begin -->\n(.*)<!-- tpu: end -->", page, re.DOTALL)
+    shown = re.search(rf"<!-- {name}: begin -->\n(.*)<!-- {name}: end -->", page, re.DOTALL)
     done = subprocess.run(
-        [sys.executable, "-c", PRINT_TABLE], cwd=ROOT, env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", PRINT_TABLE.format(table)], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     repair = "run: python benchmarks/tpu_aot.py --only 'v5e/1/*/forward' --write docs/tpu.md"
     assert shown and shown[1] == done.stdout, f"{repair}\n{done.stderr[-1000:]}"

@@ -12,23 +12,20 @@ from tests.parity.signatures import PACKAGES, ROOT
 LAID_OUT = "JAX's functions have whole arrays, which are laid out on devices; a process of PyTorch has its part"
 STACKS = "Flax's scan stacks layers along an axis of their parameters; PyTorch has no such stacks"
 LEAN = "PyTorch's eager calls have a path with derivatives of its own, which shares its pieces with the plain one"
+KERNELS = "JAX's kernels are handed what the plain path computes of the sums"
 ONLY = {
     "streams": LEAN,
     "crossing": "a kernel of Triton's projects the streams while it writes them",
     "functional.check_site": "`crossing` checks the same",
-    "functional.coefficients": LEAN,
     "functional.residual_matrix": LEAN,
-    "projections.coefficients": LEAN,
-    "projections.Packed": LEAN,
-    "projections.packed": LEAN,
     "projections.packed_gates": LEAN,
-    "projections.coefficient_dtype": LEAN,
-    "projections.over_rms": LEAN,
     "projections.joined": LEAN,
     "projections.of_joined": LEAN,
     "projections.contract": LEAN,
-    "projections.layer_names": LEAN,
-    "projections.gates_and_matrix": LEAN,
+    "projections.own_gates": KERNELS,
+    "projections.kept": "JAX's checkpoints keep values by name",
+    "projections.Shards.by_layout": LAID_OUT,
+    "projections.Shards.whole": LAID_OUT,
     "residual.start_axis": LEAN,
     "residual.passes": LEAN,
     "residual.permutation_matrices": LEAN,
@@ -66,20 +63,20 @@ PRECISION = "PyTorch's precision is a setting of the whole process (torch_impl.f
 DRAWN = "a module of Flax is handed its random numbers, a module of PyTorch its device"
 ARGUMENTS = {
     "functional.one_hot": ({"shards="}, set(), LAID_OUT),
-    "functional.post_mix": (set(), {"shards=", "backend="}, LAID_OUT),
-    "functional.pre": ({"precision="}, {"backend="}, PRECISION),
-    "functional.head": ({"precision="}, {"backend="}, PRECISION),
+    "functional.coefficients": ({"precision="}, set(), PRECISION),
+    "functional.pre": ({"precision="}, set(), PRECISION),
+    "functional.head": ({"precision="}, set(), PRECISION),
     "projections.check_weights": (set(), {"dim"}, LAID_OUT),
-    "projections.logits": ({"names", "norm", "precision"}, set(), PRECISION),
-    "modules.Site.__init__": ({"rngs", "param_dtype", "precision"}, {"device", "dtype", "backend"}, DRAWN),
+    "projections.logits": ({"precision"}, set(), PRECISION),
+    "modules.Site.__init__": ({"rngs", "param_dtype", "precision"}, {"device", "dtype"}, DRAWN),
     "modules.ManifoldConstrainedHyperConnections.__init__": (
         {"rngs=", "param_dtype=", "precision="},
-        {"device=", "dtype=", "backend="},
+        {"device=", "dtype="},
         DRAWN,
     ),
     "modules.HyperHead.__init__": (
         {"rngs=", "param_dtype=", "precision="},
-        {"device=", "dtype=", "backend="},
+        {"device=", "dtype="},
         DRAWN,
     ),
     "sharding.make_mesh": ({"devices=", "explicit="}, {"device_type="}, APART["sharding"]),
@@ -136,7 +133,8 @@ def test_both_packages_export_the_same_names():
     assert len(exported) == 2 and exported[0] == exported[1]
 
 
-FUSED = ("fused", "fused.balancing", "fused.mixing", "fused.site", "fused.transforms", "kernels")
+FUSED = ("fused", "fused.balancing", "fused.mixing", "fused.site", "fused.transforms")
+KERNELS_OF_JAX = ("kernels.mixing", "kernels.site")
 STANDS_ON = {
     "version": set(),
     "config": set(),
@@ -145,8 +143,8 @@ STANDS_ON = {
     "projections": {"config", "mixing", "residual"},
     "shards": {"projections"},
     "streams": {"residual"},
-    "functional": {"config", "mixing", "projections", "residual", "streams", *FUSED},
-    "crossing": {"config", "functional", "projections", "residual", "fused.crossing", *FUSED},
+    "functional": {"config", "mixing", "projections", "residual", "streams", "kernels", *FUSED, *KERNELS_OF_JAX},
+    "crossing": {"config", "functional", "projections", "residual", "kernels", "fused.crossing", *FUSED},
     "metadata": {"config"},
     "weights": {"config", "functional", "metadata"},
     "modules": {"config", "functional", "models", "shards", "weights"},  # models inside two methods

@@ -39,3 +39,9 @@ def test_what_is_missing_is_told_with_the_line_that_installs_it(monkeypatch):
 )  # fmt: skip
 def test_the_processes_of_a_mesh_are_known_before_it_is_set_up(reference, processes):
     assert registry.processes_of(reference) == processes
+
+
+def test_what_runs_on_request_is_registered_and_no_default():
+    registered = {name for group in PYPROJECT["project"]["entry-points"].values() for name in group}
+    assert set(registry.ON_REQUEST) <= registered
+    assert not set(registry.ON_REQUEST) & set(registry.defaults()[0])
