@@ -55,6 +55,7 @@ class Site:
     streams: int = 4
     dim: int = 4096
     dialect: str = "deepseek-v4"
+    tokens: int = TOKENS
 
     @property
     def config(self) -> MHCConfig:
@@ -69,6 +70,7 @@ SITES = (
     Site("bfloat16, 8 streams", streams=8),
     Site("bfloat16, single pass", dialect="deepseek-v4.1"),
     Site("bfloat16, permutations", dialect="mhc-lite"),
+    Site("bfloat16, 64 tokens", tokens=64),
 )
 
 
@@ -82,22 +84,27 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """Of the kernel, and what it does besides where it mixes first."""
-        return self.kernel.__name__ + (", mixing first" if self.constants.get("FUSED") else "")
+        """Of the kernel, and of what else it does."""
+        if self.constants.get("FUSED"):
+            return f"{self.kernel.__name__}, mixing first"
+        return self.kernel.__name__ + (", of a head" if self.constants.get("HEAD") else "")
 
     def source(self) -> ASTSource:
         """What `triton.compile` takes: types of the arguments, and which are multiples of 16."""
         names = self.kernel.arg_names
         unknown = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
         signature: dict[str, str] = {}
+        ones: dict[str, int] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
         for index, (name, value) in enumerate(zip(names, self._values(), strict=False)):
             signature[name] = _type(value)
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and name not in unknown):
+            if isinstance(value, int) and value == 1 and name not in unknown:  # as Triton does when it launches
+                signature[name], ones[name] = "constexpr", 1
+            elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and name not in unknown):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys((name for name in names if name not in signature), "constexpr")
         constants = {name: value for name, value in self.constants.items() if signature.get(name) == "constexpr"}
-        return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        return ASTSource(fn=self.kernel, signature=signature, constexprs=constants | ones, attrs=attributes)
 
     def _values(self) -> Iterator[Any]:
         """The arguments that aren't constants, by position and then by name."""
@@ -136,7 +143,7 @@ def launches(site: Site) -> list[Launch]:
 
 
 def _site(site: Site) -> None:
-    config, n, T, C = site.config, site.streams, TOKENS, site.dim
+    config, n, T, C = site.config, site.streams, site.tokens, site.dim
     m = 2 * n + config.residual_columns
     x, out, dx, y, u, dy = (torch.empty(T, *one, dtype=site.dtype) for one in 3 * [(n, C)] + 3 * [(C,)])
     matrix, scale, shift = torch.empty(n * C, m), torch.empty(m), torch.empty(m)
@@ -150,6 +157,9 @@ def _site(site: Site) -> None:
     launching.read_back(x, carried, matrix, scale, shift, sums, cotangents, config, False, own)
     after = (torch.empty_like(u), torch.empty_like(pre), torch.empty_like(post), torch.empty_like(H), sums)
     launching.mix_read(y, x, post, H, config, carried, matrix, scale, shift, config, out, after)
+    head_gates = torch.empty(n * C, n), torch.empty(n), torch.empty(n)
+    read = (u, pre, torch.empty(T, 0), torch.empty(T, 0), torch.empty(T, n + 1))
+    launching.read(x, None, *head_gates, config, True, read)
     if config.residual == "sinkhorn":
         launching.balance(H, config, dH)
         launching.balance_back(H, config, dH, torch.empty_like(H))
@@ -181,7 +191,7 @@ def measured(site: Site, target: str) -> Iterator[dict[str, Any]]:
     for launch in launches(site):
         yield {
             "site": site.name, "target": target, "kernel": launch.name,
-            **compiled(launch, target), "moved units": round(launch.moved() / (TOKENS * site.dim * 2), 2),
+            **compiled(launch, target), "moved units": round(launch.moved() / (site.tokens * site.dim * 2), 2),
         }  # fmt: skip
 
 
@@ -228,9 +238,9 @@ def table(held: dict[str, Any]) -> str:
         cells = []
         for target in TARGETS:
             there = {row["site"]: row["registers"] for row in of_kernel if row["target"] == target}
-            cells.append(f"{there[SITES[0].name]} ({min(there.values())} to {max(there.values())})")
+            cells.append(f"{there.get(SITES[0].name, '-')} ({min(there.values())} to {max(there.values())})")
         shared = max(row["shared"] for row in of_kernel) / 1024
-        moved = next(row["moved units"] for row in of_kernel if row["site"] == SITES[0].name)
+        moved = of_kernel[0]["moved units"]
         spilled = sum(row["spilled"] for row in of_kernel)
         lines.append(f"| `{kernel}` | {moved:.2f} | {' | '.join(cells)} | {shared:.0f} | {spilled} |")
     return "\n".join(lines) + "\n"

@@ -14,15 +14,15 @@ from typing import cast
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_impl import functional, kernels
+from torch_impl import functional
 from torch_impl.config import MHCConfig
 from torch_impl.functional import Context
-from torch_impl.fused import chosen
 from torch_impl.fused.crossing import Crossing, TracedCrossing
 from torch_impl.fused.site import Reading
 from torch_impl.fused.transforms import called
-from torch_impl.projections import Weights, coefficient_dtype, layer_names, packed_gates
-from torch_impl.residual import check_shape, wide_dtype, without_autocast
+from torch_impl.projections import Weights, layer_names, packed_gates
+from torch_impl.residual import check_shape, without_autocast
+from torch_impl.streams import expanded
 
 
 def post_pre(
@@ -56,19 +56,14 @@ def post_pre(
     functional.check_site(x, weights, config, carried)
     check_shape("y", y, (config.dim,))
     held = {name: weights[name] for name in functional.weight_shapes(config)}
-    gates = context.post, context.H
-    if mixer.mixing == "activation":
-        gates = context.post.to(x.dtype), context.H.to(x.dtype)
-    narrow = coefficient_dtype(x, config) != wide_dtype(x.dtype)
-    rounded = "coefficients that are rounded to x's dtype" if narrow else ""
-    others = (y, *gates, *held.values(), *(() if carried is None else (carried,)))
-    name = chosen(backend, x, others, "", lambda: rounded or kernels.hindrance(x, config, context.shards))
+    y, gates, H = expanded(y, x, context.post, context.H, mixer)
+    others = (y, gates, *(() if H is None else (H,)), *held.values(), *(() if carried is None else (carried,)))
+    name = functional.engine_of(backend, x, others, config, context.shards)
     with without_autocast(x.device):
         names = layer_names(config)
         scale, shift = packed_gates(x, held, names, config)
         phis = [held[phi] for phi, _, _ in names]
-        H = None if mixer.mix == "identity" else gates[1]
-        inputs = (y, x, gates[0], H, mixer, carried, Reading(config, name), scale, shift, held.get("mhc_norm.scale"))
+        inputs = (y, x, gates, H, mixer, carried, Reading(config, name), scale, shift, held.get("mhc_norm.scale"))
         results = called(Crossing, TracedCrossing, *inputs, *phis)
     u, own, post, H, x, _ = cast(tuple[Tensor, ...], results)
     return u, Context(x, post, H, config, None, backend), own if carried is not None else None

@@ -51,7 +51,7 @@ from torch_impl.projections import (
 )
 from torch_impl.residual import check_shape, wide_dtype, without_autocast
 from torch_impl.residual import residual_matrix as plain_matrix
-from torch_impl.streams import mixed, weighted
+from torch_impl.streams import expanded, mixed, rounded_gates, weighted
 
 __all__ = [
     "SHARDED",
@@ -206,20 +206,18 @@ def post_mix(
     check_shape("x", x, (config.streams, dim))
     check_shape("y", y, (dim,))
     rounded = config.mixing == "activation"
-    if rounded and shards is None:
-        post, H = post.to(x.dtype), H.to(x.dtype)
+    if shards is None:
+        post, H = rounded_gates(x, post, H, config)
     matrix = None if config.mix == "identity" else H
     others = (y, post) if matrix is None else (y, post, matrix)
     name = chosen(backend, x, others, "shards of dim" if shards else "", lambda: kernels.hindrance(x, config, shards))
     if not name:
         return mixed(y, x, post, matrix, str(config.mix), rounded)
-    lead = x.shape[:-2]
-    y, post = y.expand(*lead, -1), post.expand(*lead, -1)
-    matrix = None if matrix is None else matrix.expand(*lead, -1, -1)
+    y, post, matrix = expanded(y, x, post, H, config)
     return cast(Tensor, called(Mixing, TracedMixing, y, x, post, matrix, config.mix, rounded, name))
 
 
-def _of_site(backend: str, x: Tensor, others: Iterable[Tensor], config: MHCConfig, shards: Shards | None) -> str:
+def engine_of(backend: str, x: Tensor, others: Iterable[Tensor], config: MHCConfig, shards: Shards | None) -> str:
     """The engine that a site or a head takes (`fused.chosen`)."""
     narrow = coefficient_dtype(x, config) != wide_dtype(x.dtype)
     rounded = "coefficients that are rounded to x's dtype" if narrow else ""
@@ -257,7 +255,7 @@ def coefficients(
     check_shape("x", x, (config.streams, dim))
     check_weights(weights, weight_shapes(config), dim)
     held = {name: weights[name] for name in weight_shapes(config)}
-    name = _of_site(backend, x, held.values(), config, shards)
+    name = engine_of(backend, x, held.values(), config, shards)
     if name:
         _, pre, post, H, _ = read_site(x, held, layer_names(config), held.get(norm), Reading(config, name, u=False))
         return pre, post, H
@@ -344,7 +342,7 @@ def pre(
     read = check_site(x, weights, config, carried, shards)
     held = {name: weights[name] for name in weight_shapes(config)}
     given = held.values() if read is None else (*held.values(), read)
-    name = _of_site(backend, x, given, config, shards)
+    name = engine_of(backend, x, given, config, shards)
     if name:
         norm = held.get("mhc_norm.scale")
         u, own, post_gates, H, x = read_site(x, held, layer_names(config), norm, Reading(config, name), read)
@@ -404,7 +402,7 @@ def head(
     check_weights(weights, head_shapes(config), dim)
     held, names = {name: weights[name] for name in head_shapes(config)}, [("head_fn", "head_scale", "head_base")]
     own = _of_head(config)
-    name = _of_site(backend, x, held.values(), own, shards)
+    name = engine_of(backend, x, held.values(), own, shards)
     if name:
         return read_site(x, held, names, None, Reading(own, name, head=True))[0]
     with without_autocast(x.device):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from torch_impl.config import MHCConfig
 from torch_impl.residual import wide_dtype, without_autocast
 
 
@@ -34,3 +35,20 @@ def mixed(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, rounde
     if rounded:
         own, across = own.to(x.dtype), across.to(x.dtype)
     return (own + across).to(x.dtype)
+
+
+def rounded_gates(x: Tensor, post: Tensor, H: Tensor, config: MHCConfig) -> tuple[Tensor, Tensor]:
+    """post and H in x's dtype where the configuration mixes in it."""
+    return (post.to(x.dtype), H.to(x.dtype)) if config.mixing == "activation" else (post, H)
+
+
+def expanded(y: Tensor, x: Tensor, post: Tensor, H: Tensor, config: MHCConfig) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, post and H as an engine takes them: for each token of x, and no H where it is the identity.
+
+    Raises:
+        RuntimeError: one of them doesn't broadcast to x.
+    """
+    post, H = rounded_gates(x, post, H, config)
+    lead, n, dim = x.shape[:-2], x.shape[-2], x.shape[-1]
+    matrix = None if config.mix == "identity" else H.expand(*lead, n, n)
+    return y.expand(*lead, dim), post.expand(*lead, n), matrix

@@ -32,7 +32,7 @@ def test_every_kernel_of_a_site_compiles_as_recorded():
     done = run("-m", "benchmarks.triton_aot", "--target", "sm_90", "--site", "bfloat16", "--check")
     assert (done.returncode, done.stderr) == (0, "")
     rows = [line.split("\t") for line in done.stdout.splitlines()]
-    assert len({row[2] for row in rows}) == 10
+    assert len({row[2] for row in rows}) == 12
 
 
 def test_a_spill_and_another_figure_are_told():

@@ -16,6 +16,7 @@ KERNELS = "JAX's kernels are handed what the plain path computes of the sums"
 ONLY = {
     "streams": LEAN,
     "crossing": "a kernel of Triton's projects the streams while it writes them",
+    "functional.engine_of": LEAN,
     "functional.check_site": "`crossing` checks the same",
     "functional.residual_matrix": LEAN,
     "projections.packed_gates": LEAN,
@@ -142,9 +143,9 @@ STANDS_ON = {
     "residual": {"config"},
     "projections": {"config", "mixing", "residual"},
     "shards": {"projections"},
-    "streams": {"residual"},
+    "streams": {"config", "residual"},
     "functional": {"config", "mixing", "projections", "residual", "streams", "kernels", *FUSED, *KERNELS_OF_JAX},
-    "crossing": {"config", "functional", "projections", "residual", "kernels", "fused.crossing", *FUSED},
+    "crossing": {"config", "functional", "projections", "residual", "streams", "fused.crossing", *FUSED},
     "metadata": {"config"},
     "weights": {"config", "functional", "metadata"},
     "modules": {"config", "functional", "models", "shards", "weights"},  # models inside two methods

@@ -19,7 +19,10 @@ pytest.importorskip("triton", reason="triton isn't installed: no kernel can be d
 
 from torch_impl.kernels import launching, plans
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode imports it
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # forward mode imports it
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),  # the interpreter's NumPy
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE: dict[str, Any] = {"streams": 4, "dim": 24, "norm_eps": 1e-6}
 SITES: dict[str, dict[str, Any]] = {
@@ -34,7 +37,7 @@ SITES: dict[str, dict[str, Any]] = {
     "rounded terms": {"mixing": "activation"},
     "single pass": {"pre_from": "previous"},
     "permutations": {"residual": "permutations"},
-    "permutations, 5 streams": {"residual": "permutations", "streams": 5},
+    "permutations, 3 streams": {"residual": "permutations", "streams": 3},
     "identity": {"residual": "identity"},
     **{f"{n} streams": {"streams": n, "guard": "add", "eps": 1e-6} for n in (1, 2, 3, 5, 6, 7, 8)},
     "a width of no power of two": {"dim": 131},
@@ -106,11 +109,15 @@ def test_narrow_streams_are_rounded_once(dtype: torch.dtype):
 
 @pytest.mark.parametrize("large", [False, True])
 def test_blocks_of_a_gpu_and_of_the_interpreter_agree(monkeypatch: pytest.MonkeyPatch, large: bool):
-    sizes = plans.blocks(131, 4, large)
-    assert sizes.tokens * sizes.channels >= 1024 and sizes.plain_channels >= 131
-    monkeypatch.setattr(launching, "blocks", lambda dim, streams, _: plans.blocks(dim, streams, large))
+    monkeypatch.setattr(launching, "blocks", lambda dim, columns, _: plans.blocks(dim, columns, large))
     given = site({"dim": 131, "guard": "add", "eps": 1e-6}, lead=(37,))
     assert_close(values_and_gradients(*given, "triton"), values_and_gradients(*given, "plain"), 1e-5)
+    config, weights, x, _ = given
+    results = []
+    for backend in ("triton", "plain"):
+        u, context, _ = torch_impl.pre(x, weights, config, backend=backend)
+        results.append(post_pre(u, context, weights, config, backend=backend)[0].detach())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_tokens_bits_do_not_depend_on_how_many_there_are(monkeypatch: pytest.MonkeyPatch):
@@ -128,7 +135,9 @@ def test_a_tokens_bits_do_not_depend_on_how_many_there_are(monkeypatch: pytest.M
 
 
 def test_sums_over_segments_of_tokens_are_added(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launching, "SEGMENT", 64)
+    monkeypatch.setattr(plans, "SEGMENT", 64)
+    assert plans.segments_of(150) == (3, 64)
+    assert plans.segments_of(1 << 20) == (32, 32768)
     given = site({"guard": "add", "eps": 1e-6}, lead=(150,))
     assert_close(values_and_gradients(*given, "triton"), values_and_gradients(*given, "plain"), 1e-5)
 
@@ -178,6 +187,63 @@ def test_from_one_site_to_the_next(name: str):
     for index, (actual, plain) in enumerate(zip(results["triton"], results["plain"], strict=True)):
         largest = max(1.0, plain.abs().max().item())
         assert (actual - plain).abs().max().item() <= 1e-4 * largest, index
+
+
+def gates(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """post and H for x ``[2, 9, n, 24]``."""
+    return torch.ones(2, 9, n, device=DEVICE), torch.ones(2, 9, n, n, device=DEVICE)
+
+
+@pytest.mark.parametrize("backend", ["triton", "lean"])
+def test_what_is_mixed_broadcasts_to_x_or_is_refused(unchecked: None, backend: str):
+    config, weights, x, _ = site({})
+    one = x[0, 0].detach()
+    for change in ({"y": one[0]}, {"post": torch.ones(9, 4, device=DEVICE)}, {"H": torch.ones(4, 4, device=DEVICE)}):
+        given = {"y": x[..., 0, :], **dict(zip(("post", "H"), gates(4), strict=True)), **change}
+        actual, plain = (
+            torch_impl.post_mix(given["y"], x, given["post"], given["H"], config, backend=name)
+            for name in (backend, "plain")
+        )
+        torch.testing.assert_close(actual, plain)
+    for change in ({"y": x[:1, :3, 0]}, {"post": gates(3)[0]}, {"H": gates(3)[1]}):
+        given = {"y": x[..., 0, :], **dict(zip(("post", "H"), gates(4), strict=True)), **change}
+        with pytest.raises(RuntimeError, match="expanded size"):
+            torch_impl.post_mix(given["y"], x, given["post"], given["H"], config, backend=backend)
+    u, context, _ = torch_impl.pre(x, weights, config, backend="triton")
+    actual, plain = (post_pre(u[0, 0], context, weights, config, backend=name)[0] for name in ("triton", "plain"))
+    torch.testing.assert_close(actual, plain, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="expanded size"):
+        post_pre(u[:1, :3], context, weights, config, backend="triton")
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 7])
+def test_infinite_and_missing_logits_come_out_where_the_formula_has_them(n: int):
+    rows: list[dict[str, Any]] = [
+        {},
+        {"softmax": "none", "guard": "denominator", "eps": 1e-3},
+        {"logit_limit": 2.0},
+    ]
+    for changes in rows:
+        config = MHCConfig(streams=n, dim=4, **changes)
+        logits = torch.randn(5, n, n, generator=torch.Generator().manual_seed(0))
+        logits[0, 0, :] = -torch.inf
+        logits[1, 0, 0], logits[2, 0, 0], logits[3, :, 0] = torch.nan, torch.inf, -torch.inf
+        logits = logits.to(DEVICE).requires_grad_()
+        results = []
+        for backend in ("triton", "lean", "plain"):
+            H = torch_impl.residual_matrix(logits, config, backend=backend)
+            results.append([H.detach(), *torch.autograd.grad(H.square().sum(), logits)])
+        for actual in results[:2]:
+            for one, other in zip(actual, results[2], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_an_address_that_is_no_multiple_of_16_changes_no_bit():
+    config, weights, x, carried = site({"guard": "add", "eps": 1e-6}, lead=(7,))
+    shifted = torch.cat([x.new_zeros(1), x.detach().flatten()])[1:].view(x.shape)
+    assert shifted.data_ptr() % 16
+    for name, value in run(config, weights, shifted, carried, "triton").items():
+        assert torch.equal(value, run(config, weights, x, carried, "triton")[name]), name
 
 
 def test_gradients_of_some_inputs_alone():
@@ -231,6 +297,12 @@ def test_what_kernels_do_not_serve_is_refused_by_name():
     many = MHCConfig(streams=9, dim=4)
     with pytest.raises(BackendError, match="9 streams: kernels have at most 8"):
         torch_impl.residual_matrix(torch.zeros(1, 9, 9), many, backend="triton")
+    permuted = MHCConfig(streams=5, dim=24, residual="permutations")
+    with pytest.raises(BackendError, match="120 permutations: kernels have at most 64"):
+        torch_impl.post_mix(x[..., 0, :], x.repeat(1, 1, 2, 1)[..., :5, :], *gates(5), permuted, backend="triton")
+    away = {name: value.to("meta") for name, value in weights.items()}
+    with pytest.raises(BackendError, match="tensors on meta beside x on"):
+        torch_impl.pre(x, away, config, backend="triton")
     long = MHCConfig(streams=4, dim=4, iterations=513)
     with pytest.raises(BackendError, match="513 iterations: kernels have at most 512"):
         torch_impl.residual_matrix(torch.zeros(1, 4, 4), long, backend="triton")
@@ -284,6 +356,7 @@ def test_operators_do_as_their_schemas_and_fakes_say():
         "read": (x, None, matrix, scale, shift, text, True, False),
         "read_back": (x, None, matrix, scale, shift, sums, u, pre, post, H, x, text, False, True, True),
         "mix": (u, x, post, H, "in-out", False),
+        "mix_read": (u, x, post, None, text, None, matrix, scale, shift, text),
         "mix_back": (u, x, post, H, "in-out", x),
         "balance": (H, text),
         "balance_back": (H, text, H),

@@ -110,7 +110,10 @@ def chosen(backend: str, x: Tensor, others: Iterable[Tensor], lean: str, triton:
     if backend == "plain":
         return ""
     others = tuple(others)
-    reason = triton() or _subclass(x, others) if backend == "triton" else lean or _hindrance(x, others)
+    if backend == "triton":
+        reason = triton() or _subclass(x, others) or _elsewhere(x, others)
+    else:
+        reason = lean or _hindrance(x, others)
     if reason and backend != "auto":
         raise BackendError(f"backend={backend!r} doesn't go with {reason}: take 'auto', which finds a path that does")
     return "" if reason else "triton" if backend == "triton" else "lean"
@@ -120,6 +123,12 @@ def _subclass(x: Tensor, others: Iterable[Tensor]) -> str:
     if torch.compiler.is_compiling() or all(type(value) in KINDS for value in (x, *others)):
         return ""
     return f"a subclass of Tensor ({type(x).__name__})"
+
+
+def _elsewhere(x: Tensor, others: Iterable[Tensor]) -> str:
+    """An operator of our own runs where one of its tensors is, wherever the others are."""
+    apart = {str(value.device) for value in others if value.device != x.device}
+    return f"tensors on {', '.join(sorted(apart))} beside x on {x.device}" if apart else ""
 
 
 def _hindrance(x: Tensor, others: Iterable[Tensor]) -> str:

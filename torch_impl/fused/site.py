@@ -62,6 +62,8 @@ def read_site(
 ) -> Read:
     """What a site computes of x by the (phi, scale, shift) of these names."""
     with without_autocast(x.device):
+        if reading.engine == "triton":
+            x = x.contiguous()  # once, for this kernel and for those that mix x later
         scale, shift = packed_gates(x, weights, names, reading.config)
         phis = [weights[phi] for phi, _, _ in names]
         inputs = (x, carried, reading, scale, shift, norm, *phis)

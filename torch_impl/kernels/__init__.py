@@ -19,6 +19,8 @@ from torch_impl.projections import Shards
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_STREAMS = 8
+MOST_COLUMNS = MOST_STREAMS**2
+"""The columns of H's projection are held in registers: the 120 permutations of 5 streams are too many."""
 MOST_ITERATIONS = 512
 """The way back keeps the total of every pass in registers."""
 
@@ -61,6 +63,8 @@ def hindrance(x: Tensor, config: MHCConfig, shards: Shards | None = None) -> str
         return f"{str(x.dtype).removeprefix('torch.')}: kernels take float32, bfloat16 and float16"
     if config.streams > MOST_STREAMS:
         return f"{config.streams} streams: kernels have at most {MOST_STREAMS}"
+    if config.residual_columns > MOST_COLUMNS:
+        return f"{config.residual_columns} permutations: kernels have at most {MOST_COLUMNS}"
     if (config.iterations or 0) > MOST_ITERATIONS:
         return f"{config.iterations} iterations: kernels have at most {MOST_ITERATIONS}"
     if not (x.is_cuda or x.is_meta or interpreted()):

@@ -15,7 +15,10 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 @triton.jit
 def exp(x):
-    """``exp(x)`` of x <= 0 in float32: by one product with log2(e) it would be off by 7e-6 of itself at x = -80."""
+    """``exp(x)`` of x <= 0 in float32: by one product with log2(e) it would be off by 7e-6 of itself at x = -80.
+
+    Below -87.3 it is 0 on NVIDIA's GPUs, where a result has no subnormal numbers.
+    """
     x = tl.where(x < -150.0, -150.0, x)  # so that -inf gives 0, and NaN stays NaN
     whole = tl.floor(x * 1.4426950408889634 + 0.5)
     # log(2) in two parts, the first of 9 bits: its product with a whole number is exact.

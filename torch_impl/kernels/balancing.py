@@ -13,8 +13,8 @@ import triton.language as tl
 
 from torch_impl.kernels.arithmetic import exp, rounded
 
-LOWEST = tl.constexpr(-1e38)
-"""A logit beyond n: it loses against every other, and its difference from another is a number."""
+LOWEST = tl.constexpr(float("-inf"))
+"""A logit beyond n: it loses against every other, also where a whole line is -inf and must give NaN."""
 COLUMNS = tl.constexpr(1)
 """The axis that a pass over columns sums over; a pass over rows sums over 2."""
 
@@ -146,7 +146,7 @@ def pulled(
         g = g * (first if GUARD == "none" else soft)
         g = g - soft * tl.expand_dims(tl.sum(g, START), START)
     if LIMITED:
-        g = tl.where((raw > limit) | (raw < -limit), 0.0, g)
+        g = tl.where((raw <= limit) & (raw >= -limit), g, 0.0)  # 0 for NaN too, as `Tensor.clamp` has it
     return g
 
 

@@ -56,7 +56,7 @@ def _read(
     x: Tensor, carried: Tensor | None, matrix: Tensor, scale: Tensor, shift: Tensor, config: str, u: bool, head: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x ``[T, n, C]``, carried ``[T, n]``, matrix ``[n * C, m]``, scale and shift ``[m]``."""
-    results = _empty_of_read(x, matrix.shape[1], _config(config), u, head)
+    results = _empty_of_read(x, matrix.shape[1], u, head)
     if len(x):
         launching.read(x, carried, matrix, scale, shift, _config(config), head, results)
     return results
@@ -64,12 +64,10 @@ def _read(
 
 @_read.register_fake
 def _(x, carried, matrix, scale, shift, config, u, head):  # type: ignore[no-untyped-def]
-    return _empty_of_read(x, matrix.shape[1], _config(config), u, head)
+    return _empty_of_read(x, matrix.shape[1], u, head)
 
 
-def _empty_of_read(
-    x: Tensor, m: int, config: MHCConfig, u: bool, head: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _empty_of_read(x: Tensor, m: int, u: bool, head: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, n, dim = x.shape
     new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     read = torch.empty(T if u else 0, dim, dtype=x.dtype, device=x.device)
@@ -91,7 +89,12 @@ def _read_back(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The cotangents of x, carried, matrix ``[m, n * C]``, scale and shift; empty where not wanted."""
     results = _empty_of_back(x, carried, matrix, of_x, of_matrix)
-    if len(x):
+    if du is None:
+        results[1].zero_()
+    if not len(x):
+        for value in results:
+            value.zero_()
+    else:
         cotangents = (du, dpre, dpost, dH, further)
         launching.read_back(x, carried, matrix, scale, shift, sums, cotangents, _config(config), head, results)
     return results
@@ -106,7 +109,7 @@ def _empty_of_back(
     x: Tensor, carried: Tensor | None, matrix: Tensor, of_x: bool, of_matrix: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     m = matrix.shape[1]
-    new = functools.partial(torch.zeros, dtype=torch.float32, device=x.device)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x) if of_x else x.new_empty(0)
     dcarried = new(0) if carried is None else new(carried.shape)
     return dx, dcarried, new(m, matrix.shape[0]) if of_matrix else new(0), new(m), new(m)
@@ -226,7 +229,7 @@ def _mix_read(
     scale: Tensor, shift: Tensor, config: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The streams ``[T, n, C]`` that a site writes, and what `_read` returns of them."""
-    out, results = torch.empty_like(x), _empty_of_read(x, matrix.shape[1], _config(config), True, False)
+    out, results = torch.empty_like(x), _empty_of_read(x, matrix.shape[1], True, False)
     if len(x):
         mixing = (y, x, post, H, _config(mixer))
         launching.mix_read(*mixing, carried, matrix, scale, shift, _config(config), out, results)
@@ -235,7 +238,7 @@ def _mix_read(
 
 @_mix_read.register_fake
 def _(y, x, post, H, mixer, carried, matrix, scale, shift, config):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), *_empty_of_read(x, matrix.shape[1], _config(config), True, False)
+    return torch.empty_like(x), *_empty_of_read(x, matrix.shape[1], True, False)
 
 
 def mix_read(

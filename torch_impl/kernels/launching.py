@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from torch import Tensor
 from torch_impl.config import MHCConfig
 from torch_impl.kernels import balancing, interpreted, mixing, site, site_back
 from torch_impl.kernels.plans import (
-    SEGMENT,
+    Columns,
+    aligned,
     blocks,
     blocks_of,
     columns_of,
@@ -22,8 +22,10 @@ from torch_impl.kernels.plans import (
     options_of,
     padded,
     projections,
+    segments_of,
     sinkhorn,
     split,
+    streams_alone,
     table,
 )
 
@@ -33,7 +35,7 @@ def read(
     results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """Fills u, pre, post, H and the sums."""
-    u = results[0]
+    u, x = results[0], aligned(x)
     columns, wanted = columns_of(config, head), len(u) > 0
     parts, count = _sums(x, matrix, config, columns, (carried, u) if wanted and carried is not None else None)
     _finish(x, parts, count, scale, shift, config, columns, results, wanted and carried is None)
@@ -47,6 +49,7 @@ def mix_read(
     results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """Fills the streams that a site writes, and u, pre, post, H and the sums of the next."""
+    y, x, post, H = aligned(y), aligned(x), aligned(post), None if H is None else aligned(H)
     columns, reading = columns_of(config, False), None if carried is None else (carried, results[0])
     parts, count = _sums(x, matrix, config, columns, reading, (y, post, H, mixer, out))
     _finish(out, parts, count, scale, shift, config, columns, results, carried is None)
@@ -55,7 +58,7 @@ def mix_read(
 
 
 def _sums(
-    x: Tensor, matrix: Tensor, config: MHCConfig, columns: dict[str, Any], reading: tuple[Tensor, Tensor] | None,
+    x: Tensor, matrix: Tensor, config: MHCConfig, columns: Columns, reading: tuple[Tensor, Tensor] | None,
     fused: tuple[Tensor, Tensor, Tensor | None, MHCConfig, Tensor] | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """The sums ``[parts, T, m + 1]`` over the parts of dim, and how many parts.
@@ -64,41 +67,40 @@ def _sums(
         reading: gates that are carried, and the u that they read.
         fused: y, post, H, the configuration of the site that mixes x first, and what it writes.
     """
-    T, n, dim = x.shape
-    m, block = matrix.shape[1], blocks(dim, n, interpreted())
+    T, _, dim = x.shape
+    m, block = matrix.shape[1], blocks(dim, columns, interpreted())
     pieces = split(dim, T, block.channels)
     parts = torch.empty(pieces.parts, T, m + 1, dtype=torch.float32, device=x.device)
-    of_gates, of_matrix = projections(matrix, config, columns)
+    of_gates, of_matrix = projections(matrix, columns)
     carried, u = reading or (parts, x)
     y, post, H, mixer, out = fused or (x, parts, None, None, x)
-    # All streams of a block are held where they are mixed first.
-    channels = min(block.channels, 32) if fused and not interpreted() else block.channels
     launch(
         site.sums_kernel, (blocks_of(T, block.tokens), pieces.parts),
         x, of_gates, of_matrix, parts, carried, u, y, post, parts if H is None else H, out, T, dim,
         pieces.size, pieces.each, m,
         FUSED=str(mixer.mix) if mixer else "", ROUNDED=bool(mixer and mixer.mixing == "activation"),
-        READ=reading is not None, B=block.tokens, BC=channels, **columns, **options_of(columns, fused is not None),
+        READ=reading is not None, B=block.tokens, BC=block.mixed if fused else block.channels,
+        **columns._asdict(), **options_of(columns, fused is not None),
     )  # fmt: skip
     return parts, pieces.parts
 
 
 def _finish(
-    x: Tensor, parts: Tensor, count: int, scale: Tensor, shift: Tensor, config: MHCConfig, columns: dict[str, Any],
+    x: Tensor, parts: Tensor, count: int, scale: Tensor, shift: Tensor, config: MHCConfig, columns: Columns,
     results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], wanted: bool,
 ) -> None:  # fmt: skip
     """Fills pre, post, H, the sums, and u where it is wanted."""
     u, pre, post, H, sums = results
-    T, n, dim = x.shape
-    block, recipe = blocks(dim, n, interpreted()), sinkhorn(config)
-    channels = min(block.plain_channels, 128) if not interpreted() else block.plain_channels
-    grid = blocks_of(T, block.tokens), blocks_of(dim, channels) if wanted else 1
+    T, _, dim = x.shape
+    block, recipe = blocks(dim, columns, interpreted()), sinkhorn(config)
+    grid = blocks_of(T, block.tokens), blocks_of(dim, block.last) if wanted else 1
     launch(
         site.finish_kernel, grid,
         x, parts, scale, shift, table(config, columns, scale), sums, pre, post, H, u, T, dim, count,
-        parts.shape[2] - 1, config.norm_eps, config.pre_eps, config.post_scale, config.post_eps, **recipe.numbers,
-        KIND=kind(config, columns["HEAD"]), MEAN=config.norm_eps_position == "mean", READ=wanted,
-        B=block.tokens, BC=channels, **options_of(columns), **{**recipe.constants, **columns},
+        parts.shape[2] - 1, float(config.norm_eps), float(config.pre_eps), float(config.post_scale),
+        float(config.post_eps), **recipe.numbers,
+        KIND=kind(config, columns.HEAD), MEAN=config.norm_eps_position == "mean", READ=wanted,
+        B=block.tokens, BC=block.last, **options_of(columns), **recipe.constants, **columns._asdict(),
     )  # fmt: skip
 
 
@@ -109,18 +111,20 @@ def read_back(
 ) -> None:  # fmt: skip
     """Fills the cotangents of x, carried, the matrix, scale and shift."""
     dx, dcarried, dmatrix, dscale, dshift = results
-    du, dpre, dpost, dH, further = cotangents
+    du, dpre, dpost, dH, further = (None if value is None else aligned(value) for value in cotangents)
+    x, sums = aligned(x), aligned(sums)
     T, n, dim = x.shape
-    m, columns, block = matrix.shape[1], columns_of(config, head), blocks(dim, n, interpreted())
+    m, columns = matrix.shape[1], columns_of(config, head)
+    block = blocks(dim, columns, interpreted())
     new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     count, parts = 1, sums
     if du is not None:
         pieces = split(dim, T, block.plain_channels)
         count, parts = pieces.parts, new(pieces.parts, T, n)
         launch(
-        site_back.read_back_kernel, (blocks_of(T, block.plain_tokens), pieces.parts),
-        x, du, parts, T, dim, pieces.size, pieces.each, N=n, NP=columns["NP"], B=block.plain_tokens,
-            BC=block.plain_channels,
+            site_back.read_back_kernel, (blocks_of(T, block.plain_tokens), pieces.parts),
+            x, du, parts, T, dim, pieces.size, pieces.each, N=n, NP=columns.NP,
+            B=block.plain_tokens, BC=block.plain_channels,
         )  # fmt: skip
     dz, dzh, dsums, slope, gates = new(T, m), new(T, m), new(T, m), new(T), new(T, n)
     recipe, kept = sinkhorn(config), kept_of(config)
@@ -129,25 +133,25 @@ def read_back(
         site_back.small_back_kernel, (blocks_of(T, kept["B"]),),
         sums, scale, shift, table(config, columns, scale), parts,
         *(sums if value is None else value for value in (dpre, dpost, dH)), dz, dzh, dsums, slope, gates, dcarried,
-        T, count, m, n * dim, config.norm_eps, config.pre_eps, config.post_scale, **recipe.numbers,
+        T, count, m, n * dim, float(config.norm_eps), float(config.pre_eps), float(config.post_scale), **recipe.numbers,
         KIND=kind(config, head), MEAN=config.norm_eps_position == "mean",
         OWN=du is not None and carried is None, CARRIED=du is not None and carried is not None,
         OF_PRE=dpre is not None, OF_POST=dpost is not None, OF_H=dH is not None, **kept,
-        **{**recipe.constants, **columns},
+        **recipe.constants, **columns._asdict(),
     )  # fmt: skip
     dscale.copy_(dzh.sum(0))
     dshift.copy_(dz.sum(0))
     if not (len(dx) or len(dmatrix)):
         return
-    of_gates, of_matrix = projections(matrix, config, columns)
-    segments = blocks_of(T, SEGMENT)
+    of_gates, of_matrix = projections(matrix, columns)
+    segments, size = segments_of(T)
     shares = new(segments, m, n * dim) if segments > 1 and len(dmatrix) else dmatrix
     launch(
         site_back.large_back_kernel, (n * blocks_of(dim, block.channels), segments),
         x, x if du is None else du, gates if carried is None else carried, x if further is None else further,
-        of_gates, of_matrix, dsums, slope, dx, shares, T, dim, m, SEGMENT,
+        of_gates, of_matrix, dsums, slope, dx, shares, T, dim, m, size,
         READ=du is not None, FURTHER=further is not None, OF_X=len(dx) > 0,
-        OF_PHI=len(dmatrix) > 0, B=block.tokens, BC=block.channels, **columns,
+        OF_PHI=len(dmatrix) > 0, B=block.tokens, BC=block.channels, **columns._asdict(),
     )  # fmt: skip
     if shares is not dmatrix:
         torch.sum(shares, 0, out=dmatrix)
@@ -155,11 +159,13 @@ def read_back(
 
 def mix(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, how: str, rounded: bool, out: Tensor) -> None:
     """Fills the streams."""
+    y, x, post, H = aligned(y), aligned(x), aligned(post), None if H is None else aligned(H)
     T, n, dim = x.shape
-    block = blocks(dim, n, interpreted())
+    columns = streams_alone(n)
+    block = blocks(dim, columns, interpreted())
     launch(
         mixing.mix_kernel, (blocks_of(T, block.plain_tokens), blocks_of(dim, block.plain_channels)),
-        y, x, post, post if H is None else H, out, T, dim, MIX=how, ROUNDED=rounded, N=n, NP=padded(n),
+        y, x, post, post if H is None else H, out, T, dim, MIX=how, ROUNDED=rounded, N=n, NP=columns.NP,
         B=block.plain_tokens, BC=block.plain_channels,
     )  # fmt: skip
 
@@ -169,15 +175,18 @@ def mix_back(
     results: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """Fills the cotangents of y, x, post and H."""
+    y, x, post, H = aligned(y), aligned(x), aligned(post), None if H is None else aligned(H)
+    cotangent = aligned(cotangent)
     dy, dx, dpost, dH = results
     T, n, dim = x.shape
-    block, side = blocks(dim, n, interpreted()), n if H is None else n + n * n
+    columns, side = streams_alone(n), n if H is None else n + n * n
+    block = blocks(dim, columns, interpreted())
     pieces = split(dim, T, block.plain_channels)
     parts = torch.empty(pieces.parts, T, side, dtype=torch.float32, device=x.device)
     launch(
         mixing.mix_back_kernel, (blocks_of(T, block.plain_tokens), pieces.parts),
         y, x, post, post if H is None else H, cotangent, dy, dx, parts, T, dim, pieces.size, pieces.each, MIX=how, N=n,
-        NP=padded(n), B=block.plain_tokens, BC=block.plain_channels,
+        NP=columns.NP, B=block.plain_tokens, BC=block.plain_channels,
     )  # fmt: skip
     total = parts[0]
     if pieces.parts > 1:
@@ -192,28 +201,17 @@ def balance(logits: Tensor, config: MHCConfig, H: Tensor) -> None:
     """Fills H."""
     recipe, size = sinkhorn(config), 32
     launch(
-        balancing.balance_kernel,
-        (blocks_of(len(logits), size),),
-        logits,
-        H,
-        len(logits),
-        **recipe.numbers,
-        **recipe.constants,
-        B=size,
-    )
+        balancing.balance_kernel, (blocks_of(len(logits), size),),
+        aligned(logits), H, len(logits), **recipe.numbers, **recipe.constants,
+        N=config.streams, NP=padded(config.streams), B=size,
+    )  # fmt: skip
 
 
 def balance_back(logits: Tensor, config: MHCConfig, cotangent: Tensor, result: Tensor) -> None:
     """Fills the cotangent of the logits."""
     recipe, kept = sinkhorn(config), kept_of(config)
     launch(
-        balancing.balance_back_kernel,
-        (blocks_of(len(logits), kept["B"]),),
-        logits,
-        cotangent,
-        result,
-        len(logits),
-        **recipe.numbers,
-        **recipe.constants,
-        **kept,
-    )
+        balancing.balance_back_kernel, (blocks_of(len(logits), kept["B"]),),
+        aligned(logits), aligned(cotangent), result, len(logits), **recipe.numbers, **recipe.constants,
+        N=config.streams, NP=padded(config.streams), **kept,
+    )  # fmt: skip

@@ -15,39 +15,48 @@ from torch_impl.config import MHCConfig
 from torch_impl.residual import ROWS, passes, permutation_matrices, start_axis
 
 FEW = 2048
-"""Tokens below which the chunks of dim go to programs of their own; above, the tokens alone fill a GPU."""
-SEGMENT = 2048
-"""Tokens that one program adds up into its part of the projections' cotangent."""
+"""Tokens up to which the chunks of dim go to programs of their own; above, the tokens alone fill a GPU."""
+SEGMENT, MOST_SEGMENTS = 2048, 32
+"""Tokens that one program adds up into its part of the projections' cotangent, and how many parts there are at most."""
 MOST_CHUNKS = 8
 NUMBERS = 1024
 """Channels times tokens of a block, where no product of matrices is in it: 8 numbers a thread."""
+KEPT = 4096
+"""Totals of Sinkhorn's passes that a program keeps on the way back."""
+
+
+class Columns(NamedTuple):
+    """The columns of the sums as kernels hold them.
+
+    Attributes:
+        HEAD: they are those of a head's gates alone.
+        N, NP: streams, and the power of two that they are held as.
+        R, WIDTH: columns of H's projection as they are held, and how many of them count; 0 where there are none.
+    """
+
+    HEAD: bool
+    N: int
+    NP: int
+    R: int
+    WIDTH: int
 
 
 class Blocks(NamedTuple):
-    """Tokens and channels of a program's block: of the kernels with products, and of those without."""
+    """Tokens and channels of a program's block.
+
+    Attributes:
+        tokens, channels: of kernels with products.
+        mixed: channels of the one that mixes first, and holds all streams of a block.
+        last: channels of u that are made after the coefficients.
+        plain_tokens, plain_channels: of kernels without products.
+    """
 
     tokens: int
     channels: int
+    mixed: int
+    last: int
     plain_tokens: int
     plain_channels: int
-
-
-def blocks_of(count: int, size: int) -> int:
-    """How many blocks of a size hold so many."""
-    return -(-count // size)
-
-
-def _power(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()
-
-
-@functools.cache
-def blocks(dim: int, streams: int, large: bool) -> Blocks:
-    """Block sizes for a width; large ones for the interpreter, where each operator costs the same whatever its size."""
-    most = 4096 if large else NUMBERS // (2 if streams > 4 else 1)
-    plain = min(most, max(16, _power(dim)))
-    tokens, channels = (64, 512) if large else (16, 64)
-    return Blocks(tokens, min(channels, max(16, _power(dim))), max(1, most // plain), plain)
 
 
 class Split(NamedTuple):
@@ -58,19 +67,21 @@ class Split(NamedTuple):
     parts: int
 
 
-def split(dim: int, tokens: int, block: int) -> Split:
-    """At most `MOST_CHUNKS` chunks of whole blocks, of at least 1,024 channels; one program each if tokens are few."""
-    count = max(1, min(MOST_CHUNKS, dim // 1024))
-    size = blocks_of(blocks_of(dim, count), block) * block
-    count = blocks_of(dim, size)
-    return Split(size, 1, count) if tokens <= FEW else Split(size, count, 1)
-
-
 class Recipe(NamedTuple):
-    """The configuration as the kernels take it."""
+    """The configuration as Sinkhorn's kernels take it."""
 
     numbers: dict[str, Any]
     constants: dict[str, Any]
+
+
+def blocks_of(count: int, size: int) -> int:
+    """How many blocks of a size hold so many."""
+    return -(-count // size)
+
+
+def _power(value: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, value - 1).bit_length()
 
 
 def padded(streams: int) -> int:
@@ -79,79 +90,110 @@ def padded(streams: int) -> int:
 
 
 @functools.cache
+def columns_of(config: MHCConfig, head: bool) -> Columns:
+    """The columns of a site, or of a head."""
+    width = 0 if head else config.residual_columns
+    return Columns(head, config.streams, padded(config.streams), max(16, _power(width)) if width else 0, width)
+
+
+def streams_alone(streams: int) -> Columns:
+    """Of a kernel that has no sums."""
+    return Columns(False, streams, padded(streams), 0, 0)
+
+
+@functools.cache
+def blocks(dim: int, columns: Columns, large: bool) -> Blocks:
+    """Block sizes for a width; large ones for the interpreter, where each operator costs the same whatever its size."""
+    width = max(16, _power(dim))
+    most = 4096 if large else NUMBERS // (2 if columns.N > 4 else 1)
+    plain = min(most, width)
+    if large:
+        return Blocks(64, min(512, width), min(512, width), plain, most // plain, plain)
+    return Blocks(16, min(64, width), min(32, width), min(128, width), most // plain, plain)
+
+
+def split(dim: int, tokens: int, block: int) -> Split:
+    """At most `MOST_CHUNKS` chunks of whole blocks, of at least 1,024 channels; one program each if tokens are few."""
+    count = max(1, min(MOST_CHUNKS, dim // 1024))
+    size = blocks_of(blocks_of(dim, count), block) * block
+    count = blocks_of(dim, size)
+    return Split(size, 1, count) if tokens <= FEW else Split(size, count, 1)
+
+
+def segments_of(tokens: int) -> tuple[int, int]:
+    """How many segments of how many tokens the projections' cotangent is summed over."""
+    size = max(SEGMENT, blocks_of(blocks_of(tokens, MOST_SEGMENTS), 64) * 64)  # a multiple of a block's tokens
+    return blocks_of(tokens, size), size
+
+
+@functools.cache
 def sinkhorn(config: MHCConfig) -> Recipe:
-    """What the Sinkhorn kernels take; for another residual matrix, what they don't look at."""
+    """What Sinkhorn's kernels take; for another residual matrix, what they don't look at."""
     if config.residual != "sinkhorn":
         numbers = {"eps": 0.0, "limit": 0.0, "pairs": 0}
-        shape = {"START": 0, "A": 1, "ODD": False, "GUARD": "none", "LIMITED": False}
-    else:
-        axes = [2 if axis == ROWS else 1 for axis in passes(config)]
-        start = start_axis(config)
-        numbers = {"eps": config.eps or 0.0, "limit": config.logit_limit or 0.0, "pairs": len(axes) // 2}
-        # With one iteration after its softmax a row has a single pass, which is then both first and last.
-        shape = {
-            "START": 0 if start is None else 2 if start == ROWS else 1,
-            "A": axes[0],
-            "ODD": len(axes) % 2 == 1,
-            "GUARD": config.guard,
-            "LIMITED": config.logit_limit is not None,
-        }
-    return Recipe(numbers, {**shape, "N": config.streams, "NP": padded(config.streams)})
+        return Recipe(numbers, {"START": 0, "A": 1, "ODD": False, "GUARD": "none", "LIMITED": False})
+    axes, start = [2 if axis == ROWS else 1 for axis in passes(config)], start_axis(config)
+    numbers = {"eps": float(config.eps or 0), "limit": float(config.logit_limit or 0), "pairs": len(axes) // 2}
+    constants = {
+        "START": 0 if start is None else 2 if start == ROWS else 1,
+        "A": axes[0],
+        "ODD": len(axes) % 2 == 1,
+        "GUARD": config.guard,
+        "LIMITED": config.logit_limit is not None,
+    }
+    return Recipe(numbers, constants)
 
 
 def kept_of(config: MHCConfig) -> dict[str, int]:
     """The block of tokens, and the places of totals, of a kernel that goes back through Sinkhorn."""
     places = _power(max(2, 2 * (config.iterations or 1)))
-    most = 4096 // (places * padded(config.streams))
-    return {"B": max(1, min(16, most)), "K": places}
+    return {"B": max(1, min(16, KEPT // (places * padded(config.streams)))), "K": places}
 
 
-@functools.cache
-def columns_of(config: MHCConfig, head: bool) -> dict[str, Any]:
-    width = 0 if head else config.residual_columns
-    return {
-        "HEAD": head,
-        "N": config.streams,
-        "NP": padded(config.streams),
-        "R": max(16, _power(width)) if width else 0,
-        "WIDTH": width,
-    }
-
-
-def options_of(columns: dict[str, Any], fused: bool = False) -> dict[str, int]:
+def options_of(columns: Columns, fused: bool = False) -> dict[str, int]:
     """How a program with products is compiled; other settings spill on one target or another."""
     if fused:
         return {"num_warps": 8, "num_stages": 1}
-    return {"num_warps": 8, "num_stages": 2} if columns["R"] > 16 else {"num_warps": 4, "num_stages": 3}
+    return {"num_warps": 8, "num_stages": 2} if columns.R > 16 else {"num_warps": 4, "num_stages": 3}
 
 
-def projections(matrix: Tensor, config: MHCConfig, columns: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def projections(matrix: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
     """The projections ``[n * C, m]`` as the kernels read them: gates ``[n * C, 16]``, the rest ``[n * C, R]``."""
-    n, NP = config.streams, columns["NP"]
+    n, NP = columns.N, columns.NP
     gates = matrix.new_zeros(len(matrix), 16)
     gates[:, :n] = matrix[:, :n]
-    if columns["HEAD"]:
+    if columns.HEAD:
         return gates, gates
     gates[:, NP : NP + n] = matrix[:, n : 2 * n]
-    if not columns["R"]:
+    if not columns.R:
         return gates, gates
-    rest = matrix.new_zeros(len(matrix), columns["R"])
-    rest[:, : columns["WIDTH"]] = matrix[:, 2 * n :]
+    rest = matrix.new_zeros(len(matrix), columns.R)
+    rest[:, : columns.WIDTH] = matrix[:, 2 * n :]
     return gates, rest
 
 
-def table(config: MHCConfig, columns: dict[str, Any], like: Tensor) -> Tensor:
+def table(config: MHCConfig, columns: Columns, like: Tensor) -> Tensor:
     """The permutation matrices ``[R, NP * NP]``; what no kernel looks at for another residual matrix."""
-    if config.residual != "permutations" or columns["HEAD"]:
+    if config.residual != "permutations" or columns.HEAD:
         return like
-    n, NP = config.streams, columns["NP"]
-    matrices = like.new_zeros(columns["R"], NP, NP)
-    matrices[: columns["WIDTH"], :n, :n] = permutation_matrices(n, like.device).to(like.dtype)
+    n, NP = columns.N, columns.NP
+    matrices = like.new_zeros(columns.R, NP, NP)
+    matrices[: columns.WIDTH, :n, :n] = permutation_matrices(n, like.device).to(like.dtype)
     return matrices
 
 
 def kind(config: MHCConfig, head: bool) -> str:
+    """How H is made; a head has none."""
     return "none" if head else config.residual
+
+
+def aligned(value: Tensor) -> Tensor:
+    """The tensor packed, and at an address that is a multiple of 16.
+
+    Triton compiles a kernel anew for another address, with another order of its sums.
+    """
+    value = value.contiguous()
+    return value if value.is_meta or value.data_ptr() % 16 == 0 else value.clone()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

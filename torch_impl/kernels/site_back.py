@@ -66,9 +66,10 @@ def small_back_kernel(
 
     Args:
         sums: ``[T, m + 1]``, as dz, dzh and dsums are ``[T, m]``; slope ``[T]``; ``count`` is n * C.
+        scale, shift, table: as for `site.finish_kernel`.
         parts: ``[parts_count, T, n]`` of `read_back_kernel`; they belong to this site's own gates with OWN, to those
             that were carried with CARRIED, and there are none with neither.
-        gates: ``[T, n]``, written again where they are this site's own.
+        gates, dcarried: ``[T, n]``, written with OWN and with CARRIED.
         dpre, dpost, dH: read with OF_PRE, OF_POST and OF_H.
     """
     t = tl.program_id(0) * B + tl.arange(0, B)

@@ -58,7 +58,7 @@ def pulled(logits: Tensor, config: MHCConfig, cotangent: Tensor) -> Tensor:
             g.sub_(inner if guarded is None else inner.masked_fill_(guarded, 0.0)).div_(total)
         g = _of_start(g, z, first, soft, config)
         if config.logit_limit is not None:
-            g.masked_fill_(raw.abs() > config.logit_limit, 0.0)
+            g.masked_fill_((raw.abs() <= config.logit_limit).logical_not_(), 0.0)  # NaN's too, as `clamp` has it
         result[part] = g.permute(2, 0, 1)
     return result
 
