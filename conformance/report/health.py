@@ -31,7 +31,7 @@ PACKAGES = (
 )  # fmt: skip
 EXTRAS = {
     "jax": ("jax", "flax"), "torch": ("torch",), "regenerate": ("flint", "hypothesis"), "report": ("plotly",),
-    "orbax": ("orbax.checkpoint",), "gguf": ("gguf",),
+    "orbax": ("orbax.checkpoint",), "gguf": ("gguf",), "triton": ("triton",),
 }  # fmt: skip
 """The extras of pyproject.toml, and the modules that each brings."""
 TOOLS = {
