@@ -8,8 +8,9 @@ from torch import Tensor
 from torch_impl.lean.balancing import blocks
 from torch_impl.residual import wide_dtype
 
-BLOCK_BYTES = 1 << 24
-"""Bytes of x in float32 that a block of tokens has on a CPU: about what its last cache holds."""
+BLOCK_BYTES = 1 << 21
+"""Bytes of x in float32 that a block of tokens has on a CPU: what its second cache holds. With 16 MiB each temporary is
+mapped anew, page by page, and a site takes up to twice as long."""
 
 
 def parts(tokens: int, width: int, x: Tensor) -> list[slice]:
