@@ -246,6 +246,20 @@ def test_an_address_that_is_no_multiple_of_16_changes_no_bit():
         assert torch.equal(value, run(config, weights, x, carried, "triton")[name]), name
 
 
+def test_kernels_are_launched_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch):
+    entered: list[torch.device] = []
+    own = torch.cuda.device_of
+
+    def device_of(value: torch.Tensor) -> Any:
+        entered.append(value.device)
+        return own(value)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    config, weights, x, carried = site({})
+    run(config, weights, x, carried, "triton")
+    assert entered == 3 * [x.device]  # the sums, the coefficients and u, the mixing
+
+
 def test_gradients_of_some_inputs_alone():
     config, weights, x, carried = site({})
     for wanted in ([x], [weights["res_alpha"]], [weights["pre_beta"]]):
