@@ -99,9 +99,14 @@ class Opened:
 
     def open_all(self) -> None:
         """Opens everything that is folded, also what is folded inside of it, and waits for the pictures."""
-        for _ in range(3):
+        for _ in range(200):
             self.tab.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
-            self.tab.wait_for_timeout(200)
+            self.tab.wait_for_timeout(100)
+            filled = "(d) => d.open && d.children.length > 1"
+            if self.tab.evaluate(f"[...document.querySelectorAll('details')].every({filled})"):
+                break
+        else:
+            pytest.fail("something that is folded is still empty after 20 s")
         wait(self.tab, "(plot) => plot.querySelector('.main-svg')")
 
 
@@ -112,6 +117,12 @@ def wait(tab: Any, holds: str) -> None:
             return
         tab.wait_for_timeout(100)
     pytest.fail(f"a picture isn't as it should be after 20 s: {holds}")
+
+
+def unfold(tab: Any, details: str, inside: str) -> None:
+    """Opens the first of these by its summary, and waits for what is inside: it is made after the click, not in it."""
+    tab.locator(f"{details} > summary").first.click()
+    tab.locator(f"{details}[open]").first.locator(inside).first.wait_for(timeout=20_000)
 
 
 def test_it_opens_with_the_diagnosis_then_groups_then_the_matrix(browser, large):
@@ -135,7 +146,7 @@ def test_a_group_that_leads_has_one_line_and_what_follows_is_folded(browser, lar
             assert leaders.nth(k).locator("pre").inner_text().startswith("mhc-conformance run --impl ")
         followers = tab.locator(".followers")
         assert followers.count() == 1 and followers.locator(".group").count() == 0
-        followers.locator("summary").first.click()
+        unfold(tab, ".followers", ".group")
         assert followers.locator(".group").count() > 0
         assert "follows from" in followers.locator(".group").first.inner_text()
 
@@ -154,7 +165,7 @@ def test_a_name_is_words_however_long_it_is(browser, tmp_path, size):
     made.write(tmp_path / "run.jsonl", [name], [name], checks=600)
     opened = Opened(browser, written(tmp_path / "page.html", [tmp_path / "run.jsonl"]), size)
     with opened as tab:
-        tab.locator("details.failure > summary").first.click()
+        unfold(tab, "details.failure", ".plot .main-svg")
         wait(tab, "(plot) => plot.querySelector('.main-svg')")
         assert tab.locator("img").count() == 0 and len(opened.requests) == 1
         assert name in tab.locator(".diagnosis").inner_text() and name in tab.locator("#matrix").inner_text()
@@ -278,7 +289,7 @@ def test_axe_finds_nothing_serious(browser, which, scheme, size, request):
         if which == "planted":
             opened.open_all()
         else:
-            tab.locator("details.failure > summary").first.click()
+            unfold(tab, "details.failure", ".plot .main-svg")
         assert serious(tab) == []
 
 
@@ -299,6 +310,7 @@ def test_the_keyboard_opens_a_failure_and_filters(browser, large):
         tab.locator("details.failure > summary").first.focus()
         assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
         tab.keyboard.press("Enter")
+        tab.locator("details.failure[open]").first.wait_for()
         assert tab.locator("details.failure").first.get_attribute("open") is not None
         tab.locator("#filter-dtype").focus()
         tab.keyboard.press("ArrowDown")
@@ -339,7 +351,7 @@ def test_a_run_of_ten_implementations_is_small_and_opens_quickly(browser, large)
 def test_the_page_fetches_nothing(browser, planted):
     opened = Opened(browser, planted)
     with opened as tab:
-        tab.locator("details.failure > summary").first.click()
+        unfold(tab, "details.failure", ".plot .main-svg")
         wait(tab, "(plot) => plot.querySelector('.main-svg')")
         assert len(opened.requests) == 1 and opened.requests[0].startswith("file:")
         assert tab.evaluate("performance.getEntriesByType('resource').length") == 0
