@@ -19,18 +19,37 @@ def parts(tokens: int, width: int, x: Tensor) -> list[slice]:
     return list(blocks(tokens, most, x.device))
 
 
+def place(result: Tensor, part: slice, dtype: torch.dtype) -> Tensor | None:
+    """Where a block of a result is written as it is computed; None where it has to be rounded first.
+
+    A copy of a block in float32 takes as long as its product with the matrices.
+    """
+    return result[part] if result.dtype == dtype else None
+
+
+def product(a: Tensor, b: Tensor, result: Tensor, part: slice) -> None:
+    """Puts a batched product into its block of a result."""
+    written = place(result, part, a.dtype)
+    value = torch.bmm(a, b, out=written)
+    if written is None:
+        result[part] = value
+
+
 def mix(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, rounded: bool) -> Tensor:
     """The streams ``[..., n, dim]``."""
     n, dim = x.shape[-2:]
     x3, y2, gates, M = _flat(y, x, post, H, mix)
     out = torch.empty_like(x3)
     for part in parts(len(x3), n * dim, x):
-        wide, own = x3[part].to(gates.dtype), gates[part].unsqueeze(2) * y2[part].to(gates.dtype).unsqueeze(1)
+        wide, written = x3[part].to(gates.dtype), None if rounded else place(out, part, gates.dtype)
+        own = torch.mul(gates[part].unsqueeze(2), y2[part].to(gates.dtype).unsqueeze(1), out=written)
         if rounded:
             across = wide if M is None else torch.bmm(M[part], wide)
             torch.add(own.to(x.dtype), across.to(x.dtype), out=out[part])
-        else:
-            out[part] = own.add_(wide) if M is None else own.baddbmm_(M[part], wide)
+            continue
+        own = own.add_(wide) if M is None else own.baddbmm_(M[part], wide)
+        if written is None:
+            out[part] = own
     return out.view(x.shape)
 
 
@@ -45,13 +64,13 @@ def mix_back(
     dM = None if M is None else torch.empty(M.shape, dtype=gates.dtype, device=x.device)
     for part in parts(len(x3), n * dim, x):
         g, values = g3[part].to(gates.dtype), x3[part].to(gates.dtype)
-        dy[part] = torch.bmm(gates[part].unsqueeze(1), g).squeeze(1)
-        dpost[part] = (g * y2[part].to(gates.dtype).unsqueeze(1)).sum(2)  # a third of a batched product's time
+        product(gates[part].unsqueeze(1), g, dy.unsqueeze(1), part)
+        torch.sum(g * y2[part].to(gates.dtype).unsqueeze(1), 2, out=dpost[part])  # a third of a batched product's time
         if M is None or dM is None:
             dx[part] = g
         else:
-            dx[part] = torch.bmm(M[part].transpose(1, 2), g)
-            dM[part] = torch.bmm(g, values.transpose(1, 2))
+            product(M[part].transpose(1, 2), g, dx, part)
+            product(g, values.transpose(1, 2), dM, part)
     if dM is not None and H is not None:
         dM = (dM.transpose(1, 2) if mix == "in-out" else dM).to(H.dtype).reshape(H.shape)
     return dy.view(y.shape), dx.view(x.shape), dpost.to(post.dtype).view(post.shape), dM

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_impl.config import MHCConfig
 from torch_impl.fused.site import Reading
 from torch_impl.lean.balancing import balanced, pulled
-from torch_impl.lean.mixing import mix, parts
+from torch_impl.lean.mixing import mix, parts, place, product
 from torch_impl.projections import gates_and_matrix, joined, of_joined, over_rms
 from torch_impl.residual import permutations, wide_dtype
 
@@ -33,16 +33,19 @@ def read(
     sums = torch.empty(tokens, m + 1, dtype=wide, device=x.device)
     u = torch.empty(tokens if reading.u else 0, dim, dtype=x.dtype, device=x.device)
     given = None if carried is None else carried.reshape(-1, n).to(wide)
-    for part in parts(tokens, n * dim, x):
+    held, values = parts(tokens, n * dim, x), flat
+    for part in held:
         values = flat[part].to(wide)
         sums[part, :m] = values @ matrix
         # As a product of vectors this takes ten times as long; its root and square round once each.
         sums[part, m] = torch.linalg.vector_norm(values, dim=1).square_()
-        if reading.u:
+        if reading.u and len(held) > 1:  # while the block is in its caches
             gates = _gates(sums[part], scale, shift, c, n) if given is None else given[part]
-            u[part] = torch.bmm(gates.unsqueeze(1), values.view(-1, n, dim)).squeeze(1)
+            product(gates.unsqueeze(1), values.view(-1, n, dim), u.unsqueeze(1), part)
     z = torch.addcmul(shift, scale, _normed(sums, c, n * dim))
     pre, post, H = _small(z, reading, n)
+    if reading.u and len(held) == 1:
+        product((pre if given is None else given).unsqueeze(1), values.view(-1, n, dim), u.unsqueeze(1), held[0])
     return u, pre, post, H, sums
 
 
@@ -75,8 +78,8 @@ def _small(z: Tensor, reading: Reading, n: int) -> tuple[Tensor, Tensor, Tensor]
     if config.residual != "sinkhorn":
         pre, post, H = gates_and_matrix(z, config, z.dtype)
         return pre, post, H.contiguous()
-    pre = torch.sigmoid(z[:, :n]) + config.pre_eps
-    post = config.post_scale * torch.sigmoid(z[:, n : 2 * n]) + config.post_eps
+    gates = torch.sigmoid(z[:, : 2 * n])
+    pre, post = gates[:, :n] + config.pre_eps, config.post_scale * gates[:, n:] + config.post_eps
     return pre, post, balanced(z[:, 2 * n :].reshape(-1, n, n), config)
 
 
@@ -126,13 +129,15 @@ def read_back(
             dmatrix.addmm_(dsums.t(), values)
         if dx is None:
             continue
-        of_x = values * (2 * of_square[part] * (dh * h[part]).sum(1, keepdim=True))
+        written = place(dx, part, wide)
+        of_x = torch.mul(values, 2 * of_square[part] * (dh * h[part]).sum(1, keepdim=True), out=written)
         of_x.addmm_(dsums, matrix.t())
         if received is not None:
             of_x.view(-1, n, dim).addcmul_(gates[part].unsqueeze(2), received.unsqueeze(1))
         if further is not None:
             of_x += further.reshape(-1, n * dim)[part]
-        dx[part] = of_x
+        if written is None:
+            dx[part] = of_x
     return (
         None if dx is None else dx.view(x.shape),
         None if dcarried is None or carried is None else dcarried.to(carried.dtype).view(carried.shape),
