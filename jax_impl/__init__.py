@@ -9,17 +9,15 @@ x = reduce(x, "sum")                                    # [batch, seq, dim]
 
 try:
     from jax_impl.config import MHCConfig
+    from jax_impl.ends import expand, one_hot, reduce
     from jax_impl.functional import (
         Context,
         coefficients,
-        expand,
         head,
-        one_hot,
         post,
         post_mix,
         pre,
         pre_mix,
-        reduce,
         rms_norm,
     )
     from jax_impl.models import load_model, save_model

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from jax_impl import functional, shards, weights
+from jax_impl import ends, functional, shards, weights
 from jax_impl.config import MHCConfig
 
 ALPHA_SCALE = 0.01  # MaxText's initial gating scalars
@@ -157,13 +157,13 @@ class ManifoldConstrainedHyperConnections(Site):
         return functional.pre(x, self.weights(), self.config, carried, **options)
 
     def one_hot(self, x: Float[Array, "... streams dim"]) -> Float[Array, "... streams"]:
-        """Returns the gates that the first site of a single-pass stack reads with (`functional.one_hot`)."""
-        return functional.one_hot(x, shards=shards.current())
+        """Returns the gates that the first site of a single-pass stack reads with (`ends.one_hot`)."""
+        return ends.one_hot(x, shards=shards.current())
 
     def reduce(
         self, x: Float[Array, "... streams dim"], carried: Float[Array, "... streams"] | None = None
     ) -> Float[Array, "... dim"]:
-        """Reduces the streams after the last site as the configuration says (`functional.reduce`).
+        """Reduces the streams after the last site as the configuration says (`ends.reduce`).
 
         Args:
             carried: for ``reduce="carried"`` the last site's pre, else None.
@@ -172,7 +172,7 @@ class ManifoldConstrainedHyperConnections(Site):
             ValueError: the configuration reduces by a head (`HyperHead`) or not at all, or ``carried`` isn't for it.
         """
         options = {"reduction": self.config.reduction, "shards": shards.current()}
-        return functional.reduce(x, str(self.config.reduce), carried, **options)
+        return ends.reduce(x, str(self.config.reduce), carried, **options)
 
     def post(self, y: Float[Array, "... dim"], context: functional.Context) -> Float[Array, "... streams dim"]:
         """Spreads the sub-layer's output over the mixed streams (`functional.post`)."""

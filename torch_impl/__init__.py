@@ -9,17 +9,15 @@ x = reduce(x, "sum")                                    # [batch, seq, dim]
 
 try:
     from torch_impl.config import MHCConfig
+    from torch_impl.ends import expand, one_hot, reduce
     from torch_impl.functional import (
         Context,
         coefficients,
-        expand,
         head,
-        one_hot,
         post,
         post_mix,
         pre,
         pre_mix,
-        reduce,
         residual_matrix,
         rms_norm,
     )

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torch_impl import functional, weights
+from torch_impl import ends, functional, weights
 from torch_impl.config import MHCConfig
 
 if TYPE_CHECKING:
@@ -167,13 +167,13 @@ class ManifoldConstrainedHyperConnections(Site):
         return u, functional.Context(x, post, H, self.config, sharding.shards, self.backend), handed
 
     def one_hot(self, x: Float[Tensor, "... streams dim"]) -> Float[Tensor, "... streams"]:
-        """Returns the gates that the first site of a single-pass stack reads with (`functional.one_hot`)."""
-        return functional.one_hot(x) if self.sharding is None else self.sharding.one_hot(x)
+        """Returns the gates that the first site of a single-pass stack reads with (`ends.one_hot`)."""
+        return ends.one_hot(x) if self.sharding is None else self.sharding.one_hot(x)
 
     def reduce(
         self, x: Float[Tensor, "... streams dim"], carried: Float[Tensor, "... streams"] | None = None
     ) -> Float[Tensor, "... dim"]:
-        """Reduces the streams after the last site as the configuration says (`functional.reduce`).
+        """Reduces the streams after the last site as the configuration says (`ends.reduce`).
 
         Args:
             carried: for ``reduce="carried"`` the last site's pre, else None.
@@ -183,7 +183,7 @@ class ManifoldConstrainedHyperConnections(Site):
         """
         if self.sharding is not None:
             return self.sharding.reduce(x, self.config, carried)
-        return functional.reduce(x, str(self.config.reduce), carried, reduction=self.config.reduction)
+        return ends.reduce(x, str(self.config.reduce), carried, reduction=self.config.reduction)
 
     def post(self, y: Float[Tensor, "... dim"], context: functional.Context) -> Float[Tensor, "... streams dim"]:
         """Spreads the sub-layer's output over the mixed streams (`functional.post`)."""

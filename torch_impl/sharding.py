@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from torch_impl import functional, models
+from torch_impl import ends, functional, models
 from torch_impl.config import MHCConfig
 from torch_impl.modules import ManifoldConstrainedHyperConnections, Mixing, Site
 from torch_impl.shards import TensorShards, agreed, agreed_seed, broadcast, mesh_of, whole
@@ -219,13 +219,13 @@ class Sharding:
         return self._like(out, context.x)
 
     def one_hot(self, x: Tensor) -> Tensor:
-        """`functional.one_hot` of this process's tokens."""
-        return functional.one_hot(self._local(x, "x"))
+        """`ends.one_hot` of this process's tokens."""
+        return ends.one_hot(self._local(x, "x"))
 
     def reduce(self, x: Tensor, config: MHCConfig, carried: Tensor | None) -> Tensor:
-        """`functional.reduce` on parts; ``carried`` is this process's tokens', whole."""
+        """`ends.reduce` on parts; ``carried`` is this process's tokens', whole."""
         local, options = self._local(x, "x"), {"reduction": config.reduction, "shards": self.shards}
-        return self._like(functional.reduce(local, str(config.reduce), carried, **options), x)
+        return self._like(ends.reduce(local, str(config.reduce), carried, **options), x)
 
     def head(self, x: Tensor, parameters: Mapping[str, Tensor], config: MHCConfig, backend: str) -> Tensor:
         """`functional.head` on parts."""

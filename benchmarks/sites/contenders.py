@@ -43,12 +43,12 @@ class Ours(nn.Module):
     def __init__(self, dim: int, weights: Weights, backend: str):
         super().__init__()
         self.config, self.backend = configuration(dim), backend
-        self.held = nn.ParameterDict({name.replace(".", "_"): nn.Parameter(value) for name, value in weights.items()})
-        self.names = {name: name.replace(".", "_") for name in weights}
+        self.weights = {name: nn.Parameter(value) for name, value in weights.items()}
+        for name, value in self.weights.items():
+            self.register_parameter(name.replace(".", "_"), value)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = {name: self.held[key] for name, key in self.names.items()}
-        u, context, _ = functional.pre(x, weights, self.config, backend=self.backend)
+        u, context, _ = functional.pre(x, self.weights, self.config, backend=self.backend)
         return functional.post(u, context)
 
 

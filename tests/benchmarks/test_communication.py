@@ -13,7 +13,7 @@ from hlo.collectives import collectives  # noqa: E402
 from hlo.communication import SiteSize, surplus  # noqa: E402
 from hlo.text import parse  # noqa: E402
 
-from jax_impl import MHCConfig, functional, post, pre, projections, reduce, sharding  # noqa: E402
+from jax_impl import MHCConfig, expand, functional, post, pre, projections, reduce, sharding  # noqa: E402
 
 BATCH, SEQ, DIM = 8, 16, 128
 DIALECTS = ["paper", "maxtext", "mhc-lite", "hunyuan-v4", "megatron", "transformer-engine", "xing-4", "deepseek-v4.1"]
@@ -117,7 +117,7 @@ def test_two_single_pass_sites_send_twice_as_much_and_the_reduction_one_sum(size
 
     def collapsed(streams: Any, weights: Any) -> Any:
         x, carried = both(streams, weights)
-        return functional.expand(reduce(x, "carried", carried, shards=sharding.current()), config.streams), carried
+        return expand(reduce(x, "carried", carried, shards=sharding.current()), config.streams), carried
 
     need = site(config, mesh)
     for backward in (False, True):

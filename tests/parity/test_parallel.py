@@ -63,7 +63,8 @@ APART = {
 PRECISION = "PyTorch's precision is a setting of the whole process (torch_impl.functional, TF32)"
 DRAWN = "a module of Flax is handed its random numbers, a module of PyTorch its device"
 ARGUMENTS = {
-    "functional.one_hot": ({"shards="}, set(), LAID_OUT),
+    "ends.check_carried": ({"shards"}, set(), LAID_OUT),
+    "ends.one_hot": ({"shards="}, set(), LAID_OUT),
     "functional.coefficients": ({"precision="}, set(), PRECISION),
     "functional.pre": ({"precision="}, set(), PRECISION),
     "functional.head": ({"precision="}, set(), PRECISION),
@@ -144,13 +145,24 @@ STANDS_ON = {
     "projections": {"config", "mixing", "residual"},
     "shards": {"projections"},
     "streams": {"config", "residual"},
-    "functional": {"config", "mixing", "projections", "residual", "streams", "kernels", *FUSED, *KERNELS_OF_JAX},
+    "ends": {"mixing", "projections", "residual", "streams"},
+    "functional": {
+        "config",
+        "ends",
+        "mixing",
+        "projections",
+        "residual",
+        "streams",
+        "kernels",
+        *FUSED,
+        *KERNELS_OF_JAX,
+    },
     "crossing": {"config", "functional", "projections", "residual", "streams", "fused.crossing", *FUSED},
     "metadata": {"config"},
     "weights": {"config", "functional", "metadata"},
-    "modules": {"config", "functional", "models", "shards", "weights"},  # models inside two methods
+    "modules": {"config", "ends", "functional", "models", "shards", "weights"},  # models inside two methods
     "models": {"metadata", "modules", "shards", "weights"},
-    "sharding": {"config", "functional", "models", "modules", "projections", "shards"},
+    "sharding": {"config", "ends", "functional", "models", "modules", "projections", "shards"},
 }
 """The modules of its own package that each may import: sharding stands on modules, those on functional."""
 
