@@ -248,16 +248,22 @@ def kernel_table(held: dict[str, dict[str, Any]]) -> str:
         f"| devices | {' | '.join(f'(4, 4096, 4, {width})' for width in WIDTHS)} |",
         f"|---|{'---|' * len(WIDTHS)}",
     ]
-    for generation, topology in TOPOLOGIES.items():
-        for devices, name in topology.items():
-            cells = []
-            for width in WIDTHS:
-                made = [Program(generation, devices, "deepseek-v4", (4, 4096, 4, width), k, "pallas") for k in KINDS]
-                found = [held[one.name] for one in made if one.name in held]
-                cells.append(" / ".join(f"{one['moved units']:.2f}" for one in found))
-            if any(cells):
-                title = f"{devices}, {name}" if devices > 1 else f"1, {generation}"
-                lines.append(f"| {title} | {' | '.join(cells)} |")
+    placed = [
+        (dialect, generation, devices, name)
+        for dialect in ("deepseek-v4", "maxtext")
+        for generation, topology in TOPOLOGIES.items()
+        for devices, name in topology.items()
+    ]
+    for dialect, generation, devices, name in placed:
+        cells = []
+        for width in WIDTHS:
+            made = [Program(generation, devices, dialect, (4, 4096, 4, width), k, "pallas") for k in KINDS]
+            found = [held[one.name] for one in made if one.name in held]
+            cells.append(" / ".join(f"{one['moved units']:.2f}" for one in found))
+        if any(cells):
+            title = f"{devices}, {name}" if devices > 1 else f"1, {generation}"
+            title += ", maxtext's dialect" if dialect == "maxtext" else ""
+            lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += ["", "| one v5e, (4, 4096, 4, 7168), four checkpointed sites | kernels | plain path |", "|---|---|---|"]
     titles = {"stack": "in a scan", "line": "one after the other", "line-inputs": "one after the other, u kept too"}
     for kind, title in titles.items():

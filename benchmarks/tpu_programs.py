@@ -106,6 +106,8 @@ def kernel_programs() -> Iterator[Program]:
                 yield Program(generation, 1, "deepseek-v4", (4, 4096, 4, width), kind, "pallas")
     for kind in KINDS:
         yield Program("v5e", 8, "deepseek-v4", SHAPES[-1], kind, "pallas")
+    for kind in KINDS[:2]:
+        yield Program("v5e", 1, "maxtext", SHAPES[-1], kind, "pallas")
     for backend in ("plain", "pallas"):
         for kind in LINES:
             yield Program("v5e", 1, "deepseek-v4", SHAPES[-1], kind, backend)

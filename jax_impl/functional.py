@@ -187,7 +187,7 @@ def coefficients(
         ValueError: x or a weight of another shape than the configuration's, or a backend that can't be had.
     """
     held = _layer_weights(x, weights, config)
-    if chosen(backend, hindrance(config, shards, precision, narrow=x, x=x)):
+    if chosen(backend, hindrance(config, shards, precision, x=x)):
         x = shards.activation(x) if shards else x
         return read_coefficients(x, held, Reading(config, precision, shards=shards))
     if shards is None:
@@ -249,7 +249,7 @@ def pre(
         carried = check_carried(x, carried, shards)
     elif carried is not None:
         raise ValueError("carried goes with pre_from='previous' alone: this configuration reads with its own pre")
-    if chosen(backend, hindrance(config, shards, precision, narrow=x, x=x)):
+    if chosen(backend, hindrance(config, shards, precision, x=x)):
         reading = Reading(config, precision, shards=shards)
         u, own, post_gates, H, tied = read_layer(x, held, reading, carried)
         context = Context(x, post_gates, H, config, shards, backend, tied)

@@ -206,8 +206,7 @@ class PallasImplementation(JaxImplementation):
         self, name: str, function: Callable[..., Any], inputs: Arrays, config: dict[str, Any], cotangents: Any
     ) -> Result:
         x: Any = inputs["x" if "x" in inputs else "embedding"]
-        computed = name in ("coefficients", "layer", "pre", "stack")
-        reason = kernels.hindrance(configuration(config), None, narrow=x if computed else None, x=x)
+        reason = kernels.hindrance(configuration(config), None, x=x)
         if reason:
             raise NotImplementedError(f"the kernels don't go with {reason}")
         return super()._stage(name, function, inputs, config, cotangents)

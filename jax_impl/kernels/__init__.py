@@ -26,7 +26,7 @@ from jax import Array
 from jax.sharding import AxisType
 
 from jax_impl.config import MHCConfig
-from jax_impl.projections import Shards, coefficient_dtype
+from jax_impl.projections import Shards
 
 BACKENDS = ("auto", "plain", "pallas")
 DTYPES = ("bfloat16", "float32")
@@ -57,14 +57,11 @@ def hindrance(
     config: MHCConfig,
     shards: Shards | None,
     precision: jax.lax.PrecisionLike = None,
-    *,
-    narrow: Array | None = None,
     **arrays: Array | None,
 ) -> str:
     """Why the kernels can't serve a call; empty where they can. Whether a block fits is seen where it is made.
 
     Args:
-        narrow: x, where coefficients of it are computed and may be rounded to its dtype.
         arrays: what is read and written by the kernels, by name.
     """
     for name, value in arrays.items():
@@ -72,8 +69,6 @@ def hindrance(
             return f"{name} in {value.dtype}, only with {' and '.join(DTYPES)}"
     if config.streams > MOST_STREAMS:
         return f"{config.streams} streams, only with up to {MOST_STREAMS}"
-    if narrow is not None and coefficient_dtype(narrow, config) != jnp.float32:
-        return f"coefficients that are rounded to x's dtype, {narrow.dtype}"
     if precision not in PRECISIONS:
         return f"precision={precision}, only with HIGHEST and DEFAULT"
     mesh = jax.sharding.get_abstract_mesh()

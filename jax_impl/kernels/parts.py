@@ -22,7 +22,7 @@ LAYOUTS = {
     **dict.fromkeys(("carried", "pre", "post", "dcarried", "dpre", "dpost"), "gates"),
     **dict.fromkeys(("H", "dH"), "matrix"),
     "sums": "sums",
-    **dict.fromkeys(("phi", "dphi"), "projection"),
+    **dict.fromkeys(("phi", "dphi", "norm", "dnorm"), "projection"),
     **dict.fromkeys(("scale", "shift", "dscale", "dshift"), "whole"),
 }
 """By name, a layout of `Shards.by_layout`."""

@@ -4,6 +4,13 @@
     gates = sigmoid(scale * sums / rms + shift) + pre_eps            # [n]; or they are handed in
     u = sum_i gates[i] * x[i]                                        # [dim]
 
+Where the coefficients are rounded to x's dtype, so is the norm, before it is projected::
+
+    sums = [round(x / rms * norm) phi, sum x^2]                      # [m + 1]
+    gates = round(sigmoid(scale * round(sums) + shift) + pre_eps)    # [n]
+
+Back, in both cases with the sums before the division::
+
     dgates[i] = sum_c du[c] * x[i, c]                                # [n]
     dsums = base + slope * dgates                                    # [m + 1], see `Small`
     dx[i] = gates[i] * du + sum_j W[i, j] * g[j] + dsums phi[i] + 2 * dsums[m] * x[i]
@@ -45,6 +52,9 @@ def read(
     *,
     affine: Array | None = None,
     gates: Array | None = None,
+    rounded: bool = False,
+    norm: Array | None = None,
+    squares: Array | None = None,
 ) -> tuple[Array, Array | None]:
     """Computes the sums, and u where it is told what to read with.
 
@@ -53,6 +63,9 @@ def read(
         phi: ``[n, m, dim]`` in float32.
         affine: ``[2, n]``, scale and shift of the site's own gates, where u is read with these.
         gates: ``[T, n]``, those of the site before, where u is read with these.
+        rounded: whether the coefficients, and the norm before them, are rounded to x's dtype.
+        norm: ``[n, 1, dim]``, the norm's weight, with ``rounded``; else phi has it.
+        squares: ``[T, 1]``, the sum of squares where x has a part of dim alone, with ``rounded``.
 
     Returns:
         The sums ``[T, m + 1]`` in float32, and u ``[T, dim]`` or None.
@@ -66,12 +79,38 @@ def read(
         inputs["gates"] = gates
     if len(inputs) > 2:
         outputs["u"] = Operand((tokens, dim), x.dtype)
-    kernel = partial(_read, config=config, precision=precision)
-    found = run(kernel, "mhc_read", inputs, outputs, shared=("phi", "affine"))
+    inputs |= {name: value for name, value in (("norm", norm), ("squares", squares)) if value is not None}
+    kernel = partial(_read, config=config, precision=precision, rounded=rounded)
+    found = run(kernel, "mhc_read", inputs, outputs, shared=("phi", "affine", "norm"))
     return found["sums"], found.get("u")
 
 
-def _read(refs: Refs, config: MHCConfig, precision: jax.lax.PrecisionLike) -> None:
+def _read(refs: Refs, config: MHCConfig, precision: jax.lax.PrecisionLike, rounded: bool) -> None:
+    x = refs["x"]
+    (_, n, dim), m = x.shape, refs["phi"].shape[1]
+    total, squares = (_rounded_sums if rounded else _sums)(refs, config, precision)
+    refs["sums"][:, :m] = total
+    refs["sums"][:, m:] = squares
+    if "u" not in refs:
+        return
+    if "affine" in refs:
+        scale, shift = refs["affine"][:1], refs["affine"][1:]  # [1, n]
+        h = _round(total[:, :n], x) if rounded else over_rms(total[:, :n], squares / (n * config.dim), config)  # [B, n]
+        gates = own_gates(scale * h + shift, config)
+        gates = _round(gates, x) if rounded else gates
+    else:
+        gates = refs["gates"][...]  # [B, n]
+
+    def weigh(at: Any, state: Any) -> Any:
+        parts = [gates[:, i : i + 1] * x[:, i, at].astype(F32) for i in range(n)]  # [B, K] each
+        refs["u"][:, at] = added(parts).astype(x.dtype)
+        return state
+
+    along(dim, weigh, 0)
+
+
+def _sums(refs: Refs, config: MHCConfig, precision: jax.lax.PrecisionLike) -> tuple[Array, Array]:
+    """The projections ``[B, m]`` of the streams, and their sum of squares ``[B, 1]``."""
     x, phi = refs["x"], refs["phi"]
     (tokens, n, dim), m = x.shape, phi.shape[1]
 
@@ -83,24 +122,38 @@ def _read(refs: Refs, config: MHCConfig, precision: jax.lax.PrecisionLike) -> No
             squares = squares + jnp.sum(stream * stream, axis=1, keepdims=True)  # [B, 1]
         return total, squares
 
-    total, squares = along(dim, project, (jnp.zeros((tokens, m), F32), jnp.zeros((tokens, 1), F32)))
-    refs["sums"][:, :m] = total
-    refs["sums"][:, m:] = squares
-    if "u" not in refs:
-        return
-    if "affine" in refs:
-        scale, shift = refs["affine"][:1], refs["affine"][1:]  # [1, n]
-        normed = over_rms(total[:, :n], squares / (n * config.dim), config)  # [B, n]
-        gates = own_gates(scale * normed + shift, config)
-    else:
-        gates = refs["gates"][...]  # [B, n]
+    return along(dim, project, (jnp.zeros((tokens, m), F32), jnp.zeros((tokens, 1), F32)))
 
-    def weigh(at: Any, state: Any) -> Any:
-        parts = [gates[:, i : i + 1] * x[:, i, at].astype(F32) for i in range(n)]  # [B, K] each
-        refs["u"][:, at] = added(parts).astype(x.dtype)
-        return state
 
-    along(dim, weigh, 0)
+def _rounded_sums(refs: Refs, config: MHCConfig, precision: jax.lax.PrecisionLike) -> tuple[Array, Array]:
+    """The same of the streams once they are normed and rounded to x's dtype; the block is here for both sums."""
+    del precision  # a product of two numbers of x's dtype is exact in float32
+    x, phi = refs["x"], refs["phi"]
+    (tokens, n, dim), m = x.shape, phi.shape[1]
+
+    def square(at: Any, squares: Array) -> Array:
+        for i in range(n):
+            stream = x[:, i, at].astype(F32)  # [B, K]
+            squares = squares + jnp.sum(stream * stream, axis=1, keepdims=True)
+        return squares
+
+    squares = refs["squares"][...] if "squares" in refs else along(dim, square, jnp.zeros((tokens, 1), F32))
+    mean = squares / (n * config.dim)
+
+    def project(at: Any, total: Array) -> Array:
+        for i in range(n):
+            normed = over_rms(x[:, i, at].astype(F32), mean, config)  # [B, K]
+            normed = normed * refs["norm"][i, :, at] if "norm" in refs else normed
+            weights = phi[i, :, at].astype(x.dtype)  # [m, K]
+            total = total + product(normed.astype(x.dtype), weights, (1, 1), jax.lax.Precision.DEFAULT)
+        return total
+
+    return along(dim, project, jnp.zeros((tokens, m), F32)), squares
+
+
+def _round(value: Array, x: Any) -> Array:
+    """Rounded to x's dtype, in float32 still."""
+    return value.astype(x.dtype).astype(F32)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,14 @@ def test_the_kernels_move_the_floor_of_a_site_and_little_more(generation, kind, 
     assert found <= bound, f"{program.name}: {found:.2f} units, at most {bound}"
 
 
+@pytest.mark.parametrize(("kind", "bound"), [("forward", 14.1), ("both", 37.5)])
+def test_a_norm_that_is_rounded_costs_the_kernels_nothing(kind, bound):
+    """The plain path writes the normed streams and reads them again: it moves 30.3 and 86.8."""
+    program = Program("v5e", 1, "maxtext", LARGE, kind, "pallas")
+    found = total(compiled(program).module) / program.unit
+    assert found <= bound, f"{program.name}: {found:.2f} units, at most {bound}"
+
+
 @pytest.mark.parametrize("kind", ["forward", "both"])
 def test_on_a_mesh_the_kernels_send_what_the_plain_path_does(kind):
     program = Program("v5e", 8, "deepseek-v4", LARGE, kind, "pallas")
