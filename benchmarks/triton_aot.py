@@ -11,6 +11,7 @@ once, in units of tokens x dim x 2, for x in bfloat16: what stays in a cache or 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,7 @@ SITES = (
     Site("bfloat16, 8 streams", streams=8),
     Site("bfloat16, single pass", dialect="deepseek-v4.1"),
     Site("bfloat16, permutations", dialect="mhc-lite"),
+    Site("bfloat16, rounded norm", dialect="maxtext"),
     Site("bfloat16, 64 tokens", tokens=64),
 )
 
@@ -148,18 +151,23 @@ def _site(site: Site) -> None:
     x, out, dx, y, u, dy = (torch.empty(T, *one, dtype=site.dtype) for one in 3 * [(n, C)] + 3 * [(C,)])
     matrix, scale, shift = torch.empty(n * C, m), torch.empty(m), torch.empty(m)
     carried = torch.empty(T, n) if config.pre_from == "previous" else None
-    pre, post, H, sums = torch.empty(T, n), torch.empty(T, n), torch.empty(T, n, n), torch.empty(T, m + 1)
-    dpre, dpost, dH, dmatrix = torch.empty(T, n), torch.empty(T, n), torch.empty(T, n, n), torch.empty(m, n * C)
-    launching.read(x, carried, matrix, scale, shift, config, False, (u, pre, post, H, sums))
+    normed = launching.normed(x, config)
+    norm = torch.empty(n * C) if normed and config.norm_weight else None
+    rounded = partial(torch.empty, dtype=site.dtype if normed else torch.float32)
+    pre, post, H, sums = rounded(T, n), rounded(T, n), rounded(T, n, n), torch.empty(T, m + 1)
+    dpre, dpost, dH, dmatrix = torch.empty(T, n), rounded(T, n), rounded(T, n, n), torch.empty(m, n * C)
+    launching.read(x, carried, matrix, norm, scale, shift, config, False, (u, pre, post, H, sums))
     launching.mix(y, x, post, H, str(config.mix), config.mixing == "activation", out)
     launching.mix_back(y, x, post, H, str(config.mix), out, (dy, dx, dpost, dH))
     cotangents, own = (u, None, dpost, dH, out), (dx, dpre, dmatrix, scale, shift)
     launching.read_back(x, carried, matrix, scale, shift, sums, cotangents, config, False, own)
-    after = (torch.empty_like(u), torch.empty_like(pre), torch.empty_like(post), torch.empty_like(H), sums)
-    launching.mix_read(y, x, post, H, config, carried, matrix, scale, shift, config, out, after)
+    if not normed:
+        after = (torch.empty_like(u), torch.empty_like(pre), torch.empty_like(post), torch.empty_like(H), sums)
+        launching.mix_read(y, x, post, H, config, carried, matrix, scale, shift, config, out, after)
     head_gates = torch.empty(n * C, n), torch.empty(n), torch.empty(n)
-    read = (u, pre, torch.empty(T, 0), torch.empty(T, 0), torch.empty(T, n + 1))
-    launching.read(x, None, *head_gates, config, True, read)
+    read = (u, torch.empty(T, n), torch.empty(T, 0), torch.empty(T, 0), torch.empty(T, n + 1))
+    of_head = dataclasses.replace(config, coefficients="float32", matrix="float32")  # as `functional.head` has it
+    launching.read(x, None, head_gates[0], None, *head_gates[1:], of_head, True, read)
     if config.residual == "sinkhorn":
         launching.balance(H, config, dH)
         launching.balance_back(H, config, dH, torch.empty_like(H))

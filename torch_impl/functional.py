@@ -134,9 +134,9 @@ def post_mix(
 def engine_of(backend: str, x: Tensor, others: Iterable[Tensor], config: MHCConfig, shards: Shards | None) -> str:
     """The engine that a site or a head takes (`fused.chosen`)."""
     narrow = coefficient_dtype(x, config) != wide_dtype(x.dtype)
-    rounded = "coefficients that are rounded to x's dtype" if narrow else ""
+    rounded = "passes of Sinkhorn that are rounded to x's dtype" if narrow and config.matrix == "activation" else ""
     triton = lambda: rounded or kernels.hindrance(x, config, shards)  # noqa: E731
-    return chosen(backend, x, others, "shards of dim" if shards else rounded, triton)
+    return chosen(backend, x, others, "shards of dim" if shards else "", triton)
 
 
 def coefficients(

@@ -136,10 +136,24 @@ def joined(phis: Sequence[Tensor], norm: Tensor | None, wide: torch.dtype) -> Te
     return (phi if norm is None else phi * norm.to(wide).unsqueeze(-1)).flatten(0, 1)
 
 
+def rounded_weights(
+    x: Tensor, phis: Sequence[Tensor], norm: Tensor | None, config: MHCConfig
+) -> tuple[list[Tensor], Tensor | None]:
+    """The projections and the norm's weight as they are computed with: wide, rounded first where coefficients are."""
+    rounded = rounding(x, config)
+    return [rounded(phi) for phi in phis], None if norm is None else rounded(norm)
+
+
 def of_joined(
-    dmatrix: Tensor | None, norm: Tensor | None, phis: Sequence[Tensor], wanted: Sequence[bool]
-) -> Iterator[Tensor | None]:
-    """The cotangents of the norm's weight and of each projection, from that of `joined`, ``[m, n * dim]``."""
+    dmatrix: Tensor | None, norm: Tensor | None, phis: Sequence[Tensor], held: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> Iterator[Tensor | None]:  # fmt: skip
+    """The cotangents of the norm's weight and of each projection, from that of `joined`, ``[m, n * dim]``.
+
+    Args:
+        norm, phis: what was joined.
+        held: the weights that they were made of, norm's first, whose dtypes the cotangents have.
+    """
     if dmatrix is None:
         yield from (None for _ in wanted)
         return
@@ -147,9 +161,11 @@ def of_joined(
     if norm is None:
         yield None
     else:
-        yield (of_phi * torch.cat([phi.to(of_phi.dtype) for phi in phis], -1)).sum(-1).to(norm.dtype)
-        of_phi = of_phi * norm.to(of_phi.dtype).unsqueeze(-1)
-    for phi, part in zip(phis, of_phi.split([phi.shape[-1] for phi in phis], -1), strict=True):
+        assert held[0] is not None
+        yield (of_phi * torch.cat(list(phis), -1)).sum(-1).to(held[0].dtype)
+        of_phi = of_phi * norm.unsqueeze(-1)
+    for phi, part in zip(held[1:], of_phi.split([phi.shape[-1] for phi in phis], -1), strict=True):
+        assert phi is not None
         yield part.to(phi.dtype).contiguous()
 
 
@@ -164,7 +180,7 @@ class Packed(NamedTuple):
     shift: Tensor
 
 
-def _rounding(x: Tensor, config: MHCConfig) -> Callable[[Tensor], Tensor]:
+def rounding(x: Tensor, config: MHCConfig) -> Callable[[Tensor], Tensor]:
     """Rounds a weight to the dtype of the coefficients; it is wide from there on, so that gradients are added up
     before they are rounded.
     """
@@ -176,7 +192,7 @@ def packed(
     x: Tensor, weights: Weights, names: Sequence[tuple[str, str, str]], norm: Tensor | None, config: MHCConfig
 ) -> Packed:
     """The weights of every ``(phi, scale, shift)``."""
-    rounded = _rounding(x, config)
+    rounded = rounding(x, config)
     phi = torch.cat([rounded(weights[name]) for name, _, _ in names], -1)  # [n, dim, m]
     return Packed(phi, None if norm is None else rounded(norm), *packed_gates(x, weights, names, config))
 
@@ -185,7 +201,7 @@ def packed_gates(
     x: Tensor, weights: Weights, names: Sequence[tuple[str, str, str]], config: MHCConfig
 ) -> tuple[Tensor, Tensor]:
     """Every scale and every shift, ``[m]`` each."""
-    rounded = _rounding(x, config)
+    rounded = rounding(x, config)
     scales = [rounded(weights[scale]).expand(weights[phi].shape[-1]) for phi, scale, _ in names]
     return torch.cat(scales), torch.cat([rounded(weights[shift]).reshape(-1) for _, _, shift in names])
 

@@ -232,10 +232,12 @@ def triton() -> TorchImplementation:
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, triton's own too
-    from torch_impl import kernels
-    from torch_impl.kernels import arithmetic
+    from triton import language
+    from triton.runtime.jit import JITFunction
 
-    if not gpu and not arithmetic.INTERPRETED:
+    from torch_impl import kernels
+
+    if not gpu and isinstance(language.sum, JITFunction):
         raise ImportError("without a GPU triton must be imported with TRITON_INTERPRET=1, and was without it before")
     return TorchImplementation(
         "torch-triton",

@@ -54,6 +54,12 @@ def test_importing_one_needs_neither_the_other_nor_the_suite(backend):
     assert printed(f"import sys, {name}; print({others!r} & set(sys.modules))") == "set()\n"
 
 
+def test_importing_one_loads_no_compiler(backend):
+    """Dynamo takes seconds, and imports Triton, which reads then whether kernels are interpreted."""
+    name = backend.package.__name__
+    assert printed(f"import sys, {name}; print({{'triton', 'torch._dynamo'}} & set(sys.modules))") == "set()\n"
+
+
 def test_the_version_is_that_of_the_checkout(backend):
     stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert backend.package.__version__ == stated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -105,6 +106,38 @@ def test_narrow_streams_are_rounded_once(dtype: torch.dtype):
     for name in ("u", "out"):
         spacing = torch.finfo(dtype).eps * plain[name].abs().float().clamp(min=1e-3)
         assert ((actual[name].float() - plain[name].float()).abs() <= spacing).all(), name
+
+
+ROUNDING = {"coefficients": "activation", "mixing": "activation"}
+ROUNDED: dict[str, dict[str, Any]] = {
+    "norm weight": {"norm_weight": True},
+    "norm over the root, eps added": {"norm_eps_position": "root", "guard": "add", "eps": 1e-3},
+    "permutations": {"residual": "permutations", "norm_weight": True},
+    "identity, 5 streams": {"residual": "identity", "streams": 5},
+    "several chunks": {"dim": 2100, "norm_weight": True},
+}
+"""Rows whose coefficients are rounded to a narrow x's dtype, and the normed streams before them."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_coefficients_are_rounded_where_plain_operators_round_them(name: str, dtype: torch.dtype):
+    given = site({**ROUNDING, **ROUNDED[name]}, dtype=dtype)
+    actual, plain = (values_and_gradients(*given, backend) for backend in ("triton", "plain"))
+    for key, expected in plain.items():
+        assert actual[key].dtype == expected.dtype
+        largest = max(1.0, expected.abs().max().item())
+        error = (actual[key].double() - expected.double()).abs().max().item()
+        assert error <= 4 * torch.finfo(dtype).eps * largest, key
+
+
+def test_from_a_site_to_one_with_a_rounded_norm():
+    config, weights, x, _ = site({**ROUNDING, "norm_weight": True}, dtype=torch.bfloat16)
+    results = []
+    for backend in ("triton", "plain"):
+        u, context, _ = torch_impl.pre(x, weights, config, backend=backend)
+        results.append(post_pre(u, context, weights, config, backend=backend)[0].detach())
+    torch.testing.assert_close(results[0], results[1], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -305,8 +338,8 @@ def test_what_kernels_do_not_serve_is_refused_by_name():
     wide = {name: value.double() for name, value in weights.items()}
     with pytest.raises(BackendError, match="float64: kernels take float32, bfloat16 and float16"):
         torch_impl.pre(x.double(), wide, config, backend="triton")
-    narrow = MHCConfig(**{**BASE, "coefficients": "activation"})
-    with pytest.raises(BackendError, match="coefficients that are rounded to x's dtype"):
+    narrow = MHCConfig(**{**BASE, **ROUNDING, "matrix": "activation"})
+    with pytest.raises(BackendError, match="passes of Sinkhorn that are rounded to x's dtype"):
         torch_impl.pre(x.bfloat16(), weights, narrow, backend="triton")
     many = MHCConfig(streams=9, dim=4)
     with pytest.raises(BackendError, match="9 streams: kernels have at most 8"):
@@ -358,6 +391,36 @@ def test_operators_are_held_by_compiled_and_exported_graphs():
     assert said == ["mhc.mix.default", "mhc.read.default"]
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU needs no interpreter")
+def test_the_suite_chooses_the_interpreter_itself_and_without_it_a_cpu_is_refused():
+    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    asked = [
+        "--case",
+        "slowest-n2-maxtext-2",
+        "--stage",
+        "residual_matrix",
+        "--dtype",
+        "float32",
+        "--no-modes",
+        "--sizes",
+        "none",
+    ]
+    call = [sys.executable, "-m", "conformance.cli", "run", "--impl", "torch-triton", *asked]
+    said = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True, env=without).stdout
+    assert "1 item ran, 0 failed" in said
+    for how in ("run", "torch.compile(run)"):
+        script = (
+            "import torch, torch_impl\n"
+            "config = torch_impl.MHCConfig(streams=2, dim=4)\n"
+            "run = lambda x: torch_impl.residual_matrix(x, config, backend='triton')\n"
+            f"try: {how}(torch.zeros(1, 2, 2))\n"
+            "except Exception as error: print(error)\n"
+        )
+        call = [sys.executable, "-c", script]
+        said = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True, env=without).stdout
+        assert "a tensor on cpu: kernels run on a GPU, or anywhere with TRITON_INTERPRET=1" in said
+
+
 def test_operators_do_as_their_schemas_and_fakes_say():
     from torch_impl.kernels import engine
 
@@ -365,9 +428,16 @@ def test_operators_do_as_their_schemas_and_fakes_say():
     x, text = x.detach(), engine._text(config)
     matrix = torch.cat([weights[f"{kind}_alpha"].detach() for kind in ("pre", "post", "res")], -1).flatten(0, 1)
     scale, shift = torch.ones(24, device=DEVICE), torch.zeros(24, device=DEVICE)
-    u, pre, post, H, sums = torch.ops.mhc.read(x, None, matrix, scale, shift, text, True, False)
+    u, pre, post, H, sums = torch.ops.mhc.read(x, None, matrix, None, scale, shift, text, True, False)
+    narrow = engine._text(MHCConfig(**{**BASE, **ROUNDING, "norm_weight": True}))
+    norm = torch.ones(len(matrix), device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.mhc.read.default,
+        (x.bfloat16(), None, matrix, norm, scale, shift, narrow, True, False),
+        test_utils=("test_schema", "test_faketensor"),
+    )
     calls = {
-        "read": (x, None, matrix, scale, shift, text, True, False),
+        "read": (x, None, matrix, None, scale, shift, text, True, False),
         "read_back": (x, None, matrix, scale, shift, sums, u, pre, post, H, x, text, False, True, True),
         "mix": (u, x, post, H, "in-out", False),
         "mix_read": (u, x, post, None, text, None, matrix, scale, shift, text),

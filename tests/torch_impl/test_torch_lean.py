@@ -13,6 +13,7 @@ import torch_impl
 from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, functional
 from torch_impl.fused import transforms
 from torch_impl.fused.site import Site
+from torch_impl.lean import mixing
 from torch_impl.residual import permutations
 
 LAYERS = {
@@ -84,6 +85,45 @@ def test_outputs_and_gradients_are_those_of_the_plain_path(name):
     tensors = (x, carried, *weights.values())
     assert_close(lean(*tensors), plain(*tensors))
     assert_close(gradients(lean, leaves(*tensors)), gradients(plain, leaves(*tensors)))
+
+
+ROUNDED = {
+    "norm weight": {"norm_weight": True},
+    "norm over the root, eps added": {"norm_eps_position": "root", "guard": "add", "eps": 1e-3},
+    "permutations": {"residual": "permutations", "norm_weight": True},
+    "identity": {"residual": "identity"},
+    "passes too": {"matrix": "activation"},
+}
+"""Rows whose coefficients are rounded to a narrow x's dtype, and the normed streams before them."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("blocks", [1, 7])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_coefficients_are_rounded_where_the_plain_path_rounds_them(name, blocks, dtype, monkeypatch):
+    monkeypatch.setattr(mixing, "BLOCK_BYTES", mixing.BLOCK_BYTES if blocks == 1 else N * DIM * 4)
+    config, weights, x, _ = site({"coefficients": "activation", "mixing": "activation", **ROUNDED[name]}, torch.float32)
+    tensors = (x.to(dtype), None, *weights.values())
+    (one, first), (other, second) = (
+        (function(*tensors), gradients(function, leaves(*tensors)))
+        for function in (whole(config, "lean"), whole(config, "plain"))
+    )
+    spacing = torch.finfo(dtype).eps
+    for actual, expected in zip((*one, *first), (*other, *second), strict=True):
+        assert actual.dtype == expected.dtype
+        largest = max(1.0, expected.abs().max().item())
+        assert (actual.double() - expected.double()).abs().max() <= 4 * spacing * largest
+
+
+@pytest.mark.parametrize("name", ["norm weight", "permutations"])
+def test_rounded_coefficients_have_transformations_too(name):
+    config, weights, x, _ = site({"coefficients": "activation", "mixing": "activation", **ROUNDED[name]}, torch.float32)
+    lean, plain = (
+        lambda x, backend=backend: whole(config, backend)(x, None, *weights.values()) for backend in ("lean", "plain")
+    )
+    x = x.bfloat16()
+    assert_close(torch.func.vmap(lean)(x), plain(x), 0)
+    assert_close(torch.func.jvp(lean, (x,), (x.cos(),))[1], torch.func.jvp(plain, (x,), (x.cos(),))[1], 2e-2)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -282,14 +322,10 @@ def test_a_backend_that_cannot_be_had_is_refused():
     config, weights, x, _ = site({})
     with pytest.raises(ValueError, match=r"backend must be one of auto, plain, lean, triton, got 'fast'"):
         torch_impl.pre(x, weights, config, backend="fast")
-    narrow = MHCConfig(streams=N, dim=DIM, coefficients="activation")
-    with pytest.raises(ValueError, match=r"backend='lean' doesn't go with coefficients that are rounded to x's dtype"):
-        torch_impl.pre(x.bfloat16(), weights, narrow, backend="lean")
     with pytest.raises(ValueError, match="doesn't go with this residual matrix"):
         torch_impl.residual_matrix(
             torch.zeros(1, 6), MHCConfig(streams=3, dim=1, residual="permutations"), backend="lean"
         )
-    assert torch_impl.pre(x.bfloat16(), weights, narrow)[0].dtype == torch.bfloat16
 
 
 def test_the_default_is_lean_in_eager_calls_alone(monkeypatch):

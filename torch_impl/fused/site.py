@@ -5,6 +5,10 @@
     pre, post, H = gates and residual matrix of z        # computed again on the way back
     u = sum_i pre[i] * x[i]                              # [T, dim]
 
+Where coefficients are rounded to x's dtype, the norm is applied and rounded before the projection: the sums are then
+``[round(x / rms * norm) phi, sum x^2]``, and z is made of them as they are. Derivatives pass over every rounding, so
+that on the way back there is no other difference.
+
 x is an output too: what is computed of it afterwards sends its cotangent here, where it is added while x's is made.
 """
 
@@ -21,12 +25,13 @@ from torch.autograd import Function
 from torch_impl.config import MHCConfig
 from torch_impl.fused import engine, transforms
 from torch_impl.projections import (
+    Packed,
     Weights,
-    contract,
+    coefficient_dtype,
     gates_and_matrix,
-    joined,
-    over_rms,
+    logits,
     packed_gates,
+    rounding,
 )
 from torch_impl.residual import wide_dtype, without_autocast
 from torch_impl.streams import weighted
@@ -46,6 +51,10 @@ class Reading:
     engine: str
     u: bool = True
     head: bool = False
+
+    def rounds(self, x: Tensor) -> bool:
+        """Whether coefficients of x are rounded to its dtype, and the normed streams before them."""
+        return coefficient_dtype(x, self.config) != wide_dtype(x.dtype)
 
 
 Read = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -144,16 +153,14 @@ def twin(
     *phis: Tensor,
 ) -> tuple[Tensor, ...]:
     """What `TracedSite` computes, by operators."""
-    c, wide = reading.config, wide_dtype(x.dtype)
-    n, dim = x.shape[-2:]
-    phi = joined(phis, norm, wide).unflatten(0, (n, dim))
-    squares = x.to(wide).square().sum((-2, -1)).unsqueeze(-1)  # [..., 1]
-    sums = torch.cat([contract(phi, x), squares], -1)  # [..., m + 1]
-    z = scale * over_rms(sums[..., :-1], squares / (n * dim), c) + shift
+    c, rounded = reading.config, rounding(x, reading.config)
+    phi = torch.cat([rounded(value) for value in phis], -1)  # [n, dim, m]
+    z = logits(x, Packed(phi, None if norm is None else rounded(norm), scale, shift), c, None)  # [..., m]
     if reading.head:
         pre = torch.sigmoid(z) + c.pre_eps
         post = H = z[..., :0]
     else:
-        pre, post, H = gates_and_matrix(z, c, z.dtype)
-    u = x.new_empty(0, dim) if not reading.u else weighted(x, pre if carried is None else carried)
-    return u, pre, post, H, x.view_as(x), sums
+        pre, post, H = gates_and_matrix(z, c, coefficient_dtype(x, c))
+    u = x.new_empty(0, x.shape[-1]) if not reading.u else weighted(x, pre if carried is None else carried)
+    nothing = torch.nn.functional.pad(z, (0, 1))  # in place of the sums: nobody goes back by those of a twin
+    return u, pre, post, H, x.view_as(x), nothing

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,38 +23,28 @@ MOST_COLUMNS = MOST_STREAMS**2
 MOST_ITERATIONS = 512
 """The way back keeps the total of every pass in registers."""
 
-
-class Setting(NamedTuple):
-    """What is known of Triton here."""
-
-    installed: bool
-    interpreted: bool
+INSTALLED = find_spec("triton") is not None
+"""Whether there is Triton. Nothing here imports it, or Dynamo, before kernels are asked for."""
 
 
 @functools.cache
-def _setting() -> Setting:
-    if find_spec("triton") is None:
-        return Setting(False, False)
-    from triton import knobs
-
-    return Setting(True, bool(knobs.runtime.interpret))
-
-
-@torch.compiler.assume_constant_result
-def installed() -> bool:
-    """Whether there is Triton."""
-    return _setting().installed
-
-
-@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on any device."""
-    return _setting().interpreted
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def somewhere(x: Tensor) -> str:
+    """Why kernels don't run where a tensor is; empty where they do."""
+    if x.is_cuda or x.is_meta or interpreted():
+        return ""
+    return f"a tensor on {x.device}: kernels run on a GPU, or anywhere with TRITON_INTERPRET=1 set before they load"
 
 
 def hindrance(x: Tensor, config: MHCConfig, shards: Shards | None = None) -> str:
     """Why kernels don't serve these streams or logits; empty where they do."""
-    if not installed():
+    if not INSTALLED:
         return "a Python without Triton: pip install triton"
     if shards:
         return "shards of dim"
@@ -67,6 +56,5 @@ def hindrance(x: Tensor, config: MHCConfig, shards: Shards | None = None) -> str
         return f"{config.residual_columns} permutations: kernels have at most {MOST_COLUMNS}"
     if (config.iterations or 0) > MOST_ITERATIONS:
         return f"{config.iterations} iterations: kernels have at most {MOST_ITERATIONS}"
-    if not (x.is_cuda or x.is_meta or interpreted()):
-        return f"a tensor on {x.device}: kernels run on a GPU, or anywhere with TRITON_INTERPRET=1 set before they load"
-    return ""
+    # A compiler asks for it when the graph runs (`plans.launch`): to look it up is nothing that Dynamo could trace.
+    return "" if torch.compiler.is_compiling() else somewhere(x)

@@ -16,7 +16,7 @@ from torch.library import custom_op
 from torch_impl.config import MHCConfig
 from torch_impl.fused.site import Reading
 from torch_impl.kernels import launching
-from torch_impl.projections import joined, of_joined
+from torch_impl.projections import coefficient_dtype, joined, of_joined, rounded_weights
 
 
 @functools.cache
@@ -49,30 +49,33 @@ def _wide(value: Tensor, axes: int) -> Tensor:
 @custom_op(
     "mhc::read",
     mutates_args=(),
-    schema="(Tensor x, Tensor? carried, Tensor matrix, Tensor scale, Tensor shift, str config, bool u, bool head)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor x, Tensor? carried, Tensor matrix, Tensor? norm, Tensor scale, Tensor shift, str config, bool u, "
+    "bool head) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _read(
-    x: Tensor, carried: Tensor | None, matrix: Tensor, scale: Tensor, shift: Tensor, config: str, u: bool, head: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x ``[T, n, C]``, carried ``[T, n]``, matrix ``[n * C, m]``, scale and shift ``[m]``."""
-    results = _empty_of_read(x, matrix.shape[1], u, head)
+    x: Tensor, carried: Tensor | None, matrix: Tensor, norm: Tensor | None, scale: Tensor, shift: Tensor, config: str,
+    u: bool, head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """x ``[T, n, C]``, carried ``[T, n]``, matrix ``[n * C, m]``, norm ``[n * C]``, scale and shift ``[m]``."""
+    results = _empty_of_read(x, matrix.shape[1], _config(config), u, head)
     if len(x):
-        launching.read(x, carried, matrix, scale, shift, _config(config), head, results)
+        launching.read(x, carried, matrix, norm, scale, shift, _config(config), head, results)
     return results
 
 
 @_read.register_fake
-def _(x, carried, matrix, scale, shift, config, u, head):  # type: ignore[no-untyped-def]
-    return _empty_of_read(x, matrix.shape[1], u, head)
+def _(x, carried, matrix, norm, scale, shift, config, u, head):  # type: ignore[no-untyped-def]
+    return _empty_of_read(x, matrix.shape[1], _config(config), u, head)
 
 
-def _empty_of_read(x: Tensor, m: int, u: bool, head: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _empty_of_read(
+    x: Tensor, m: int, config: MHCConfig, u: bool, head: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, n, dim = x.shape
-    new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
+    new = functools.partial(torch.empty, dtype=coefficient_dtype(x, config), device=x.device)
     read = torch.empty(T if u else 0, dim, dtype=x.dtype, device=x.device)
     post, H = (new(T, 0), new(T, 0)) if head else (new(T, n), new(T, n, n))
-    return read, new(T, n), post, H, new(T, m + 1)
+    return read, new(T, n), post, H, new(T, m + 1, dtype=torch.float32)
 
 
 @custom_op(
@@ -121,8 +124,11 @@ def read(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """u, pre, post, H and the sums of all tokens, flattened."""
     given = None if carried is None else _wide(carried, 1)
-    matrix = joined(phis, norm, torch.float32)
-    return _read(_flat(x, 2), given, matrix, scale, shift, _text(reading.config), reading.u, reading.head)
+    phis, norm = rounded_weights(x, phis, norm, reading.config)
+    apart = norm if reading.rounds(x) else None
+    matrix = joined(phis, None if reading.rounds(x) else norm, torch.float32)
+    apart = None if apart is None else apart.flatten().contiguous()
+    return _read(_flat(x, 2), given, matrix, apart, scale, shift, _text(reading.config), reading.u, reading.head)
 
 
 def read_back(
@@ -130,9 +136,9 @@ def read_back(
     cotangents: Sequence[Tensor | None], wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The cotangents of all inputs."""
-    scale, shift, norm, *phis = weights
+    scale, shift, *held = weights
     assert scale is not None and shift is not None
-    projections = [phi for phi in phis if phi is not None]
+    projections, norm = rounded_weights(x, [phi for phi in held[1:] if phi is not None], held[0], reading.config)
     matrix = joined(projections, norm, torch.float32)
     axes = (1, 1, 1, 2, 2)  # of u, pre, post, H and x
     packed = [
@@ -151,7 +157,7 @@ def read_back(
         None,
         dscale,
         dshift,
-        *of_joined(dmatrix if of_matrix else None, norm, projections, wanted[5:]),
+        *of_joined(dmatrix if of_matrix else None, norm, projections, held, wanted[5:]),
     )
 
 
@@ -229,7 +235,7 @@ def _mix_read(
     scale: Tensor, shift: Tensor, config: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The streams ``[T, n, C]`` that a site writes, and what `_read` returns of them."""
-    out, results = torch.empty_like(x), _empty_of_read(x, matrix.shape[1], True, False)
+    out, results = torch.empty_like(x), _empty_of_read(x, matrix.shape[1], _config(config), True, False)
     if len(x):
         mixing = (y, x, post, H, _config(mixer))
         launching.mix_read(*mixing, carried, matrix, scale, shift, _config(config), out, results)
@@ -238,7 +244,7 @@ def _mix_read(
 
 @_mix_read.register_fake
 def _(y, x, post, H, mixer, carried, matrix, scale, shift, config):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), *_empty_of_read(x, matrix.shape[1], True, False)
+    return torch.empty_like(x), *_empty_of_read(x, matrix.shape[1], _config(config), True, False)
 
 
 def mix_read(
@@ -246,11 +252,14 @@ def mix_read(
     reading: Reading, scale: Tensor, shift: Tensor, norm: Tensor | None, phis: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The streams that a site writes, and u, pre, post, H and the sums of the next."""
+    if reading.rounds(x):  # the root of what is written comes before its projections
+        out = mix(y, x, post, H, str(mixer.mix), mixer.mixing == "activation")
+        return out, *read(out, carried, reading, scale, shift, norm, phis)
     mixing = (_flat(y, 1), _flat(x, 2), _wide(post, 1), None if H is None else _wide(H, 2), _text(mixer))
     given = None if carried is None else _wide(carried, 1)
     matrix = joined(phis, norm, torch.float32)
-    out, *read = _mix_read(*mixing, given, matrix, scale, shift, _text(reading.config))
-    return out.view(x.shape), *read
+    out, *found = _mix_read(*mixing, given, matrix, scale, shift, _text(reading.config))
+    return out.view(x.shape), *found
 
 
 # From logits to H.

@@ -28,16 +28,24 @@ from torch_impl.kernels.plans import (
     streams_alone,
     table,
 )
+from torch_impl.projections import coefficient_dtype
+
+
+def normed(x: Tensor, config: MHCConfig) -> bool:
+    """Whether the streams are normed and rounded before they are projected, and coefficients are rounded."""
+    return coefficient_dtype(x, config) != torch.float32
 
 
 def read(
-    x: Tensor, carried: Tensor | None, matrix: Tensor, scale: Tensor, shift: Tensor, config: MHCConfig, head: bool,
+    x: Tensor, carried: Tensor | None, matrix: Tensor, norm: Tensor | None, scale: Tensor, shift: Tensor,
+    config: MHCConfig, head: bool,
     results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """Fills u, pre, post, H and the sums."""
     u, x = results[0], aligned(x)
     columns, wanted = columns_of(config, head), len(u) > 0
-    parts, count = _sums(x, matrix, config, columns, (carried, u) if wanted and carried is not None else None)
+    reading = (carried, u) if wanted and carried is not None else None
+    parts, count = _sums(x, matrix, norm, config, columns, reading)
     _finish(x, parts, count, scale, shift, config, columns, results, wanted and carried is None)
     if config.residual == "identity" and not head:
         results[3].copy_(torch.eye(config.streams, device=x.device))
@@ -51,19 +59,21 @@ def mix_read(
     """Fills the streams that a site writes, and u, pre, post, H and the sums of the next."""
     y, x, post, H = aligned(y), aligned(x), aligned(post), None if H is None else aligned(H)
     columns, reading = columns_of(config, False), None if carried is None else (carried, results[0])
-    parts, count = _sums(x, matrix, config, columns, reading, (y, post, H, mixer, out))
+    parts, count = _sums(x, matrix, None, config, columns, reading, (y, post, H, mixer, out))
     _finish(out, parts, count, scale, shift, config, columns, results, carried is None)
     if config.residual == "identity":
         results[3].copy_(torch.eye(config.streams, device=x.device))
 
 
 def _sums(
-    x: Tensor, matrix: Tensor, config: MHCConfig, columns: Columns, reading: tuple[Tensor, Tensor] | None,
+    x: Tensor, matrix: Tensor, norm: Tensor | None, config: MHCConfig, columns: Columns,
+    reading: tuple[Tensor, Tensor] | None,
     fused: tuple[Tensor, Tensor, Tensor | None, MHCConfig, Tensor] | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """The sums ``[parts, T, m + 1]`` over the parts of dim, and how many parts.
 
     Args:
+        norm: ``[n * C]``, the norm's weight where the streams are normed first.
         reading: gates that are carried, and the u that they read.
         fused: y, post, H, the configuration of the site that mixes x first, and what it writes.
     """
@@ -74,15 +84,32 @@ def _sums(
     of_gates, of_matrix = projections(matrix, columns)
     carried, u = reading or (parts, x)
     y, post, H, mixer, out = fused or (x, parts, None, None, x)
+    first = normed(x, config)
+    squares, count = _squares(x, columns) if first else (parts, 0)
     launch(
         site.sums_kernel, (blocks_of(T, block.tokens), pieces.parts),
-        x, of_gates, of_matrix, parts, carried, u, y, post, parts if H is None else H, out, T, dim,
-        pieces.size, pieces.each, m,
+        x, of_gates, of_matrix, parts, carried, u, y, post, parts if H is None else H, out, squares,
+        parts if norm is None else norm, T, dim, pieces.size, pieces.each, m, count, float(config.norm_eps),
+        NORMED=first, WEIGHTED=norm is not None, MEAN=config.norm_eps_position == "mean",
         FUSED=str(mixer.mix) if mixer else "", ROUNDED=bool(mixer and mixer.mixing == "activation"),
         READ=reading is not None, B=block.tokens, BC=block.mixed if fused else block.channels,
         **columns._asdict(), **options_of(columns, fused is not None),
     )  # fmt: skip
     return parts, pieces.parts
+
+
+def _squares(x: Tensor, columns: Columns) -> tuple[Tensor, int]:
+    """The sums of squares ``[parts, T]`` over the parts of dim, and how many parts."""
+    T, n, dim = x.shape
+    block = blocks(dim, columns, interpreted())
+    pieces = split(dim, T, block.plain_channels)
+    squares = torch.empty(pieces.parts, T, dtype=torch.float32, device=x.device)
+    launch(
+        site.squares_kernel, (blocks_of(T, block.plain_tokens), pieces.parts),
+        x, squares, T, dim, pieces.size, pieces.each, N=n, NP=columns.NP,
+        B=block.plain_tokens, BC=block.plain_channels,
+    )  # fmt: skip
+    return squares, pieces.parts
 
 
 def _finish(
@@ -99,7 +126,8 @@ def _finish(
         x, parts, scale, shift, table(config, columns, scale), sums, pre, post, H, u, T, dim, count,
         parts.shape[2] - 1, float(config.norm_eps), float(config.pre_eps), float(config.post_scale),
         float(config.post_eps), **recipe.numbers,
-        KIND=kind(config, columns.HEAD), MEAN=config.norm_eps_position == "mean", READ=wanted,
+        KIND=kind(config, columns.HEAD), MEAN=config.norm_eps_position == "mean",
+        NORMED=normed(x, config), READ=wanted,
         B=block.tokens, BC=block.last, **options_of(columns), **recipe.constants, **columns._asdict(),
     )  # fmt: skip
 
@@ -126,7 +154,8 @@ def read_back(
             x, du, parts, T, dim, pieces.size, pieces.each, N=n, NP=columns.NP,
             B=block.plain_tokens, BC=block.plain_channels,
         )  # fmt: skip
-    dz, dzh, dsums, slope, gates = new(T, m), new(T, m), new(T, m), new(T), new(T, n)
+    dz, dzh, dsums, slope = new(T, m), new(T, m), new(T, m), new(T)
+    gates = new(T, n, dtype=coefficient_dtype(x, config))
     recipe, kept = sinkhorn(config), kept_of(config)
     kept = {**kept, "B": 16} if config.residual == "permutations" else kept  # a product of matrices takes 16 rows
     launch(
@@ -134,7 +163,7 @@ def read_back(
         sums, scale, shift, table(config, columns, scale), parts,
         *(sums if value is None else value for value in (dpre, dpost, dH)), dz, dzh, dsums, slope, gates, dcarried,
         T, count, m, n * dim, float(config.norm_eps), float(config.pre_eps), float(config.post_scale), **recipe.numbers,
-        KIND=kind(config, head), MEAN=config.norm_eps_position == "mean",
+        KIND=kind(config, head), MEAN=config.norm_eps_position == "mean", NORMED=normed(x, config),
         OWN=du is not None and carried is None, CARRIED=du is not None and carried is not None,
         OF_PRE=dpre is not None, OF_POST=dpost is not None, OF_H=dH is not None, **kept,
         **recipe.constants, **columns._asdict(),

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from torch_impl.config import MHCConfig
+from torch_impl.fused import BackendError
+from torch_impl.kernels import somewhere
 from torch_impl.residual import ROWS, passes, permutation_matrices, start_axis
 
 FEW = 2048
@@ -200,6 +202,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """Runs a kernel on the device of its first argument, which need not be the current one.
 
     What compiles kernels for a GPU that isn't there takes this function's place.
+
+    Raises:
+        BackendError: there is neither a GPU nor the interpreter.
     """
+    reason = somewhere(arguments[0])
+    if reason:
+        raise BackendError(f"backend='triton' doesn't go with {reason}")
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **constants)

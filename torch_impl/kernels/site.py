@@ -4,6 +4,9 @@
     z = scale * sums / rms + shift              # `finish_kernel`: gates, Sinkhorn in registers, u by a second read
     u = sum_i pre[i] * x[i]
 
+Where coefficients are rounded to x's dtype, `squares_kernel` comes first, and the sums are those of the normed streams,
+rounded: ``[round(x / rms * norm) phi, sum x^2]``.
+
 The sums over channels are made chunk by chunk, and the chunks are added in their order; how many depends on C alone.
 A program takes one chunk where tokens are few and all of them where they are many: a token's bits are the same.
 """
@@ -32,8 +35,28 @@ def gate_columns(N: tl.constexpr, NP: tl.constexpr, HEAD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
+def squares_kernel(
+    x, parts, T, C, CHUNK, each,
+    N: tl.constexpr, NP: tl.constexpr, B: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The sums of squares, one for each token, over ``each`` chunks of channels."""
+    t = tl.program_id(0) * B + tl.arange(0, B)
+    ok = t < T
+    value = tl.zeros([B], dtype=tl.float32)
+    for chunk in range(tl.program_id(1) * each, (tl.program_id(1) + 1) * each):
+        own = tl.zeros([B], dtype=tl.float32)
+        for c0 in range(chunk * CHUNK, (chunk + 1) * CHUNK, BC):
+            c = c0 + tl.arange(0, BC)
+            xs = streams(x, t, c, ok[:, None] & (c < C)[None, :], C, N, NP)
+            own += tl.sum(tl.sum(xs * xs, 2), 1)
+        value += own
+    tl.store(parts + tl.program_id(1) * T.to(tl.int64) + t, value, mask=ok)
+
+
+@triton.jit(do_not_specialize=["T", "squares_count"])
 def sums_kernel(
-    x, of_gates, of_matrix, parts, carried, u, y, post, H, out, T, C, CHUNK, each, m,
+    x, of_gates, of_matrix, parts, carried, u, y, post, H, out, of_squares, norm, T, C, CHUNK, each, m,
+    squares_count, norm_eps, NORMED: tl.constexpr, WEIGHTED: tl.constexpr, MEAN: tl.constexpr,
     FUSED: tl.constexpr, ROUNDED: tl.constexpr, READ: tl.constexpr, HEAD: tl.constexpr, N: tl.constexpr,
     NP: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -41,12 +64,16 @@ def sums_kernel(
 
     of_gates ``[n * C, 16]`` and of_matrix ``[n * C, R]`` are the projections, of whose R columns WIDTH count; R is 0
     where H has none. FUSED says how x is mixed first and written to ``out`` ("" where it is there already), READ that
-    u ``[T, C]`` is read by carried gates on the way.
+    u ``[T, C]`` is read by carried gates on the way. NORMED says that the streams are normed and rounded first, by the
+    sums of squares ``[squares_count, T]``, and WEIGHTED that ``norm`` ``[n * C]`` is their weight.
     """
     t = tl.program_id(0) * B + tl.arange(0, B)
     ok = t < T
     tall = t.to(tl.int64)[:, None]
     gates, more, squares = _zeros(B, R)
+    if NORMED:
+        known = total(of_squares, T, squares_count, 1, t, ok, [B])
+        by = root(known, N * C, norm_eps, MEAN)[:, None]
     for chunk in range(tl.program_id(1) * each, (tl.program_id(1) + 1) * each):
         gates_in, more_in, squares_in = _zeros(B, R)
         for c0 in range(chunk * CHUNK, (chunk + 1) * CHUNK, BC):
@@ -64,6 +91,14 @@ def sums_kernel(
                     xs = own.to(tl.float32)
                 else:
                     xs = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+                if READ:
+                    value += tl.load(carried + t.to(tl.int64) * N + i, mask=ok, other=0.0).to(tl.float32)[:, None] * xs
+                squares_in += tl.sum(xs * xs, 1)
+                if NORMED:
+                    xs = xs / by
+                    if WEIGHTED:
+                        xs = xs * tl.load(norm + i * C + c, mask=c < C, other=0.0)[None, :]
+                    xs = rounded(xs, x.dtype.element_ty).to(tl.float32)
                 k = (i * C + c)[:, None]
                 here = (c < C)[:, None]
                 phi = tl.load(of_gates + k * 16 + tl.arange(0, 16)[None, :], mask=here, other=0.0)
@@ -71,9 +106,6 @@ def sums_kernel(
                 if R > 0:
                     phi = tl.load(of_matrix + k * R + tl.arange(0, R)[None, :], mask=here, other=0.0)
                     more_in = tl.dot(xs, phi, more_in, input_precision="ieee")
-                squares_in += tl.sum(xs * xs, 1)
-                if READ:
-                    value += tl.load(carried + t.to(tl.int64) * N + i, mask=ok, other=0.0).to(tl.float32)[:, None] * xs
             if READ:
                 tl.store(u + tall * C + c[None, :], rounded(value, u.dtype.element_ty), mask=inside)
         gates += gates_in
@@ -114,7 +146,8 @@ def total(parts, T, count, stride, at, ok, SHAPE: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "parts_count", "pairs"])
 def finish_kernel(
     x, parts, scale, shift, table, sums, pre, post, H, u, T, C, parts_count, m, norm_eps, pre_eps, post_scale, post_eps,
-    eps, limit, pairs, KIND: tl.constexpr, MEAN: tl.constexpr, HEAD: tl.constexpr, READ: tl.constexpr,
+    eps, limit, pairs, KIND: tl.constexpr, MEAN: tl.constexpr, NORMED: tl.constexpr, HEAD: tl.constexpr,
+    READ: tl.constexpr,
     START: tl.constexpr, A: tl.constexpr, ODD: tl.constexpr, GUARD: tl.constexpr, LIMITED: tl.constexpr,
     N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -124,6 +157,7 @@ def finish_kernel(
         parts: ``[parts_count, T, m + 1]``, added up into sums ``[T, m + 1]``.
         scale, shift: ``[m]``.
         table: ``[R, NP * NP]``, the permutation matrices, for KIND "permutations".
+        NORMED: whether the sums are of the normed streams; then all coefficients are rounded to x's dtype.
         READ: whether u is wanted; it isn't where carried gates read it, or where coefficients alone are.
     """
     t = tl.program_id(0) * B + tl.arange(0, B)
@@ -137,33 +171,42 @@ def finish_kernel(
     gates = total(parts, T, parts_count, stride, tall * stride + index[None, :], has, [B, 16])
     scales = tl.load(scale + index, mask=is_one, other=0.0)[None, :]
     shifts = tl.load(shift + index, mask=is_one, other=0.0)[None, :]
-    open_by = sigmoid(scales * (gates / norm[:, None]) + shifts)
+    h = projected(gates, norm[:, None], x.dtype.element_ty, NORMED)
+    open_by = sigmoid(scales * h + shifts)
     if tl.program_id(1) == 0:
         tl.store(sums + tall * stride + index[None, :], gates, mask=has)
         tl.store(sums + t.to(tl.int64) * stride + m, squares, mask=ok)
         column = tl.arange(0, 16)[None, :]
-        tl.store(pre + tall * N + column, open_by + pre_eps, mask=ok[:, None] & (column < N))
+        tl.store(
+            pre + tall * N + column, rounded(open_by + pre_eps, pre.dtype.element_ty), mask=ok[:, None] & (column < N)
+        )
         if not HEAD:
             of_post = ok[:, None] & (column >= NP) & (column < NP + N)
-            tl.store(post + tall * N + column - NP, post_scale * open_by + post_eps, mask=of_post)
+            value = rounded(post_scale * open_by + post_eps, post.dtype.element_ty)
+            tl.store(post + tall * N + column - NP, value, mask=of_post)
         if KIND == "sinkhorn":
             entry, inside = matrices(0, t.to(tl.int64), ok, stride, N, NP)
             raw = total(parts, T, parts_count, stride, entry + 2 * N, inside, [B, NP, NP])
             tl.store(sums + entry + 2 * N, raw, mask=inside)
             entry, beside = matrices(2 * N, tl.zeros([B], dtype=tl.int64), ok, 0, N, NP)
-            z = tl.load(scale + entry, mask=beside, other=0.0) * (raw / norm[:, None, None])
+            h = projected(raw, norm[:, None, None], x.dtype.element_ty, NORMED)
+            z = tl.load(scale + entry, mask=beside, other=0.0) * h
             z += tl.load(shift + entry, mask=beside, other=0.0)
             p = balanced(z, eps, limit, pairs, START, A, ODD, GUARD, LIMITED, N, NP)
             entry, inside = matrices(0, t.to(tl.int64), ok, N * N, N, NP)
-            tl.store(H + entry, p, mask=inside)
+            tl.store(H + entry, rounded(p, H.dtype.element_ty), mask=inside)
         if KIND == "permutations":
-            raw, z = permuted(parts, T, parts_count, stride, scale, shift, norm, t, ok, N, R, WIDTH, B)
+            here = ok[:, None] & (tl.arange(0, R) < WIDTH)[None, :]
+            raw = total(parts, T, parts_count, stride, tall * stride + 2 * N + tl.arange(0, R)[None, :], here, [B, R])
+            h = projected(raw, norm[:, None], x.dtype.element_ty, NORMED)
+            z = permuted(h, scale, shift, N, R, WIDTH)
             column = tl.arange(0, R)[None, :]
             tl.store(sums + tall * stride + 2 * N + column, raw, mask=ok[:, None] & (column < WIDTH))
             square = tl.arange(0, NP * NP)
             matrix = tl.load(table + tl.arange(0, R)[:, None] * (NP * NP) + square[None, :])
             p = tl.dot(shares(z), matrix, input_precision="ieee")
             i, j = square // NP, square % NP
+            p = rounded(p, H.dtype.element_ty)
             tl.store(H + tall * (N * N) + (i * N + j)[None, :], p, mask=ok[:, None] & ((i < N) & (j < N))[None, :])
     if READ:
         c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -171,24 +214,29 @@ def finish_kernel(
         value = tl.zeros([B, BC], dtype=tl.float32)
         for i in tl.static_range(N):
             gate = tl.sum(tl.where((tl.arange(0, 16) == i)[None, :], open_by, 0.0), 1) + pre_eps
+            if NORMED:
+                gate = rounded(gate, x.dtype.element_ty).to(tl.float32)
             at = tall * (N * C) + i * C + c[None, :]
             value += gate[:, None] * tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(u + tall * C + c[None, :], rounded(value, u.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def permuted(
-    parts, T, count, stride, scale, shift, norm, t, ok,
-    N: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """The sums of the permutations' columns and their logits ``[B, R]``, -inf where there is no column."""
+def projected(sums, norm, dtype: tl.constexpr, NORMED: tl.constexpr):
+    """The projections of the normed streams: rounded, or divided by the root now."""
+    if NORMED:
+        return rounded(sums, dtype).to(tl.float32)
+    return sums / norm
+
+
+@triton.jit
+def permuted(h, scale, shift, N: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr):
+    """The logits ``[B, R]`` of the permutations, -inf where there is no column."""
     column = tl.arange(0, R)
     here = column < WIDTH
-    at = t.to(tl.int64)[:, None] * stride + 2 * N + column[None, :]
-    raw = total(parts, T, count, stride, at, ok[:, None] & here[None, :], [B, R])
-    z = tl.load(scale + 2 * N + column, mask=here, other=0.0)[None, :] * (raw / norm[:, None])
+    z = tl.load(scale + 2 * N + column, mask=here, other=0.0)[None, :] * h
     z += tl.load(shift + 2 * N + column, mask=here, other=0.0)[None, :]
-    return raw, tl.where(here[None, :], z, float("-inf"))
+    return tl.where(here[None, :], z, float("-inf"))
 
 
 @triton.jit

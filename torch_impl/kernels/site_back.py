@@ -53,12 +53,20 @@ def _norm_slopes(squares, count, norm_eps, MEAN: tl.constexpr):
     return by, tl.where(own == 0.0, 0.0, -0.5 * by / own / count)
 
 
+@triton.jit
+def normed(sums, by, dtype: tl.constexpr, NORMED: tl.constexpr):
+    """The projections of the normed streams: rounded, or divided by the root now."""
+    if NORMED:
+        return rounded(sums, dtype).to(tl.float32)
+    return sums * by
+
+
 @triton.jit(do_not_specialize=["T", "parts_count", "pairs"])
 def small_back_kernel(
     sums, scale, shift, table, parts, dpre, dpost, dH, dz, dzh, dsums, slope, gates, dcarried,
     T, parts_count, m, count, norm_eps, pre_eps, post_scale, eps, limit, pairs,
-    KIND: tl.constexpr, MEAN: tl.constexpr, HEAD: tl.constexpr, OWN: tl.constexpr, CARRIED: tl.constexpr,
-    OF_PRE: tl.constexpr, OF_POST: tl.constexpr, OF_H: tl.constexpr,
+    KIND: tl.constexpr, MEAN: tl.constexpr, NORMED: tl.constexpr, HEAD: tl.constexpr,
+    OWN: tl.constexpr, CARRIED: tl.constexpr, OF_PRE: tl.constexpr, OF_POST: tl.constexpr, OF_H: tl.constexpr,
     START: tl.constexpr, A: tl.constexpr, ODD: tl.constexpr, GUARD: tl.constexpr, LIMITED: tl.constexpr,
     N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +77,7 @@ def small_back_kernel(
         scale, shift, table: as for `site.finish_kernel`.
         parts: ``[parts_count, T, n]`` of `read_back_kernel`; they belong to this site's own gates with OWN, to those
             that were carried with CARRIED, and there are none with neither.
-        gates, dcarried: ``[T, n]``, written with OWN and with CARRIED.
+        gates, dcarried: ``[T, n]``, written with OWN and with CARRIED; gates have the dtype of the coefficients.
         dpre, dpost, dH: read with OF_PRE, OF_POST and OF_H.
     """
     t = tl.program_id(0) * B + tl.arange(0, B)
@@ -80,24 +88,25 @@ def small_back_kernel(
     has = ok[:, None] & is_one[None, :]
     squares = tl.load(sums + t.to(tl.int64) * (m + 1) + m, mask=ok, other=1.0)
     by, relative = _norm_slopes(squares, count, norm_eps, MEAN)
-    h = tl.load(sums + tall * (m + 1) + index[None, :], mask=has, other=0.0) * by[:, None]
+    h = tl.load(sums + tall * (m + 1) + index[None, :], mask=has, other=0.0)
+    h = normed(h, by[:, None], gates.dtype.element_ty, NORMED)
     scales = tl.load(scale + index, mask=is_one, other=0.0)[None, :]
     shifts = tl.load(shift + index, mask=is_one, other=0.0)[None, :]
     open_by = sigmoid(scales * h + shifts)
     g = tl.zeros([B, 16], dtype=tl.float32)
     of_pre = ok[:, None] & (column < N)
     if OF_PRE:
-        g += tl.load(dpre + tall * N + column, mask=of_pre, other=0.0)
+        g += tl.load(dpre + tall * N + column, mask=of_pre, other=0.0).to(tl.float32)
     if OWN or CARRIED:
         of_gates = total(parts, T, parts_count, N, tall * N + column, of_pre, [B, 16])
         if OWN:
             g += of_gates
-            tl.store(gates + tall * N + column, open_by + pre_eps, mask=of_pre)
+            tl.store(gates + tall * N + column, rounded(open_by + pre_eps, gates.dtype.element_ty), mask=of_pre)
         else:
             tl.store(dcarried + tall * N + column, of_gates, mask=of_pre)
     if OF_POST:
         of_post = ok[:, None] & (column >= NP) & (column < NP + N)
-        g += post_scale * tl.load(dpost + tall * N + column - NP, mask=of_post, other=0.0)
+        g += post_scale * tl.load(dpost + tall * N + column - NP, mask=of_post, other=0.0).to(tl.float32)
     g = g * open_by * (1.0 - open_by)
     tl.store(dz + tall * m + index[None, :], g, mask=has)
     tl.store(dzh + tall * m + index[None, :], g * h, mask=has)
@@ -105,14 +114,15 @@ def small_back_kernel(
     along = tl.sum(tl.where(has, g * scales * h, 0.0), 1)
     if KIND == "sinkhorn":
         entry, inside = matrices(2 * N, t.to(tl.int64), ok, m + 1, N, NP)
-        h = tl.load(sums + entry, mask=inside, other=0.0) * by[:, None, None]
+        h = tl.load(sums + entry, mask=inside, other=0.0)
+        h = normed(h, by[:, None, None], gates.dtype.element_ty, NORMED)
         entry, beside = matrices(2 * N, tl.zeros([B], dtype=tl.int64), ok, 0, N, NP)
         scales = tl.load(scale + entry, mask=beside, other=0.0)
         g = tl.zeros([B, NP, NP], dtype=tl.float32)
         if OF_H:
             z = scales * h + tl.load(shift + entry, mask=beside, other=0.0)
             entry, inside = matrices(0, t.to(tl.int64), ok, N * N, N, NP)
-            g = tl.load(dH + entry, mask=inside, other=0.0)
+            g = tl.load(dH + entry, mask=inside, other=0.0).to(tl.float32)
             g = pulled(z, g, eps, limit, pairs, START, A, ODD, GUARD, LIMITED, N, NP, B, K)
         entry, inside = matrices(2 * N, t.to(tl.int64), ok, m, N, NP)
         tl.store(dz + entry, g, mask=inside)
@@ -122,7 +132,8 @@ def small_back_kernel(
     if KIND == "permutations":
         place = tl.arange(0, R)
         here = ok[:, None] & (place < WIDTH)[None, :]
-        h = tl.load(sums + tall * (m + 1) + 2 * N + place[None, :], mask=here, other=0.0) * by[:, None]
+        h = tl.load(sums + tall * (m + 1) + 2 * N + place[None, :], mask=here, other=0.0)
+        h = normed(h, by[:, None], gates.dtype.element_ty, NORMED)
         scales = tl.load(scale + 2 * N + place, mask=place < WIDTH, other=0.0)[None, :]
         g = tl.zeros([B, R], dtype=tl.float32)
         if OF_H:
@@ -131,7 +142,7 @@ def small_back_kernel(
             square = tl.arange(0, NP * NP)
             i, j = square // NP, square % NP
             real = ok[:, None] & ((i < N) & (j < N))[None, :]
-            received = tl.load(dH + tall * (N * N) + (i * N + j)[None, :], mask=real, other=0.0)
+            received = tl.load(dH + tall * (N * N) + (i * N + j)[None, :], mask=real, other=0.0).to(tl.float32)
             matrix = tl.load(table + place[None, :] * (NP * NP) + square[:, None])  # [NP * NP, R]
             g = share * tl.dot(received, matrix, input_precision="ieee")
             g = g - share * tl.sum(g, 1)[:, None]

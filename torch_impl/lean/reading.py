@@ -12,8 +12,8 @@ from torch_impl.config import MHCConfig
 from torch_impl.fused.site import Reading
 from torch_impl.lean.balancing import balanced, pulled
 from torch_impl.lean.mixing import mix, parts, place, product
-from torch_impl.projections import gates_and_matrix, joined, of_joined, over_rms
-from torch_impl.residual import permutations, wide_dtype
+from torch_impl.projections import coefficient_dtype, gates_and_matrix, joined, of_joined, over_rms, rounded_weights
+from torch_impl.residual import wide_dtype
 
 
 def read(
@@ -26,9 +26,10 @@ def read(
     phis: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """u, pre, post, H and the sums of all tokens, flattened."""
-    c, wide = reading.config, wide_dtype(x.dtype)
+    c, wide, rounded = reading.config, wide_dtype(x.dtype), reading.rounds(x)
     n, dim = x.shape[-2:]
-    flat, matrix = x.reshape(-1, n * dim), joined(phis, norm, wide)
+    phis, norm = rounded_weights(x, phis, norm, c)
+    flat, matrix = x.reshape(-1, n * dim), joined(phis, None if rounded else norm, wide)
     tokens, m = len(flat), matrix.shape[1]
     sums = torch.empty(tokens, m + 1, dtype=wide, device=x.device)
     u = torch.empty(tokens if reading.u else 0, dim, dtype=x.dtype, device=x.device)
@@ -36,16 +37,19 @@ def read(
     held, values = parts(tokens, n * dim, x), flat
     for part in held:
         values = flat[part].to(wide)
-        sums[part, :m] = values @ matrix
         # As a product of vectors this takes ten times as long; its root and square round once each.
         sums[part, m] = torch.linalg.vector_norm(values, dim=1).square_()
+        streams = _rounded_norm(values, sums[part, m:], norm, c, x.dtype) if rounded else values
+        sums[part, :m] = streams @ matrix
         if reading.u and len(held) > 1:  # while the block is in its caches
-            gates = _gates(sums[part], scale, shift, c, n) if given is None else given[part]
+            gates = _gates(sums[part], scale, shift, reading, x) if given is None else given[part]
             product(gates.unsqueeze(1), values.view(-1, n, dim), u.unsqueeze(1), part)
-    z = torch.addcmul(shift, scale, _normed(sums, c, n * dim))
-    pre, post, H = _small(z, reading, n)
+    z = torch.addcmul(shift, scale, _normed(sums, reading, x))
+    pre, post, H = _small(z, reading, x)
     if reading.u and len(held) == 1:
-        product((pre if given is None else given).unsqueeze(1), values.view(-1, n, dim), u.unsqueeze(1), held[0])
+        product(
+            (pre.to(wide) if given is None else given).unsqueeze(1), values.view(-1, n, dim), u.unsqueeze(1), held[0]
+        )
     return u, pre, post, H, sums
 
 
@@ -58,29 +62,48 @@ def mix_read(
     return out, *read(out, carried, reading, scale, shift, norm, phis)
 
 
-def _normed(sums: Tensor, config: MHCConfig, count: int) -> Tensor:
-    """The projections over the root of the mean square of ``count`` numbers."""
-    return over_rms(sums[:, :-1], sums[:, -1:] / count, config)
+def _rounded_norm(
+    values: Tensor, squares: Tensor, norm: Tensor | None, config: MHCConfig, dtype: torch.dtype
+) -> Tensor:
+    """Streams ``[T, n * dim]`` over the root of their mean square, times the norm's weight, rounded; wide still."""
+    normed = over_rms(values, squares / values.shape[1], config)
+    normed = normed if norm is None else normed.mul_(norm.flatten())
+    return normed.to(dtype).to(values.dtype)
 
 
-def _gates(sums: Tensor, scale: Tensor, shift: Tensor, config: MHCConfig, n: int) -> Tensor:
-    """The gates of u ``[T, n]``."""
-    h = over_rms(sums[:, :n], sums[:, -1:] / (n * config.dim), config)
-    return torch.addcmul(shift[:n], scale[:n], h).sigmoid_().add_(config.pre_eps)
+def _normed(sums: Tensor, reading: Reading, x: Tensor, columns: int = -1) -> Tensor:
+    """The first projections of the normed streams: rounded, or divided by the root of x's mean square now."""
+    if reading.rounds(x):
+        return sums[:, :columns].to(x.dtype).to(sums.dtype)
+    return over_rms(sums[:, :columns], sums[:, -1:] / (x.shape[-2] * x.shape[-1]), reading.config)
 
 
-def _small(z: Tensor, reading: Reading, n: int) -> tuple[Tensor, Tensor, Tensor]:
+def _gates(sums: Tensor, scale: Tensor, shift: Tensor, reading: Reading, x: Tensor) -> Tensor:
+    """The gates of u ``[T, n]``, wide."""
+    n = x.shape[-2]
+    h = _normed(sums, reading, x, n)
+    gates = torch.addcmul(shift[:n], scale[:n], h).sigmoid_().add_(reading.config.pre_eps)
+    return gates.to(x.dtype).to(gates.dtype) if reading.rounds(x) else gates
+
+
+def _small(z: Tensor, reading: Reading, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """pre, post and H of the logits ``[T, m]``."""
-    config = reading.config
+    config, n, dtype = reading.config, x.shape[-2], coefficient_dtype(x, reading.config)
     if reading.head:
         empty = z.new_empty(len(z), 0)
         return torch.sigmoid(z) + config.pre_eps, empty, empty
-    if config.residual != "sinkhorn":
-        pre, post, H = gates_and_matrix(z, config, z.dtype)
+    if config.residual != "sinkhorn" or _rounded_passes(reading, x):
+        pre, post, H = gates_and_matrix(z, config, dtype)
         return pre, post, H.contiguous()
     gates = torch.sigmoid(z[:, : 2 * n])
     pre, post = gates[:, :n] + config.pre_eps, config.post_scale * gates[:, n:] + config.post_eps
-    return pre, post, balanced(z[:, 2 * n :].reshape(-1, n, n), config)
+    H = balanced(z[:, 2 * n :].reshape(-1, n, n), config)
+    return pre.to(dtype), post.to(dtype), H.to(dtype)
+
+
+def _rounded_passes(reading: Reading, x: Tensor) -> bool:
+    """Whether Sinkhorn's passes are rounded too: then it is the plain one, also on the way back."""
+    return reading.config.matrix == "activation" and reading.rounds(x)
 
 
 def read_back(
@@ -93,23 +116,26 @@ def read_back(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """The cotangents of all inputs."""
-    scale, shift, norm, *phis = weights
+    scale, shift, *held = weights
     c, wide = reading.config, wide_dtype(x.dtype)
     n, dim = x.shape[-2:]
+    phis, norm = rounded_weights(x, held[1:], held[0], c)
     flat, matrix = x.reshape(-1, n * dim), joined(phis, norm, wide)
     tokens, m = len(flat), matrix.shape[1]
     sums = sums.reshape(-1, m + 1)
     du, dpre, dpost, dH, further = (
         None if value is None else value.reshape(tokens, *value.shape[x.ndim - 2 :]) for value in cotangents[:5]
     )
-    h = _normed(sums, c, n * dim)  # [T, m]
+    h = _normed(sums, reading, x)  # [T, m]
     z = torch.addcmul(shift, scale, h)
-    dz = _of_small(z, reading, n, dpost, dH)  # [T, m], zero for pre
+    dz = _of_small(z, reading, x, dpost, dH)  # [T, m], zero for pre
     sigmoid = torch.sigmoid(z[:, :n])
     slope = sigmoid * (1 - sigmoid)
     if dpre is not None:
         dz[:, :n] = dpre * slope
-    gates = sigmoid + c.pre_eps if carried is None else carried.reshape(-1, n).to(wide)
+    own = sigmoid + c.pre_eps
+    own = own.to(x.dtype).to(wide) if reading.rounds(x) else own
+    gates = own if carried is None else carried.reshape(-1, n).to(wide)
     dcarried = None if carried is None else torch.zeros(tokens, n, dtype=wide, device=x.device)
     inverse, of_square = _of_norm(sums, c, n * dim)
     dx = torch.empty_like(flat) if wanted[0] else None
@@ -144,7 +170,7 @@ def read_back(
         None,
         (dz * h).sum(0) if wanted[3] else None,
         dz.sum(0) if wanted[4] else None,
-        *of_joined(dmatrix, norm, phis, wanted[5:]),
+        *of_joined(dmatrix, norm, phis, held, wanted[5:]),
     )
 
 
@@ -158,19 +184,20 @@ def _of_norm(sums: Tensor, config: MHCConfig, count: int) -> tuple[Tensor, Tenso
     return inverse, torch.where(mean == 0, 0.0, -0.5 * inverse / root / count)
 
 
-def _of_small(z: Tensor, reading: Reading, n: int, dpost: Tensor | None, dH: Tensor | None) -> Tensor:
+def _of_small(z: Tensor, reading: Reading, x: Tensor, dpost: Tensor | None, dH: Tensor | None) -> Tensor:
     """The cotangent of the logits by way of post and H; zero for those of pre."""
-    dz, config = torch.zeros_like(z), reading.config
+    dz, config, n = torch.zeros_like(z), reading.config, x.shape[-2]
     if dpost is not None and not reading.head:
         sigmoid = torch.sigmoid(z[:, n : 2 * n])
         dz[:, n : 2 * n] = config.post_scale * dpost * sigmoid * (1 - sigmoid)
     if dH is None or reading.head or config.residual == "identity":
         return dz
     logits = z[:, 2 * n :]
-    if config.residual == "sinkhorn":
+    if config.residual == "sinkhorn" and not _rounded_passes(reading, x):
         dz[:, 2 * n :] = pulled(logits.reshape(-1, n, n), config, dH).flatten(1)
     else:
         with torch.enable_grad():
             logits = logits.detach().requires_grad_()
-            dz[:, 2 * n :] = torch.autograd.grad(permutations(logits, config), logits, dH)[0]
+            H = gates_and_matrix(torch.cat([z[:, : 2 * n].detach(), logits], 1), config, dH.dtype)[2]
+            dz[:, 2 * n :] = torch.autograd.grad(H, logits, dH)[0]
     return dz
