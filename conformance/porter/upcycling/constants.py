@@ -113,7 +113,7 @@ class Constants:
         return self.noise * normal(f"upcycle/{self.seed}/{label}", shape)
 
     def _residual(self, site: SiteKey, shape: tuple[int, ...]) -> np.ndarray:
-        """Logits that leave half of each stream where it is, and whose H has equal sums with noise too.
+        """Logits that leave three quarters of a stream where they are, and whose H has equal sums with noise too.
 
         A softmax over permutations has such sums whatever its logits are. Logits that depend on j - i (mod n) alone
         make rows and columns with the same sum, and each pass of Sinkhorn's then multiplies all of H by one number.
@@ -122,10 +122,10 @@ class Constants:
         if len(shape) == 1:
             logits = self._noise(label, shape)
             still = list(itertools.permutations(range(n))).index(tuple(range(n)))
-            logits[still] += math.log(max(shape[0] - 1, 1))
+            logits[still] += math.log(3 * max(shape[0] - 1, 1))
             return logits.astype(self.dtype)
         by_distance = self._noise(label, (n,))
-        by_distance[0] += math.log(max(n - 1, 1))
+        by_distance[0] += math.log(3 * max(n - 1, 1))
         rows, columns = np.indices(shape)
         return by_distance[(columns - rows) % n].astype(self.dtype)
 

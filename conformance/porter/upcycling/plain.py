@@ -68,8 +68,10 @@ class PlainProbe:
 
     def _normed(self, z: np.ndarray) -> np.ndarray:
         eps = {"norm_eps": self.norm_eps, "norm_eps_position": "mean"}
-        return z / formulas.root_mean_square(z, eps, Float64())[0]
+        root: np.ndarray = formulas.root_mean_square(z, eps, Float64())[0]  # [tokens, 1]
+        return z / root
 
     def _branch(self, u: np.ndarray) -> np.ndarray:
-        weight = 1 + 0.5 * np.cos(np.arange(u.shape[-1]) * (self.sites + 1))
-        return weight * np.tanh(np.roll(self._normed(u), 7 * self.sites + 1, -1))
+        shifted: np.ndarray = np.roll(self._normed(u), 7 * self.sites + 1, -1)
+        channel: np.ndarray = np.arange(u.shape[-1], dtype=np.float64)
+        return (1 + 0.5 * np.cos(channel * (self.sites + 1))) * np.tanh(shifted)

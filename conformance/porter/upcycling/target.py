@@ -90,24 +90,27 @@ def settings(decoder: Decoder, target: KnownDialect, layout: Layout, n: int) -> 
     return {**needed, **configuration.settings(target.parameters, target.base)}, software.place
 
 
-def with_settings(decoder: Decoder, needed: Mapping[str, Any]) -> dict[str, Any]:
+def configuration_text(decoder: Decoder, needed: Mapping[str, Any]) -> str:
     """The model's configuration with these keys in its language model's part.
 
     Raises:
         PortError: the model states another value for one of them, which its own norms may need.
     """
-    stated = parts.stated(decoder.config)
+    stated, place = parts.stated(decoder.config), decoder.checkpoint.config_place
     for key, value in needed.items():
         if key in stated and stated[key] != value:
             raise PortError(
-                f"{decoder.checkpoint.config_place}: states {key} = {stated[key]}, and the dialect needs {value}: "
-                f"leave that parameter out of --dialect"
+                f"{place}: states {key} = {stated[key]}, and the dialect needs {value}: leave that parameter out of "
+                f"--dialect"
             )
-    changed = copy.deepcopy(decoder.config)
-    inner = parts.of_language(changed)[-1]
-    assert isinstance(inner, dict)
-    inner.update({key: value for key, value in needed.items() if key not in stated})
-    return changed
+    try:
+        changed = copy.deepcopy(decoder.config)
+        inner = parts.of_language(changed)[-1]
+        assert isinstance(inner, dict)
+        inner.update({key: value for key, value in needed.items() if key not in stated})
+        return json.dumps(changed, indent=2) + "\n"
+    except RecursionError as error:
+        raise PortError(f"{place}: is nested too deeply to be written again") from error
 
 
 def reduction(parameters: Mapping[str, Any], n: int, factor: float) -> tuple[bool, str]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -95,7 +93,7 @@ class Plan:
     Attributes:
         kind: of the target's files (`storage.target.kind_of`).
         prefixes: of each site's tensors, in the order of the stack.
-        needed: the keys for the target's ``config.json``.
+        configuration: the text of the target's ``config.json``.
     """
 
     decoder: Decoder
@@ -104,7 +102,7 @@ class Plan:
     options: UpcycleOptions
     dialect: KnownDialect
     prefixes: dict[SiteKey, str]
-    needed: Mapping[str, Any]
+    configuration: str
     report: UpcycleReport
 
     @property
@@ -169,8 +167,7 @@ class Plan:
         for name in copying.other_files(checkpoint.path, shards)[0]:
             copying.copy(checkpoint.path / name, directory / name)
         copying.write_index(directory, checkpoint, shards)
-        config = choosing.with_settings(self.decoder, self.needed)
-        (directory / storage.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (directory / storage.CONFIG).write_text(self.configuration)
 
     def _groups(self, progress: Callable[[int, int], None] | None) -> Iterator[dict[str, np.ndarray]]:
         """The tensors of all sites, as many at a time as one shard holds; they are measured on the way.
@@ -251,9 +248,8 @@ def _plan(decoder: Decoder, layout: Layout, kind: str, options: UpcycleOptions) 
         plain_tensors=len(checkpoint.tensors), plain_bytes=sum(t.nbytes for t in checkpoint.tensors.values()),
         settings=needed, settings_place=place, notes=[*decoder.remarks],
     )  # fmt: skip
-    plan = Plan(decoder, layout, kind, options, dialect, prefixes, needed if in_config else {}, report)
-    if in_config:
-        choosing.with_settings(decoder, needed)
+    text = choosing.configuration_text(decoder, needed if in_config else {}) if whole else ""
+    plan = Plan(decoder, layout, kind, options, dialect, prefixes, text, report)
     if beyond := configuration.beyond(dialect.parameters, dialect.base) if place else []:
         report.notes.append(
             f"nothing in {place} sets {', '.join(beyond)}: the software of {dialect.base} differs there"
