@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def parameters(dialect):
     return dict(parse(dialect).parameters)
 
 
-def run(p, streams, noise=0.0, dtype="float64", change=lambda site, weights: weights, norm_eps=1e-6):
+def run(p, streams, noise=0.0, dtype: Any = "float64", change=lambda site, weights: weights, norm_eps=1e-6):
     """The probe after all sites, the constants, and the largest change of the output."""
     constants = Constants(p, streams, DIM, np.dtype(dtype), noise, seed=3)
     probe = PlainProbe(p, streams, DIM, norm_eps, tokens=5, seed=1)
