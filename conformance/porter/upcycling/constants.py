@@ -3,11 +3,13 @@
 Each site is given, in the order of the stack, the biases with which the mean of the streams stays ``scale`` times the
 plain network's stream z:
 
-    pre_i  = 1 / (n scale)                   so that u = z, since the gates of all streams are alike
-    H      with both sums equal to ``kept``  so that mixing multiplies the mean by it and by nothing else
-    post_j = scale kept (1 + noise_j)        with noise_j of mean 0, so that the branch joins at the mean's new scale
+    pre_i  = (1 + e_i) / (n scale)      u = z: the gates add up to 1 / scale
+    H      with the sums ``kept``       mixing multiplies the mean by it and by nothing else
+    post_j = scale kept (1 + d_j)       the branch joins at the mean's new scale
 
-The gating scalars are 0, and the projections are drawn as for a new layer: they learn as soon as the scalars move.
+d and e are noise of mean 0. They lie in two spaces that are orthogonal to each other and that H maps into themselves:
+what d puts between the streams, no later e reads. The gating scalars are 0, and the projections are drawn as for a
+new layer: they learn as soon as the scalars move.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class Constants:
     Args:
         parameters: the dialect.
         dtype: that the weights are stored in.
-        noise: the deviation of the post gates from their mean, and of the residual logits; 0 for equal streams.
+        noise: the deviation of d, of e and of the residual logits; 0 for equal streams.
         seed: of the projections and of the noise.
 
     Attributes:
@@ -59,6 +61,7 @@ class Constants:
     kept: float = 1.0
 
     def __post_init__(self) -> None:
+        self._of_post, self._of_pre = _spaces(self.streams, self._label("phases"))
         residual, limit = self.parameters["residual"], most_permuted()
         if residual == "permutations" and self.streams > limit:
             raise PortError(f"--streams: the permutations of more than {limit} streams are too many", CANNOT)
@@ -81,17 +84,16 @@ class Constants:
             self.kept = self._sum_kept(weights["res_beta"])
         before, self.scale = self.scale, self.scale * self.kept
         read = self.scale if p["pre_from"] == "previous" else before  # the next site reads with this one's pre
-        share = np.full(self.streams, 1 / (self.streams * read))
-        weights["pre_beta"] = self._bias("pre", share, 1.0, p["pre_eps"])
-        apart = self._noise(f"{site} post", (self.streams,))
-        post = self.scale * (1 + apart - apart.mean())
+        pre = (1 + self._within(self._of_pre, f"{site} pre")) / (self.streams * read)
+        post = (1 + self._within(self._of_post, f"{site} post")) * self.scale
+        weights["pre_beta"] = self._bias("pre", pre, 1.0, p["pre_eps"])
         weights["post_beta"] = self._bias("post", post, p["post_scale"], p["post_eps"])
         return weights
 
     def head(self, site: SiteKey) -> Weights:
         """The canonical weights of the head, whose gates divide by the scale."""
-        share = np.full(self.streams, 1 / (self.streams * self.scale))
-        base = self._bias("the head's gate", share, 1.0, self.parameters["pre_eps"])
+        gates = (1 + self._within(self._of_pre, "head")) / (self.streams * self.scale)
+        base = self._bias("the head's gate", gates, 1.0, self.parameters["pre_eps"])
         return {**self._drawn(site), "head_base": base}
 
     def _drawn(self, site: SiteKey) -> Weights:
@@ -104,30 +106,38 @@ class Constants:
             if len(shape) == 2 and shape[0] == self.streams * self.dim:  # a projection
                 deviation = shape[0] ** -0.5
                 for stream in range(self.streams):  # a stream at a time: the numbers are made of many more bytes
-                    label = f"upcycle/{self.seed}/{site}/{name}/{stream}"
+                    label = self._label(f"{site}/{name}/{stream}")
                     value[stream * self.dim : (stream + 1) * self.dim] = deviation * normal(label, (self.dim, shape[1]))
             weights[name] = value
         return weights
 
-    def _noise(self, label: str, shape: tuple[int, ...]) -> np.ndarray:
-        return self.noise * normal(f"upcycle/{self.seed}/{label}", shape)
+    def _label(self, of: str) -> str:
+        return f"upcycle/{self.seed}/{of}"
+
+    def _within(self, space: np.ndarray, label: str) -> np.ndarray:
+        """A vector of a space ``[n, directions]``, with the root mean square ``noise``; zeros if the space is empty."""
+        drawn: np.ndarray = space @ normal(self._label(label), (space.shape[1],))
+        size = math.sqrt(float(drawn @ drawn) / self.streams)
+        return drawn * (self.noise / size) if size else drawn
 
     def _residual(self, site: SiteKey, shape: tuple[int, ...]) -> np.ndarray:
-        """Logits that leave three quarters of a stream where they are, and whose H has equal sums with noise too.
+        """Logits that leave three quarters of a stream where they are, and that depend on the distance of i and j.
 
-        A softmax over permutations has such sums whatever its logits are. Logits that depend on j - i (mod n) alone
-        make rows and columns with the same sum, and each pass of Sinkhorn's then multiplies all of H by one number.
+        The distance is that on a circle, |i - j| or n - |i - j|. Such an H is symmetric and has one sum in all rows and
+        columns, so that each pass of Sinkhorn's multiplies it by one number. Of the permutations only those that turn
+        the circle have logits other than 0.
         """
-        n, label = self.streams, f"{site} res"
-        if len(shape) == 1:
-            logits = self._noise(label, shape)
-            still = list(itertools.permutations(range(n))).index(tuple(range(n)))
-            logits[still] += math.log(3 * max(shape[0] - 1, 1))
-            return logits.astype(self.dtype)
-        by_distance = self._noise(label, (n,))
-        by_distance[0] += math.log(3 * max(n - 1, 1))
-        rows, columns = np.indices(shape)
-        return by_distance[(columns - rows) % n].astype(self.dtype)
+        n, turns = self.streams, np.arange(self.streams)
+        by_distance = self.noise * normal(self._label(f"{site} res"), (n,))
+        by_turn = by_distance[np.minimum(turns, n - turns)]
+        by_turn[0] += math.log(3 * max(math.prod(shape) // (n if len(shape) == 2 else 1) - 1, 1))
+        if len(shape) == 2:
+            rows, columns = np.indices(shape)
+            return by_turn[(columns - rows) % n].astype(self.dtype)
+        logits, table = np.zeros(shape), list(itertools.permutations(range(n)))
+        for turn in range(n):
+            logits[table.index(tuple((k + turn) % n for k in range(n)))] = by_turn[turn]
+        return logits.astype(self.dtype)
 
     def _sum_kept(self, logits: np.ndarray) -> float:
         """The sum of each row and column of the H that the stored logits give, with this dialect's guards.
@@ -163,6 +173,25 @@ class Constants:
 
 
 def _way_out(gate: str, constants: Constants) -> str:
+    if constants.noise:
+        return "lower --noise, or leave it out to see whether it is the reason"
     if gate == "post":
-        return "lower --noise" if constants.noise else "take a dialect whose post gates reach beyond 1 (post_scale=2)"
+        return "take a dialect whose post gates reach beyond 1 (post_scale=2)"
     return "take two streams or more" if constants.streams == 1 else "take a smaller pre_eps, or fewer streams"
+
+
+def _spaces(streams: int, label: str) -> tuple[np.ndarray, np.ndarray]:
+    """Orthogonal spaces of vectors of mean 0 for the noise of post and of pre, ``[n, directions]`` each.
+
+    They are made of the waves on a circle of n streams, which a matrix of `Constants._residual` only scales: of each
+    wavelength one wave for post, and the one that is a quarter of a wave further on for pre. The shortest wave of an
+    even n has no such partner, so that two streams have none for pre.
+    """
+    waves, positions = range(1, (streams + 1) // 2), np.arange(streams)
+    phases = np.pi * normal(label, (len(waves),))
+    angles = np.array([2 * np.pi * wave * positions / streams + phases[wave - 1] for wave in waves])
+    angles = angles.reshape(len(waves), streams).T  # [n, wavelengths]
+    of_post, of_pre = np.cos(angles), np.sin(angles)
+    if streams % 2 == 0:
+        of_post = np.concatenate([of_post, np.cos(np.pi * positions)[:, None]], 1)
+    return of_post, of_pre
