@@ -1,7 +1,8 @@
 """Gives a small model of the transformers library hyper-connections, compares logits, and trains it for some seconds.
 
     python examples/upcycle.py [dense | tied | experts] [DIALECT[,key=value…]]
-    python examples/upcycle.py --table          every dialect, all three models, in float64 and float32
+    python examples/upcycle.py --save DIRECTORY [dense | tied | experts]     the plain model alone
+    python examples/upcycle.py --table     every dialect, all three models, in float64 and float32
 
 The model's own attention, MLP and norms stay as they are. `upcycled` loads a directory that `mhc-conformance upcycle
 --to canonical` has written, and puts an `UpcycledLayer` around each layer of the model. docs/upcycling.md explains it.
@@ -176,23 +177,26 @@ def table() -> None:
         print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
 
 
-def main() -> None:
-    shape = sys.argv[1] if len(sys.argv) > 1 else "dense"
-    dialect = sys.argv[2] if len(sys.argv) > 2 else "deepseek-v4"
+def main(shape: str = "dense", dialect: str = "deepseek-v4") -> None:
     for dtype in (torch.float64, torch.float32):
         for noise in (0.0, 0.1):
             stored = str(dtype).removeprefix("torch.")
             options = UpcycleOptions(dialect=dialect, dtype=stored, noise=noise, allow_approximate=True)
             with tempfile.TemporaryDirectory() as folder:
                 largest, model = change(shape, options, dtype, Path(folder))
-            print(f"{shape}, {stored}, noise {noise}: the logits change by {largest:.1e}, "
-                  f"the streams lie {spread(model):.1e} apart")  # fmt: skip
+            apart = f"the streams lie {spread(model):.0e} apart" if noise else "the streams are equal"
+            print(f"{stored}, noise {noise}: the logits change by {largest:.0e}, {apart}")
     losses = train(model, 60)
-    print(f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} after {len(losses)} steps; "
-          f"the streams lie {spread(model):.1e} apart")  # fmt: skip
+    print(f"loss {losses[0]:.1f} at first, {losses[-1]:.1f} after {len(losses)} steps")
 
 
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    table() if "--table" in sys.argv else main()
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--table"]:
+        table()
+    elif arguments[:1] == ["--save"]:
+        plain(arguments[2] if arguments[2:] else "dense", torch.float32).save_pretrained(arguments[1])
+    else:
+        main(*arguments)
