@@ -76,6 +76,14 @@ def test_a_path_without_a_model(tmp_path):
     assert "nothing says which hold the model" in refused(tmp_path, source)
 
 
+def test_an_index_that_transformers_would_not_read(tmp_path):
+    source = build(tmp_path / "plain")
+    save_file({"x": np.zeros(1)}, source / "model.safetensors")
+    assert "transformers reads that file and not the index" in refused(tmp_path, source)
+    single = build(tmp_path / "single", shards=1, transformers_weights="model.safetensors")
+    assert "names 'model.safetensors' as transformers_weights" in refused(tmp_path, single)
+
+
 def test_a_shard_that_is_missing_or_cut_short(tmp_path):
     source = build(tmp_path / "plain")
     shard = source / "model-00002-of-00002.safetensors"
