@@ -12,7 +12,7 @@ from typing import Any
 from conformance.porter import configuration, parts
 from conformance.porter.errors import CANNOT, PortError
 from conformance.porter.storage.holding import hyper_connections
-from conformance.porter.storage.into import check_into
+from conformance.porter.storage.into import check_index
 from conformance.porter.storage.numbering import split
 from conformance.porter.storage.shards import SafetensorsCheckpoint, index_of, safetensors_in
 from conformance.porter.untyped import is_sequence
@@ -80,7 +80,7 @@ def opened(source: Path) -> SafetensorsCheckpoint:
                 f"name the file, or add an index, *.safetensors.index.json"
             )
     if source.is_dir() and (index_of(source) or len(safetensors_in(source)) == 1):
-        check_into(source)  # that transformers reads the same files
+        check_index(source)  # that transformers reads the same files
     return SafetensorsCheckpoint(source)
 
 

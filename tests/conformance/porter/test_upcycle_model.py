@@ -77,9 +77,12 @@ def test_every_layout_takes_the_sites_and_a_port_knows_them(source, tmp_path, la
     assert {k: v for k, v in stated.items() if k not in ("norm_eps", "head_norm_eps", "norm_weight")} == {
         k: v for k, v in expected.items() if k not in ("norm_eps", "head_norm_eps", "norm_weight")
     }
-    sigmoid = 1 / (1 + np.exp(-weights["layers.1.ffn.pre_beta"].astype(np.float64)))
-    assert 4 * (sigmoid + expected["pre_eps"]) == pytest.approx(np.ones(4), abs=1e-5)
-    assert not np.allclose(weights["layers.1.ffn.post_beta"], weights["layers.1.ffn.post_beta"][0], atol=1e-3)
+    sigmoid = {
+        gate: 1 / (1 + np.exp(-weights[f"layers.1.ffn.{gate}_beta"].astype(np.float64))) for gate in ("pre", "post")
+    }
+    assert np.sum(sigmoid["pre"] + expected["pre_eps"]) == pytest.approx(1, abs=1e-5)
+    assert np.mean(expected["post_scale"] * sigmoid["post"] + expected["post_eps"]) == pytest.approx(1, abs=1e-5)
+    assert all(value.std() / value.mean() == pytest.approx(0.1, rel=0.1) for value in sigmoid.values())
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])

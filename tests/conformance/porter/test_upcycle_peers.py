@@ -105,7 +105,7 @@ def test_both_implementations_load_the_sites(tmp_path, framework):
     from tests.conformance.porter.plain_model import DIM, LAYERS, build
 
     implementation = pytest.importorskip(framework, reason=f"needs the framework of {framework}")
-    upcycle(build(tmp_path / "plain"), tmp_path / "upcycled", UpcycleOptions(noise=0.1))
+    upcycle(build(tmp_path / "plain"), tmp_path / "upcycled", UpcycleOptions())
     config = implementation.MHCConfig.from_dialect("deepseek-v4", streams=4, dim=DIM, norm_eps=1e-5)
     rngs = {"rngs": pytest.importorskip("flax.nnx").Rngs(0)} if framework == "jax_impl" else {}
     sites = {
