@@ -127,6 +127,24 @@ def test_the_keys_of_a_nested_configuration_stand_in_its_language_models_part(tm
     assert "hc_mult" not in written
 
 
+def test_the_eps_of_all_norms_is_the_models(tmp_path):
+    """One key of MaxText's sets the eps of the model's own norms and of the sites."""
+    source = build(tmp_path / "plain", rms_norm_eps=3e-6)
+    report = upcycle(source, tmp_path / "out", UpcycleOptions(to="maxtext", dialect="maxtext,reduce=head"))
+    assert report.settings["normalization_layer_epsilon"] == 3e-6 and "norm_eps=3e-06" in report.dialect
+    given = UpcycleOptions(to="maxtext", dialect="maxtext,reduce=head,norm_eps=1e-4", overwrite=True)
+    assert upcycle(source, tmp_path / "given", given).settings["normalization_layer_epsilon"] == 1e-4
+
+
+def test_the_sites_are_read_back_if_the_user_wants_that(source, tmp_path, monkeypatch):
+    compared: list[int] = []
+    monkeypatch.setattr(into, "compare", lambda path, kind, tensors: compared.append(len(tensors)))
+    upcycle(source, tmp_path / "out", UpcycleOptions())
+    assert not compared
+    report = upcycle(source, tmp_path / "again", UpcycleOptions(read_back=True))
+    assert sum(compared) == len(report.tensors)
+
+
 def test_the_streams_of_the_configuration_are_taken(tmp_path):
     source = build(tmp_path / "plain", hc_mult=3)
     assert upcycle(source, tmp_path / "out", UpcycleOptions(to="deepseek")).streams == 3
