@@ -41,7 +41,7 @@ class Note(msgspec.Struct):
     lacking: list[str] = msgspec.field(default_factory=list[str])
     layers: int | None = None
     sites: int | None = None
-    upcycled: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    upcycled: dict[str, str | float] = msgspec.field(default_factory=dict[str, str | float])
 
     @property
     def understood(self) -> bool:

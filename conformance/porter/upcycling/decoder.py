@@ -102,14 +102,14 @@ def recognise(checkpoint: SafetensorsCheckpoint) -> Decoder:
         raise PortError(f"{directory}: has no config.json, which says how many layers the model has and how wide it is")
     _check_kind(checkpoint, config)
     layers, dim = _sizes(checkpoint, config)
-    stem, found = _layers(checkpoint, layers)
-    _check_layers(checkpoint, stem, {number: found[number] for number in range(layers)})
-    if not any(
-        len(t.shape) == 2 and t.shape[1] == dim and not LAYER.match(t.name) for t in checkpoint.tensors.values()
-    ):
+    stem, modules = _layers(checkpoint, layers)
+    _check_layers(checkpoint, stem, {number: modules[number] for number in range(layers)})
+    widths = {t.shape[1] for t in checkpoint.tensors.values() if len(t.shape) == 2 and not LAYER.match(t.name)}
+    if dim not in widths:
         raise PortError(f"{place}: no embedding has the width {dim} that hidden_size states: is it another model's?")
-    remarks = [f"the layers {layers} to {max(found)} of {stem} are beyond those that are counted: they get no site"
-               for _ in "x" if max(found) >= layers]  # fmt: skip
+    remarks: list[str] = []
+    if max(modules) >= layers:
+        remarks.append(f"the layers {layers} to {max(modules)} of {stem} are beyond those that are counted: no site")
     eps = next((v for key in NORM_EPS if isinstance(v := parts.stated(config).get(key), int | float)), 1e-6)
     return Decoder(checkpoint, config, layers, dim, stem, float(eps), tuple(remarks))
 
@@ -156,18 +156,18 @@ def _layers(checkpoint: SafetensorsCheckpoint, layers: int) -> tuple[str, dict[i
     """The start of the layers' names, and for each number the modules right below it."""
     stems: dict[str, dict[int, set[str]]] = {}
     for name in checkpoint.tensors:
-        if match := LAYER.match(name):
+        match = LAYER.match(name)
+        if match and not parts.ASIDE.search(match["stem"]) and "mtp" not in match["stem"]:
             stems.setdefault(match["stem"], {}).setdefault(int(match["number"]), set[str]()).add(match["part"])
-    stems = {stem: found for stem, found in stems.items() if not parts.ASIDE.search(stem) and "mtp" not in stem}
-    whole = {stem: found for stem, found in stems.items() if found.keys() >= set(range(layers))}
+    whole = [stem for stem, modules in stems.items() if modules.keys() >= set(range(layers))]
     if len(whole) == 1:
-        return next(iter(whole.items()))
+        return whole[0], stems[whole[0]]
     if whole:
         raise PortError(
             f"{checkpoint.path}: has {layers} layers under {' and under '.join(sorted(whole))}: expected one decoder, "
             f"whose layers are one stack", CANNOT,
         )  # fmt: skip
-    there = ", ".join(f"{stem} ({len(found)})" for stem, found in sorted(stems.items())[:4])
+    there = ", ".join(f"{stem} ({len(modules)})" for stem, modules in sorted(stems.items())[:4])
     raise PortError(
         f"{checkpoint.path}: its config.json states {layers} layers, and there are not so many: expected tensors such "
         f"as model.layers.{layers - 1}.self_attn.q_proj.weight, got {there or 'no layers'}"

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from conformance.cases.dialects import dialect_names, parse
 from conformance.cli import app
+from conformance.porter.errors import PortError
 from conformance.porter.inspection import inspect
 from conformance.porter.layouts import layouts
 from conformance.porter.port import Options, port
@@ -136,6 +137,21 @@ def test_the_eps_of_all_norms_is_the_models(tmp_path):
     assert upcycle(source, tmp_path / "given", given).settings["normalization_layer_epsilon"] == 1e-4
 
 
+def test_a_port_trusts_the_note_for_the_upcycled_model_alone(source, tmp_path):
+    upcycle(source, tmp_path / "out", UpcycleOptions(to="deepseek"))
+    assert not inspect(tmp_path / "out").problem
+    place = tmp_path / "out" / "config.json"
+    config = json.loads(place.read_text())
+    place.write_text(json.dumps({**config, "model_type": "mystery"}))
+    assert inspect(tmp_path / "out").problem == "model_type mystery is not known"
+    place.write_text(json.dumps({**config, "hc_sinkhorn_iters": 5}))
+    assert "a port noted iterations = 20" in inspect(tmp_path / "out").problem
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('\\"model_type\\": \\"llama\\"', '\\"model_type\\": []'))
+    with pytest.raises(PortError, match="isn't what this project writes"):
+        inspect(tmp_path / "out")
+
+
 def test_the_sites_are_read_back_if_the_user_wants_that(source, tmp_path, monkeypatch):
     compared: list[int] = []
     monkeypatch.setattr(into, "compare", lambda path, kind, tensors: compared.append(len(tensors)))
@@ -184,6 +200,13 @@ def test_files_of_other_formats_are_left_behind(source, tmp_path):
     done = call(source, tmp_path / "out")
     assert "note     not copied: consolidated.safetensors, original, pipe, pytorch_model.bin" in done.stdout
     assert not {"pytorch_model.bin", "original", "pipe"} & set(content(tmp_path / "out"))
+
+
+def test_layers_beyond_those_that_are_counted_get_no_site(tmp_path):
+    source = build(tmp_path / "plain", values=plain_model.tensors(layers=LAYERS + 1))
+    report = upcycle(source, tmp_path / "out", UpcycleOptions())
+    assert report.notes == ["the layers 2 to 2 of model.layers are beyond those that are counted: no site"]
+    assert not any(name.startswith("layers.2") for name in report.tensors)
 
 
 def test_a_cache_of_links_becomes_files(source, tmp_path):
