@@ -28,6 +28,7 @@ class Note(msgspec.Struct):
         assumed: whether that dialect was only an assumption.
         lacking: a line for each part that the source should have had.
         layers, sites: the numbers of layers and sites that were written.
+        upcycled: how the sites were made for a model without them, and the model's ``model_type``.
     """
 
     format: str = PORT_FORMAT
@@ -40,6 +41,7 @@ class Note(msgspec.Struct):
     lacking: list[str] = msgspec.field(default_factory=list[str])
     layers: int | None = None
     sites: int | None = None
+    upcycled: dict[str, str | float] = msgspec.field(default_factory=dict[str, str | float])
 
     @property
     def understood(self) -> bool:

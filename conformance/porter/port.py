@@ -80,7 +80,7 @@ def _port(
         if not options.dry_run:
             read = [path for path in (source, options.norm_weight, options.into) if path is not None]
             storage.check_target(target, read, options.overwrite)
-            _check_replaceable(target, kind, options.into)
+            check_replaceable(target, kind, options.into)
     else:
         kind = "into"
     with open_checkpoint(source) as checkpoint:
@@ -145,7 +145,7 @@ def _port(
     return report
 
 
-def _check_replaceable(target: Path, kind: str, model: Path | None) -> None:
+def check_replaceable(target: Path, kind: str, model: Path | None) -> None:
     """Refuses a target that holds more than hyper-connections and, for a copy, the tensors of its model.
 
     Raises:

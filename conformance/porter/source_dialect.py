@@ -199,6 +199,8 @@ def from_config(layout: Layout, checkpoint: Checkpoint) -> KnownDialect | None:
     kinds = configuration.model_types(config)
     if not config or layout.keeps_dialect:
         return None
+    if (noted := note(checkpoint)) and noted.upcycled.get("model_type") not in layout.models:
+        kinds = [kind for kind in kinds if kind != noted.upcycled.get("model_type")]  # it says nothing of the sites
     unknown = [kind for kind in kinds if kind not in layout.models]
     base = layout.models[kinds[-1]] if kinds and not unknown else layout.dialect
     if not kinds:

@@ -25,11 +25,11 @@ NAMES = (
     "fixtures/README.md",
     *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
 )
-SLOW = ("docs/layer.md", "docs/porting.md", "docs/sharding.md", "docs/sizes.md")
+SLOW = ("docs/layer.md", "docs/porting.md", "docs/sharding.md", "docs/sizes.md", "docs/upcycling.md")
 PAGES = [
     pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES if (ROOT / name).is_file()
 ]
-NEEDED = ("jax", "flax", "optax", "torch", "orbax", "gguf", "flint")
+NEEDED = ("jax", "flax", "optax", "torch", "transformers", "orbax", "gguf", "flint")
 MISSING = [module for module in NEEDED if importlib.util.find_spec(module) is None]
 
 

@@ -38,6 +38,15 @@ def check_into(directory: Path) -> None:
             f"{directory}: has hyper-connections in {' and '.join(also)} too, and those would stay as they are: move "
             f"them out of the directory"
         )
+    check_index(directory)
+
+
+def check_index(directory: Path) -> None:
+    """Refuses a directory of safetensors in which it isn't clear which files hold the model.
+
+    Raises:
+        PortError: it has several files and no index, or transformers reads a file before the index or in its place.
+    """
     index, files = index_of(directory), safetensors_in(directory)
     if index is None and len(files) != 1:
         raise PortError(

@@ -11,9 +11,11 @@ from conformance.judge.item import Outcome
 from conformance.judge.rule import Check
 from conformance.oracle import generate
 from conformance.porter.port import Options, port
+from conformance.porter.upcycling.upcycle import UpcycleOptions, upcycle
 from conformance.report import files
 from conformance.report.resume import NotResumed, resumed
 from tests.conformance.faults.writing import Operation
+from tests.conformance.porter import plain_model
 from tests.conformance.porter.small_checkpoint import build
 
 
@@ -42,6 +44,7 @@ def all_of_them() -> dict[str, Operation]:
         "report": report(),
         "port": ported("a.safetensors", "canonical"),
         "port-directory": ported("shards", "transformers"),
+        "upcycle": upcycled(),
     }
 
 
@@ -151,3 +154,22 @@ def ported(name: str, layout: str) -> Operation:
             raise SystemExit(error.status) from error
 
     return Operation(prepare, lambda folder: move(folder / "source", folder), (name,), ("source",))
+
+
+def upcycled() -> Operation:
+    """A whole model that replaces the one of another seed."""
+
+    def make(folder: Path, seed: int) -> None:
+        from conformance.porter.errors import PortError
+
+        options = UpcycleOptions(to="transformers", seed=seed, overwrite=True, shard_bytes=10_000)
+        try:
+            upcycle(folder / "source", folder / "model", options)
+        except PortError as error:
+            raise SystemExit(error.status) from error
+
+    def prepare(folder: Path) -> None:
+        plain_model.build(folder / "source")
+        make(folder, 1)
+
+    return Operation(prepare, lambda folder: make(folder, 0), ("model",), ("source",))

@@ -17,7 +17,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("name", [pytest.param("run", marks=pytest.mark.slow), "port", "run-resumed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("run", marks=pytest.mark.slow),
+        "port",
+        "run-resumed",
+        pytest.param("upcycle", marks=pytest.mark.slow),
+    ],
+)
 def test_a_target_is_whole_after_a_fault_at_any_call(tmp_path, name):
     done = start(["--kills", "1", "--only", name], tmp_path, captured=True)
     assert done.returncode == 0, done.stdout + done.stderr
