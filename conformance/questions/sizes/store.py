@@ -6,6 +6,7 @@ oldest go where all of them take more than `MOST_BYTES`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -92,8 +93,11 @@ def stored(tensors: Tensors, folder: str, threads: int = 1) -> Truth:
             shutil.rmtree(unfinished, ignore_errors=True)
             if not place.is_dir():
                 return truth(tensors, threads)
-    os.utime(place)
-    return _read(place)
+    try:
+        os.utime(place)
+        return _read(place)
+    except FileNotFoundError:  # another process made room for its own
+        return truth(tensors, threads)
 
 
 def _files(folder: Path) -> Allocate:
@@ -126,13 +130,15 @@ def _read(folder: Path) -> Truth:
 
 def _make_room(folder: Path) -> None:
     """Removes the truths that were used the longest ago, until those that stay are half of what is allowed."""
-    sizes = {
-        place: sum(path.stat().st_size for path in place.rglob("*.npy"))
-        for place in folder.iterdir()
-        if not place.name.startswith("unfinished-")
-    }
-    for place in sorted(sizes, key=lambda place: place.stat().st_mtime):
-        if sum(sizes.values()) <= MOST_BYTES / 2:
+    known: list[tuple[float, int, Path]] = []
+    for place in folder.iterdir():
+        if not place.name.startswith("unfinished-"):
+            with contextlib.suppress(FileNotFoundError):  # another process makes room too
+                size = sum(path.stat().st_size for path in place.rglob("*.npy"))
+                known.append((place.stat().st_mtime, size, place))
+    left = sum(size for _, size, _ in known)
+    for _, size, place in sorted(known):
+        if left <= MOST_BYTES / 2:
             return
-        del sizes[place]
+        left -= size
         shutil.rmtree(place, ignore_errors=True)

@@ -132,6 +132,23 @@ def test_the_oldest_truths_make_room(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_truths_that_another_process_removes_meanwhile_are_made_again(tmp_path, monkeypatch):
+    """Two workers make room in one folder: what one has just listed, the other may have removed."""
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(store, "MOST_BYTES", 0)
+    tensors, removed = made(), []
+
+    def read(place):
+        removed.append(place)
+        raise FileNotFoundError(place)
+
+    monkeypatch.setattr(store, "_read", read)
+    found, true = store.stored(tensors, str(tmp_path)), truth(tensors)
+    assert removed and found.tokens.keys() == true.tokens.keys()
+    for name, value in true.tokens.items():
+        np.testing.assert_array_equal(found.tokens[name], value)
+
+
 # Bounds
 
 
