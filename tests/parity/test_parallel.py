@@ -146,6 +146,7 @@ STANDS_ON = {
     "streams": {"config", "residual"},
     "functional": {"config", "mixing", "projections", "residual", "streams", "kernels", *FUSED, *KERNELS_OF_JAX},
     "crossing": {"config", "functional", "projections", "residual", "streams", "fused.crossing", *FUSED},
+    "health": {"config", "projections", "residual"},
     "metadata": {"config"},
     "weights": {"config", "functional", "metadata"},
     "modules": {"config", "functional", "models", "shards", "weights"},  # models inside two methods
