@@ -166,8 +166,8 @@ def _show(health: Health) -> None:
     for head in health.heads:
         say(f"{'head':10}{head.name}: gates {_numbers(head.gate.mean)}, share of the streams {_numbers(head.share)}")
     for warned in health.warnings:
-        about = f"Threshold {warned.threshold:g}: {warned.reason}."
-        say(f"{'warning':10}{warned.name} ({warned.stack}): {warned.said}. {about}")
+        say(f"{'warning':10}{warned.name} ({warned.stack}): {warned.said}")
+        say(f"{'':10}threshold {warned.threshold:g}: {warned.reason}")
     count = len(health.warnings)
     names = sorted({warned.name for warned in health.warnings})
     say(f"{count} warning{'' if count == 1 else 's'}: {', '.join(names)}" if count else "no warnings")

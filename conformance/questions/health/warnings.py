@@ -15,8 +15,8 @@ GAIN, OFF, CLOSED, UNLEARNED, STATIC = 2.0, 0.01, 0.99, 0.01, 1e-3
 THRESHOLDS = {"gain": GAIN, "not-converged": OFF, "closed-gate": CLOSED, "unlearned": UNLEARNED, "static": STATIC}
 """For each warning the figure from which it fires."""
 REASONS = {
-    "gain": "the paper's mHC stays at 1.6 over 60 sites and unconstrained hyper-connections reach 3,000; a signal or a "
-    "gradient that doubles over the depth of the model grows on with every layer that is added",
+    "gain": "the paper's mHC stays at 1.6 over 60 sites and unconstrained hyper-connections reach 3,000; a stream's "
+    "signal or gradient has doubled, and grows with every further layer",
     "not-converged": "sums that all miss 1 by 0.01 on the same side make 1.01^60 = 1.8 of 1 over 60 sites; the logits "
     "are too sharp for so few iterations",
     "closed-gate": f"below {SATURATED:g} a sigmoid has less than 1/250 of its steepest slope, so that training hardly "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -63,12 +64,14 @@ def sick() -> Tensors:
 
 
 def write(directory: Path, tensors: Mapping[str, np.ndarray], **settings: object) -> Path:
-    """A checkpoint of one file with its configuration."""
+    """A checkpoint of one file with its configuration; a setting of None is left out."""
     directory.mkdir(parents=True, exist_ok=True)
     narrow = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
     save_file(narrow, directory / "model.safetensors", metadata={"format": "pt"})
-    layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+    layers = 1 + max(int(number) for name in tensors for number in re.findall(r"layers\.(\d+)\.", name) or [0])
     config = {"model_type": "deepseek_v4", "hidden_size": DIM, "num_hidden_layers": layers, "hc_mult": N,
               "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "rms_norm_eps": 1e-6, **settings}  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
     return directory
