@@ -22,6 +22,7 @@ PAGES = {
         "docs/weights",
         "docs/sharding",
         "docs/porting",
+        "docs/health",
         "docs/kernel-benchmarks",
     ],
     "What is computed": ["docs/mathematics", "docs/bound", "docs/sizes", "fixtures/README", "docs/glossary"],

@@ -153,7 +153,7 @@ def _static(stack: Stack) -> Found:
     if any(value >= STATIC for _, value in spreads):
         return None
     largest = max(value for _, value in spreads)
-    return _worst(spreads), f"pre, post and H are the same for every token at every site, within {largest:.2g}"
+    return _worst(spreads), f"the coefficients are the same for every token at every site, within {largest:.2g}"
 
 
 def _listed(places: Sequence[tuple[str, float]], most: int = 4) -> str:

@@ -114,7 +114,7 @@ function folded(title, fill, open) {  // what is folded is made when it is opene
 function drawWarnings() {
   const box = document.getElementById("found");
   box.replaceChildren(...data.warnings.map((warned) => make("article", undefined, "diagnosis",
-    make("h3", `✗ ${warned.name}: ${warned.stack}`), make("p", `${warned.said}.`, "cause"),
+    make("h3", `✗ ${warned.name}: ${warned.stack}`), make("p", `${warned.said[0].toUpperCase()}${warned.said.slice(1)}.`, "cause"),
     make("p", `Figure ${figure(warned.value)}, threshold ${figure(warned.threshold)}: ${warned.reason}.`),
     ...(warned.places.length ? [folded(several(warned.places.length, "place"), () => [make("p", warned.places.join(", "))], false)] : []))));
   if (!data.warnings.length) box.append(make("p", "✓ No warnings: every figure is on the healthy side of its threshold.", "good"));
