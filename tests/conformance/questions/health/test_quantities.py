@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from conformance.cases.dialects import dialect_rows
+from conformance.oracle import formulas
+from conformance.porter.probe import Float64
 from conformance.questions.health import quantities
 
 N, DIM = 4, 6
@@ -73,3 +75,17 @@ def test_a_gate_is_closed_below_the_same_number(framework):
     assert quantities.gate(s).closed == [1, 0, 0, 0] and quantities.gate(s).open == [0, 0, 0, 1]
     pytest.importorskip({"torch": "torch", "jax": "flax"}[framework], reason=f"needs the extra {framework}")
     assert edge == importlib.import_module(f"{framework}_impl.health").SATURATED
+
+
+@pytest.mark.parametrize("name", dialect_rows())
+def test_the_side_that_drifts_is_the_one_that_does(name):
+    """For every published row: logits that no iterations balance, and the sums that come out."""
+    row = {**dialect_rows()[name], "streams": N}
+    side = quantities.drifting(row)
+    if row["residual"] != "sinkhorn":
+        assert side == "neither"
+        return
+    logits = 6 * np.random.default_rng(1).standard_normal((50, N, N))
+    gains = quantities.gains(quantities.mixing(formulas.residual_matrix(logits, row, Float64())[0], row))
+    off = {which: np.abs(np.array(getattr(gains, f"{which}_sums")) - 1).max() for which in ("forward", "backward")}
+    assert max(off, key=lambda which: off[which]) == side and off[side] > 1e-3 and sorted(off.values())[0] < 1e-4
