@@ -142,9 +142,12 @@ def _ids(path: Path) -> Any:
     import numpy as np
 
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        ids = np.load(path, allow_pickle=False)
+        if not isinstance(ids, np.ndarray):
+            raise ValueError("several arrays")
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         stop(f"{path}: expected an array of integers in NumPy's .npy format ({error})", USAGE)
+    return ids
 
 
 def _show(health: Health) -> None:

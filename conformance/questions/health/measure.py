@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,14 +134,11 @@ class Health:
         return {"format": FORMAT, **asdict(self), "thresholds": warnings.THRESHOLDS}
 
 
-def measure(
-    path: Path, options: Options, ran: Ran | None = None, progress: Callable[[int, int], None] | None = None
-) -> Health:
+def measure(path: Path, options: Options, ran: Ran | None = None) -> Health:
     """The health of the checkpoint at ``path``.
 
     Args:
         ran: what the model's own run left; its streams are taken in the place of any others.
-        progress: called with (sites done, sites).
 
     Raises:
         PortError: the checkpoint or the streams can't be read or aren't finite (status 2), nothing says which function
@@ -168,13 +165,10 @@ def measure(
         if all(site.head for site in sites):
             raise PortError(f"{path}: holds a head alone, and health is that of the sites before it: add them")
         model.prepare()
-        return _measured(path, model, sites, source, ran, progress or (lambda done, all_of_them: None))
+        return _measured(path, model, sites, source, ran)
 
 
-def _measured(
-    path: Path, model: Model, sites: list[SiteKey], source: streams.Streams, ran: Ran | None,
-    progress: Callable[[int, int], None],
-) -> Health:  # fmt: skip
+def _measured(path: Path, model: Model, sites: list[SiteKey], source: streams.Streams, ran: Ran | None) -> Health:
     parameters = {**model.parameters, "streams": model.streams}
     health = Health(
         checkpoint=str(path), layout=model.layout.name,
@@ -183,7 +177,7 @@ def _measured(
         activations=source.said, drifts=quantities.drifting(parameters), notes=[*model.lacking(), *model.remarks()],
     )  # fmt: skip
     C = np.eye(model.streams)[None]  # [1, n, n]
-    for done, (name, site) in enumerate(_in_order(sites), 1):
+    for name, site in _in_order(sites):
         model.check(site)
         weights = {name: value.astype(np.float64) for name, value in model.load(site).items()}
         if not health.stacks or health.stacks[-1].name != name:
@@ -199,12 +193,15 @@ def _measured(
             measured, post, M = _site(site, x, weights, parameters)
             if ran and str(site) in ran.matrices:
                 health.own = max(health.own or 0.0, _compared(site, M, ran.matrices[str(site)], parameters, health))
-            C = C @ M if len(M) == len(C) or len(C) == 1 else _refused(site, len(C), len(M))
+            if len(C) not in (1, len(M)):
+                raise PortError(
+                    f"streams of {site} must be of as many tokens as those of the sites before, {len(C)}, got {len(M)}"
+                )
+            C = C @ M  # [T, n, n]
             health.stacks[-1].sites.append(measured)
             health.stacks[-1].composite.append(quantities.gains(C))
             health.tokens = max(health.tokens, len(x))
             source.after(post, M)
-        progress(done, len(sites))
     health.stacks = [stack for stack in health.stacks if stack.sites]
     health.warnings = warnings.of(health.stacks, health.heads, parameters, health.tokens)
     return health
@@ -225,10 +222,6 @@ def _in_order(sites: list[SiteKey]) -> list[tuple[str, SiteKey]]:
         if site.head:
             stacks[_stack(site) if site.group else next(iter(stacks))].append(site)
     return [(name, site) for name, row in stacks.items() for site in row]
-
-
-def _refused(site: SiteKey, before: int, now: int) -> np.ndarray:
-    raise PortError(f"streams of {site} must be of as many tokens as those of the sites before it, {before}, got {now}")
 
 
 def _logits(

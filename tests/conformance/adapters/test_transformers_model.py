@@ -126,3 +126,13 @@ def test_what_transformers_cant_load_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     done = invoke("health", tmp_path, "--model")
     assert done.exit_code == 2 and done.stderr.count("\n") == 1 and "transformers can't run this model" in done.stderr
+
+
+def test_a_model_whose_h_is_the_identity_returns_none_to_compare(tmp_path):
+    hunyuan = pytest.importorskip("tests.conformance.porter.test_port_peers_hunyuan", reason="needs hy_v4")
+    hunyuan.build("HYV4ForCausalLM", tmp_path)
+    done = invoke("health", tmp_path, "--model", "--json")
+    assert done.exit_code == 0, done.output
+    content = json.loads(done.output)
+    assert content["own"] is None and content["drifts"] == "neither" and content["dialect"] == "hunyuan-v4"
+    assert len(content["stacks"][0]["sites"]) == 6 and len(content["heads"]) == 1

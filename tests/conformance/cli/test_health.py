@@ -128,6 +128,8 @@ def test_ids_that_are_none_are_told(healthy, tmp_path):
     assert done.exit_code == 2 and "expected an array of integers" in done.stderr
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
     assert health(healthy, "--model", "--ids", tmp_path / "objects.npy").exit_code == 2
+    np.savez(tmp_path / "two.npz", np.ones(1), np.ones(1))
+    assert "several arrays" in health(healthy, "--model", "--ids", tmp_path / "two.npz").stderr
 
 
 def test_without_transformers_the_extra_is_named(healthy, monkeypatch):

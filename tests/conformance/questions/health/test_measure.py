@@ -96,7 +96,7 @@ def refused(said, status=2, **options):
         ({"a": (3, N, DIM + 1)}, r"must hold streams \[..., 4, 8\] of one token at least, .* got \[3, 4, 9\]"),
         ({"layers.0.attention": (0, N, DIM), "layers.0.ffn": (0, N, DIM)}, "one token at least"),
         ({"layers.0.attention": (3, N, DIM), "layers.0.ffn": (2, N, DIM)},
-         "streams of layers.0.ffn must be of as many tokens as those of the sites before it, 3, got 2"),
+         "streams of layers.0.ffn must be of as many tokens as those of the sites before, 3, got 2"),
     ],
 )  # fmt: skip
 def test_streams_that_dont_fit_are_refused(tmp_path, tensors, said):
