@@ -23,6 +23,7 @@ PAGES = {
         "docs/sharding",
         "docs/porting",
         "docs/upcycling",
+        "docs/health",
         "docs/kernel-benchmarks",
     ],
     "What is computed": ["docs/mathematics", "docs/bound", "docs/sizes", "fixtures/README", "docs/glossary"],

@@ -20,6 +20,7 @@ try:
         pre_mix,
         rms_norm,
     )
+    from jax_impl.health import composite, drifting, gains, site_health, stack_health
     from jax_impl.models import load_model, save_model
     from jax_impl.modules import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections
     from jax_impl.residual import permutations, residual_matrix, sinkhorn
@@ -41,8 +42,11 @@ __all__ = [
     "ManifoldConstrainedHyperConnections",
     "__version__",
     "coefficients",
+    "composite",
+    "drifting",
     "expand",
     "from_flat",
+    "gains",
     "head",
     "load_model",
     "load_weights",
@@ -58,4 +62,6 @@ __all__ = [
     "save_model",
     "save_weights",
     "sinkhorn",
+    "site_health",
+    "stack_health",
 ]

@@ -21,6 +21,7 @@ try:
         residual_matrix,
         rms_norm,
     )
+    from torch_impl.health import composite, drifting, gains, site_health, stack_health
     from torch_impl.models import load_model, save_model
     from torch_impl.modules import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections
     from torch_impl.residual import permutations, sinkhorn
@@ -42,8 +43,11 @@ __all__ = [
     "ManifoldConstrainedHyperConnections",
     "__version__",
     "coefficients",
+    "composite",
+    "drifting",
     "expand",
     "from_flat",
+    "gains",
     "head",
     "load_model",
     "load_weights",
@@ -59,4 +63,6 @@ __all__ = [
     "save_model",
     "save_weights",
     "sinkhorn",
+    "site_health",
+    "stack_health",
 ]

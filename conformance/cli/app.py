@@ -29,7 +29,7 @@ COMMANDS = {
         "report",
         "dialects",
     ),
-    "Move weights": ("inspect", "port", "upcycle", "verdicts"),
+    "Move weights, and look at them": ("inspect", "health", "port", "upcycle", "verdicts"),
     "Keep the corpus": ("fixtures", "selftest", "status", "peers"),
 }
 """The commands in the order in which they are needed, under the headings of --help; each has a file of its name."""

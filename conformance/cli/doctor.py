@@ -18,16 +18,16 @@ def doctor() -> None:
 
     Exit status: 0, or 1 where something that is installed is broken.
     """
-    from conformance.report.health import look
+    from conformance.report.examination import look
 
-    health = look()
-    for line in health.broken:
+    examination = look()
+    for line in examination.broken:
         say(f"broken: {line}")
-    if not health.broken:
+    if not examination.broken:
         say("nothing that is installed is broken")
-    for heading, lines in health.sections.items():
+    for heading, lines in examination.sections.items():
         say("")
         say(heading)
         for line in lines:
             say(f"  {line}")
-    raise click.exceptions.Exit(FAILED if health.broken else 0)
+    raise click.exceptions.Exit(FAILED if examination.broken else 0)

@@ -5,28 +5,39 @@ from __future__ import annotations
 import html
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from plotly.offline import get_plotlyjs
 
 WEB = Path(__file__).with_name("web")
-SCRIPTS = ("data.js", "matrix.js", "charts.js", "failures.js", "rest.js", "start.js")
+SCRIPTS = ("elements.js", "data.js", "matrix.js", "charts.js", "failures.js", "rest.js", "start.js")
 """The page's scripts in the order in which they run."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def page(content: dict[str, Any]) -> str:
     """The page for a merged report (`summary.summary`)."""
-    script = "\n".join((WEB / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    return assembled("page.html", f"mHC conformance {content['corpus'][:12]}", figures(content), SCRIPTS)
+
+
+def assembled(template: str, title: str, data: str, scripts: Sequence[str]) -> str:
+    """A page in one file.
+
+    Args:
+        template: its file in `WEB`.
+        data: JSON that can stand in HTML (`embedded`).
+        scripts: files in `WEB`, in the order in which they run.
+    """
     parts = {
-        "@TITLE@": html.escape(f"mHC conformance {content['corpus'][:12]}"),
+        "@TITLE@": html.escape(title),
         "@STYLE@": (WEB / "page.css").read_text(encoding="utf-8"),
-        "@DATA@": figures(content),
+        "@DATA@": data,
         "@PLOTLY@": get_plotlyjs().replace("</script", "<\\/script"),
-        "@SCRIPT@": script,
+        "@SCRIPT@": "\n".join((WEB / name).read_text(encoding="utf-8") for name in scripts),
     }
-    text, result = (WEB / "page.html").read_text(encoding="utf-8"), ""
+    text, result = (WEB / template).read_text(encoding="utf-8"), ""
     for mark, value in parts.items():  # in the template's order, so that no mark is looked for in what was put in
         head, _, text = text.partition(mark)
         result += head + value
@@ -55,7 +66,12 @@ def figures(content: dict[str, Any]) -> str:
         for cell in cells
     ]  # fmt: skip
     shown = {key: value for key, value in content.items() if key != "stages"} | {"names": names, "cells": rows}
-    text = json.dumps(_finite(shown), ensure_ascii=True, separators=(",", ":"))
+    return embedded(shown)
+
+
+def embedded(content: dict[str, Any]) -> str:
+    """JSON that can stand in HTML; a figure that isn't finite is null."""
+    text = json.dumps(_finite(content), ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("&", "\\u0026")
 
 

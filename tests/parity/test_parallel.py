@@ -158,6 +158,7 @@ STANDS_ON = {
         *KERNELS_OF_JAX,
     },
     "crossing": {"config", "functional", "projections", "residual", "streams", "fused.crossing", *FUSED},
+    "health": {"config", "projections", "residual"},
     "metadata": {"config"},
     "weights": {"config", "functional", "metadata"},
     "modules": {"config", "ends", "functional", "models", "shards", "weights"},  # models inside two methods

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conformance.implementations import registry
-from conformance.report import health
+from conformance.report import examination
 
 ROOT = Path(__file__).parents[3]
 WORKING = {
@@ -76,21 +76,21 @@ def test_a_framework_that_hangs_keeps_nobody_waiting(tmp_path):
 
 
 def test_an_altered_fixture_is_broken(monkeypatch):
-    monkeypatch.setattr(health.corpus, "verify", lambda: ["smoke-paper-2.safetensors: is altered"])
-    monkeypatch.setattr(health, "ASKED", {})
-    found = health.look()
+    monkeypatch.setattr(examination.corpus, "verify", lambda: ["smoke-paper-2.safetensors: is altered"])
+    monkeypatch.setattr(examination, "ASKED", {})
+    found = examination.look()
     assert found.broken == ["fixtures: smoke-paper-2.safetensors: is altered"]
     assert "1 of them aren't as promised" in found.sections["fixtures"][0]
 
 
 def test_a_missing_extra_has_the_line_that_brings_it(monkeypatch):
-    monkeypatch.setattr(health, "ASKED", {})
-    monkeypatch.setattr(health.registry, "installed", lambda module: module not in ("jax", "plotly"))
-    lines = health.look().sections["extras"]
+    monkeypatch.setattr(examination, "ASKED", {})
+    monkeypatch.setattr(examination.registry, "installed", lambda module: module not in ("jax", "plotly"))
+    lines = examination.look().sections["extras"]
     assert "jax: missing jax: pip install 'mhc-conformance[jax]'" in lines and "torch: complete" in lines
     assert "report: missing plotly: pip install 'mhc-conformance[report]'" in lines
 
 
 def test_the_extras_are_those_of_the_package():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert set(health.EXTRAS) == set(extras) - {"peers", "all"}
+    assert set(examination.EXTRAS) == set(extras) - {"peers", "all"}

@@ -60,7 +60,7 @@ PATIENCE = 7.0
 
 
 @dataclass
-class Health:
+class Examination:
     """What was found.
 
     Attributes:
@@ -72,21 +72,21 @@ class Health:
     sections: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
 
-def look(patience: float = PATIENCE) -> Health:
+def look(patience: float = PATIENCE) -> Examination:
     """Looks at everything; it takes at most about ``patience`` seconds."""
-    health = Health()
-    devices = _frameworks(health, patience)
-    health.sections = {
+    examination = Examination()
+    devices = _frameworks(examination, patience)
+    examination.sections = {
         "versions": [f"mhc-conformance {own_version()}, Python {platform.python_version()} ({sys.executable})"]
         + [f"{name} {number}" for name, number in _versions()],
         "devices": [_machine(), *devices],
         "extras": list(_extras()),
         "implementations": list(_implementations()),
         "tools": list(_tools()),
-        "fixtures": list(_fixtures(health)),
+        "fixtures": list(_fixtures(examination)),
         "settings in the environment": list(_settings(os.environ)),
     }
-    return health
+    return examination
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -150,7 +150,7 @@ ASKED = {"torch": ("torch", "ask_torch"), "jax": ("jax", "ask_jax"), "flint": ("
 """A framework, the module by which it is known to be installed, and the function that asks it."""
 
 
-def _frameworks(health: Health, patience: float) -> list[str]:
+def _frameworks(examination: Examination, patience: float) -> list[str]:
     """The devices that each framework sees; what can't be imported is noted as broken."""
     there = {name: function for name, (module, function) in ASKED.items() if registry.installed(module)}
     children: dict[str, PythonChild] = {}
@@ -168,7 +168,7 @@ def _frameworks(health: Health, patience: float) -> list[str]:
             except EOFError:
                 kind, content = "broken", f"importing it {child.death(2.0) or 'failed'}"
             if kind == "broken":
-                health.broken.append(one_line(f"{name} is installed and can't be used: {content}"))
+                examination.broken.append(one_line(f"{name} is installed and can't be used: {content}"))
             else:
                 lines += [one_line(f"{name} sees {device}") for device in content]
     finally:
@@ -196,14 +196,14 @@ def _tools() -> Iterator[str]:
         yield f"{name}: {paths[0] if paths else absent}"
 
 
-def _fixtures(health: Health) -> Iterator[str]:
+def _fixtures(examination: Examination) -> Iterator[str]:
     try:
         problems = corpus.verify() + integrity.altered_dialects()
-        health.broken += [one_line(f"fixtures: {problem}") for problem in problems]
+        examination.broken += [one_line(f"fixtures: {problem}") for problem in problems]
         state = f"{len(problems)} of them aren't as promised" if problems else f"corpus {corpus.corpus_hash()}"
         yield f"{len(corpus.manifest())} golden files, {state}"
     except CaseError as error:
-        health.broken.append(f"fixtures: {error}")
+        examination.broken.append(f"fixtures: {error}")
         yield "can't be read"
 
 
