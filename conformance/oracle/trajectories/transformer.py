@@ -197,13 +197,17 @@ def cross_entropy(logits: Array, targets: np.ndarray, A: Arithmetic) -> tuple[Ar
     return loss, (A.exp(log_share) - wanted) / tokens
 
 
+RunSite = Callable[[Array, Weights, Sublayer, Parameters, Array | None, Arithmetic], Site]
+
+
 def loss_and_gradients(
-    weights: Weights, tokens: np.ndarray, targets: np.ndarray, p: Parameters, A: Arithmetic
+    weights: Weights, tokens: np.ndarray, targets: np.ndarray, p: Parameters, A: Arithmetic, run_site: RunSite = site
 ) -> tuple[Array, Gradients]:
     """The loss of one batch, and the gradient of every weight.
 
     Args:
         tokens, targets: integers ``[batch, seq]``.
+        run_site: computes one hyper-connection; another than `site` is a planted mistake.
     """
     batch, seq = tokens.shape
     chosen = one_hot_rows(tokens.reshape(-1), weights["embedding"].shape[0], A)  # [T, vocabulary]
@@ -217,7 +221,7 @@ def loss_and_gradients(
         before = f"layers.{layer}."
         for kind in SITES:
             sublayer = sublayer_of(kind, before, weights, batch, A)
-            x, carried, pullback = site(x, site_weights(weights, f"{before}{kind}."), sublayer, p, carried, A)
+            x, carried, pullback = run_site(x, site_weights(weights, f"{before}{kind}."), sublayer, p, carried, A)
             pullbacks.append((before, kind, pullback))
     reduced, ending_pullback = ending(x, weights, carried, p, A)
     normed, norm_pullback = rms_norm(reduced, weights["final_norm"], A)
