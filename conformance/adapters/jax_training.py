@@ -154,7 +154,8 @@ class Trainer:
         return State(*({n: self._flat(n, part[n]) for n in self._shapes} for part in self.held))
 
     def _flat(self, name: str, value: jax.Array) -> np.ndarray:
-        return np.asarray(sharding.gather(value) if self._mesh is not None else value).reshape(self._shapes[name])
+        whole = sharding.gather(value) if self._mesh is not None else value
+        return np.array(whole).reshape(self._shapes[name])  # a copy that may be written to, as PyTorch wants it
 
 
 def step(inputs: Arrays, config: Mapping[str, Any], cotangents: Arrays | None) -> Result:
