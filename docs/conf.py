@@ -24,7 +24,15 @@ PAGES = {
         "docs/porting",
         "docs/kernel-benchmarks",
     ],
-    "What is computed": ["docs/mathematics", "docs/bound", "docs/sizes", "docs/trajectories", "fixtures/README", "fixtures/trajectories/README", "docs/glossary"],
+    "What is computed": [
+        "docs/mathematics",
+        "docs/bound",
+        "docs/sizes",
+        "docs/trajectories",
+        "fixtures/README",
+        "fixtures/trajectories/README",
+        "docs/glossary",
+    ],
     "Figures": ["docs/peers", "docs/mutants", "docs/status", "docs/tpu", "docs/performance"],
     "Work on it": ["CONTRIBUTING", "CHANGELOG"],
 }

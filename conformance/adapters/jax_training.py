@@ -115,7 +115,8 @@ def compiled(told: str, mesh: Any) -> Any:
         updates, moments = transformation.update(gradients, moments, state.weight)
         first, second = (optax.tree.get(moments, name) for name in ("mu", "nu"))
         norms = {name: jnp.sqrt(jnp.sum(jnp.square(value))) for name, value in gradients.items()}
-        return loss, norms, State(optax.apply_updates(state.weight, updates), first, second)
+        weights: Any = optax.apply_updates(state.weight, updates)
+        return loss, norms, State(weights, first, second)
 
     return jax.jit(run, compiler_options=CHEAP if jax.default_backend() == "cpu" else None)
 

@@ -29,6 +29,17 @@ def configuration(config: Mapping[str, Any]) -> torch_impl.MHCConfig:
 class Block(nn.Module):
     """Attention and MLP, each inside of a hyper-connection."""
 
+    attention_norm: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    mlp_norm: Tensor
+    up: Tensor
+    up_bias: Tensor
+    down: Tensor
+    down_bias: Tensor
+
     def __init__(self, c: torch_impl.MHCConfig, config: Mapping[str, Any], shapes: Mapping[str, Any], dtype: Any):
         super().__init__()
         self.heads, self.eps = config["heads"], config["model_norm_eps"]
@@ -61,6 +72,11 @@ class Block(nn.Module):
 
 class LanguageModel(nn.Module):
     """Two blocks between an embedding and an output projection."""
+
+    embedding: Tensor
+    positions: Tensor
+    final_norm: Tensor
+    output: Tensor
 
     def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype):
         super().__init__()

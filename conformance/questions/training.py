@@ -120,9 +120,7 @@ def train(
     return result
 
 
-def trained(
-    implementation: Implementation, trajectory: Trajectory, dtype: str, steps: int
-) -> Iterator[dict[str, np.ndarray]]:
+def trained(implementation: Implementation, trajectory: Trajectory, dtype: str, steps: int) -> Iterator[dict[str, Any]]:
     """What each step returned, in float64; after the last one the first step is asked once more.
 
     Raises:
@@ -175,7 +173,7 @@ def _checked(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]
     return np.array(value)
 
 
-def recorded(outputs: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+def recorded(outputs: Mapping[str, np.ndarray], number: int) -> dict[str, Any]:
     """The values of a step under the names of the record, in float64."""
     norms = {name: np.float64(value) for name, value in outputs.items() if name.startswith("gradient_norm/")}
     weights = {
@@ -187,9 +185,7 @@ def recorded(outputs: Mapping[str, np.ndarray], number: int) -> dict[str, np.nda
     return {"loss": np.float64(outputs["loss"]), "gradient_norm": total, **norms, **weights}
 
 
-def compared(
-    trajectory: Trajectory, dtype: str, number: int, found: Mapping[str, np.ndarray]
-) -> Iterator[tuple[str, float]]:
+def compared(trajectory: Trajectory, dtype: str, number: int, found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Each recorded value of a step, and its error as a fraction of the bound."""
     for name, value in found.items():
         if name in trajectory.expected:
@@ -200,7 +196,7 @@ def compared(
             yield name, error / float(bound) if bound else (0.0 if error == 0 else np.inf)
 
 
-def _judge(result: Training, trajectory: Trajectory, number: int, found: Mapping[str, np.ndarray]) -> None:
+def _judge(result: Training, trajectory: Trajectory, number: int, found: Mapping[str, Any]) -> None:
     ratios = dict(compared(trajectory, result.dtype, number, found))
     for group, word in GROUPS.items():
         own = [ratio for name, ratio in ratios.items() if name.partition("/")[0] == word]
@@ -210,7 +206,7 @@ def _judge(result: Training, trajectory: Trajectory, number: int, found: Mapping
         result.left = Place(number, worst, ratios[worst])
 
 
-def _judge_again(result: Training, trajectory: Trajectory, found: Mapping[str, np.ndarray]) -> None:
+def _judge_again(result: Training, trajectory: Trajectory, found: Mapping[str, Any]) -> None:
     """Whether the first step is still right after the others; what it leaves behind would show here."""
     beyond = [(ratio, name) for name, ratio in compared(trajectory, result.dtype, 1, found) if ratio > 1]
     if beyond and result.left is None:

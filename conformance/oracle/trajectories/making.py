@@ -85,8 +85,8 @@ def rounded(balls: Array) -> np.ndarray:
     Raises:
         NotRounded: a ball holds numbers that round to two.
     """
-    vanishes = np.asarray(np.frompyfunc(lambda ball: bool(abs(ball) < VANISHING), 1, 1)(balls)).astype(bool)
-    return to_float64(np.where(vanishes, flint.arb(0), balls))
+    kept = np.frompyfunc(lambda ball: flint.arb(0) if abs(ball) < VANISHING else ball, 1, 1)
+    return to_float64(np.asarray(kept(balls), dtype=object))
 
 
 def values_of(step: Step, number: int, exact: Callable[[Array], np.ndarray], kept: Collection[int] = KEPT) -> Tensors:
@@ -120,7 +120,9 @@ def joined(steps: Sequence[Tensors]) -> Tensors:
     return found
 
 
-def honest_errors(expected: Tensors, dialect: str, styles: Sequence[Style], contract: str = "float32") -> Tensors:
+def honest_errors(
+    expected: Mapping[str, np.ndarray], dialect: str, styles: Sequence[Style], contract: str = "float32"
+) -> Tensors:
     """The largest error of honest runs: of each series up to each step ``[steps]``, of kept weights one number."""
     p = parameters_of(dialect)
     worst: Tensors = {}
@@ -138,7 +140,7 @@ def _as_float64(a: Array) -> np.ndarray:
     return np.asarray(a).astype(np.float64)
 
 
-def scales(expected: Tensors) -> Tensors:
+def scales(expected: Mapping[str, np.ndarray]) -> Tensors:
     """The size that a rounding of each value is told by: of norms the norm of all gradients, up to each step."""
     found: Tensors = {}
     for name, value in expected.items():
@@ -150,14 +152,14 @@ def scales(expected: Tensors) -> Tensors:
     return found
 
 
-def bounds(expected: Tensors, honest: Tensors) -> Tensors:
+def bounds(expected: Mapping[str, np.ndarray], honest: Mapping[str, np.ndarray]) -> Tensors:
     """``K max(honest, floor)`` in float32 and the tolerance times the scale in float64."""
     scale = scales(expected)
     found = {f"bound/float32/{k}": K * np.maximum(honest[k], 2.0**-24 * _floor(k, expected)) for k in expected}
     return found | {f"bound/float64/{k}": TOLERANCE_FLOAT64 * scale[k] for k in expected}
 
 
-def _floor(name: str, expected: Tensors) -> np.ndarray:
+def _floor(name: str, expected: Mapping[str, np.ndarray]) -> np.ndarray:
     value = np.abs(expected[name])
     return value.max() if name.startswith("weight/") else np.maximum.accumulate(value)
 

@@ -57,15 +57,9 @@ def continued(trainer: Any, trajectory: fixture.Trajectory, dtype: str, steps: r
             weights = trainer.state().weight
             found |= {f"weight/{number}/{name}": np.asarray(v, np.float64) for name, v in weights.items()}
         beyond += [
-            f"{k}: {name}, {r:.3g}"
-            for k, (name, r) in _numbered(number, compared(trajectory, dtype, number, found))
-            if r > 1
+            f"{number}: {name}, {ratio:.3g}" for name, ratio in compared(trajectory, dtype, number, found) if ratio > 1
         ]
     return beyond
-
-
-def _numbered(number: int, pairs: Any) -> list[Any]:
-    return [(number, pair) for pair in pairs]
 
 
 def first_half_in_jax(trajectory: fixture.Trajectory, dtype: str) -> State:

@@ -38,7 +38,8 @@ def fsdp(dialect: str, dtype: str, steps: int) -> None:
     trajectory, rank = fixture.load(dialect), dist.get_rank()
     mesh = sharding.make_mesh(fsdp=2, device_type="cpu")
     trainer = torch_training.Trainer(trajectory.config(1), beginning(trajectory, dtype), mesh)
-    parts = [value.to_local().shape.numel() for value in trainer.parameters().values() if hasattr(value, "to_local")]
+    held: Any = trainer.parameters()
+    parts = [value.to_local().numel() for value in held.values() if hasattr(value, "to_local")]
     whole = sum(value.size for value in trajectory.weights.values())
     assert sum(parts) < 0.6 * whole and len(parts) == len(trajectory.weights)
     for number in range(1, steps + 1):
@@ -74,7 +75,7 @@ def test_two_processes_of_fsdp_train_as_one(check, tmp_path):
 # JAX: the batch, the width and the sequence over eight devices
 
 
-def on_devices(dialect: str, dtype: str, sizes: dict[str, int], steps: int) -> list[str]:
+def on_devices(dialect: str, dtype: str, sizes: dict[str, Any], steps: int) -> list[str]:
     import jax
 
     from conformance.adapters import jax_training
