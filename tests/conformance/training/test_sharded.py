@@ -55,7 +55,6 @@ def fsdp(dialect: str, dtype: str, steps: int) -> None:
 
 def short_fsdp(path: Path) -> None:
     fsdp("deepseek-v4.1", "float32", SHORT)
-    fsdp("deepseek-v4", "float64", SHORT)
 
 
 def whole_fsdp(path: Path) -> None:
