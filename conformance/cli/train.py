@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -48,6 +49,9 @@ def train(
     Exit status: 0 all of it is within the bounds, 1 something isn't, 2 usage or nothing was trained, 3 an
     implementation could not be set up.
     """
+    from rich.console import Console
+    from rich.progress import Progress
+
     from conformance.cases.trajectories import fixture
     from conformance.files import atomic
     from conformance.files.places import CaseError
@@ -58,17 +62,17 @@ def train(
         trajectories = [fixture.load(name) for name in dialect or TRAJECTORIES]
     except CaseError as error:
         stop(str(error), USAGE)
-    results = [
-        training.train(implementation, trajectory, kind, steps)
-        for implementation in loaded
-        for trajectory in trajectories
-        for kind in dtype or fixture.DTYPES
-    ]
+    asked = [(i, trajectory, kind) for i in loaded for trajectory in trajectories for kind in dtype or fixture.DTYPES]
+    results: list[Training] = []
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("steps", total=len(asked) * (steps + 1))
+        for implementation, trajectory, kind in asked:
+            results.append(training.train(implementation, trajectory, kind, steps, lambda _: bar.advance(task)))
     _show(results, steps)
     if written is not None:
         content = {"format": FORMAT, "runs": [result.as_dict() for result in results]}
         try:
-            atomic.write(written, json.dumps(content, indent=1, allow_nan=True) + "\n")
+            atomic.write(written, json.dumps(content, indent=1, allow_nan=False) + "\n")
         except OSError as error:
             stop(f"{written}: can't be written ({error.strerror or error})", USAGE)
     ran = [result for result in results if not result.skipped]

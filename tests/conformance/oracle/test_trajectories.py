@@ -113,6 +113,7 @@ def test_bounds_grow_with_the_steps_and_are_no_smaller_than_roundings():
         assert recorded.told.K == making.K
         for name, bound in recorded.bounds["float32"].items():
             assert np.all(np.diff(np.atleast_1d(bound)) >= 0), name
+            assert np.all(bound > 0) and np.all(recorded.bounds["float64"][name] > 0), name
             smallest = making.K * 2.0**-24 * np.max(np.abs(recorded.expected[name]))
             assert np.max(bound) >= smallest, name
         loss = recorded.bounds["float32"]["loss"]

@@ -51,6 +51,16 @@ def test_a_mistake_leaves_the_bound_in_every_dialect(mutant, dtype):
         assert left is not None and left.step <= LATEST and left.ratio > 2, dialect
 
 
+def test_honest_trainings_outside_of_the_ensemble_keep_a_distance_from_the_bound():
+    pytest.importorskip("flint", reason="python-flint isn't installed: pip install 'mhc-conformance[regenerate]'")
+    from conformance.selftest.training_honest import others, worst
+
+    styles = others(24)
+    assert len(set(styles)) == 24
+    ratio, _ = worst("deepseek-v4", styles[:2])
+    assert ratio < fixture.load("deepseek-v4").told.K / 2
+
+
 class Spoilt(PlainTraining):
     """An honest training whose answer is changed by `spoil`"""
 
