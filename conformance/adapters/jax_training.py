@@ -140,8 +140,8 @@ class Trainer:
     def _placed(self, name: str, value: Any) -> jax.Array:
         if self._mesh is None:
             return jnp.asarray(np.ascontiguousarray(value).reshape(value.shape))
-        last = name.rpartition(".")[2] if name.count(".") == 1 else name.split(".", 3)[-1]
-        axes = sharding.logical_axes(last, value.shape) if value.ndim == 3 else (None,) * value.ndim
+        canonical = "mhc_norm.scale" if name.endswith("mhc_norm.scale") else name.rpartition(".")[2]
+        axes = sharding.logical_axes(canonical, value.shape)  # all but a site's weights are whole everywhere
         return sharding.place(value, jax.NamedSharding(self._mesh, sharding.partition(axes, self._mesh)))
 
     def step(self, tokens: Any, targets: Any) -> tuple[jax.Array, Values]:

@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from conformance.questions.training import Training
 
 FORMAT = "mhc-conformance-training/1"
+TRAINERS = ("jax", "torch")
+"""The registered implementations that train; asking the others would import a dozen packages."""
 
 
 @command()
 @option(
     "--impl",
     multiple=True,
-    help="A registered name, module:attribute or exec:COMMAND; repeatable. Default: every registered implementation "
-    "that is installed and trains.",
+    help="A registered name, module:attribute or exec:COMMAND; repeatable. Default: jax and torch, where installed.",
 )
 @option("--dialect", multiple=True, type=one_of("dialect", TRAJECTORIES), help="Only this dialect; repeatable.")
 @option("--dtype", multiple=True, type=one_of("dtype", ("float64", "float32")), help="Only this dtype; repeatable.")
@@ -44,7 +45,9 @@ def train(
     time_limit: float,
     written: Path | None,
 ) -> None:
-    """Train a small model for some steps, and compare losses, gradient norms and weights with the proved ones.
+    """Train a small model, and compare each step with the proved one.
+
+    Losses, gradient norms and weights have bounds that grow with the steps.
 
     Exit status: 0 all of it is within the bounds, 1 something isn't, 2 usage or nothing was trained, 3 an
     implementation could not be set up.
@@ -82,23 +85,15 @@ def train(
 
 
 def _implementations(names: tuple[str, ...], limit: float) -> list[Implementation]:
-    """Those that are named, or the installed ones that claim the stage."""
-    from conformance.cases.trajectories.model import STEP
+    """Those that are named, or those of `TRAINERS` that are installed."""
     from conformance.implementations import registry
     from conformance.interface import SetupError
 
+    chosen = names or [name for name in TRAINERS if not registry.unavailable(name)]
     try:
-        if names:
-            return [registry.load(name, limit) for name in names]
-        installed = [name for name in TRAINERS if not registry.unavailable(name)]
-        loaded = [registry.load(name, limit) for name in installed]
+        return [registry.load(name, limit) for name in chosen]
     except SetupError as error:
         stop(str(error), SETUP)
-    return [implementation for implementation in loaded if STEP in implementation.capabilities.stages]
-
-
-TRAINERS = ("jax", "torch")
-"""The registered implementations that train; asking the others would import a dozen packages."""
 
 
 def _show(results: list[Training], steps: int) -> None:
