@@ -15,6 +15,7 @@ import numpy as np
 from conformance.cases.tensors import read_file
 from conformance.cases.trajectories.model import TRAJECTORIES, shapes
 from conformance.files.places import CaseError, fixtures
+from conformance.files.reading import open_bytes, read_text
 
 FORMAT = "mhc-conformance-trajectory/1"
 MANIFEST_FORMAT = "mhc-conformance-trajectories/1"
@@ -86,13 +87,15 @@ def manifest(where: Path | None = None) -> Manifest:
     """
     path = (where or folder()) / "MANIFEST.json"
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (OSError, msgspec.MsgspecError) as error:
+        found = msgspec.json.decode(read_text(path), type=Manifest)
+    except (OSError, ValueError) as error:
         raise CaseError(f"{path}: expected the list of trajectories, got none that can be read ({error})") from error
     if found.format != MANIFEST_FORMAT or found.count != len(found.files):
         raise CaseError(
             f"{path}: expected format {MANIFEST_FORMAT} and as many files as it counts, got {found.format!r}"
         )
+    if wrong := [name for name in found.files if name != f"{Path(name).stem}.safetensors"]:
+        raise CaseError(f"{path}: expected names of files in its folder, got {wrong[0]!r}")
     return found
 
 
@@ -109,7 +112,8 @@ def verify(where: Path | None = None) -> list[str]:
     ]
     for name, entry in promised.items():
         try:
-            content = (where / name).read_bytes()
+            with open_bytes(where / name) as file:
+                content = file.read()
         except OSError as error:
             problems.append(f"{name}: can't be read ({error.strerror or error})")
             continue
@@ -153,7 +157,13 @@ def _under(prefix: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
 
 def _check(path: Path, found: Trajectory) -> None:
     """Whether a file has every tensor, in its shape."""
-    table, steps = shapes(found.told.config), found.told.steps
+    steps = found.told.steps
+    try:
+        table = shapes(found.told.config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CaseError(
+            f"{path}: expected the parameters of a dialect in its description, got others ({error})"
+        ) from error
     series = ["loss", "gradient_norm", *(f"gradient_norm/{name}" for name in table)]
     kept = {f"weight/{step}/{name}": shape for step in found.told.kept for name, shape in table.items()}
     expected = {name: (steps,) for name in series} | kept

@@ -11,6 +11,7 @@ import pytest
 from conformance.cases.dialects import dialect_rows
 from conformance.cases.trajectories import fixture
 from conformance.cases.trajectories.model import OPTIMIZER, STREAMS, TRAJECTORIES, configuration, decays, shapes
+from conformance.cli.app import app
 from conformance.files.places import CaseError
 
 pytest.importorskip("flint", reason="python-flint isn't installed: pip install 'mhc-conformance[regenerate]'")
@@ -164,13 +165,16 @@ def test_a_file_that_is_broken_is_refused_in_one_line(tmp_path):
         (content.replace(b"trajectory/1", b"trajectory/9"), "expected format"),
         (content.replace(b'"expected/loss"', b'"expected/lost"'), "expected each tensor"),
         (content.replace(b'\\"steps\\"', b'\\"staps\\"'), "description of a trajectory"),
+        (content.replace(b'\\"residual\\"', b'\\"residuel\\"'), "parameters of a dialect"),
     ):
         (tmp_path / "megatron.safetensors").write_bytes(spoilt)
         with pytest.raises(CaseError, match=message):
             fixture.load("megatron", tmp_path)
-    (tmp_path / "MANIFEST.json").write_text("{}")
-    with pytest.raises(CaseError, match="list of trajectories"):
-        fixture.verify(tmp_path)
+    outside = {"format": fixture.MANIFEST_FORMAT, "count": 1, "files": {"../x.safetensors": {"sha256": "", "bytes": 0}}}
+    for text, message in (("{}", "list of trajectories"), ("[", "list"), (json.dumps(outside), "files in its folder")):
+        (tmp_path / "MANIFEST.json").write_text(text)
+        with pytest.raises(CaseError, match=message):
+            fixture.verify(tmp_path)
 
 
 def test_a_regeneration_tells_and_writes_what_changed(tmp_path, monkeypatch):
@@ -199,3 +203,25 @@ class _Alone:
 
     def map(self, function, arguments, chunksize):
         return [function(argument) for argument in arguments]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--dialect", "megatron"], 2, "--dialect goes with --prove"),
+        (["--prove", "1", "--check"], 2, "give one of them"),
+        (["--prove", "1", "--dialect", "megatron"], 0, "0 recorded values aren't what balls prove"),
+    ],
+)
+def test_the_command_proves_or_makes(options, status, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        app(["fixtures", "trajectories", *options])
+    printed = capsys.readouterr()
+    assert ended.value.code == status and said in printed.out + printed.err
+
+
+def test_the_command_fails_where_something_changed(monkeypatch, capsys):
+    monkeypatch.setattr(making, "regenerate", lambda *given: ["changed  megatron.safetensors"])
+    with pytest.raises(SystemExit) as ended:
+        app(["fixtures", "trajectories", "--check"])
+    assert ended.value.code == 1 and "1 files would change" in capsys.readouterr().out
