@@ -53,22 +53,22 @@ def fsdp(dialect: str, dtype: str, steps: int) -> None:
         assert not beyond, (dialect, number, beyond[:3])
 
 
-def short_fsdp(path: Path) -> None:
-    fsdp("deepseek-v4.1", "float32", SHORT)
+def fsdp_of(path: Path) -> None:
+    """What each process runs; the path's name says what: a dialect, and how many steps."""
+    dialect, _, steps = path.name.rpartition("-")
+    for dtype in fixture.DTYPES if int(steps) == STEPS else fixture.DTYPES[:1]:
+        fsdp(dialect, dtype, int(steps))
 
 
-def whole_fsdp(path: Path) -> None:
-    for dialect in TRAJECTORIES:
-        fsdp(dialect, "float32", STEPS)
-        fsdp(dialect, "float64", STEPS)
-
-
-@pytest.mark.parametrize("check", [short_fsdp, pytest.param(whole_fsdp, marks=pytest.mark.slow)])
-def test_two_processes_of_fsdp_train_as_one(check, tmp_path):
+@pytest.mark.parametrize(
+    ("dialect", "steps"),
+    [("deepseek-v4.1", SHORT), *(pytest.param(d, STEPS, marks=pytest.mark.slow) for d in TRAJECTORIES)],
+)
+def test_two_processes_of_fsdp_train_as_one(dialect, steps, tmp_path):
     needs("torch")
     from tests.torch_impl.sharded_processes import launch
 
-    launch(2, check, path=tmp_path)
+    launch(2, fsdp_of, path=tmp_path / f"{dialect}-{steps}")
 
 
 # JAX: the batch, the width and the sequence over eight devices
