@@ -26,7 +26,15 @@ PAGES = {
         "docs/health",
         "docs/kernel-benchmarks",
     ],
-    "What is computed": ["docs/mathematics", "docs/bound", "docs/sizes", "fixtures/README", "docs/glossary"],
+    "What is computed": [
+        "docs/mathematics",
+        "docs/bound",
+        "docs/sizes",
+        "docs/trajectories",
+        "fixtures/README",
+        "fixtures/trajectories/README",
+        "docs/glossary",
+    ],
     "Figures": ["docs/peers", "docs/mutants", "docs/status", "docs/tpu", "docs/performance"],
     "Work on it": ["CONTRIBUTING", "CHANGELOG"],
 }

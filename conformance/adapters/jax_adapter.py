@@ -14,6 +14,7 @@ import jax_impl.config
 from conformance.adapters import branch
 from conformance.adapters.jax_gradients import StageCalls, compile_all_cheaply, keep_programs
 from conformance.cases.case import DTYPES
+from conformance.cases.trajectories.model import STEP
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import STAGES
 from jax_impl import kernels, sharding
@@ -42,7 +43,7 @@ class JaxImplementation:
         self.jit = jit
         self._calls = StageCalls(jit)
         self.capabilities = Capabilities(
-            stages=frozenset(STAGES),
+            stages=frozenset(STAGES if jit else (*STAGES, STEP)),
             dialects=frozenset(jax_impl.config.dialects()),
             dtypes=frozenset(DTYPES),
             overrides=None,
@@ -90,6 +91,12 @@ class JaxImplementation:
 
     def stack(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
         return self._stage("stack", _scanned_stack if self.jit else _stack, inputs, config, cotangents)
+
+    def step(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
+        """One compiled function, also where the other stages run eagerly: a gradient of all of it takes seconds."""
+        from conformance.adapters import jax_training  # here, since it needs optax
+
+        return jax_training.step(inputs, config, cotangents)
 
 
 def _weights(values: dict[str, jax.Array], c: jax_impl.MHCConfig) -> dict[str, jax.Array]:

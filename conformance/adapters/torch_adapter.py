@@ -21,6 +21,7 @@ import torch_impl.config
 from conformance.adapters import branch
 from conformance.adapters.torch_gradients import settings, vector_jacobian
 from conformance.cases.case import DTYPES
+from conformance.cases.trajectories.model import STEP
 from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import STAGES, relevant
 from torch_impl.fused import BackendError
@@ -158,6 +159,11 @@ class TorchImplementation:
 
         return self._answer("stack", body, inputs, cotangents)
 
+    def step(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
+        from conformance.adapters import torch_training  # here, since it needs torch.distributed
+
+        return torch_training.step(inputs, config, cotangents)
+
 
 def _weights(values: dict[str, torch.Tensor], c: torch_impl.MHCConfig) -> dict[str, torch.Tensor]:
     return branch.in_memory(branch.split(values)[1], c.streams, c.dim)
@@ -217,7 +223,7 @@ def _module(c: torch_impl.MHCConfig, backend: str) -> torch_impl.ManifoldConstra
 
 
 def eager() -> TorchImplementation:
-    return TorchImplementation("torch", None, "eager")
+    return TorchImplementation("torch", None, "eager", stages=(*STAGES, STEP))
 
 
 def compiled() -> TorchImplementation:

@@ -24,6 +24,7 @@ COMMANDS = {
         "run",
         "identify",
         "search",
+        "train",
         "compare",
         "bitwise",
         "report",

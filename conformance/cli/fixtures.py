@@ -10,6 +10,7 @@ import click
 from conformance.cli.app import FAILED, SETUP, USAGE, interruptible, known_names, say, stop
 from conformance.cli.limits import MOST_JOBS
 from conformance.cli.options import DIALECT, FILE, Command, argument, one_of, option
+from conformance.cli.trajectories import trajectories
 
 
 @click.group(no_args_is_help=True)
@@ -22,17 +23,18 @@ def fixtures() -> None:
 
 @fixtures.command(cls=Command)
 def verify() -> None:
-    """Check every golden file against the manifest, to the bit, and dialects.json against the corpus's record.
+    """Check every golden file and trajectory against its manifest, to the bit, and dialects.json against the record.
 
     Exit status: 0 every file is as promised, 1 one isn't, 2 the manifest can't be read.
     """
     from conformance.cases import corpus
     from conformance.cases.case import CaseError
+    from conformance.cases.trajectories import fixture
     from conformance.judge import integrity
 
     try:
-        problems = corpus.verify() + integrity.altered_dialects()
-        count = len(corpus.manifest())
+        problems = corpus.verify() + integrity.altered_dialects() + fixture.verify()
+        count = len(corpus.manifest()) + len(fixture.manifest().files)
     except CaseError as error:
         stop(str(error), USAGE)
     for line in problems:
@@ -152,3 +154,6 @@ def export(
         stop(f"{folder}: can't be written ({error.strerror or error})", USAGE)
     solutions = f", {exported.solutions} solutions" if solution else ""
     say(f"{exported.definitions} definitions, {exported.workloads} workloads{solutions}: {folder}")
+
+
+fixtures.add_command(trajectories)

@@ -8,12 +8,15 @@ from typing import Any
 from conformance.cases.dialects import dialect_names
 from conformance.cases.format import CONTRACTS, DTYPES
 from conformance.cases.rules import domains
+from conformance.cases.trajectories.model import STEP
 from conformance.files.line import one_line
 from conformance.files.problems import shown, slip, unknown
 from conformance.interface import Capabilities
 from conformance.stages import STAGES
 
 WEIGHTS = ("float32", "x")
+CLAIMABLE = (*STAGES, STEP)
+"""The stages of a layer, and the step of a training (docs/trajectories.md)."""
 
 
 def misnamed(claimed: Capabilities) -> str:
@@ -23,7 +26,7 @@ def misnamed(claimed: Capabilities) -> str:
 
 def _problems(claimed: Capabilities) -> Iterator[str]:
     """Each unknown name; those of stages first, since the others may depend on them."""
-    yield from _unknown("stages", "stage", claimed.stages, STAGES)
+    yield from _unknown("stages", "stage", claimed.stages, CLAIMABLE)
     yield from _dialects(claimed.dialects)
     yield from _by_stage("dtypes", "dtype", claimed.dtypes, DTYPES)
     yield from _by_stage("weights", "kind of weights", claimed.weights, WEIGHTS)
@@ -49,7 +52,7 @@ def _by_stage(
     if not isinstance(claim, Mapping):
         yield from _unknown(field, kind, claim, known)
         return
-    yield from _unknown(field, "stage", claim, STAGES)
+    yield from _unknown(field, "stage", claim, CLAIMABLE)
     for stage, names in claim.items():
         yield from _unknown(f"{field}[{stage!r}]", kind, names, known)
 

@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "fixtures/*.md")
+    for pattern in ("*.md", "docs/*.md", "fixtures/*.md", "fixtures/trajectories/*.md")
     for path in ROOT.glob(pattern)
     if not path.name.startswith(".")
 )
