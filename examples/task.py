@@ -102,7 +102,6 @@ def train(chosen: argparse.Namespace, step: Callable[[np.ndarray], float], by: s
             losses.append(step(batch(characters, number, chosen.batch, chosen.length)))
             bar.update(going, advance=1, description=f"loss {losses[-1]:.3f}")
             if writes and (number % 50 == 0 or number == chosen.steps - 1):
-                bar.console.file.flush()
                 print(f"step {number:3}: loss {losses[-1]:.2f}", flush=True)
     if writes and chosen.losses:
         start = hashlib.sha256(chosen.weights.read_bytes()).hexdigest() if chosen.weights else "its own"
@@ -117,12 +116,12 @@ def train(chosen: argparse.Namespace, step: Callable[[np.ndarray], float], by: s
 def whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Lets ``write`` write a file beside ``path``, and puts it there when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(beside)
-        beside.replace(path)
+        write(temporary)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -138,10 +137,19 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     return {name: held[name] for name in shapes}
 
 
-def add_tensors(sites: Path, others: Mapping[str, np.ndarray], path: Path) -> None:
-    """Writes the tensors and the metadata of ``sites``, which is removed, and the others into one file."""
-    with safe_open(sites, "numpy") as file:
-        metadata = file.metadata()
-    tensors = load_file(sites) | {name: np.ascontiguousarray(value) for name, value in others.items()}
-    whole(path, lambda beside: save_file(tensors, beside, metadata))
-    sites.unlink()
+def beside(path: Path) -> Path:
+    """The file beside ``path`` that takes the sites, until `add_tensors` makes ``path`` of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.sites")
+
+
+def add_tensors(path: Path, others: Mapping[str, np.ndarray]) -> None:
+    """Writes the sites of the file `beside` with its metadata, and the others, into one file."""
+    sites = beside(path)
+    try:
+        with safe_open(sites, "numpy") as file:
+            metadata = file.metadata()
+        tensors = load_file(sites) | {name: np.ascontiguousarray(value) for name, value in others.items()}
+        whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    finally:
+        sites.unlink()

@@ -22,10 +22,17 @@ import optax
 import task
 from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, expand, save_model
-from jax_impl import sharding as mhc_sharding
+from jax_impl import (
+    HyperConnectionType,
+    HyperHead,
+    ManifoldConstrainedHyperConnections,
+    MHCConfig,
+    expand,
+    save_model,
+    sharding,
+)
 
 
 class Layer(nnx.Module):
@@ -85,7 +92,7 @@ class Model(nnx.Module):
     def __call__(self, characters: Array) -> tuple[Array, Array]:
         embedded = self.characters(characters) + self.positions(jnp.arange(characters.shape[1]))  # [batch, seq, dim]
         x = expand(embedded, self.config.streams)  # [batch, seq, streams, dim]
-        x = mhc_sharding.constrain(x, mhc_sharding.activation_axes(x.ndim))  # on a mesh; without one it does nothing
+        x = sharding.constrain(x, sharding.activation_axes(x.ndim))  # on a mesh; without one it does nothing
         first, last = self.layers[0].attention, self.layers[-1].ffn
         carried = first.one_hot(x) if self.config.pre_from == "previous" else None
         balance = jnp.zeros(())
@@ -140,14 +147,27 @@ def load(model: Model, path: Path) -> None:
 
 def save(model: Model, path: Path) -> None:
     """Writes the sites, with the dialect, and all other parameters into one file."""
-    beside = path.with_name(f".{path.name}.sites")
-    save_model(beside, sites(model), replace=True)
+    save_model(task.beside(path), sites(model), replace=True)
     values = {name: (np.asarray(parameter[...]), turned) for name, (parameter, turned) in others(model).items()}
-    task.add_tensors(beside, {name: value.T if turned else value for name, (value, turned) in values.items()}, path)
+    task.add_tensors(path, {name: value.T if turned else value for name, (value, turned) in values.items()})
+
+
+def shard(model: Model, mesh: Mesh) -> float:
+    """Shards what isn't a site over fsdp, along the first axis; the sites lie in their shards since they were made.
+
+    Returns:
+        The part of all weights that one device holds.
+    """
+    for parameter, _ in others(model).values():
+        even = parameter.shape[0] % mesh.shape["fsdp"] == 0
+        where = NamedSharding(mesh, PartitionSpec("fsdp" if even else None))
+        parameter.set_value(jax.device_put(parameter.get_value(), where))
+    values = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return sum(value.addressable_shards[0].data.size for value in values) / sum(value.size for value in values)
 
 
 def main() -> None:
-    chosen = task.options(str(__doc__).partition("\n")[0], mhc_sharding.AXES)
+    chosen = task.options(str(__doc__).partition("\n")[0], sharding.AXES)
     config = MHCConfig.from_dialect(chosen.dialect, streams=task.STREAMS, dim=chosen.dim)
     if config.reduce == "none":  # some software leaves it to the model
         config = dataclasses.replace(config, reduce="mean")
@@ -155,21 +175,20 @@ def main() -> None:
     def make() -> Model:
         return Model(config, chosen.length, nnx.Rngs(0))
 
-    mesh = mhc_sharding.make_mesh(**chosen.shard) if chosen.shard else None
-    with mhc_sharding.use(mesh) if mesh else contextlib.nullcontext():
-        model = mhc_sharding.create(make, mesh) if mesh else make()
+    mesh = sharding.make_mesh(**chosen.shard) if chosen.shard else None
+    with sharding.use(mesh) if mesh else contextlib.nullcontext():
+        model = sharding.create(make, mesh) if mesh else make()
+        if mesh:
+            print(f"one of {mesh.size} devices holds {shard(model, mesh):.2f} of the weights")
         if chosen.weights:
             load(model, chosen.weights)
-        optimizer = nnx.Optimizer(
-            model,
-            optax.adamw(task.RATE, *task.BETAS, eps=task.EPS, weight_decay=task.DECAY),
-            wrt=nnx.Param,
-        )
+        adamw = optax.adamw(task.RATE, *task.BETAS, eps=task.EPS, weight_decay=task.DECAY)
+        optimizer = nnx.Optimizer(model, adamw, wrt=nnx.Param)
 
         def train(characters: np.ndarray) -> float:
             if mesh:  # the batch over data and fsdp
-                spec = mhc_sharding.partition(("activation_batch",), mesh, mhc_sharding.RULES)
-                return float(step(model, optimizer, mhc_sharding.place(characters, NamedSharding(mesh, spec))))
+                spec = sharding.partition(("activation_batch",), mesh, sharding.RULES)
+                return float(step(model, optimizer, sharding.place(characters, NamedSharding(mesh, spec))))
             return float(step(model, optimizer, jnp.asarray(characters)))
 
         task.train(chosen, train, f"jax {jax.__version__}")

@@ -31,6 +31,7 @@ from torch_impl import (
     MHCConfig,
     expand,
     save_model,
+    sharding,
 )
 
 
@@ -141,21 +142,22 @@ def load(model: Model, path: Path) -> None:
 
 def save(model: Model, path: Path, writes: bool) -> None:
     """Writes the sites, with the dialect, and all other parameters into one file; every process calls it."""
-    beside = path.with_name(f".{path.name}.sites")
-    save_model(beside, sites(model), replace=True)
+    save_model(task.beside(path), sites(model), replace=True)
     values = {name: getattr(value, "full_tensor", value.clone)() for name, value in others(model).items()}
     if writes:
-        task.add_tensors(beside, {name: value.numpy() for name, value in values.items()}, path)
+        task.add_tensors(path, {name: value.numpy() for name, value in values.items()})
 
 
-def shard(model: Model, sizes: dict[str, int]) -> DeviceMesh:
-    """Shards the sites by their own rule, and the rest of the model over the same mesh by FSDP2."""
-    from torch_impl import sharding
+def shard(model: Model, mesh: DeviceMesh) -> float:
+    """Shards the sites by their own rule, and the rest of the model over the same mesh by FSDP2.
 
-    mesh = sharding.make_mesh(**sizes)
+    Returns:
+        The part of all weights that this process holds.
+    """
     sharding.parallelize(model, mesh)
     fully_shard(model, mesh=sharding.data_mesh(mesh))
-    return mesh
+    values = list(model.parameters())
+    return sum(value.to_local().numel() for value in values) / sum(value.numel() for value in values)
 
 
 def main() -> None:
@@ -176,15 +178,16 @@ def main() -> None:
     rank = 0
     if chosen.shard:
         dist.init_process_group("gloo")
-        rank = dist.get_rank()
-        shard(model, chosen.shard)
+        rank, part = dist.get_rank(), shard(model, sharding.make_mesh(**chosen.shard))
+        if rank == 0:
+            print(f"one of {processes} processes holds {part:.2f} of the weights", flush=True)
     optimizer = torch.optim.AdamW(
         model.parameters(), task.RATE, betas=task.BETAS, eps=task.EPS, weight_decay=task.DECAY
     )
 
     def train(characters: np.ndarray) -> float:
-        part = torch.from_numpy(characters).long().chunk(processes)[rank]  # each process has its part of the batch
-        loss = step(model, optimizer, part)
+        own = torch.from_numpy(characters).long().chunk(processes)[rank]  # of the batch each process has its part
+        loss = step(model, optimizer, own)
         if chosen.shard:
             dist.all_reduce(loss)
         return float(loss) / processes

@@ -76,7 +76,9 @@ def _check_files_exchange(start: Path, folder: Path, monkeypatch: pytest.MonkeyP
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_eight_devices_give_the_curve_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_eight_devices_give_the_curve_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
     single_pass = ("--dialect", "deepseek-v4.1")  # what a site carries to the next one is laid out too
     options = ("--steps", STEPS, *TINY, *single_pass)
     start = lively(tmp_path / "start.safetensors", monkeypatch, *single_pass)
@@ -84,6 +86,7 @@ def test_eight_devices_give_the_curve_of_one(tmp_path: Path, monkeypatch: pytest
     files = ("--losses", tmp_path / "eight.json", "--save", tmp_path / "eight.safetensors")
     mesh = ("--shard", "data=2,fsdp=2,tensor=2")
     run(script("train_jax"), monkeypatch, *options, "--weights", start, *mesh, *files)
+    assert "one of 8 devices holds 0.42 of the weights" in capfd.readouterr().out
     assert apart(tmp_path / "one.json", tmp_path / "eight.json") <= TOLERANCE
     assert load_file(tmp_path / "eight.safetensors").keys() == load_file(start).keys()
 
@@ -101,6 +104,7 @@ def test_two_processes_give_the_curve_of_one(start: Path, tmp_path: Path, monkey
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("step   0") == 1, done.stdout  # one of the processes speaks
+    assert "one of 2 processes holds 0.50 of the weights" in done.stdout
     assert "Warning" not in done.stderr, done.stderr[-3000:]
     assert apart(tmp_path / "one.json", tmp_path / "two.json") <= TOLERANCE
     assert load_file(tmp_path / "two.safetensors").keys() == load_file(start).keys()
