@@ -15,6 +15,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from conformance.cases.dialects import dialect_names
 from tests.examples.scripts import run, script
 
 STEPS = 4
@@ -89,6 +90,14 @@ def test_eight_devices_give_the_curve_of_one(
     assert "one of 8 devices holds 0.42 of the weights" in capfd.readouterr().out
     assert apart(tmp_path / "one.json", tmp_path / "eight.json") <= TOLERANCE
     assert load_file(tmp_path / "eight.safetensors").keys() == load_file(start).keys()
+
+
+@pytest.mark.parametrize("dialect", dialect_names())
+def test_every_dialect_trains(dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = ("--losses", tmp_path / "losses.json")
+    run(script("train_torch"), monkeypatch, "--steps", 3, *TINY, "--dialect", dialect, *files)
+    curve = losses(tmp_path / "losses.json")
+    assert curve[-1] < curve[0] - 0.1, curve
 
 
 @pytest.mark.slow
