@@ -97,7 +97,7 @@ def train(chosen: argparse.Namespace, step: Callable[[np.ndarray], float], by: s
     characters = np.array([codes.get(character, codes["?"]) for character in learnt], np.int32)
     losses: list[float] = []
     with Progress(console=Console(stderr=True), transient=True, disable=not (writes and sys.stderr.isatty())) as bar:
-        going = bar.add_task("compiling", total=chosen.steps)
+        going = bar.add_task("first step", total=chosen.steps)
         for number in range(chosen.steps):
             losses.append(step(batch(characters, number, chosen.batch, chosen.length)))
             bar.update(going, advance=1, description=f"loss {losses[-1]:.3f}")
