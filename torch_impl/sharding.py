@@ -187,7 +187,7 @@ class Sharding:
 
     def _like(self, value: Tensor, model: Tensor) -> Tensor:
         if not isinstance(model, DTensor):
-            return value
+            return torch.ops.aten._unsafe_view(value, value.shape)  # the same memory, and no view: FSDP warns of views
         mesh = model.device_mesh
         return DTensor.from_local(value, mesh, _placements(mesh.mesh_dim_names or (), value.ndim), run_check=False)
 

@@ -240,7 +240,18 @@ def _band(axes: Axes, sums: np.ndarray, colour: str, label: str) -> None:
         axes.plot(sites, edge.mean(-1), color=colour, lw=1.6, label=name)
 
 
-PICTURES: dict[str, Callable[[], Figure]] = {"layer": layer, "dialects": dialects, "depth": depth}
+# The training examples
+
+
+def losses() -> Figure:
+    """The curves that the training examples wrote (docs/layer.md, "A whole model"), as plot_losses.py draws them."""
+    sys.path.append(str(FOLDER.parents[1] / "examples"))
+    import plot_losses
+
+    return plot_losses.figure([plot_losses.read(FOLDER / "losses" / f"{name}.json") for name in ("torch", "jax")])
+
+
+PICTURES: dict[str, Callable[[], Figure]] = {"layer": layer, "dialects": dialects, "depth": depth, "losses": losses}
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-\d+)?(?![\w.])")
 
 

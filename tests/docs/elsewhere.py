@@ -102,6 +102,16 @@ def _script(command: str, root: Path) -> str:
     return f"{script} has no option {', '.join(unknown)}" if unknown else ""
 
 
+def _example(command: str, root: Path) -> str:
+    """Whether the example is there, and it or the module that reads its options has them."""
+    sources = "".join(path.read_text() for path in sorted((root / "examples").glob("*.py")))
+    _, script, *arguments = words(command)
+    unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in sources]
+    if not (root / script).is_file():
+        return f"there is no file {script}"
+    return f"{script} has no option {', '.join(unknown)}" if unknown else ""
+
+
 def _paths(command: str, root: Path) -> str:
     """Whether the files and folders that the command names are there."""
     named = [word for word in words(command) if re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?", word)]
@@ -128,6 +138,8 @@ RULES = (
     Rule("mhc-conformance fixtures regenerate*", "it rewrites the corpus", _options),
     Rule("python -m tests.conformance.fuzz.run *", "it reads thousands of inputs, for minutes", _module),
     Rule("python -m tests.conformance.faults.writing *", "it is killed hundreds of times, for minutes", _module),
+    Rule("python examples/train_*.py --weights * --losses *", "it takes a minute; tests/examples has less", _example),
+    Rule("python examples/plot_losses.py *", "it needs matplotlib, which the documents' environment has", _example),
     Rule("python benchmarks/*", "it takes minutes, or needs libtpu", _script),
     Rule("pytest", "it is all tests, this one among them", lambda command, root: ""),
     Rule("pytest *", "it runs tests, which run on their own", _paths),

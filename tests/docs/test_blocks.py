@@ -46,7 +46,7 @@ def test_a_page_says_what_happens(page: str, tmp_path: Path) -> None:
 def test_the_readme_is_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines, words = len(text.splitlines()), len(text.split())
-    assert lines <= 130 and words <= 900, f"README.md has {lines} lines and {words} words, at most 130 and 900"
+    assert lines <= 140 and words <= 900, f"README.md has {lines} lines and {words} words, at most 140 and 900"
     assert not re.search(r"<!-- \w+: begin -->", text), "README.md has a generated part: that belongs into docs/"
 
 
