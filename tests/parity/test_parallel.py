@@ -21,6 +21,8 @@ ONLY = {
     "functional.residual_matrix": LEAN,
     "projections.packed_gates": LEAN,
     "projections.joined": LEAN,
+    "projections.rounded_weights": LEAN,
+    "projections.rounding": LEAN,
     "projections.of_joined": LEAN,
     "projections.contract": LEAN,
     "projections.own_gates": KERNELS,
