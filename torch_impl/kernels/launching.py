@@ -92,8 +92,8 @@ def _sums(
         parts if norm is None else norm, T, dim, pieces.size, pieces.each, m, count, float(config.norm_eps),
         NORMED=first, WEIGHTED=norm is not None, MEAN=config.norm_eps_position == "mean",
         FUSED=str(mixer.mix) if mixer else "", ROUNDED=bool(mixer and mixer.mixing == "activation"),
-        READ=reading is not None, B=block.tokens, BC=block.mixed if fused else block.channels,
-        **columns._asdict(), **options_of(columns, fused is not None),
+        READ=reading is not None, B=block.tokens, BC=block.mixed if first or fused else block.channels,
+        **columns._asdict(), **options_of(columns, first or fused is not None),
     )  # fmt: skip
     return parts, pieces.parts
 

@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
 
     Attributes:
         tokens, channels: of kernels with products.
-        mixed: channels of the one that mixes first, and holds all streams of a block.
+        mixed: channels of the one that mixes first, and holds all streams of a block, or norms and rounds them first.
         last: channels of u that are made after the coefficients.
         plain_tokens, plain_channels: of kernels without products.
     """
@@ -152,9 +152,13 @@ def kept_of(config: MHCConfig) -> dict[str, int]:
     return {"B": max(1, min(16, KEPT // (places * padded(config.streams)))), "K": places}
 
 
-def options_of(columns: Columns, fused: bool = False) -> dict[str, int]:
-    """How a program with products is compiled; other settings spill on one target or another."""
-    if fused:
+def options_of(columns: Columns, first: bool = False) -> dict[str, int]:
+    """How a program with products is compiled; other settings spill on one target or another.
+
+    Args:
+        first: whether x is mixed first, or normed and rounded.
+    """
+    if first:
         return {"num_warps": 8, "num_stages": 1}
     return {"num_warps": 8, "num_stages": 2} if columns.R > 16 else {"num_warps": 4, "num_stages": 3}
 

@@ -65,7 +65,8 @@ def sums_kernel(
     of_gates ``[n * C, 16]`` and of_matrix ``[n * C, R]`` are the projections, of whose R columns WIDTH count; R is 0
     where H has none. FUSED says how x is mixed first and written to ``out`` ("" where it is there already), READ that
     u ``[T, C]`` is read by carried gates on the way. NORMED says that the streams are normed and rounded first, by the
-    sums of squares ``[squares_count, T]``, and WEIGHTED that ``norm`` ``[n * C]`` is their weight.
+    sums of squares ``[squares_count, T]``, and WEIGHTED that ``norm`` ``[n * C]`` is their weight. No row has both READ
+    and NORMED.
     """
     t = tl.program_id(0) * B + tl.arange(0, B)
     ok = t < T
@@ -91,9 +92,6 @@ def sums_kernel(
                     xs = own.to(tl.float32)
                 else:
                     xs = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-                if READ:
-                    value += tl.load(carried + t.to(tl.int64) * N + i, mask=ok, other=0.0).to(tl.float32)[:, None] * xs
-                squares_in += tl.sum(xs * xs, 1)
                 if NORMED:
                     xs = xs / by
                     if WEIGHTED:
@@ -106,12 +104,18 @@ def sums_kernel(
                 if R > 0:
                     phi = tl.load(of_matrix + k * R + tl.arange(0, R)[None, :], mask=here, other=0.0)
                     more_in = tl.dot(xs, phi, more_in, input_precision="ieee")
+                if not NORMED:
+                    squares_in += tl.sum(xs * xs, 1)
+                if READ:
+                    value += tl.load(carried + t.to(tl.int64) * N + i, mask=ok, other=0.0).to(tl.float32)[:, None] * xs
             if READ:
                 tl.store(u + tall * C + c[None, :], rounded(value, u.dtype.element_ty), mask=inside)
         gates += gates_in
         squares += squares_in
         if R > 0:
             more += more_in
+    if NORMED:
+        squares = tl.where(tl.program_id(1) == 0, known, 0.0)  # in one of the parts, which are added up
     to = (parts + (tl.program_id(1) * T + t.to(tl.int64)) * (m + 1))[:, None]
     index, is_one = gate_columns(N, NP, HEAD)
     tl.store(to + index[None, :], gates, mask=ok[:, None] & is_one[None, :])
@@ -189,8 +193,8 @@ def finish_kernel(
             raw = total(parts, T, parts_count, stride, entry + 2 * N, inside, [B, NP, NP])
             tl.store(sums + entry + 2 * N, raw, mask=inside)
             entry, beside = matrices(2 * N, tl.zeros([B], dtype=tl.int64), ok, 0, N, NP)
-            h = projected(raw, norm[:, None, None], x.dtype.element_ty, NORMED)
-            z = tl.load(scale + entry, mask=beside, other=0.0) * h
+            of_H = projected(raw, norm[:, None, None], x.dtype.element_ty, NORMED)
+            z = tl.load(scale + entry, mask=beside, other=0.0) * of_H
             z += tl.load(shift + entry, mask=beside, other=0.0)
             p = balanced(z, eps, limit, pairs, START, A, ODD, GUARD, LIMITED, N, NP)
             entry, inside = matrices(0, t.to(tl.int64), ok, N * N, N, NP)
@@ -198,8 +202,8 @@ def finish_kernel(
         if KIND == "permutations":
             here = ok[:, None] & (tl.arange(0, R) < WIDTH)[None, :]
             raw = total(parts, T, parts_count, stride, tall * stride + 2 * N + tl.arange(0, R)[None, :], here, [B, R])
-            h = projected(raw, norm[:, None], x.dtype.element_ty, NORMED)
-            z = permuted(h, scale, shift, N, R, WIDTH)
+            of_H = projected(raw, norm[:, None], x.dtype.element_ty, NORMED)
+            z = permuted(of_H, scale, shift, N, R, WIDTH)
             column = tl.arange(0, R)[None, :]
             tl.store(sums + tall * stride + 2 * N + column, raw, mask=ok[:, None] & (column < WIDTH))
             square = tl.arange(0, NP * NP)
