@@ -132,7 +132,7 @@ def _show(results: list[Training], steps: int) -> None:
         if result.broken:
             say(f"{named}: {result.broken}")
     failed = [result for result in ran if not result.passed]
-    say(f"{len(ran)} trainings of {steps} steps ran, {len(failed)} failed")
+    say(f"{len(ran)} training{'' if len(ran) == 1 else 's'} of {steps} steps ran, {len(failed)} failed")
 
 
 def _figure(result: Training, group: str, mark: int) -> Any:

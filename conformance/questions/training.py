@@ -5,6 +5,7 @@ Step k is handed what step k - 1 returned, so that errors add up as they do in t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from conformance.interface import Capabilities, Implementation, describe
 GROUPS = {"losses": "loss", "gradient norms": "gradient_norm", "weights": "weight"}
 """What is compared, and the first word of its names."""
 KINDS = ("weight", "first", "second")
+LARGEST = sys.float_info.max
+"""What stands for an error that is a larger multiple of its bound: JSON has no infinity."""
 MARKS = (1, 3, 10, 30)
 """The steps up to which the worst errors are told."""
 
@@ -192,8 +195,10 @@ def compared(trajectory: Trajectory, dtype: str, number: int, found: Mapping[str
             expected, bound = trajectory.expected[name], trajectory.bounds[dtype][name]
             if not name.startswith("weight/"):
                 expected, bound = expected[number - 1], bound[number - 1]
-            error = float(np.abs(value - expected).max())
-            yield name, error / float(bound) if bound else (0.0 if error == 0 else np.inf)
+            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+                error = np.abs(value - expected).max()
+                ratio = float(error / bound) if error else 0.0
+            yield name, min(ratio, LARGEST)
 
 
 def _judge(result: Training, trajectory: Trajectory, number: int, found: Mapping[str, Any]) -> None:

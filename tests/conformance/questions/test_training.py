@@ -51,6 +51,14 @@ def test_a_mistake_leaves_the_bound_in_every_dialect(mutant, dtype):
         assert left is not None and left.step <= LATEST and left.ratio > 2, dialect
 
 
+def test_an_error_beyond_every_multiple_of_its_bound_is_a_number_that_json_has():
+    trajectory = fixture.load(ONE)
+    bounds = {dtype: {name: 0 * bound for name, bound in of.items()} for dtype, of in trajectory.bounds.items()}
+    result = train(wrap(PlainTraining()), dataclasses.replace(trajectory, bounds=bounds), "float32", 1)
+    assert result.left is not None and result.left.ratio == sys.float_info.max
+    json.dumps(result.as_dict(), allow_nan=False)
+
+
 def test_honest_trainings_outside_of_the_ensemble_keep_a_distance_from_the_bound():
     pytest.importorskip("flint", reason="python-flint isn't installed: pip install 'mhc-conformance[regenerate]'")
     from conformance.selftest.training_honest import others, worst
@@ -143,7 +151,7 @@ def test_the_command_shows_a_table_and_writes_the_figures(tmp_path, capsys):
     assert command("--impl", "conformance.selftest.training:PlainTraining", *options) == 0
     said = capsys.readouterr().out
     assert all(f"step {mark}" in said for mark in (1, 3, 4)) and "gradient norms" in said
-    assert said.splitlines()[-1] == "1 trainings of 4 steps ran, 0 failed"
+    assert said.splitlines()[-1] == "1 training of 4 steps ran, 0 failed"
     (run,) = json.loads(target.read_text())["runs"]
     assert run["passed"] and run["dialect"] == ONE and run["left"] is None
     assert run["ratios"]["weights"] == [None] * 4 and len(run["ratios"]["losses"]) == 4
