@@ -134,7 +134,8 @@ def _closed(stack: Stack, heads: Sequence[HeadHealth]) -> Found:
     count = sum(len(gate.closed) for _, gate in gates)
     return (
         closed,
-        f"{len(closed)} of {count} gates are closed for at least {CLOSED:.0%} of the tokens: {_listed(closed)}",
+        f"{len(closed)} of {count} gates {'is' if len(closed) == 1 else 'are'} closed for at least {CLOSED:.0%} of the "
+        f"tokens: {_listed(closed)}",
     )
 
 
