@@ -196,6 +196,7 @@ def main() -> None:
     if chosen.save:
         save(model, chosen.save, writes=rank == 0)
     if chosen.shard:
+        dist.barrier()  # who leaves first would break off what another process is still sending
         dist.destroy_process_group()
 
 
