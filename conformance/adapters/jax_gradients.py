@@ -10,13 +10,13 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from conformance.files import kept
 from conformance.interface import Arrays, Result, asked_for
 from conformance.stages import STAGES, relevant
 
@@ -91,34 +91,17 @@ def keep_programs() -> None:
     """
     if getattr(jax.config, "jax_compilation_cache_dir", None) or jax.default_backend() != "cpu":
         return
-    with contextlib.suppress(OSError, RuntimeError):  # nothing is kept where there is no home
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhc-conformance" / "jax"
-        cache.mkdir(parents=True, exist_ok=True)
-        _remove_oldest(cache)
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        # With a limit of its own JAX reads the age and the size of every program whenever it writes one: of 3,700
-        # programs that took six times as long as making them.
-        jax.config.update("jax_compilation_cache_max_size", -1)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        warnings.filterwarnings("ignore", UNREADABLE)
-
-
-def _remove_oldest(cache: Path) -> None:
-    """Where programs take more than `LARGEST_CACHE`, removes the oldest until half of that is left."""
-    programs: list[tuple[float, int, str]] = []
-    for entry in os.scandir(cache):
-        with contextlib.suppress(OSError):  # another process removes them too
-            programs.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
-    left = sum(size for _, size, _ in programs)
-    if left <= LARGEST_CACHE:
+    cache = kept.folder("jax")
+    if cache is None:
         return
-    for _, size, path in sorted(programs):
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        left -= size
-        if left <= LARGEST_CACHE // 2:
-            return
+    kept.make_room(cache, LARGEST_CACHE)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    # With a limit of its own JAX reads the age and the size of every program whenever it writes one: of 3,700
+    # programs that took six times as long as making them.
+    jax.config.update("jax_compilation_cache_max_size", -1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    warnings.filterwarnings("ignore", UNREADABLE)
 
 
 class StageCalls:

@@ -30,17 +30,6 @@ INTERPRETED = 600
 """Tokens that Triton's interpreter computes within a minute or so."""
 
 
-def capture() -> Callable[..., Any]:
-    """torch's own "aot_eager", without the min-cut that chooses what to recompute: a third of its time."""
-    from functorch.compile import default_partition, make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
-    from torch._dynamo.backends.common import aot_autograd
-
-    def as_it_is(graph: torch.fx.GraphModule, _: Any) -> Any:
-        return make_boxed_func(graph.forward)
-
-    return aot_autograd(fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=default_partition)
-
-
 def configuration(config: dict[str, Any]) -> torch_impl.MHCConfig:
     """The parameters of what a stage is told; a stack's own ``reduce`` isn't the dialect's."""
     known = torch_impl.MHCConfig(streams=1, dim=1).parameters()
@@ -50,12 +39,16 @@ def configuration(config: dict[str, Any]) -> torch_impl.MHCConfig:
 
 
 class TorchImplementation:
-    """Every stage of `torch_impl`; ``compiler`` None runs eagerly, ``backend`` is that of its functions."""
+    """Every stage of `torch_impl`; ``backend`` is that of its functions.
+
+    Args:
+        compiler: makes a compiled function of one and of a key that tells it from others; None runs eagerly.
+    """
 
     def __init__(
         self,
         name: str,
-        compiler: str | Callable[..., Any] | None,
+        compiler: Callable[[FunctionType, str], Callable[..., Any]] | None,
         how: str,
         backend: str = "auto",
         dtypes: Iterable[str] = DTYPES,
@@ -94,7 +87,7 @@ class TorchImplementation:
             return function
         if self._compiled[0] != key:
             own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
-            self._compiled = key, torch.compile(own, fullgraph=True, dynamic=False, backend=self.compiler)
+            self._compiled = key, self.compiler(own, key)
         return self._compiled[1]
 
     def _stage(self, name: str, function: Callable[..., Any], inputs: Any, config: Any, cotangents: Any) -> Result:
@@ -227,11 +220,16 @@ def eager() -> TorchImplementation:
 
 
 def compiled() -> TorchImplementation:
-    return TorchImplementation("torch-compile", capture(), "captured by Dynamo and AOTAutograd")
+    from conformance.adapters.torch_graphs import Graphs  # here, since Dynamo takes seconds to import
+
+    return TorchImplementation("torch-compile", Graphs(), "captured by Dynamo and AOTAutograd")
 
 
 def inductor() -> TorchImplementation:
-    return TorchImplementation("torch-inductor", "inductor", "inductor")
+    def by_inductor(function: FunctionType, key: str) -> Callable[..., Any]:
+        return torch.compile(function, fullgraph=True, dynamic=False)
+
+    return TorchImplementation("torch-inductor", by_inductor, "inductor")
 
 
 def triton() -> TorchImplementation:

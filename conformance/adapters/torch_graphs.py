@@ -1,0 +1,179 @@
+"""Functions that Dynamo and AOTAutograd capture as graphs, which ATen runs; and graphs that are kept for the next run.
+
+Capturing a graph takes half a second, reading it a hundredth of one, and the suite has over a thousand. A graph that is
+kept is found by all that it was made from: the code of `torch_impl` and of these adapters, the versions of PyTorch and
+Python, what the stage is told, and its tensors' dtypes, shapes, strides and shared memory. Dynamo's own guards are
+checked at every call all the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import io
+import sys
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+import torch._dynamo
+from functorch.compile import default_partition  # pyright: ignore[reportPrivateImportUsage]
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.output_code import OutputCode
+
+from conformance.files import atomic, kept
+
+Tensors = dict[str, torch.Tensor]
+Stage = Callable[[Tensors], Tensors]
+SEEN = (["2", "13"],)
+"""Versions of PyTorch whose graphs are known to be the same when they are read back; others keep none."""
+LARGEST = 1 << 28
+"""Bytes of graphs that a process finds on disk at most; the oldest go."""
+CODE = ("torch_impl", "conformance.adapters")
+"""Packages whose code is captured."""
+
+
+class Program(OutputCode):
+    """A captured graph; on disk the Python text of it, and what the text names."""
+
+    def __init__(self, graph: torch.fx.GraphModule):
+        self._graph: torch.fx.GraphModule | None = graph
+        self._forward: Callable[..., Any] | None = graph.forward
+        self._text = ""
+        self._names: dict[str, Any] = {}
+        self._boxed_call = True  # AOTAutograd hands over a list, and looks for this where it has wrapped the object
+
+    def __call__(self, inputs: Any) -> Any:
+        assert self._forward is not None
+        return self._forward(*inputs)
+
+    def prepare_for_serialization(self) -> None:
+        """Called by PyTorch for a copy of the object, before it is pickled.
+
+        Raises:
+            ValueError: the graph has tensors of its own, or other graphs in it.
+        """
+        assert self._graph is not None
+        if any(node.op in ("get_attr", "call_module") for node in self._graph.graph.nodes):
+            raise ValueError("a graph with parts of its own isn't kept")
+        code = self._graph.graph.python_code("self")
+        self._text = "\n".join(line for line in code.src.splitlines() if not line.lstrip().startswith("#"))
+        self._names = {
+            name: _Module(v.__name__) if isinstance(v, ModuleType) else v for name, v in code.globals.items()
+        }
+        self._graph = self._forward = None
+
+    def post_compile(self, *args: Any, **kwargs: Any) -> None:
+        """Called by PyTorch when the object has been made, and when it has been read."""
+        if self._forward is None:
+            names = {k: sys.modules[v.name] if isinstance(v, _Module) else v for k, v in self._names.items()}
+            exec(self._text, names)  # PyTorch's text of a graph, as it runs every graph
+            self._forward = functools.partial(names["forward"], None)
+
+    def set_triton_bundle(self, triton_bundle: Any) -> None:
+        """Part of the interface; there are no Triton kernels in graphs that ATen runs."""
+
+
+class _Module:
+    """Stands for a module in what is pickled."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+def _program(graph: torch.fx.GraphModule, _: Any) -> Any:
+    return Program(graph)
+
+
+def capturing() -> Callable[..., Any]:
+    """torch's own "aot_eager", without the min-cut that chooses what to recompute: a third of its time."""
+    return aot_autograd(fw_compiler=_program, bw_compiler=_program, partition_fn=default_partition)
+
+
+class Graphs:
+    """Captures functions of tensors, and keeps their graphs in the user's cache where that can be done."""
+
+    def __init__(self):
+        self._folder = kept.folder("torch") if torch.__version__.split(".")[:2] in SEEN else None
+        if self._folder is not None:
+            kept.make_room(self._folder, LARGEST)
+
+    def __call__(self, function: FunctionType, key: str) -> Stage:
+        """The function, captured once for every kind of tensors that it meets.
+
+        Args:
+            key: equal for functions that are the same but for what their closures hold.
+        """
+        if self._folder is None:
+            return torch.compile(function, fullgraph=True, dynamic=False, backend=capturing())
+        return _Kept(function, f"{_made_from()}\n{key}", self._folder)
+
+
+class _Kept:
+    """A function whose graphs are looked for on disk before they are captured, and written there."""
+
+    def __init__(self, function: FunctionType, key: str, folder: Path):
+        self._function, self._key, self._folder = function, key, folder
+        # What the closure holds, modules above all, is handed over when a graph is read, and isn't written.
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        self._closure = {name: cell.cell_contents for name, cell in cells}
+        self._graphs: dict[str, Any] = {}
+
+    def __call__(self, tensors: Tensors) -> Tensors:
+        kind = kind_of(tensors)
+        graph = self._graphs.get(kind)
+        if graph is None or not graph.guard_check(tensors):
+            place = self._folder / hashlib.sha256(f"{self._key}\n{kind}".encode()).hexdigest()
+            graph = self._graphs[kind] = self._read(place, tensors) or self._capture(place, tensors)
+        return graph(tensors)
+
+    def _read(self, place: Path, tensors: Tensors) -> Any:
+        """A graph that was kept; None where there is none, or one that isn't whole or isn't right for the tensors."""
+        try:
+            content = io.BytesIO(zlib.decompress(place.read_bytes()))
+            graph: Any = torch.compiler.load_compiled_function(
+                content, f_globals=self._function.__globals__, external_data=self._closure
+            )
+            return graph if graph.guard_check(tensors) else None
+        except Exception:  # whatever a file that isn't whole makes of it: the graph is captured anew
+            return None
+
+    def _capture(self, place: Path, tensors: Tensors) -> Any:
+        compiled: Any = torch.compile(self._function, fullgraph=True, dynamic=False, backend=capturing())
+        graph = compiled.aot_compile(((tensors,), {}))
+        try:
+            content = type(graph).serialize(graph, self._closure).serialized_data
+            atomic.write(place, zlib.compress(content, 1))
+        except Exception:  # it can't be pickled, or the disk is full: it runs all the same
+            pass
+        return graph
+
+
+def kind_of(tensors: Tensors) -> str:
+    """All that a graph of tensors depends on: names, dtypes, shapes, strides, gradients, and who shares memory."""
+    memory: dict[int, int] = {}
+    described = [
+        (name, str(t.dtype), str(t.device), tuple(t.shape), t.stride(), t.requires_grad, t.is_leaf,
+         memory.setdefault(t.untyped_storage().data_ptr(), len(memory)), t.storage_offset())
+        for name, t in tensors.items()
+    ]  # fmt: skip
+    return repr((torch.is_grad_enabled(), described))
+
+
+@functools.cache
+def _made_from() -> str:
+    """What every graph is made from: a hash of the code that may be captured, and the versions of what captures it."""
+    digest = hashlib.sha256(f"{torch.__version__} {sys.version}".encode())
+    for path in _files(CODE):
+        digest.update(str(path).encode() + b"\n" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _files(packages: Iterable[str]) -> list[Path]:
+    specs = [importlib.util.find_spec(package) for package in packages]
+    folders = [Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()]
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
