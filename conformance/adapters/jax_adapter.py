@@ -226,4 +226,5 @@ def eager() -> JaxImplementation:
 
 
 def jitted() -> JaxImplementation:
+    keep_programs()
     return JaxImplementation("jax-jit", True)

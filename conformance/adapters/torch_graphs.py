@@ -15,6 +15,7 @@ import io
 import sys
 import zlib
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -70,9 +71,10 @@ class Program(OutputCode):
     def post_compile(self, *args: Any, **kwargs: Any) -> None:
         """Called by PyTorch when the object has been made, and when it has been read."""
         if self._forward is None:
-            names = {k: sys.modules[v.name] if isinstance(v, _Module) else v for k, v in self._names.items()}
+            names = {k: import_module(v.name) if isinstance(v, _Module) else v for k, v in self._names.items()}
             exec(self._text, names)  # PyTorch's text of a graph, as it runs every graph
-            self._forward = functools.partial(names["forward"], None)
+            forward: Any = names["forward"]
+            self._forward = functools.partial(forward, None)
 
     def set_triton_bundle(self, triton_bundle: Any) -> None:
         """Part of the interface; there are no Triton kernels in graphs that ATen runs."""

@@ -51,6 +51,12 @@ FETCHED = {
 }
 """The package of `witnesses.fetch` that a registered implementation runs, by the beginning of its name."""
 ON_REQUEST = ("torch-inductor", "torch-triton", "jax-explicit", "jax-pallas")
+TOGETHER = (
+    ("jax", "jax-jit"),
+    ("torch", "torch-compile"),
+    ("transformers-deepseek-v4", "transformers-glm-5", "transformers-hunyuan-v4"),
+)
+"""Implementations of ours that may run one after the other in one process, which imports their framework once."""
 MANY_DEVICES = ("jax", "jax-explicit")
 """What has all devices of a mesh in one process unless told otherwise; others have one process a device."""
 
@@ -113,6 +119,11 @@ def defaults(group: str = GROUP) -> tuple[list[str], dict[str, str]]:
         else:
             chosen.append(name)
     return chosen, left
+
+
+def together(first: str, second: str) -> bool:
+    """Whether a process that has run the first implementation may go on with the second."""
+    return any(first in group and second in group for group in TOGETHER)
 
 
 def processes_of(reference: str) -> int:

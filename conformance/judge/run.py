@@ -12,10 +12,12 @@ import numpy as np
 
 from conformance.cases.case import CaseError, Item
 from conformance.implementations.child import Deadline, PythonChild, end_all
+from conformance.implementations.registry import together
 from conformance.interface import SetupError
 from conformance.judge.item import Outcome, order
 from conformance.judge.modes_plan import Plan
 from conformance.judge.rule import Check
+from conformance.judge.worker import Begin
 
 POLL = 0.5  # seconds after which it is considered again whether to start a second worker
 SHARED = 20.0  # seconds of work that must be left for one
@@ -99,7 +101,12 @@ def run(
                 worker = active[cast(Connection, ready)]
                 outcomes = worker.receive(by_key)
                 if worker.finished:
-                    leaving.append(active.pop(worker.connection))
+                    alike = None if worker.gone else _alike(tasks, [w.task for w in active.values()], worker.task)
+                    if alike is None:
+                        worker.leave()
+                        leaving.append(active.pop(worker.connection))
+                    else:
+                        worker.begin(alike)
                 for outcome in outcomes:
                     yield outcome
                     if stop_early and outcome.failed:
@@ -132,28 +139,50 @@ class _Task:
 
 def _next_task(tasks: list[_Task], running: list[_Task]) -> _Task | None:
     """The first that has no worker; then the one with most to do, where a second worker pays."""
-    idle = [task for task in tasks if task.queue and not any(task is other for other in running)]
+    idle = _idle(tasks, running)
     if idle:
-        return idle[0]
+        # one that another worker goes on with, in a process that has imported what it needs, waits where others do not
+        unlike = (task for task in idle if not any(together(task.reference, other.reference) for other in running))
+        return next(unlike, idle[0])
     longest = max((task for task in tasks if task.queue), key=lambda task: task.left, default=None)
     return longest if longest and longest.left > SHARED else None
 
 
+def _idle(tasks: list[_Task], running: list[_Task]) -> list[_Task]:
+    """The tasks that have no worker, and items left."""
+    return [task for task in tasks if task.queue and not any(task is other for other in running)]
+
+
+def _alike(tasks: list[_Task], running: list[_Task], last: _Task) -> _Task | None:
+    """A task without a worker that a process may go on with after its last one."""
+    return next((t for t in _idle(tasks, running) if together(last.reference, t.reference)), None)
+
+
 class _Worker:
-    """A process that runs one implementation, an item at a time, from either end of the task's queue."""
+    """A process that runs an implementation, an item at a time, from either end of the task's queue."""
 
     finished: bool
-    """Whether it has nothing more to do; known after each `receive`."""
+    """Whether its task has nothing more to do; known after each `receive`."""
 
     def __init__(self, task: _Task, limit: float, probe: bool, plan: Plan | None, backwards: bool):
-        self.task, self.limit, self.backwards = task, limit, backwards
-        self.deadline = Deadline(limit + GRACE)
-        self.late = False
+        self.limit, self.probe, self.plan = limit, probe, plan
+        self.late = self.gone = False
+        self.process = PythonChild("conformance.judge.worker:work")
+        self.begin(task, backwards)
+
+    def begin(self, task: _Task, backwards: bool = False) -> None:
+        """Hands the process an implementation, its first or another one after it."""
+        self.task, self.backwards = task, backwards
+        self.deadline = Deadline(self.limit + GRACE)
         self.name = task.reference
         self.current: Key | None = None
         self.mode = ""
-        self.process = PythonChild("conformance.judge.worker:work")
-        self.process.send((task.reference, limit, probe, plan))
+        self.process.send(Begin(task.reference, self.limit, self.probe, self.plan))
+
+    def leave(self) -> None:
+        """Lets a process go that has no more to do."""
+        if not self.gone:
+            self.process.send(None)
 
     @property
     def connection(self) -> Connection:
@@ -195,8 +224,9 @@ class _Worker:
         queue = self.task.queue
         self.current = (queue.pop() if self.backwards else queue.popleft()) if queue else None
         self.deadline = Deadline(self.limit + GRACE)
-        self.process.send(self.current)
         self.finished = self.current is None
+        if not self.finished:
+            self.process.send(self.current)
         return outcomes
 
     def _labelled(self, outcome: Outcome, label: Label) -> Outcome:
@@ -210,7 +240,7 @@ class _Worker:
             self.process.end()
 
     def _died(self, labels: Mapping[Key, Label]) -> Outcome:
-        self.finished = True
+        self.finished = self.gone = True
         death = self.process.death(LEAVE)
         status = death.status if death else "unknown"
         if self.current is None:

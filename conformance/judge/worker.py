@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from conformance.cases.case import Case, CaseError, Item
 from conformance.files.plain import name_of
@@ -28,41 +28,52 @@ ELSEWHERE = {"sizes:": "conformance.questions.sizes.judging"}
 """Modules that put items which aren't cases of a file, by how their keys begin."""
 
 
+class Begin(NamedTuple):
+    """Which implementation a worker sets up, and how it asks it; as `run.run` has them."""
+
+    reference: str
+    limit: float
+    probe: bool
+    plan: Plan | None
+
+
 def work(connection: Connection) -> None:
-    """Takes (reference, limit, probe, plan), says that it is ready, then judges items until it is handed none.
+    """Takes what to `Begin` with, says that it is ready, then judges items, until it is handed None.
 
     It sends ``("ready", name)``, then ``("done", outcome)`` for each item, and before it ``("mode", names)`` for each
     further call, so that it is known where the process died. Handed a list of items it sends ``("unclaimed",
-    outcomes)``: those that it would skip, by key. After ``("setup", reason)`` or ``("case", reason)`` it sends nothing
-    more.
+    outcomes)``: those that it would skip, by key. Handed another implementation in the place of an item, it goes on
+    with that. After ``("setup", reason)`` or ``("case", reason)`` it sends nothing more.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    reference, limit, probe, plan = connection.recv()
+    handed = connection.recv()
     try:
         guard = Guard()
-        implementation = guard.load(reference, limit)
+        while handed is not None:
+            handed = _judge(connection, guard, handed)
     except (SetupError, CaseError) as error:
         connection.send(("setup" if isinstance(error, SetupError) else "case", str(error)))
-        return
-    if plan is not None:
-        plan.announce = partial(_announce, connection)
+
+
+def _judge(connection: Connection, guard: Guard, begin: Begin) -> Begin | None:
+    """Judges the items of one implementation; returns what comes after them."""
+    implementation = guard.load(begin.reference, begin.limit)
+    if begin.plan is not None:
+        begin.plan.announce = partial(_announce, connection)
     garbage.begin()
     connection.send(("ready", name_of(implementation.name)))
-    judge = _Judge(guard, implementation, probe, plan)
+    judge = _Judge(guard, implementation, begin.probe, begin.plan)
     for count in itertools.count(1):
         asked = connection.recv()
-        if asked is None:
-            return
-        try:
-            if isinstance(asked, list):
-                connection.send(("unclaimed", judge.unclaimed(cast("list[Key]", asked))))
-            else:
-                connection.send(("done", judge.put(asked)))
-        except CaseError as error:
-            connection.send(("case", str(error)))
-            return
+        if asked is None or isinstance(asked, Begin):
+            return asked
+        if isinstance(asked, list):
+            connection.send(("unclaimed", judge.unclaimed(cast("list[Key]", asked))))
+        else:
+            connection.send(("done", judge.put(asked)))
         if count % COLLECTED == 0:
             garbage.collect()
+    raise AssertionError("counting has no end")
 
 
 @dataclass

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from conformance.cases.case import CaseError
+from conformance.implementations.registry import TOGETHER, registered, together
 from conformance.interface import SetupError
 from conformance.judge import run as runner
 from conformance.judge.item import Outcome
 from conformance.judge.modes_plan import Plan
 from conformance.judge.rule import Check
+from conformance.judge.worker import Begin
 from tests.conformance.judge.made import made
 
 ITEMS = [made(case=name, path=f"{name}.safetensors") for name in ("c", "a", "b")]
@@ -42,8 +44,14 @@ class Workers:
 
     @property
     def log(self):
-        """For each worker its implementation and the items that it was handed."""
-        return [(w.settings[0], "".join(key[0][0] if key else "." for key in w.handed)) for w in self.made]
+        """For each worker its first implementation, and the items and further implementations that it was handed."""
+        return [(w.first, "".join(told(message) for message in w.handed)) for w in self.made]
+
+
+def told(message):
+    if isinstance(message, Begin):
+        return f"|{message.reference}:"
+    return message[0][0] if message else "."
 
 
 class Worker:
@@ -51,6 +59,7 @@ class Worker:
         self.workers = workers
         self.connection, self.far = Pipe()
         self.settings: Any = None
+        self.first = ""
         self.handed: list[Any] = []
         self.asked: list[Any] = []
         self.over = False
@@ -58,7 +67,11 @@ class Worker:
         self.ended = 0
 
     def send(self, message):
-        if self.settings is None:
+        if isinstance(message, Begin):
+            if self.settings is None:
+                self.first = message.reference
+            else:
+                self.handed.append(message)
             self.settings = message
             return self.reply(self.workers.replies.get(message[0], {}).get("start", ("ready", f"name of {message[0]}")))
         if isinstance(message, list):  # the whole queue, of which it says what it doesn't claim
@@ -241,6 +254,52 @@ def test_work_that_is_left_is_reckoned_by_the_pace_so_far():
 def test_who_gets_the_next_worker(tasks, running, chosen):
     expected = None if chosen is None else tasks[chosen]
     assert runner._next_task(tasks, [tasks[number] for number in running]) is expected
+
+
+def group(monkeypatch, *references):
+    monkeypatch.setattr(runner, "together", lambda first, second: first in references and second in references)
+
+
+def test_a_process_goes_on_with_an_implementation_of_its_framework(workers, monkeypatch):
+    group(monkeypatch, "x", "z")
+    outcomes = run("x", "y", "z", jobs=1)
+    assert workers.log == [("x", "abc|z:abc."), ("y", "abc.")]
+    assert [(o.reference, o.case) for o in outcomes] == [(r, c) for r in "xzy" for c in "abc"]
+    assert [o.implementation for o in outcomes] == ["mine"] * 9 and [w.ended for w in workers.made] == [1, 1]
+
+
+def test_the_next_one_is_asked_for_its_claims_too(workers, monkeypatch):
+    group(monkeypatch, "x", "z")
+    workers.replies = {"z": {"unclaimed": "abc"}}
+    assert [o.skipped for o in run("x", "z", jobs=1)] == ["", "", "", *["not claimed"] * 3]
+    assert len(workers.made[0].asked) == 2
+
+
+def test_two_workers_share_out_frameworks_before_they_share_one(workers, monkeypatch):
+    group(monkeypatch, "x", "z")
+    outcomes = runner.run(["x", "z", "y"], ITEMS, jobs=2)
+    next(outcomes)
+    assert [w.first for w in workers.made] == ["x", "y"]
+    assert len(list(outcomes)) == 8 and len(workers.made) == 2
+
+
+def test_where_nothing_else_is_left_two_workers_share_a_framework(workers, monkeypatch):
+    group(monkeypatch, "x", "z")
+    next(runner.run(["x", "z"], ITEMS, jobs=2))
+    assert [w.first for w in workers.made] == ["x", "z"]
+
+
+def test_one_that_died_goes_on_with_nothing(workers, monkeypatch):
+    group(monkeypatch, "x", "z")
+    workers.replies["x"] = {"c": "die"}
+    assert [o.checks[0].verdict for o in run("x", "z", jobs=1)] == ["passed", "passed", "errored"] + ["passed"] * 3
+    assert workers.log == [("x", "abc"), ("z", "abc.")]
+
+
+def test_implementations_share_a_process_where_they_import_the_same_framework():
+    assert together("jax", "jax-jit") and together("transformers-glm-5", "transformers-deepseek-v4")
+    assert not together("jax", "torch") and not together("torch", "torch-triton") and not together("mine:A", "mine:B")
+    assert {name for names in TOGETHER for name in names} <= set(registered())
 
 
 def test_a_run_may_stop_at_the_first_failure(workers):

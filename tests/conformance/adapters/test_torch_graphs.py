@@ -1,0 +1,195 @@
+"""Graphs that torch-compile captures are kept for the next run, and found only by all that they were made from."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from types import FunctionType
+from typing import Any
+
+import pytest
+
+torch: Any = pytest.importorskip("torch", reason="PyTorch is not installed")
+graphs = importlib.import_module("conformance.adapters.torch_graphs")
+pytestmark = pytest.mark.skipif(
+    torch.__version__.split(".")[:2] not in graphs.SEEN, reason="graphs of this PyTorch aren't kept"
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "mhc-conformance" / "torch"
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """How often a function was captured."""
+    made: list[Any] = []
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *given, **named: made.append(given) or compile(*given, **named))
+    return made
+
+
+def stage(factor: float, **held: Any) -> FunctionType:
+    told = {"factor": factor, **held}
+
+    def body(values):
+        extra = told.get("extra", 0.0)
+        return {"out": torch.sin(values["x"] * told["factor"]).sum(-1) + extra, "twice": 2 * values["x"]}
+
+    return body  # type: ignore[return-value]
+
+
+def called(function: Any, x: Any) -> tuple[Any, Any]:
+    x = x.detach().requires_grad_()
+    outputs = function({"x": x})
+    (gradient,) = torch.autograd.grad([outputs["out"].sum(), outputs["twice"].square().sum()], [x])
+    return outputs["out"].detach(), gradient
+
+
+X = torch.linspace(-1, 1, 12).reshape(3, 4)
+EXPECTED = torch.sin(X * 2).sum(-1), 2 * torch.cos(X * 2) + 8 * X
+
+
+def agrees(actual: tuple[Any, Any], expected: tuple[Any, Any] = EXPECTED) -> bool:
+    return all(torch.allclose(a, e, atol=1e-6) for a, e in zip(actual, expected, strict=True))
+
+
+def test_a_graph_is_captured_once_and_read_by_the_next(folder, captures):
+    first = called(graphs.Graphs()(stage(2.0), "one"), X)
+    assert agrees(first) and len(captures) == len(list(folder.iterdir())) == 1
+    read = called(graphs.Graphs()(stage(2.0), "one"), X)
+    assert len(captures) == 1 and all(torch.equal(a, b) for a, b in zip(first, read, strict=True))
+
+
+READER = """
+import os, torch
+from tests.conformance.adapters import test_torch_graphs as those
+def refuse(*given, **named): raise AssertionError("captured")
+torch.compile = refuse
+assert those.agrees(those.called(those.graphs.Graphs()(those.stage(2.0), "one"), those.X))
+"""
+
+
+def test_another_process_reads_it_without_capturing_anything(folder):
+    called(graphs.Graphs()(stage(2.0), "one"), X)
+    subprocess.run([sys.executable, "-c", READER], env=dict(os.environ), check=True)
+
+
+def test_another_key_another_kind_of_tensors_and_other_code_are_other_graphs(folder, captures, monkeypatch):
+    function = graphs.Graphs()(stage(2.0), "one")
+    called(function, X)
+    for number, x in enumerate((X[:2], X.double(), X.T.contiguous().T), start=2):
+        called(function, x)
+        assert len(captures) == number
+    assert not function({"x": X})["out"].requires_grad and len(captures) == 5
+    called(graphs.Graphs()(stage(2.0), "two"), X)
+    assert len(captures) == 6
+    monkeypatch.setattr(graphs, "_made_from", lambda: "other code")
+    called(graphs.Graphs()(stage(2.0), "one"), X)
+    assert len(captures) == 7 == len(list(folder.iterdir()))
+
+
+def test_what_graphs_are_made_from_is_every_line_of_the_packages(tmp_path, monkeypatch):
+    package = tmp_path / "captured_code"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "inner.py").write_text("a = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(graphs, "CODE", ("captured_code",))
+    seen = {graphs._made_from.__wrapped__()}
+    (package / "inner.py").write_text("a = 2\n")
+    seen.add(graphs._made_from.__wrapped__())
+    monkeypatch.setattr(torch, "__version__", "2.13.1")
+    seen.add(graphs._made_from.__wrapped__())
+    assert len(seen) == 3
+
+
+def test_torch_impl_and_the_adapters_are_what_is_captured():
+    files = {f"{path.parent.name}/{path.name}" for path in graphs._files(graphs.CODE)}
+    assert {"torch_impl/residual.py", "lean/reading.py", "adapters/torch_adapter.py", "adapters/branch.py"} <= files
+
+
+@pytest.mark.parametrize("broken", [b"", b"nonsense", None])
+def test_a_file_that_isnt_whole_is_made_anew(folder, captures, broken):
+    called(graphs.Graphs()(stage(2.0), "one"), X)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-50] if broken is None else broken)
+    assert agrees(called(graphs.Graphs()(stage(2.0), "one"), X)) and len(captures) == 2
+    assert agrees(called(graphs.Graphs()(stage(2.0), "one"), X)) and len(captures) == 2
+
+
+def test_a_graph_of_something_else_is_not_run_though_its_key_is_the_same(folder, captures):
+    called(graphs.Graphs()(stage(2.0), "one"), X)
+    out, _ = called(graphs.Graphs()(stage(3.0), "one"), X)
+    assert torch.allclose(out, torch.sin(X * 3).sum(-1)) and len(captures) == 2
+
+
+def test_a_graph_that_changes_under_its_function_is_captured_anew(folder, captures):
+    body = stage(2.0)
+    function = graphs.Graphs()(body, "one")
+    called(function, X)
+    assert body.__closure__ is not None
+    body.__closure__[0].cell_contents["factor"] = 3.0
+    out, _ = called(function, X)
+    assert torch.allclose(out, torch.sin(X * 3).sum(-1))
+
+
+@pytest.mark.parametrize("extra", [1.0, 5.0])
+def test_a_tensor_that_the_function_holds_is_never_an_old_one(folder, extra):
+    called(graphs.Graphs()(stage(2.0, extra=torch.ones(3)), "one"), X)
+    out, _ = called(graphs.Graphs()(stage(2.0, extra=torch.full((3,), extra)), "one"), X)
+    assert torch.allclose(out, EXPECTED[0] + extra)
+
+
+def test_where_nothing_can_be_written_it_runs_all_the_same(folder, monkeypatch):
+    function = graphs.Graphs()(stage(2.0), "one")
+
+    def full(*given: Any) -> None:
+        raise OSError("no space left on the device")
+
+    monkeypatch.setattr(graphs.atomic, "write", full)
+    assert agrees(called(function, X)) and not list(folder.iterdir())
+
+
+def test_without_a_home_nothing_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert agrees(called(graphs.Graphs()(stage(2.0), "one"), X))
+
+
+def test_the_oldest_graphs_go_where_they_take_too_much(folder, monkeypatch):
+    folder.mkdir(parents=True)
+    for age in range(3):
+        (folder / str(age)).write_bytes(bytes(20))
+        os.utime(folder / str(age), (1000 - age, 1000 - age))
+    monkeypatch.setattr(graphs, "LARGEST", 50)
+    graphs.Graphs()
+    assert [path.name for path in folder.iterdir()] == ["0"]
+
+
+def shared(first: int, second: int) -> dict[str, Any]:
+    memory = torch.zeros(8)
+    return {"x": memory[first : first + 4], "y": memory[second : second + 4]}
+
+
+def test_kinds_of_tensors():
+    base = {"x": torch.zeros(2, 4), "y": torch.zeros(4)}
+    differ = [
+        {"x": torch.zeros(2, 4), "z": torch.zeros(4)},
+        {**base, "x": torch.zeros(4, 2)},
+        {**base, "x": torch.zeros(4, 2).T},
+        {**base, "x": torch.zeros(2, 4, dtype=torch.bfloat16)},
+        {**base, "x": torch.zeros(2, 4).requires_grad_()},
+        {**base, "x": torch.zeros(2, 4).requires_grad_() * 1},
+        shared(0, 4), shared(0, 0), shared(0, 2), {"x": torch.zeros(4), "y": torch.zeros(4)},
+    ]  # fmt: skip
+    kinds = [graphs.kind_of(tensors) for tensors in (base, *differ)]
+    with torch.no_grad():
+        kinds.append(graphs.kind_of(base))
+    assert len(set(kinds)) == len(kinds)
+    assert graphs.kind_of(base) == graphs.kind_of({"x": torch.ones(2, 4), "y": torch.ones(4)})
