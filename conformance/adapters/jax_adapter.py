@@ -226,5 +226,6 @@ def eager() -> JaxImplementation:
 
 
 def jitted() -> JaxImplementation:
+    jax.clear_caches()  # an eager implementation that this process has run leaves gigabytes of small programs
     keep_programs()
     return JaxImplementation("jax-jit", True)

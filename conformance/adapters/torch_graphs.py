@@ -32,7 +32,7 @@ Tensors = dict[str, torch.Tensor]
 Stage = Callable[[Tensors], Tensors]
 SEEN = (["2", "13"],)
 """Versions of PyTorch whose graphs are known to be the same when they are read back; others keep none."""
-LARGEST = 1 << 28
+LARGEST = 1 << 29
 """Bytes of graphs that a process finds on disk at most; the oldest go."""
 CODE = ("torch_impl", "conformance.adapters")
 """Packages whose code is captured."""
