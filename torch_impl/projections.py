@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_impl.config import MHCConfig
-from torch_impl.residual import residual_matrix, wide_dtype
+from torch_impl.residual import in_dtype, residual_matrix, wide_dtype
 
 Weights = Mapping[str, Tensor]
 SHARDED = ("mhc_norm.scale", "pre_alpha", "post_alpha", "res_alpha", "head_fn")  # [streams, dim, ...]: split with dim
@@ -132,7 +132,7 @@ def contract(phi: Tensor, x: Tensor) -> Tensor:
 
 def joined(phis: Sequence[Tensor], norm: Tensor | None, wide: torch.dtype) -> Tensor:
     """All projections side by side, times the norm's weight: ``[n * dim, m]``."""
-    phi = torch.cat([value.to(wide) for value in phis], -1)  # [n, dim, m]
+    phi = torch.cat([in_dtype(value, wide) for value in phis], -1)  # [n, dim, m]
     return (phi if norm is None else phi * norm.to(wide).unsqueeze(-1)).flatten(0, 1)
 
 
@@ -185,7 +185,7 @@ def rounding(x: Tensor, config: MHCConfig) -> Callable[[Tensor], Tensor]:
     before they are rounded.
     """
     dtype, wide = coefficient_dtype(x, config), wide_dtype(x.dtype)
-    return lambda value: value.to(dtype).to(wide)
+    return lambda value: in_dtype(in_dtype(value, dtype), wide)
 
 
 def packed(
@@ -203,7 +203,12 @@ def packed_gates(
     """Every scale and every shift, ``[m]`` each."""
     rounded = rounding(x, config)
     scales = [rounded(weights[scale]).expand(weights[phi].shape[-1]) for phi, scale, _ in names]
-    return torch.cat(scales), torch.cat([rounded(weights[shift]).reshape(-1) for _, _, shift in names])
+    return torch.cat(scales), torch.cat([_line(rounded(weights[shift])) for _, _, shift in names])
+
+
+def _line(value: Tensor) -> Tensor:
+    """All numbers along one axis."""
+    return value if value.ndim == 1 else value.reshape(-1)
 
 
 def logits(x: Tensor, weights: Packed, config: MHCConfig, shards: Shards | None) -> Tensor:

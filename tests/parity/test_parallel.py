@@ -32,6 +32,7 @@ ONLY = {
     "residual.start_axis": LEAN,
     "residual.passes": LEAN,
     "residual.permutation_matrices": LEAN,
+    "residual.in_dtype": "each operator of an eager call of PyTorch is dispatched, one that does nothing too",
     "residual.without_autocast": "PyTorch's autocast is in force in a whole block of a program",
     "residual.compiled": "an eager call of JAX runs one program for each operation; PyTorch compiles nothing then",
     "mixing": "JAX's derivative of the mixing is slower on a TPU than one of its own",

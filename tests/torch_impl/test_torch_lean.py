@@ -73,6 +73,13 @@ def gradients(function, tensors, **options):
     return torch.autograd.grad(total(function(*tensors)), kept, allow_unused=True, materialize_grads=True, **options)
 
 
+def blocked(monkeypatch, tokens, dtype):
+    """Blocks of so many tokens, however small x is."""
+    monkeypatch.setattr(mixing, "BLOCK_BYTES", tokens * N * DIM * dtype.itemsize)
+    monkeypatch.setattr(mixing, "WHOLE_BYTES", 0)
+    monkeypatch.setattr("torch_impl.lean.balancing.BLOCK", tokens)
+
+
 def assert_close(one, other, tolerance=1e-11):
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -101,7 +108,8 @@ ROUNDED = {
 @pytest.mark.parametrize("blocks", [1, 7])
 @pytest.mark.parametrize("name", ROUNDED)
 def test_coefficients_are_rounded_where_the_plain_path_rounds_them(name, blocks, dtype, monkeypatch):
-    monkeypatch.setattr(mixing, "BLOCK_BYTES", mixing.BLOCK_BYTES if blocks == 1 else N * DIM * 4)
+    if blocks > 1:
+        blocked(monkeypatch, 1, torch.float32)
     config, weights, x, _ = site({"coefficients": "activation", "mixing": "activation", **ROUNDED[name]}, torch.float32)
     tensors = (x.to(dtype), None, *weights.values())
     (one, first), (other, second) = (
@@ -260,8 +268,7 @@ def test_blocks_do_not_matter(monkeypatch):
     config, weights, x, _ = site({"guard": "clip", "eps": 0.3})
     tensors = (x, None, *weights.values())
     once = gradients(whole(config, "lean"), leaves(*tensors))
-    monkeypatch.setattr("torch_impl.lean.mixing.BLOCK_BYTES", 4 * N * DIM * 8)
-    monkeypatch.setattr("torch_impl.lean.balancing.BLOCK", 4)
+    blocked(monkeypatch, 4, torch.float64)
     assert_close(gradients(whole(config, "lean"), leaves(*tensors)), once)
 
 

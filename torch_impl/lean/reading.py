@@ -10,10 +10,10 @@ from torch import Tensor
 
 from torch_impl.config import MHCConfig
 from torch_impl.fused.site import Reading
-from torch_impl.lean.balancing import balanced, pulled
+from torch_impl.lean.balancing import balanced, block, pulled
 from torch_impl.lean.mixing import mix, parts, place, product
 from torch_impl.projections import coefficient_dtype, gates_and_matrix, joined, of_joined, over_rms, rounded_weights
-from torch_impl.residual import wide_dtype
+from torch_impl.residual import in_dtype, wide_dtype
 
 
 def read(
@@ -32,24 +32,25 @@ def read(
     flat, matrix = x.reshape(-1, n * dim), joined(phis, None if rounded else norm, wide)
     tokens, m = len(flat), matrix.shape[1]
     sums = torch.empty(tokens, m + 1, dtype=wide, device=x.device)
-    u = torch.empty(tokens if reading.u else 0, dim, dtype=x.dtype, device=x.device)
-    given = None if carried is None else carried.reshape(-1, n).to(wide)
+    given = None if carried is None else in_dtype(carried.reshape(-1, n), wide)
     held, values = parts(tokens, n * dim, x), flat
+    several = reading.u and len(held) != 1
+    u = torch.empty(tokens if several else 0, dim, dtype=x.dtype, device=x.device)
     for part in held:
-        values = flat[part].to(wide)
+        values, own = in_dtype(block(flat, part), wide), block(sums, part)
         # As a product of vectors this takes ten times as long; its root and square round once each.
-        sums[part, m] = torch.linalg.vector_norm(values, dim=1).square_()
-        streams = _rounded_norm(values, sums[part, m:], norm, c, x.dtype) if rounded else values
-        sums[part, :m] = streams @ matrix
-        if reading.u and len(held) > 1:  # while the block is in its caches
-            gates = _gates(sums[part], scale, shift, reading, x) if given is None else given[part]
+        squares = torch.linalg.vector_norm(values, dim=1, out=own[:, m])
+        squares.mul_(squares)
+        streams = _rounded_norm(values, own[:, m:], norm, c, x.dtype) if rounded else values
+        torch.mm(streams, matrix, out=own[:, :m])
+        if several:  # while the block is in its caches
+            gates = _gates(own, scale, shift, reading, x) if given is None else given[part]
             product(gates.unsqueeze(1), values.view(-1, n, dim), u.unsqueeze(1), part)
     z = torch.addcmul(shift, scale, _normed(sums, reading, x))
     pre, post, H = _small(z, reading, x)
-    if reading.u and len(held) == 1:
-        product(
-            (pre.to(wide) if given is None else given).unsqueeze(1), values.view(-1, n, dim), u.unsqueeze(1), held[0]
-        )
+    if reading.u and not several:
+        gates = in_dtype(pre, wide) if given is None else given
+        u = in_dtype(torch.bmm(gates.unsqueeze(1), values.view(-1, n, dim)).squeeze(1), x.dtype)
     return u, pre, post, H, sums
 
 
@@ -96,9 +97,10 @@ def _small(z: Tensor, reading: Reading, x: Tensor) -> tuple[Tensor, Tensor, Tens
         pre, post, H = gates_and_matrix(z, config, dtype)
         return pre, post, H.contiguous()
     gates = torch.sigmoid(z[:, : 2 * n])
-    pre, post = gates[:, :n] + config.pre_eps, config.post_scale * gates[:, n:] + config.post_eps
-    H = balanced(z[:, 2 * n :].reshape(-1, n, n), config)
-    return pre.to(dtype), post.to(dtype), H.to(dtype)
+    pre, post = gates[:, :n] + config.pre_eps, config.post_scale * gates[:, n:]
+    post = post.add_(config.post_eps) if config.post_eps else post
+    H = balanced(z[:, 2 * n :].view(-1, n, n), config)
+    return in_dtype(pre, dtype), in_dtype(post, dtype), in_dtype(H, dtype)
 
 
 def _rounded_passes(reading: Reading, x: Tensor) -> bool:
