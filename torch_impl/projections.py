@@ -185,6 +185,8 @@ def rounding(x: Tensor, config: MHCConfig) -> Callable[[Tensor], Tensor]:
     before they are rounded.
     """
     dtype, wide = coefficient_dtype(x, config), wide_dtype(x.dtype)
+    if dtype == wide:
+        return lambda value: in_dtype(value, wide)
     return lambda value: in_dtype(in_dtype(value, dtype), wide)
 
 
@@ -201,14 +203,18 @@ def packed_gates(
     x: Tensor, weights: Weights, names: Sequence[tuple[str, str, str]], config: MHCConfig
 ) -> tuple[Tensor, Tensor]:
     """Every scale and every shift, ``[m]`` each."""
+    scales, shifts = gates_apart(x, weights, names, config)
+    return torch.cat([scale.expand(len(shift)) for scale, shift in zip(scales, shifts, strict=True)]), torch.cat(shifts)
+
+
+def gates_apart(
+    x: Tensor, weights: Weights, names: Sequence[tuple[str, str, str]], config: MHCConfig
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The scale ``[1]`` and the shift ``[columns]`` of each projection."""
     rounded = rounding(x, config)
-    scales = [rounded(weights[scale]).expand(weights[phi].shape[-1]) for phi, scale, _ in names]
-    return torch.cat(scales), torch.cat([_line(rounded(weights[shift])) for _, _, shift in names])
-
-
-def _line(value: Tensor) -> Tensor:
-    """All numbers along one axis."""
-    return value if value.ndim == 1 else value.reshape(-1)
+    shifts = [rounded(weights[shift]) for _, _, shift in names]
+    lines = [shift if shift.ndim == 1 else shift.reshape(-1) for shift in shifts]
+    return [rounded(weights[scale]) for _, scale, _ in names], lines
 
 
 def logits(x: Tensor, weights: Packed, config: MHCConfig, shards: Shards | None) -> Tensor:

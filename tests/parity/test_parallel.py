@@ -20,6 +20,7 @@ ONLY = {
     "functional.check_site": "`crossing` checks the same",
     "functional.residual_matrix": LEAN,
     "projections.packed_gates": LEAN,
+    "projections.gates_apart": LEAN,
     "projections.joined": LEAN,
     "projections.rounded_weights": LEAN,
     "projections.rounding": LEAN,

@@ -31,7 +31,7 @@ def block(value: Tensor, part: slice) -> Tensor:
     """A block of a value's tokens; the value itself where it is all of them, since a slice takes as long as a sum of a
     few thousand numbers.
     """
-    return value if part.start == 0 and part.stop == len(value) else value[part]
+    return value if part.start == 0 and part.stop == value.shape[0] else value[part]
 
 
 def balanced(logits: Tensor, config: MHCConfig) -> Tensor:

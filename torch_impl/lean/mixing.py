@@ -12,14 +12,14 @@ BLOCK_BYTES = 1 << 21
 """Bytes of x in float32 that a block of tokens has on a CPU: what its second cache holds. With 16 MiB each temporary is
 mapped anew, page by page, and a site takes up to twice as long."""
 WHOLE_BYTES = 1 << 22
-"""An x of at most so many bytes in float32, 64 tokens of 4,096 channels, is one block: to call the operators twice takes
-longer there than what it saves."""
+"""Forward, an x of at most so many bytes in float32 is one block (64 tokens of 4,096 channels): to call each operator
+twice takes longer than what smaller temporaries save. The way back has more of them."""
 
 
-def parts(tokens: int, width: int, x: Tensor) -> list[slice]:
-    """Blocks of tokens of so many numbers each."""
+def parts(tokens: int, width: int, x: Tensor, *, back: bool = False) -> list[slice]:
+    """Blocks of tokens of so many numbers each, forward or on the way back."""
     size = max(1, width * wide_dtype(x.dtype).itemsize)
-    most = tokens if tokens * size <= WHOLE_BYTES else BLOCK_BYTES // size
+    most = tokens if tokens * size <= WHOLE_BYTES and not back else BLOCK_BYTES // size
     return list(blocks(tokens, most, x.device))
 
 
@@ -78,7 +78,7 @@ def mix_back(
     g3 = cotangent.reshape(x3.shape)
     dy, dx, dpost = torch.empty_like(y2), torch.empty_like(x3), torch.empty_like(gates)
     dM = None if M is None else torch.empty(M.shape, dtype=gates.dtype, device=x.device)
-    for part in parts(len(x3), n * dim, x):
+    for part in parts(len(x3), n * dim, x, back=True):
         g, values = in_dtype(block(g3, part), gates.dtype), in_dtype(block(x3, part), gates.dtype)
         product(block(gates, part).unsqueeze(1), g, dy.unsqueeze(1), part)
         of_gates = g * in_dtype(block(y2, part), gates.dtype).unsqueeze(1)
