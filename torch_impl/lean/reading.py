@@ -36,21 +36,22 @@ def read(
     flat, matrix = x.reshape(-1, n * dim), joined(phis, None if rounded else norm, wide)
     (tokens, _), m = flat.shape, matrix.shape[1]
     sums = torch.empty(tokens, m + 1, dtype=wide, device=x.device)
+    projected, squares = sums[:, :m], sums[:, m:]
     given = None if carried is None else in_dtype(carried.reshape(-1, n), wide)
     held, values = parts(tokens, n * dim, x), flat
     several = reading.u and len(held) != 1
     u = torch.empty(tokens if several else 0, dim, dtype=x.dtype, device=x.device)
     for part in held:
-        values, own = in_dtype(block(flat, part), wide), block(sums, part)
+        values, h, square = in_dtype(block(flat, part), wide), block(projected, part), block(squares, part)
         # As a product of vectors this takes ten times as long; its root and square round once each.
-        squares = torch.linalg.vector_norm(values, dim=1, keepdim=True, out=own[:, m:])
-        squares.mul_(squares)
-        streams = _rounded_norm(values, squares, norm, c, x.dtype) if rounded else values
-        torch.mm(streams, matrix, out=own[:, :m])
+        torch.linalg.vector_norm(values, dim=1, keepdim=True, out=square)
+        square.mul_(square)
+        streams = _rounded_norm(values, square, norm, c, x.dtype) if rounded else values
+        torch.mm(streams, matrix, out=h)
         if several:  # while the block is in its caches
-            gates = _gates(own, scale, shift, reading, x) if given is None else given[part]
+            gates = _gates(h, square, scale, shift, reading, x) if given is None else given[part]
             product(gates.unsqueeze(1), values.view(-1, n, dim), u.unsqueeze(1), part)
-    z = _logits(_normed(sums, reading, x), scale, shift, [phi.shape[-1] for phi in phis])
+    z = _logits(_normed(projected, squares, reading, x), scale, shift, [phi.shape[-1] for phi in phis])
     pre, post, H = _small(z, reading, x)
     if reading.u and not several:
         gates = in_dtype(pre, wide) if given is None else given
@@ -76,11 +77,11 @@ def _rounded_norm(
     return normed.to(dtype).to(values.dtype)
 
 
-def _normed(sums: Tensor, reading: Reading, x: Tensor, columns: int = -1) -> Tensor:
-    """The first projections of the normed streams: rounded, or divided by the root of x's mean square now."""
+def _normed(projected: Tensor, squares: Tensor, reading: Reading, x: Tensor) -> Tensor:
+    """The projections of the normed streams: rounded, or divided by the root of x's mean square now."""
     if reading.rounds(x):
-        return sums[:, :columns].to(x.dtype).to(sums.dtype)
-    return over_rms(sums[:, :columns], sums[:, -1:] / (x.shape[-2] * x.shape[-1]), reading.config)
+        return projected.to(x.dtype).to(projected.dtype)
+    return over_rms(projected, squares / (x.shape[-2] * x.shape[-1]), reading.config)
 
 
 def _logits(
@@ -93,12 +94,13 @@ def _logits(
 
 
 def _gates(
-    sums: Tensor, scale: Tensor | list[Tensor], shift: Tensor | list[Tensor], reading: Reading, x: Tensor
-) -> Tensor:
+    projected: Tensor, squares: Tensor, scale: Tensor | list[Tensor], shift: Tensor | list[Tensor],
+    reading: Reading, x: Tensor,
+) -> Tensor:  # fmt: skip
     """The gates of u ``[T, n]``, wide."""
     n = x.shape[-2]
     a, b = (value[:n] if isinstance(value, Tensor) else value[0] for value in (scale, shift))
-    gates = torch.addcmul(b, a, _normed(sums, reading, x, n)).sigmoid_().add_(reading.config.pre_eps)
+    gates = torch.addcmul(b, a, _normed(projected[:, :n], squares, reading, x)).sigmoid_().add_(reading.config.pre_eps)
     return gates.to(x.dtype).to(gates.dtype) if reading.rounds(x) else gates
 
 
@@ -142,7 +144,7 @@ def read_back(
     du, dpre, dpost, dH, further = (
         None if value is None else value.reshape(tokens, *value.shape[x.ndim - 2 :]) for value in cotangents[:5]
     )
-    h = _normed(sums, reading, x)  # [T, m]
+    h = _normed(sums[:, :m], sums[:, m:], reading, x)  # [T, m]
     z = torch.addcmul(shift, scale, h)
     dz = _of_small(z, reading, x, dpost, dH)  # [T, m], zero for pre
     sigmoid = torch.sigmoid(z[:, :n])
