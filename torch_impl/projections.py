@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_impl.config import MHCConfig
-from torch_impl.residual import residual_matrix, wide_dtype
+from torch_impl.residual import in_dtype, residual_matrix, wide_dtype
 
 Weights = Mapping[str, Tensor]
 SHARDED = ("mhc_norm.scale", "pre_alpha", "post_alpha", "res_alpha", "head_fn")  # [streams, dim, ...]: split with dim
@@ -132,7 +132,7 @@ def contract(phi: Tensor, x: Tensor) -> Tensor:
 
 def joined(phis: Sequence[Tensor], norm: Tensor | None, wide: torch.dtype) -> Tensor:
     """All projections side by side, times the norm's weight: ``[n * dim, m]``."""
-    phi = torch.cat([value.to(wide) for value in phis], -1)  # [n, dim, m]
+    phi = torch.cat([in_dtype(value, wide) for value in phis], -1)  # [n, dim, m]
     return (phi if norm is None else phi * norm.to(wide).unsqueeze(-1)).flatten(0, 1)
 
 
@@ -185,7 +185,9 @@ def rounding(x: Tensor, config: MHCConfig) -> Callable[[Tensor], Tensor]:
     before they are rounded.
     """
     dtype, wide = coefficient_dtype(x, config), wide_dtype(x.dtype)
-    return lambda value: value.to(dtype).to(wide)
+    if dtype == wide:
+        return lambda value: in_dtype(value, wide)
+    return lambda value: in_dtype(in_dtype(value, dtype), wide)
 
 
 def packed(
@@ -201,9 +203,18 @@ def packed_gates(
     x: Tensor, weights: Weights, names: Sequence[tuple[str, str, str]], config: MHCConfig
 ) -> tuple[Tensor, Tensor]:
     """Every scale and every shift, ``[m]`` each."""
+    scales, shifts = gates_apart(x, weights, names, config)
+    return torch.cat([scale.expand(len(shift)) for scale, shift in zip(scales, shifts, strict=True)]), torch.cat(shifts)
+
+
+def gates_apart(
+    x: Tensor, weights: Weights, names: Sequence[tuple[str, str, str]], config: MHCConfig
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The scale ``[1]`` and the shift ``[columns]`` of each projection."""
     rounded = rounding(x, config)
-    scales = [rounded(weights[scale]).expand(weights[phi].shape[-1]) for phi, scale, _ in names]
-    return torch.cat(scales), torch.cat([rounded(weights[shift]).reshape(-1) for _, _, shift in names])
+    shifts = [rounded(weights[shift]) for _, _, shift in names]
+    lines = [shift if shift.ndim == 1 else shift.reshape(-1) for shift in shifts]
+    return [rounded(weights[scale]) for _, scale, _ in names], lines
 
 
 def logits(x: Tensor, weights: Packed, config: MHCConfig, shards: Shards | None) -> Tensor:

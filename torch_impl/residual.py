@@ -30,6 +30,13 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value.to(dtype)``; without an operator where it has that dtype, since one that does nothing takes as long as a
+    small sum.
+    """
+    return value if value.dtype == dtype else value.to(dtype)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which products aren't rounded, whatever autocast the caller is in; not every device has one.
 

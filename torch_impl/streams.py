@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from torch_impl.config import MHCConfig
-from torch_impl.residual import wide_dtype, without_autocast
+from torch_impl.residual import in_dtype, wide_dtype, without_autocast
 
 
 def weighted(x: Tensor, gates: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def mixed(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, rounde
 
 def rounded_gates(x: Tensor, post: Tensor, H: Tensor, config: MHCConfig) -> tuple[Tensor, Tensor]:
     """post and H in x's dtype where the configuration mixes in it."""
-    return (post.to(x.dtype), H.to(x.dtype)) if config.mixing == "activation" else (post, H)
+    return (in_dtype(post, x.dtype), in_dtype(H, x.dtype)) if config.mixing == "activation" else (post, H)
 
 
 def expanded(y: Tensor, x: Tensor, post: Tensor, H: Tensor, config: MHCConfig) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -50,5 +50,9 @@ def expanded(y: Tensor, x: Tensor, post: Tensor, H: Tensor, config: MHCConfig) -
     """
     post, H = rounded_gates(x, post, H, config)
     lead, n, dim = x.shape[:-2], x.shape[-2], x.shape[-1]
-    matrix = None if config.mix == "identity" else H.expand(*lead, n, n)
-    return y.expand(*lead, dim), post.expand(*lead, n), matrix
+    matrix = None if config.mix == "identity" else _expanded(H, (*lead, n, n))
+    return _expanded(y, (*lead, dim)), _expanded(post, (*lead, n)), matrix
+
+
+def _expanded(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return value if value.shape == shape else value.expand(shape)

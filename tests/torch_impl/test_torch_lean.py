@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import torch_impl
+from benchmarks.sites.contenders import Ours, Written, drawn
 from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, functional
 from torch_impl.fused import transforms
 from torch_impl.fused.site import Site
@@ -73,6 +74,13 @@ def gradients(function, tensors, **options):
     return torch.autograd.grad(total(function(*tensors)), kept, allow_unused=True, materialize_grads=True, **options)
 
 
+def blocked(monkeypatch, tokens, dtype):
+    """Blocks of so many tokens, however small x is."""
+    monkeypatch.setattr(mixing, "BLOCK_BYTES", tokens * N * DIM * dtype.itemsize)
+    monkeypatch.setattr(mixing, "WHOLE_BYTES", 0)
+    monkeypatch.setattr("torch_impl.lean.balancing.BLOCK", tokens)
+
+
 def assert_close(one, other, tolerance=1e-11):
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -101,7 +109,8 @@ ROUNDED = {
 @pytest.mark.parametrize("blocks", [1, 7])
 @pytest.mark.parametrize("name", ROUNDED)
 def test_coefficients_are_rounded_where_the_plain_path_rounds_them(name, blocks, dtype, monkeypatch):
-    monkeypatch.setattr(mixing, "BLOCK_BYTES", mixing.BLOCK_BYTES if blocks == 1 else N * DIM * 4)
+    if blocks > 1:
+        blocked(monkeypatch, 1, torch.float32)
     config, weights, x, _ = site({"coefficients": "activation", "mixing": "activation", **ROUNDED[name]}, torch.float32)
     tensors = (x.to(dtype), None, *weights.values())
     (one, first), (other, second) = (
@@ -260,9 +269,37 @@ def test_blocks_do_not_matter(monkeypatch):
     config, weights, x, _ = site({"guard": "clip", "eps": 0.3})
     tensors = (x, None, *weights.values())
     once = gradients(whole(config, "lean"), leaves(*tensors))
-    monkeypatch.setattr("torch_impl.lean.mixing.BLOCK_BYTES", 4 * N * DIM * 8)
-    monkeypatch.setattr("torch_impl.lean.balancing.BLOCK", 4)
+    alone = whole(config, "lean")(*tensors)
+    blocked(monkeypatch, 4, torch.float64)
     assert_close(gradients(whole(config, "lean"), leaves(*tensors)), once)
+    assert_close(whole(config, "lean")(*tensors), alone)
+    assert_close(alone, whole(config, "plain")(*tensors))
+
+
+def test_few_tokens_are_one_block_and_many_are_several():
+    x = torch.empty(0)
+    assert [len(mixing.parts(tokens, 4 * 4096, x)) for tokens in (0, 1, 64, 65, 1024)] == [0, 1, 1, 3, 32]
+    assert [len(mixing.parts(tokens, 4 * 4096, x, back=True)) for tokens in (32, 64)] == [1, 2]
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 136), (torch.bfloat16, 144)])
+@pytest.mark.parametrize("dim", [1280, 4096])
+def test_a_forward_pass_of_64_tokens_dispatches_fewer_operators_than_the_layer_written_plainly(dim, dtype, most):
+    """Such a call takes as long as its operators are many: a slice of all tokens counts like a sum."""
+    weights = drawn(dim, "cpu")
+    x = torch.randn(1, 64, 4, dim).to(dtype)
+    ours, plainly = (dispatched(layer, x) for layer in (Ours(dim, weights, "auto"), Written(dim, weights)))
+    assert ours <= most < plainly
+
+
+def dispatched(module, x) -> int:
+    """The operators of a call that aren't inside of another's, those that do nothing too."""
+    with torch.no_grad():
+        module(x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            module(x)
+    events = [event for event in profiler.events() or [] if event.name.startswith("aten::")]
+    return sum(event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::") for event in events)
 
 
 def layer(dtype=torch.float32, n=4, dim=64, backend="auto"):

@@ -40,10 +40,14 @@ class Engine(Protocol):
     """What computes the functions of this package. Shapes are those of the functions, T tokens flattened."""
 
     def read(
-        self, x: Tensor, carried: Tensor | None, reading: Reading, scale: Tensor, shift: Tensor,
-        norm: Tensor | None, phis: Sequence[Tensor],
+        self, x: Tensor, carried: Tensor | None, reading: Reading, scale: Tensor | list[Tensor],
+        shift: Tensor | list[Tensor], norm: Tensor | None, phis: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """u ``[T, dim]``, pre, post ``[T, n]``, H ``[T, n, n]`` and the sums ``[T, m + 1]``; empty where not wanted."""
+        """u ``[T, dim]``, pre, post ``[T, n]``, H ``[T, n, n]`` and the sums ``[T, m + 1]``; empty where not wanted.
+
+        Args:
+            scale, shift: ``[m]``; where nothing is differentiated, the lean path gets those of each projection.
+        """
         ...
 
     def read_back(

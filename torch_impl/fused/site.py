@@ -29,6 +29,7 @@ from torch_impl.projections import (
     Weights,
     coefficient_dtype,
     gates_and_matrix,
+    gates_apart,
     logits,
     packed_gates,
     rounding,
@@ -73,7 +74,9 @@ def read_site(
     with without_autocast(x.device):
         if reading.engine == "triton":
             x = x.contiguous()  # once, for this kernel and for those that mix x later
-        scale, shift = packed_gates(x, weights, names, reading.config)
+        # To put them side by side takes longer than to multiply by each, but then their gradients come as one.
+        alone = reading.engine == "lean" and not transforms.transformed((x, carried, *weights.values()))
+        scale, shift = (gates_apart if alone else packed_gates)(x, weights, names, reading.config)
         phis = [weights[phi] for phi, _, _ in names]
         inputs = (x, carried, reading, scale, shift, norm, *phis)
         return cast(Read, transforms.called(Site, TracedSite, *inputs)[:5])
@@ -101,8 +104,8 @@ class TracedSite(Function):
         x: Tensor,
         carried: Tensor | None,
         reading: Reading,
-        scale: Tensor,
-        shift: Tensor,
+        scale: Tensor | list[Tensor],
+        shift: Tensor | list[Tensor],
         norm: Tensor | None,
         *phis: Tensor,
     ) -> tuple[Tensor, ...]:

@@ -28,7 +28,7 @@ def called(function: type[Function], traced: type[Function], *inputs: Any) -> An
     """
     if torch.compiler.is_compiling():
         return traced.apply(*inputs)
-    return function.apply(*inputs) if _transformed(inputs) else traced.forward(*inputs)
+    return function.apply(*inputs) if transformed(inputs) else traced.forward(*inputs)
 
 
 # Neither has a public name. Without one of them every call goes through the autograd function.
@@ -39,7 +39,7 @@ def _in_forward_mode() -> bool:
     return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
-def _transformed(inputs: Sequence[Any]) -> bool:
+def transformed(inputs: Sequence[Any]) -> bool:
     """Whether a derivative of any kind may be asked for, or a function transformation is under way."""
     if _in_functorch() or _in_forward_mode():
         return True

@@ -6,13 +6,14 @@ guard may change, the way back is ``dp = (dq - sum(dq * q)) / t``; the sum is le
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from torch_impl.config import MHCConfig
-from torch_impl.residual import COLUMNS, ROWS, passes, start_axis, wide_dtype
+from torch_impl.residual import COLUMNS, ROWS, in_dtype, passes, start_axis, wide_dtype
 
 BLOCK = 2048
 """Tokens at a time on a CPU: all iterates of a block stay in its caches."""
@@ -26,18 +27,34 @@ def blocks(tokens: int, most: int, device: torch.device) -> Iterator[slice]:
     return (slice(begin, min(tokens, begin + size)) for begin in range(0, tokens, size))
 
 
+def block(value: Tensor, part: slice) -> Tensor:
+    """A block of a value's tokens; the value itself where it is all of them, since a slice takes as long as a sum of a
+    few thousand numbers.
+    """
+    return value if part.start == 0 and part.stop == value.shape[0] else value[part]
+
+
 def balanced(logits: Tensor, config: MHCConfig) -> Tensor:
     """H ``[T, n, n]`` of wide logits ``[T, n, n]``; as `residual.sinkhorn` writes it."""
-    axes = _passes(config)
+    held = list(blocks(len(logits), BLOCK, logits.device))
+    if len(held) == 1:
+        return _balanced_block(logits, config).contiguous()
     H = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for part in blocks(len(logits), BLOCK, logits.device):
-        p = _start(_limited(_tokens_last(logits[part]), config), config)[0]
-        p, lines = _framed(p, config)
-        for axis in axes:
-            total = lines[axis].sum(axis, keepdim=True)
-            p.div_(total if config.guard != "clip" else total.clamp_(min=config.eps or 0.0))
-        H[part] = p.permute(2, 0, 1)
+    for part in held:
+        H[part] = _balanced_block(logits[part], config)
     return H
+
+
+def _balanced_block(logits: Tensor, config: MHCConfig) -> Tensor:
+    """H of a block of tokens, a view of a tensor with the tokens last."""
+    p = _start(_limited(_tokens_last(logits), config), config)[0]
+    p, lines = _framed(p, config)
+    totals = p.new_empty(1, *p.shape[1:]), p.new_empty(len(p), 1, p.shape[2])  # by axis, written by every pass
+    clipped, least = config.guard == "clip", config.eps or 0.0
+    for axis in _passes(config):
+        total = torch.sum(lines[axis], axis, True, out=totals[axis])
+        p.div_(total.clamp_(min=least) if clipped else total)
+    return p.permute(2, 0, 1)
 
 
 def pulled(logits: Tensor, config: MHCConfig, cotangent: Tensor) -> Tensor:
@@ -45,7 +62,7 @@ def pulled(logits: Tensor, config: MHCConfig, cotangent: Tensor) -> Tensor:
     result = torch.empty_like(logits, memory_format=torch.contiguous_format)
     axes, eps = _passes(config), _eps(logits, config)
     for part in blocks(len(logits), BLOCK, logits.device):
-        raw = _tokens_last(logits[part])
+        raw = _tokens_last(block(logits, part))
         z = _limited(raw, config)
         p, soft = _start(z, config)
         first = p
@@ -54,7 +71,7 @@ def pulled(logits: Tensor, config: MHCConfig, cotangent: Tensor) -> Tensor:
             totals.append(_total(p, axis, eps, config))
             p = p / totals[-1][0]
             kept.append(p)
-        g = _tokens_last(cotangent[part]).to(p.dtype, copy=True)
+        g = _tokens_last(block(cotangent, part)).to(p.dtype, copy=True)
         for axis, q, (total, guarded) in zip(reversed(axes), reversed(kept), reversed(totals), strict=True):
             inner = q.mul_(g).sum(axis, keepdim=True)
             g.sub_(inner if guarded is None else inner.masked_fill_(guarded, 0.0)).div_(total)
@@ -75,8 +92,9 @@ def _axis(axis: int) -> int:
     return {ROWS: 1, COLUMNS: 0}[axis]
 
 
-def _passes(config: MHCConfig) -> list[int]:
-    return [_axis(axis) for axis in passes(config)]
+@functools.cache
+def _passes(config: MHCConfig) -> tuple[int, ...]:
+    return tuple(_axis(axis) for axis in passes(config))
 
 
 def _limited(logits: Tensor, config: MHCConfig) -> Tensor:
@@ -144,8 +162,8 @@ def _total(p: Tensor, axis: int, eps: Tensor, config: MHCConfig) -> Totals:
 def balance(logits: Tensor, config: MHCConfig) -> Tensor:
     """H ``[..., n, n]`` of logits in any dtype, which it has too."""
     n = config.streams
-    wide = logits.reshape(-1, n, n).to(wide_dtype(logits.dtype))
-    return balanced(wide, config).to(logits.dtype).view(logits.shape)
+    wide = in_dtype(logits.reshape(-1, n, n), wide_dtype(logits.dtype))
+    return in_dtype(balanced(wide, config), logits.dtype).view(logits.shape)
 
 
 def balance_back(logits: Tensor, config: MHCConfig, cotangent: Tensor) -> Tensor:

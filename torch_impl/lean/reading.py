@@ -10,46 +10,52 @@ from torch import Tensor
 
 from torch_impl.config import MHCConfig
 from torch_impl.fused.site import Reading
-from torch_impl.lean.balancing import balanced, pulled
+from torch_impl.lean.balancing import balanced, block, pulled
 from torch_impl.lean.mixing import mix, parts, place, product
 from torch_impl.projections import coefficient_dtype, gates_and_matrix, joined, of_joined, over_rms, rounded_weights
-from torch_impl.residual import wide_dtype
+from torch_impl.residual import in_dtype, wide_dtype
 
 
 def read(
     x: Tensor,
     carried: Tensor | None,
     reading: Reading,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | list[Tensor],
+    shift: Tensor | list[Tensor],
     norm: Tensor | None,
     phis: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """u, pre, post, H and the sums of all tokens, flattened."""
+    """u, pre, post, H and the sums of all tokens, flattened.
+
+    Args:
+        scale, shift: ``[m]``, or those of each projection.
+    """
     c, wide, rounded = reading.config, wide_dtype(x.dtype), reading.rounds(x)
     n, dim = x.shape[-2:]
     phis, norm = rounded_weights(x, phis, norm, c)
     flat, matrix = x.reshape(-1, n * dim), joined(phis, None if rounded else norm, wide)
-    tokens, m = len(flat), matrix.shape[1]
+    (tokens, _), m = flat.shape, matrix.shape[1]
     sums = torch.empty(tokens, m + 1, dtype=wide, device=x.device)
-    u = torch.empty(tokens if reading.u else 0, dim, dtype=x.dtype, device=x.device)
-    given = None if carried is None else carried.reshape(-1, n).to(wide)
+    projected, squares = sums[:, :m], sums[:, m:]
+    given = None if carried is None else in_dtype(carried.reshape(-1, n), wide)
     held, values = parts(tokens, n * dim, x), flat
+    several = reading.u and len(held) != 1
+    u = torch.empty(tokens if several else 0, dim, dtype=x.dtype, device=x.device)
     for part in held:
-        values = flat[part].to(wide)
+        values, h, square = in_dtype(block(flat, part), wide), block(projected, part), block(squares, part)
         # As a product of vectors this takes ten times as long; its root and square round once each.
-        sums[part, m] = torch.linalg.vector_norm(values, dim=1).square_()
-        streams = _rounded_norm(values, sums[part, m:], norm, c, x.dtype) if rounded else values
-        sums[part, :m] = streams @ matrix
-        if reading.u and len(held) > 1:  # while the block is in its caches
-            gates = _gates(sums[part], scale, shift, reading, x) if given is None else given[part]
+        torch.linalg.vector_norm(values, dim=1, keepdim=True, out=square)
+        square.mul_(square)
+        streams = _rounded_norm(values, square, norm, c, x.dtype) if rounded else values
+        torch.mm(streams, matrix, out=h)
+        if several:  # while the block is in its caches
+            gates = _gates(h, square, scale, shift, reading, x) if given is None else given[part]
             product(gates.unsqueeze(1), values.view(-1, n, dim), u.unsqueeze(1), part)
-    z = torch.addcmul(shift, scale, _normed(sums, reading, x))
+    z = _logits(_normed(projected, squares, reading, x), scale, shift, [phi.shape[-1] for phi in phis])
     pre, post, H = _small(z, reading, x)
-    if reading.u and len(held) == 1:
-        product(
-            (pre.to(wide) if given is None else given).unsqueeze(1), values.view(-1, n, dim), u.unsqueeze(1), held[0]
-        )
+    if reading.u and not several:
+        gates = in_dtype(pre, wide) if given is None else given
+        u = in_dtype(torch.bmm(gates.unsqueeze(1), values.view(-1, n, dim)), x.dtype).view(tokens, dim)
     return u, pre, post, H, sums
 
 
@@ -71,34 +77,46 @@ def _rounded_norm(
     return normed.to(dtype).to(values.dtype)
 
 
-def _normed(sums: Tensor, reading: Reading, x: Tensor, columns: int = -1) -> Tensor:
-    """The first projections of the normed streams: rounded, or divided by the root of x's mean square now."""
+def _normed(projected: Tensor, squares: Tensor, reading: Reading, x: Tensor) -> Tensor:
+    """The projections of the normed streams: rounded, or divided by the root of x's mean square now."""
     if reading.rounds(x):
-        return sums[:, :columns].to(x.dtype).to(sums.dtype)
-    return over_rms(sums[:, :columns], sums[:, -1:] / (x.shape[-2] * x.shape[-1]), reading.config)
+        return projected.to(x.dtype).to(projected.dtype)
+    return over_rms(projected, squares / (x.shape[-2] * x.shape[-1]), reading.config)
 
 
-def _gates(sums: Tensor, scale: Tensor, shift: Tensor, reading: Reading, x: Tensor) -> Tensor:
+def _logits(
+    h: Tensor, scale: Tensor | list[Tensor], shift: Tensor | list[Tensor], columns: list[int]
+) -> Sequence[Tensor]:
+    """The logits of each projection, of so many columns, from the normed projections ``[T, m]``."""
+    if isinstance(scale, Tensor) and isinstance(shift, Tensor):
+        return torch.addcmul(shift, scale, h).split_with_sizes(columns, 1)
+    return [torch.addcmul(b, a, part) for a, b, part in zip(scale, shift, h.split_with_sizes(columns, 1), strict=True)]
+
+
+def _gates(
+    projected: Tensor, squares: Tensor, scale: Tensor | list[Tensor], shift: Tensor | list[Tensor],
+    reading: Reading, x: Tensor,
+) -> Tensor:  # fmt: skip
     """The gates of u ``[T, n]``, wide."""
     n = x.shape[-2]
-    h = _normed(sums, reading, x, n)
-    gates = torch.addcmul(shift[:n], scale[:n], h).sigmoid_().add_(reading.config.pre_eps)
+    a, b = (value[:n] if isinstance(value, Tensor) else value[0] for value in (scale, shift))
+    gates = torch.addcmul(b, a, _normed(projected[:, :n], squares, reading, x)).sigmoid_().add_(reading.config.pre_eps)
     return gates.to(x.dtype).to(gates.dtype) if reading.rounds(x) else gates
 
 
-def _small(z: Tensor, reading: Reading, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """pre, post and H of the logits ``[T, m]``."""
+def _small(z: Sequence[Tensor], reading: Reading, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """pre, post and H of the logits of each projection ``[T, columns]``."""
     config, n, dtype = reading.config, x.shape[-2], coefficient_dtype(x, reading.config)
     if reading.head:
-        empty = z.new_empty(len(z), 0)
-        return torch.sigmoid(z) + config.pre_eps, empty, empty
+        empty = z[0].new_empty(len(z[0]), 0)
+        return torch.sigmoid(z[0]) + config.pre_eps, empty, empty
     if config.residual != "sinkhorn" or _rounded_passes(reading, x):
-        pre, post, H = gates_and_matrix(z, config, dtype)
+        pre, post, H = gates_and_matrix(torch.cat(list(z), 1), config, dtype)
         return pre, post, H.contiguous()
-    gates = torch.sigmoid(z[:, : 2 * n])
-    pre, post = gates[:, :n] + config.pre_eps, config.post_scale * gates[:, n:] + config.post_eps
-    H = balanced(z[:, 2 * n :].reshape(-1, n, n), config)
-    return pre.to(dtype), post.to(dtype), H.to(dtype)
+    pre, post = torch.sigmoid(z[0]).add_(config.pre_eps), torch.sigmoid(z[1]).mul_(config.post_scale)
+    post = post.add_(config.post_eps) if config.post_eps else post
+    H = balanced(z[2].view(-1, n, n), config)
+    return in_dtype(pre, dtype), in_dtype(post, dtype), in_dtype(H, dtype)
 
 
 def _rounded_passes(reading: Reading, x: Tensor) -> bool:
@@ -126,7 +144,7 @@ def read_back(
     du, dpre, dpost, dH, further = (
         None if value is None else value.reshape(tokens, *value.shape[x.ndim - 2 :]) for value in cotangents[:5]
     )
-    h = _normed(sums, reading, x)  # [T, m]
+    h = _normed(sums[:, :m], sums[:, m:], reading, x)  # [T, m]
     z = torch.addcmul(shift, scale, h)
     dz = _of_small(z, reading, x, dpost, dH)  # [T, m], zero for pre
     sigmoid = torch.sigmoid(z[:, :n])
@@ -140,9 +158,9 @@ def read_back(
     inverse, of_square = _of_norm(sums, c, n * dim)
     dx = torch.empty_like(flat) if wanted[0] else None
     dmatrix = torch.zeros(m, n * dim, dtype=wide, device=x.device) if any(wanted[5:]) else None
-    for part in parts(tokens, n * dim, x):
-        values = flat[part].to(wide)
-        received = None if du is None else du[part].to(wide)
+    for part in parts(tokens, n * dim, x, back=True):
+        values = in_dtype(block(flat, part), wide)
+        received = None if du is None else in_dtype(block(du, part), wide)
         if received is not None:
             of_gates = (values.view(-1, n, dim) * received.unsqueeze(1)).sum(2)
             if dcarried is None:
