@@ -64,6 +64,18 @@ class Site:
         return MHCConfig.from_dialect(self.dialect, streams=self.streams, dim=self.dim)
 
 
+OTHERS = (1, 2, 3, 5, 6, 7)
+"""Streams that the kernels pad."""
+
+
+def _sites(single_pass: bool, dtype: torch.dtype, counts: tuple[int, ...]) -> Iterator[Site]:
+    """A site of each number of streams, named by what it is."""
+    dialect, end = ("deepseek-v4.1", ", single pass") if single_pass else ("deepseek-v4", "")
+    for n in counts:
+        of_streams = "" if n == 4 else f", {n} stream{'s' if n > 1 else ''}"
+        yield Site(f"{str(dtype).removeprefix('torch.')}{of_streams}{end}", dtype, n, dialect=dialect)
+
+
 SITES = (
     Site("bfloat16"),
     Site("float32", torch.float32),
@@ -74,6 +86,10 @@ SITES = (
     Site("bfloat16, permutations", dialect="mhc-lite"),
     Site("bfloat16, rounded norm", dialect="maxtext"),
     Site("bfloat16, 64 tokens", tokens=64),
+    *_sites(False, torch.bfloat16, OTHERS),
+    *_sites(False, torch.float32, (*OTHERS, 8)),
+    *_sites(True, torch.bfloat16, (*OTHERS, 8)),
+    *_sites(True, torch.float32, (*OTHERS, 4, 8)),
 )
 
 
@@ -219,8 +235,7 @@ def main() -> int:
                 rows.append(row)
                 print(*row.values(), sep="\t", flush=True)
     if arguments.json:
-        text = json.dumps({"triton": metadata.version("triton"), "tokens": TOKENS, "rows": rows}, indent=1) + "\n"
-        atomic.write(arguments.json, text)
+        atomic.write(arguments.json, written(rows))
     if arguments.write:
         document.rewrite(arguments.write, "triton", table(json.loads(RESULTS.read_text())))
     wrong = [f"it spills {row['spilled']} bytes: {row}" for row in rows if row["spilled"]]
@@ -230,6 +245,13 @@ def main() -> int:
     for problem in wrong:
         print(problem, file=sys.stderr)
     return 1 if wrong else 0
+
+
+def written(rows: list[dict[str, Any]]) -> str:
+    """The figures as JSON, a row a line."""
+    head = json.dumps({"triton": metadata.version("triton"), "tokens": TOKENS})[1:-1]
+    lines = ",\n ".join(json.dumps(row) for row in rows)
+    return f'{{{head}, "rows": [\n {lines}\n]}}\n'
 
 
 def table(held: dict[str, Any]) -> str:

@@ -16,12 +16,16 @@ from torch_impl.kernels.plans import (
     blocks,
     blocks_of,
     columns_of,
+    fills,
     kept_of,
     kind,
     launch,
     options_of,
     padded,
+    plan_of_back,
+    plan_of_sums,
     projections,
+    registers,
     segments_of,
     sinkhorn,
     split,
@@ -85,6 +89,9 @@ def _sums(
     carried, u = reading or (parts, x)
     y, post, H, mixer, out = fused or (x, parts, None, None, x)
     first = normed(x, config)
+    before = first or fused is not None
+    wide = x.dtype == torch.float32
+    narrow, limit = (True, {}) if before else plan_of_sums(columns, reading is not None, wide)
     squares, count = _squares(x, columns) if first else (parts, 0)
     launch(
         site.sums_kernel, (blocks_of(T, block.tokens), pieces.parts),
@@ -92,8 +99,8 @@ def _sums(
         parts if norm is None else norm, T, dim, pieces.size, pieces.each, m, count, float(config.norm_eps),
         NORMED=first, WEIGHTED=norm is not None, MEAN=config.norm_eps_position == "mean",
         FUSED=str(mixer.mix) if mixer else "", ROUNDED=bool(mixer and mixer.mixing == "activation"),
-        READ=reading is not None, B=block.tokens, BC=block.mixed if first or fused else block.channels,
-        **columns._asdict(), **options_of(columns, first or fused is not None),
+        READ=reading is not None, B=block.tokens, BC=block.mixed if narrow else block.channels,
+        **columns._asdict(), **options_of(columns, before), **limit,
     )  # fmt: skip
     return parts, pieces.parts
 
@@ -129,6 +136,7 @@ def _finish(
         KIND=kind(config, columns.HEAD), MEAN=config.norm_eps_position == "mean",
         NORMED=normed(x, config), READ=wanted,
         B=block.tokens, BC=block.last, **options_of(columns), **recipe.constants, **columns._asdict(),
+        **registers(96 if columns.NP > 4 else 80, told=not fills(columns.N)),
     )  # fmt: skip
 
 
@@ -175,12 +183,14 @@ def read_back(
     of_gates, of_matrix = projections(matrix, columns)
     segments, size = segments_of(T)
     shares = new(segments, m, n * dim) if segments > 1 and len(dmatrix) else dmatrix
+    narrow, options = plan_of_back(columns, x.dtype == torch.float32)
+    channels = block.mixed if narrow else block.channels
     launch(
-        site_back.large_back_kernel, (n * blocks_of(dim, block.channels), segments),
+        site_back.large_back_kernel, (n * blocks_of(dim, channels), segments),
         x, x if du is None else du, gates if carried is None else carried, x if further is None else further,
         of_gates, of_matrix, dsums, slope, dx, shares, T, dim, m, size,
         READ=du is not None, FURTHER=further is not None, OF_X=len(dx) > 0,
-        OF_PHI=len(dmatrix) > 0, B=block.tokens, BC=block.channels, **columns._asdict(),
+        OF_PHI=len(dmatrix) > 0, B=block.tokens, BC=channels, **columns._asdict(), **options,
     )  # fmt: skip
     if shares is not dmatrix:
         torch.sum(shares, 0, out=dmatrix)
@@ -209,13 +219,14 @@ def mix_back(
     dy, dx, dpost, dH = results
     T, n, dim = x.shape
     columns, side = streams_alone(n), n if H is None else n + n * n
+    told = n > 4 and not (fills(n) and x.dtype == torch.bfloat16)  # 8 streams in bfloat16 spill nothing as they are
     block = blocks(dim, columns, interpreted())
     pieces = split(dim, T, block.plain_channels)
     parts = torch.empty(pieces.parts, T, side, dtype=torch.float32, device=x.device)
     launch(
         mixing.mix_back_kernel, (blocks_of(T, block.plain_tokens), pieces.parts),
         y, x, post, post if H is None else H, cotangent, dy, dx, parts, T, dim, pieces.size, pieces.each, MIX=how, N=n,
-        NP=columns.NP, B=block.plain_tokens, BC=block.plain_channels,
+        NP=columns.NP, B=block.plain_tokens, BC=block.plain_channels, **registers(168, told),
     )  # fmt: skip
     total = parts[0]
     if pieces.parts > 1:

@@ -75,7 +75,7 @@ def mix_kernel(
         tl.store(out + tall * (N * C) + j * C + c[None, :], value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "each"])
 def mix_back_kernel(
     y, x, post, H, g, dy, dx, parts, T, C, CHUNK, each, MIX: tl.constexpr,
     N: tl.constexpr, NP: tl.constexpr, B: tl.constexpr, BC: tl.constexpr,

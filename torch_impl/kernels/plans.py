@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
 
     Attributes:
         tokens, channels: of kernels with products.
-        mixed: channels of the one that mixes first, and holds all streams of a block, or norms and rounds them first.
+        mixed: half of them, for a kernel that holds more beside them, such as all streams of a block.
         last: channels of u that are made after the coefficients.
         plain_tokens, plain_channels: of kernels without products.
     """
@@ -89,6 +89,11 @@ def _power(value: int) -> int:
 def padded(streams: int) -> int:
     """Streams as kernels hold them."""
     return 4 if streams <= 4 else 8
+
+
+def fills(streams: int) -> bool:
+    """Whether they are held without padding, as 4 and 8 are."""
+    return streams == padded(streams)
 
 
 @functools.cache
@@ -147,9 +152,13 @@ def sinkhorn(config: MHCConfig) -> Recipe:
 
 
 def kept_of(config: MHCConfig) -> dict[str, int]:
-    """The block of tokens, and the places of totals, of a kernel that goes back through Sinkhorn."""
+    """The block of tokens, and the places of totals, of a kernel that goes back through Sinkhorn.
+
+    Padding takes registers: masks of it are held beside the matrices, so that half the tokens go into a block.
+    """
     places = _power(max(2, 2 * (config.iterations or 1)))
-    return {"B": max(1, min(16, KEPT // (places * padded(config.streams)))), "K": places}
+    most = min(16, KEPT // (places * padded(config.streams)))
+    return {"B": max(1, most if fills(config.streams) else most // 2), "K": places}
 
 
 def options_of(columns: Columns, first: bool = False) -> dict[str, int]:
@@ -161,6 +170,35 @@ def options_of(columns: Columns, first: bool = False) -> dict[str, int]:
     if first:
         return {"num_warps": 8, "num_stages": 1}
     return {"num_warps": 8, "num_stages": 2} if columns.R > 16 else {"num_warps": 4, "num_stages": 3}
+
+
+def registers(most: int, told: bool = True) -> dict[str, int]:
+    """How many registers a thread may have, where the compiler is told.
+
+    Where it isn't, ptxas may keep a word or two of a thread in memory, so that more programs run at a time.
+    """
+    return {"maxnreg": most} if told else {}
+
+
+def plan_of_sums(columns: Columns, reads: bool, wide: bool) -> tuple[bool, dict[str, int]]:
+    """Whether `site.sums_kernel` takes half the channels of a block, and the registers that the compiler is told.
+
+    Where neither is said, in 16 bits with 4 streams and with 8 that are not read, it compiles without a spill as it is.
+
+    Args:
+        reads: whether carried gates read u on the way, which is held beside the sums.
+        wide: whether x is in float32.
+    """
+    if columns.HEAD:
+        return False, registers(96, not fills(columns.N))
+    narrow = not fills(columns.N) or (reads and (wide or columns.N > 4))
+    return narrow, registers(128, narrow and not (wide and columns.R > 32))
+
+
+def plan_of_back(columns: Columns, wide: bool) -> tuple[bool, dict[str, int]]:
+    """Whether `site_back.large_back_kernel` takes half the channels of a block, and how it is compiled then."""
+    narrow = wide and (not fills(columns.N) or columns.R == 32)
+    return narrow, {"num_warps": 8} if narrow else {}
 
 
 def projections(matrix: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
@@ -213,5 +251,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     reason = somewhere(arguments[0])
     if reason:
         raise BackendError(f"backend='triton' doesn't go with {reason}")
+    if torch.version.hip:  # its compiler has no such option, and needs none
+        constants.pop("maxnreg", None)
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **constants)

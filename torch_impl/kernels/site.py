@@ -34,7 +34,7 @@ def gate_columns(N: tl.constexpr, NP: tl.constexpr, HEAD: tl.constexpr):
     return tl.where(post, N + column - NP, column), (column < N) | (post & (column < NP + N))
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "each"])
 def squares_kernel(
     x, parts, T, C, CHUNK, each,
     N: tl.constexpr, NP: tl.constexpr, B: tl.constexpr, BC: tl.constexpr,
@@ -53,7 +53,7 @@ def squares_kernel(
     tl.store(parts + tl.program_id(1) * T.to(tl.int64) + t, value, mask=ok)
 
 
-@triton.jit(do_not_specialize=["T", "squares_count"])
+@triton.jit(do_not_specialize=["T", "each", "squares_count"])
 def sums_kernel(
     x, of_gates, of_matrix, parts, carried, u, y, post, H, out, of_squares, norm, T, C, CHUNK, each, m,
     squares_count, norm_eps, NORMED: tl.constexpr, WEIGHTED: tl.constexpr, MEAN: tl.constexpr,

@@ -20,7 +20,7 @@ from torch_impl.kernels.mixing import streams
 from torch_impl.kernels.site import gate_columns, root, shares, total
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "each"])
 def read_back_kernel(
     x, du, parts, T, C, CHUNK, each,
     N: tl.constexpr, NP: tl.constexpr, B: tl.constexpr, BC: tl.constexpr,
