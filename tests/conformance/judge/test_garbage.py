@@ -49,3 +49,12 @@ def test_what_lived_once_is_freed_by_one_that_looks_through_everything(begun, ev
         assert not died(old)
         garbage.collect(everything and number == collections)
     assert died(old)
+
+
+def test_what_one_implementation_leaves_is_freed_before_the_next_begins(begun):
+    node = Node()
+    garbage.collect()  # it lives
+    old = weakref.ref(node)
+    del node
+    garbage.begin()
+    assert died(old) and not gc.isenabled()
