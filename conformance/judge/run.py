@@ -22,6 +22,7 @@ from conformance.judge.worker import Begin
 POLL = 0.5  # seconds after which it is considered again whether to start a second worker
 SHARED = 20.0  # seconds of work that must be left for one
 GRACE = 10.0  # seconds by which an implementation's own time limit comes first
+YOUNG = 60.0  # seconds of work after which a process takes no other implementation: what its framework keeps slows it
 LEAVE = 5.0  # seconds for workers that have no more to do to leave
 
 Key = tuple[str, str, str]
@@ -101,8 +102,8 @@ def run(
                 worker = active[cast(Connection, ready)]
                 outcomes = worker.receive(by_key)
                 if worker.finished:
-                    alike = None if worker.gone else _alike(tasks, [w.task for w in active.values()], worker.task)
-                    if alike is None:
+                    alike = _alike(tasks, [w.task for w in active.values()], worker.task)
+                    if alike is None or worker.gone or worker.seconds > YOUNG:
                         worker.leave()
                         leaving.append(active.pop(worker.connection))
                     else:
@@ -167,6 +168,7 @@ class _Worker:
     def __init__(self, task: _Task, limit: float, probe: bool, plan: Plan | None, backwards: bool):
         self.limit, self.probe, self.plan = limit, probe, plan
         self.late = self.gone = False
+        self.seconds = 0.0  # of all items that it ran
         self.process = PythonChild("conformance.judge.worker:work")
         self.begin(task, backwards)
 
@@ -221,6 +223,7 @@ class _Worker:
             outcomes = [self._labelled(content, labels[self.current])]
             self.task.ran += 1
             self.task.seconds += content.whole
+            self.seconds += content.whole
         queue = self.task.queue
         self.current = (queue.pop() if self.backwards else queue.popleft()) if queue else None
         self.deadline = Deadline(self.limit + GRACE)

@@ -268,6 +268,14 @@ def test_a_process_goes_on_with_an_implementation_of_its_framework(workers, monk
     assert [o.implementation for o in outcomes] == ["mine"] * 9 and [w.ended for w in workers.made] == [1, 1]
 
 
+@pytest.mark.parametrize(("seconds", "log"), [(58.0, [("x", "abc|z:abc.")]), (58.5, [("x", "abc."), ("z", "abc.")])])
+def test_a_process_that_has_worked_for_a_minute_takes_no_other(workers, monkeypatch, seconds, log):
+    group(monkeypatch, "x", "z")
+    workers.replies["x"] = {"b": seconds}  # and 1 s for each of the others
+    run("x", "z", jobs=1)
+    assert workers.log == log
+
+
 def test_the_next_one_is_asked_for_its_claims_too(workers, monkeypatch):
     group(monkeypatch, "x", "z")
     workers.replies = {"z": {"unclaimed": "abc"}}
