@@ -156,13 +156,17 @@ class _Kept:
 
 
 def kind_of(tensors: Tensors) -> str:
-    """All that a graph of tensors depends on: names, dtypes, shapes, strides, gradients, and who shares memory."""
-    memory: dict[int, int] = {}
-    described = [
-        (name, str(t.dtype), str(t.device), tuple(t.shape), t.stride(), t.requires_grad, t.is_leaf,
-         memory.setdefault(t.untyped_storage().data_ptr(), len(memory)), t.storage_offset())
-        for name, t in tensors.items()
-    ]  # fmt: skip
+    """All that a graph of tensors depends on: names, dtypes, shapes, strides, gradients, and who shares memory.
+
+    Where in its memory a tensor begins matters beside others of the same memory alone.
+    """
+    begin: dict[int, tuple[int, int]] = {}
+    described: list[tuple[Any, ...]] = []
+    for name, t in tensors.items():
+        number, offset = begin.setdefault(t.untyped_storage().data_ptr(), (len(begin), int(t.storage_offset())))
+        shared = number, int(t.storage_offset()) - offset
+        layout = str(t.device), tuple(t.shape), t.stride(), shared
+        described.append((name, str(t.dtype), *layout, t.requires_grad, t.is_leaf))
     return repr((torch.is_grad_enabled(), described))
 
 
