@@ -12,7 +12,7 @@ from flax import nnx
 import jax_impl
 import jax_impl.config
 from conformance.adapters import branch
-from conformance.adapters.jax_gradients import StageCalls, compile_all_cheaply, keep_programs
+from conformance.adapters.jax_gradients import StageCalls, compile_all_cheaply, keep_programs, leave_caches
 from conformance.cases.case import DTYPES
 from conformance.cases.trajectories.model import STEP
 from conformance.interface import Arrays, Capabilities, Result
@@ -222,10 +222,12 @@ class PallasImplementation(JaxImplementation):
 def eager() -> JaxImplementation:
     compile_all_cheaply()
     keep_programs()
+    leave_caches()
     return JaxImplementation("jax", False)
 
 
 def jitted() -> JaxImplementation:
     jax.clear_caches()  # an eager implementation that this process has run leaves gigabytes of small programs
     keep_programs()
+    leave_caches()
     return JaxImplementation("jax-jit", True)

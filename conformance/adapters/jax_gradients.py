@@ -5,7 +5,9 @@ It imports nothing of `jax_impl`, so that an adapter of other code runs without 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import importlib
 import importlib.util
 import os
 import warnings
@@ -102,6 +104,15 @@ def keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     warnings.filterwarnings("ignore", UNREADABLE)
+
+
+def leave_caches() -> None:
+    """Leaves JAX's caches to the system when the process ends; to empty all of them takes JAX ten seconds after a run.
+
+    JAX registers `clean_up`, and has no public way around it; a version that doesn't is left as it is.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        atexit.unregister(importlib.import_module("jax._src.api").clean_up)
 
 
 class StageCalls:

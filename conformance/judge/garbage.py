@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 
-EVERY = 16
+EVERY = 64
 """Of so many collections one looks through everything: an object that was kept once may be garbage later."""
 
 _number = itertools.count(1)

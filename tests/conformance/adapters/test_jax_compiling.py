@@ -120,3 +120,21 @@ def test_a_place_that_the_user_has_chosen_stays(tmp_path, monkeypatch):
         assert getattr(jax.config, FOLDER) == "mine" and not list(tmp_path.iterdir())
     finally:
         jax.config.update(FOLDER, None)
+
+
+ENDING = """
+import jax, sys
+import conformance.adapters.jax_gradients as gradients
+if "leave" in sys.argv:
+    gradients.leave_caches()
+emptied = []
+jax._src.util.clear_all_caches = lambda: print("emptied")
+jax.numpy.ones(3)
+"""
+
+
+@pytest.mark.skipif(jax.__version_info__[:2] not in gradients.SEEN, reason="this JAX may end otherwise")
+@pytest.mark.parametrize(("arguments", "expected"), [([], True), (["leave"], False)])
+def test_a_process_that_ends_leaves_the_caches_as_they_are(arguments, expected):
+    run = [sys.executable, "-c", ENDING, *arguments]
+    assert ("emptied" in subprocess.run(run, capture_output=True, text=True, check=True).stdout) is expected
