@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,9 @@ def main() -> None:
     if chosen.shard:
         dist.barrier()  # who leaves first would break off what another process is still sending
         dist.destroy_process_group()
+        # A thread of gloo that lets go of its last tensor while Python ends aborts the process (PyTorch's #179291).
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

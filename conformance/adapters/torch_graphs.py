@@ -158,7 +158,8 @@ class _Kept:
 def kind_of(tensors: Tensors) -> str:
     """All that a graph of tensors depends on: names, dtypes, shapes, strides, gradients, and who shares memory.
 
-    Where in its memory a tensor begins matters beside others of the same memory alone.
+    And what Dynamo guards of the process: a graph of two threads isn't one for a process of one. Where in its memory a
+    tensor begins matters beside others of the same memory alone.
     """
     begin: dict[int, tuple[int, int]] = {}
     described: list[tuple[Any, ...]] = []
@@ -167,7 +168,8 @@ def kind_of(tensors: Tensors) -> str:
         shared = number, int(t.storage_offset()) - offset
         layout = str(t.device), tuple(t.shape), t.stride(), shared
         described.append((name, str(t.dtype), *layout, t.requires_grad, t.is_leaf))
-    return repr((torch.is_grad_enabled(), described))
+    process = torch.is_grad_enabled(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    return repr((process, described))
 
 
 @functools.cache

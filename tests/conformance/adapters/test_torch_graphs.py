@@ -66,17 +66,29 @@ def test_a_graph_is_captured_once_and_read_by_the_next(folder, captures):
 
 
 READER = """
-import os, torch
+import sys, torch
 from tests.conformance.adapters import test_torch_graphs as those
 def refuse(*given, **named): raise AssertionError("captured")
 torch.compile = refuse
+torch.set_num_threads(int(sys.argv[1]))
 assert those.agrees(those.called(those.graphs.Graphs()(those.stage(2.0), "one"), those.X))
 """
 
 
 def test_another_process_reads_it_without_capturing_anything(folder):
     called(graphs.Graphs()(stage(2.0), "one"), X)
-    subprocess.run([sys.executable, "-c", READER], env=dict(os.environ), check=True)
+    subprocess.run([sys.executable, "-c", READER, str(torch.get_num_threads())], env=dict(os.environ), check=True)
+
+
+def test_a_process_with_other_threads_keeps_another_graph_and_leaves_this_one(folder, captures):
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 1, 2):
+            torch.set_num_threads(number)
+            assert agrees(called(graphs.Graphs()(stage(2.0), "one"), X))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(captures) == 2 == len(list(folder.iterdir()))
 
 
 def test_another_key_another_kind_of_tensors_and_other_code_are_other_graphs(folder, captures, monkeypatch):
