@@ -11,8 +11,8 @@ from flax import nnx
 
 import jax_impl
 import jax_impl.config
-from conformance.adapters import branch
-from conformance.adapters.jax_gradients import StageCalls, compile_all_cheaply, keep_programs, leave_caches
+from conformance.adapters import branch, jax_gradients
+from conformance.adapters.jax_gradients import StageCalls
 from conformance.cases.case import DTYPES
 from conformance.cases.trajectories.model import STEP
 from conformance.interface import Arrays, Capabilities, Result
@@ -219,15 +219,20 @@ class PallasImplementation(JaxImplementation):
         return super()._stage(name, function, inputs, config, cotangents)
 
 
+def _prepare() -> None:
+    """What makes a run of many small programs quick."""
+    jax_gradients.keep_programs()
+    jax_gradients.leave_caches()
+    jax_gradients.leave_places_out()
+
+
 def eager() -> JaxImplementation:
-    compile_all_cheaply()
-    keep_programs()
-    leave_caches()
+    jax_gradients.compile_all_cheaply()
+    _prepare()
     return JaxImplementation("jax", False)
 
 
 def jitted() -> JaxImplementation:
     jax.clear_caches()  # an eager implementation that this process has run leaves gigabytes of small programs
-    keep_programs()
-    leave_caches()
+    _prepare()
     return JaxImplementation("jax-jit", True)

@@ -138,3 +138,19 @@ jax.numpy.ones(3)
 def test_a_process_that_ends_leaves_the_caches_as_they_are(arguments, expected):
     run = [sys.executable, "-c", ENDING, *arguments]
     assert ("emptied" in subprocess.run(run, capture_output=True, text=True, check=True).stdout) is expected
+
+
+LOWERING = """
+import jax
+import conformance.adapters.jax_gradients as gradients
+gradients.leave_places_out()
+print(jax.jit(lambda x: x + 1).lower(2.0).as_text(debug_info=True))
+"""
+
+
+@pytest.mark.parametrize(("asked", "named"), [({}, False), ({"JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "10"}, True)])
+def test_programs_name_lines_of_python_only_where_that_is_asked_for(asked, named):
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_TRACEBACK_IN_LOCATIONS_LIMIT"} | asked
+    run = [sys.executable, "-c", LOWERING]
+    text = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "stablehlo.add" in text and ("<string>" in text) is named
