@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import marshal
 import sys
 import zlib
 from collections.abc import Callable, Iterable
@@ -39,12 +40,12 @@ CODE = ("torch_impl", "conformance.adapters")
 
 
 class Program(OutputCode):
-    """A captured graph; on disk the Python text of it, and what the text names."""
+    """A captured graph; on disk the compiled Python text of it, and what the text names."""
 
     def __init__(self, graph: torch.fx.GraphModule):
         self._graph: torch.fx.GraphModule | None = graph
         self._forward: Callable[..., Any] | None = graph.forward
-        self._text = ""
+        self._code = b""
         self._names: dict[str, Any] = {}
         self._boxed_call = True  # AOTAutograd hands over a list, and looks for this where it has wrapped the object
 
@@ -62,7 +63,7 @@ class Program(OutputCode):
         if any(node.op in ("get_attr", "call_module") for node in self._graph.graph.nodes):
             raise ValueError("a graph with parts of its own isn't kept")
         code = self._graph.graph.python_code("self")
-        self._text = "\n".join(line for line in code.src.splitlines() if not line.lstrip().startswith("#"))
+        self._code = marshal.dumps(compile(code.src, "<graph>", "exec"))  # of this Python: its version is in the key
         self._names = {
             name: _Module(v.__name__) if isinstance(v, ModuleType) else v for name, v in code.globals.items()
         }
@@ -72,7 +73,7 @@ class Program(OutputCode):
         """Called by PyTorch when the object has been made, and when it has been read."""
         if self._forward is None:
             names = {k: import_module(v.name) if isinstance(v, _Module) else v for k, v in self._names.items()}
-            exec(self._text, names)  # PyTorch's text of a graph, as it runs every graph
+            exec(marshal.loads(self._code), names)  # PyTorch's text of a graph, as it runs every graph
             forward: Any = names["forward"]
             self._forward = functools.partial(forward, None)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -17,6 +18,8 @@ from conformance.oracle.arithmetic import Parameters
 from conformance.oracle.style import Style
 
 NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+WHOLE = 64
+"""Numbers that are added at once rather than one by one."""
 
 
 def correctly_rounded(name: str, a: np.ndarray) -> np.ndarray:
@@ -250,30 +253,42 @@ def to_tf32(a: np.ndarray) -> np.ndarray:
 
 def ordered_sum(a: np.ndarray, axis: int, order: str) -> np.ndarray:
     """Sum along ``axis`` in a stated order, each addition rounded to the dtype of ``a``."""
-    a = np.moveaxis(a, axis, -1)
-    count = a.shape[-1]
+    a = np.moveaxis(a, axis, 0)  # [count, ...]
+    count = len(a)
     if count == 0:
-        return np.zeros(a.shape[:-1], a.dtype)
+        return np.zeros(a.shape[1:], a.dtype)
     if order == "pairwise":
-        while a.shape[-1] > 1:
-            if a.shape[-1] % 2:
-                a = np.concatenate([a, np.zeros((*a.shape[:-1], 1), a.dtype)], -1)
-            a = a[..., 0::2] + a[..., 1::2]
-        return a[..., 0]
+        while len(a) > 1:
+            a = _padded(a, 2)
+            a = a[0::2] + a[1::2]
+        return a[0, ...]
     if order.startswith("lanes"):
         lanes = int(order[5:])
         if count > lanes:
-            padded = np.zeros((*a.shape[:-1], -count % lanes), a.dtype)
-            rows = np.concatenate([a, padded], -1).reshape(*a.shape[:-1], -(-count // lanes), lanes)
-            return ordered_sum(_running(rows, -2), -1, "pairwise")
-        order = "forward"
-    if order == "backward":
-        a = a[..., ::-1]
-    elif order == "scattered":
-        a = a[..., np.argsort([(7919 * (k + 1)) % 10007 for k in range(count)], kind="stable")]
-    return _running(a, -1)
+            rows = _padded(a, lanes)
+            rows = rows.reshape(len(rows) // lanes, lanes, *a.shape[1:])
+            return ordered_sum(_running(rows, range(len(rows))), 0, "pairwise")
+    if order == "scattered":
+        return _running(a, np.argsort([(7919 * (k + 1)) % 10007 for k in range(count)], kind="stable").tolist())
+    return _running(a[::-1] if order == "backward" else a, range(count))
 
 
-def _running(a: np.ndarray, axis: int) -> np.ndarray:
-    """A sequential sum: ``accumulate`` is defined as one addition after the other."""
-    return np.take(np.add.accumulate(a, axis=axis, dtype=a.dtype), -1, axis=axis)
+def _padded(a: np.ndarray, multiple: int) -> np.ndarray:
+    """Zeros after a, so that its length is a multiple."""
+    missing = -len(a) % multiple
+    return np.concatenate([a, np.zeros((missing, *a.shape[1:]), a.dtype)]) if missing else a
+
+
+def _running(a: np.ndarray, turn: Sequence[int]) -> np.ndarray:
+    """A sequential sum along the first axis, in this turn: one addition after the other.
+
+    Where a term is many numbers that lie together, whole terms are added, up to a hundred times as fast; elsewhere
+    ``accumulate``, which is defined as the same.
+    """
+    if a[0].size >= WHOLE and abs(a.strides[0]) > min(map(abs, a.strides[1:])):
+        total = a[turn[0]].copy()
+        for k in turn[1:]:
+            np.add(total, a[k], out=total)
+        return total
+    ordered = a if turn == range(len(a)) else a[turn]
+    return np.add.accumulate(ordered, axis=0, dtype=a.dtype)[-1, ...]

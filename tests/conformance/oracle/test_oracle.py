@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,6 +158,40 @@ def test_sums_in_every_order_add_every_term_once(order):
     for count in (0, 1, 2, 7, 8, 9, 33):
         values = np.exp2(np.arange(count, dtype=np.float64) % 40)[None]
         assert floats.ordered_sum(values, -1, order)[0] == values.sum()
+
+
+def one_after_the_other(values: np.ndarray, order: str) -> Any:
+    """The sum of a line in a stated order, by additions of two numbers."""
+    zero = values.dtype.type(0)
+    terms = list(values)
+    if order == "pairwise":
+        while len(terms) > 1:
+            terms += [zero] * (len(terms) % 2)
+            terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
+        return terms[0]
+    lanes = int(order[5:]) if order.startswith("lanes") else 1
+    if lanes > 1 and len(terms) > lanes:
+        terms += [zero] * (-len(terms) % lanes)
+        sums = [one_after_the_other(np.array(terms[k::lanes]), "forward") for k in range(lanes)]
+        return one_after_the_other(np.array(sums), "pairwise")
+    if order == "backward":
+        terms.reverse()
+    if order == "scattered":
+        terms = [terms[k] for k in sorted(range(len(terms)), key=lambda k: (7919 * (k + 1)) % 10007)]
+    return functools.reduce(operator.add, terms)
+
+
+@pytest.mark.parametrize("order", style.ORDERS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("turned", [(0, 1, 2), (0, 2, 1), (2, 0, 1)])
+def test_sums_are_one_addition_after_the_other_however_their_terms_lie(order, dtype, turned):
+    """Terms of many numbers (9 x 8) and of few (1 x 2), which are added in two ways."""
+    for shape in ((37, 9, 8), (37, 1, 2)):
+        held = np.random.default_rng(0).standard_normal([shape[k] for k in turned]).astype(dtype)
+        values = held.transpose(np.argsort(turned))  # [37, ...], in every layout
+        sums = floats.ordered_sum(values, 0, order)
+        expected = [one_after_the_other(line, order) for line in values.reshape(37, -1).T]
+        assert sums.dtype == dtype and sums.tobytes() == np.array(expected, dtype).tobytes()
 
 
 def test_tf32_keeps_ten_bits():
