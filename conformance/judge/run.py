@@ -103,7 +103,7 @@ def run(
                 outcomes = worker.receive(by_key)
                 if worker.finished:
                     alike = _alike(tasks, [w.task for w in active.values()], worker.task)
-                    if alike is None or worker.gone or worker.seconds > YOUNG:
+                    if alike is None or worker.gone or worker.late or worker.seconds > YOUNG:
                         worker.leave()
                         leaving.append(active.pop(worker.connection))
                     else:
