@@ -96,6 +96,7 @@ class TorchImplementation:
         told = {**config, "backend": self.backend}
         if name == "layer":
             told["module"] = _module(c, self.backend)
+            c = told["module"].config  # as in `stack`
         body = self._run(key, lambda values: function(values, c, told))
         return self._answer(name, body, inputs, cotangents)
 
@@ -135,8 +136,9 @@ class TorchImplementation:
         return self._stage("layer", _layer, inputs, config, cotangents)
 
     def stack(self, inputs: Arrays, config: dict[str, Any], cotangents: Arrays | None) -> Result:
-        c = configuration(config)
-        told = {**config, "branch": "mlp_dense", "module": _module(c, self.backend)}
+        module = _module(configuration(config), self.backend)
+        c = module.config  # the very object: a kept graph says whether it is, and modules are shared by equal ones
+        told = {**config, "branch": "mlp_dense", "module": module}
         run_site = self._run(f"stack/{relevant('stack', config)}", lambda values: _layer(values, c, told))
 
         def body(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
