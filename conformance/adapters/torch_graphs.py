@@ -2,8 +2,8 @@
 
 Capturing a graph takes half a second, reading it a hundredth of one, and the suite has over a thousand. A graph that is
 kept is found by all that it was made from: the code of `torch_impl` and of these adapters, the versions of PyTorch and
-Python, what the stage is told, and its tensors' dtypes, shapes, strides and shared memory. Dynamo's own guards are
-checked at every call all the same.
+Python, what the stage is told, and its tensors' dtypes, shapes, strides and shared memory. Dynamo's own guards on
+arguments and on what a closure holds are checked at every call all the same.
 """
 
 from __future__ import annotations
