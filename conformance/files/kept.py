@@ -20,7 +20,11 @@ def folder(name: str) -> Path | None:
 def make_room(place: Path, most: int) -> None:
     """Where the files of a folder take more than ``most`` bytes, removes the oldest until half of that is left."""
     files: list[tuple[float, int, str]] = []
-    for entry in os.scandir(place):
+    try:
+        entries = list(os.scandir(place))
+    except OSError:  # it can't be read, or was removed: then nothing is kept, and a run goes on
+        return
+    for entry in entries:
         with contextlib.suppress(OSError):  # another process removes them too
             files.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
     left = sum(size for _, size, _ in files)
