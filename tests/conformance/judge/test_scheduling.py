@@ -304,6 +304,14 @@ def test_one_that_died_goes_on_with_nothing(workers, monkeypatch):
     assert workers.log == [("x", "abc"), ("z", "abc.")]
 
 
+def test_one_that_was_ended_for_lateness_goes_on_with_nothing(workers, monkeypatch):
+    """Its last answer may have come before its end."""
+    group(monkeypatch, "x", "z")
+    monkeypatch.setattr(runner._Worker, "end_if_late", lambda worker: setattr(worker, "late", True))
+    run("x", "z", jobs=1)
+    assert workers.log == [("x", "abc."), ("z", "abc.")]
+
+
 def test_implementations_share_a_process_where_they_import_the_same_framework():
     assert together("jax", "jax-jit") and together("transformers-glm-5", "transformers-deepseek-v4")
     assert not together("jax", "torch") and not together("torch", "torch-triton") and not together("mine:A", "mine:B")
