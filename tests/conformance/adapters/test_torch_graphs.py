@@ -205,3 +205,19 @@ def test_kinds_of_tensors():
         kinds.append(graphs.kind_of(base))
     assert len(set(kinds)) == len(kinds)
     assert graphs.kind_of(base) == graphs.kind_of({"x": torch.ones(2, 4), "y": torch.ones(12)[8:]})
+
+
+@pytest.mark.parametrize("stage", ["layer", "stack"])
+def test_a_stage_holds_its_modules_own_configuration_in_every_call(monkeypatch, stage):
+    """Dynamo guards whether both are one object; modules are shared by equal configurations, which are made anew."""
+    adapter = importlib.import_module("conformance.adapters.torch_adapter")
+    cases = importlib.import_module("conformance.cases.corpus").load_corpus()
+    item = next(item for case in cases for item in case.items() if item.stage == stage)
+    monkeypatch.setattr(
+        adapter, "_layer", lambda values, c, options: held.append(options["module"].config is c) or 1 / 0
+    )
+    held: list[bool] = []
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            getattr(adapter.eager(), stage)(item.inputs(), item.config, None)
+    assert held == [True, True]
