@@ -57,18 +57,31 @@ UNREADABLE = "Error reading persistent compilation cache entry"
 """So JAX begins to warn of a program that isn't whole, since a process was killed while it wrote it."""
 
 
+OPTIMISED, PLACES = "jax_disable_most_optimizations", "jax_traceback_in_locations_limit"
+CHEAPLY = {OPTIMISED: True, PLACES: 0}
+
+
 @contextlib.contextmanager
 def compiled_cheaply() -> Generator[None]:
-    """In it XLA leaves most of its optimisations out on a CPU: nearly all of the suite's time goes into compiling."""
+    """In it XLA leaves most of its optimisations out on a CPU: nearly all of the suite's time goes into compiling.
+
+    Nor do programs say in which lines of Python their operations were written, unless the user's environment sets how
+    much of that they say. Nobody reads it here, and code that runs operation by operation makes a program of each: it
+    took a fifteenth of the time.
+    """
     if jax.default_backend() != "cpu":
         yield
         return
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    before: dict[str, Any] = {OPTIMISED: jax.config.read(OPTIMISED)}
+    if hasattr(jax.config, PLACES) and PLACES.upper() not in os.environ:
+        before[PLACES] = getattr(jax.config, PLACES)
+    for name in before:
+        jax.config.update(name, CHEAPLY[name])
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def compile_all_cheaply() -> None:
@@ -107,22 +120,13 @@ def keep_programs() -> None:
 
 
 def leave_caches() -> None:
-    """Leaves JAX's caches to the system when the process ends; to empty all of them takes JAX ten seconds after a run.
+    """Leaves JAX's caches and backends to the system when the process ends: emptying them takes JAX ten seconds.
 
-    JAX registers `clean_up`, and has no public way around it; a version that doesn't is left as it is.
+    That is also where JAX leaves a group of processes, which an implementation of one process isn't in. JAX registers
+    `clean_up`, and has no public way around it; a version that doesn't is left as it is.
     """
     with contextlib.suppress(ImportError, AttributeError):
         atexit.unregister(importlib.import_module("jax._src.api").clean_up)
-
-
-def leave_places_out() -> None:
-    """Programs don't say in which lines of Python their operations were written, unless the user asks for it.
-
-    Nobody reads that here, and code that runs operation by operation makes a program of each: it took a fifteenth of
-    the time.
-    """
-    if "JAX_TRACEBACK_IN_LOCATIONS_LIMIT" not in os.environ:
-        jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 class StageCalls:

@@ -1,7 +1,7 @@
 """`torch_impl` for the suite: eager, captured by torch.compile, and compiled by its default backend.
 
 ``torch-compile`` captures every stage and its gradient as graphs (``fullgraph=True``, AOTAutograd) and runs them
-by ATen: about 1 s a graph, against 10 s with the default backend, and the suite has about 500 graphs.
+by ATen: half a second a graph (`torch_graphs`), against some seconds with the default backend.
 ``torch-inductor`` is that default backend; it claims the same and is run on request. So is ``torch-triton``, eager by
 the Triton kernels: on a GPU, or in Triton's interpreter, which has to be chosen before Triton is imported.
 """
@@ -19,6 +19,7 @@ import torch
 import torch_impl
 import torch_impl.config
 from conformance.adapters import branch
+from conformance.adapters.sources import Sources
 from conformance.adapters.torch_gradients import settings, vector_jacobian
 from conformance.cases.case import DTYPES
 from conformance.cases.trajectories.model import STEP
@@ -26,6 +27,8 @@ from conformance.interface import Arrays, Capabilities, Result
 from conformance.stages import STAGES, relevant
 from torch_impl.fused import BackendError
 
+SOURCES = Sources(("torch_impl", "conformance.adapters"))
+"""All that a graph is captured from, as it has just been imported."""
 INTERPRETED = 600
 """Tokens that Triton's interpreter computes within a minute or so."""
 
@@ -92,7 +95,7 @@ class TorchImplementation:
 
     def _stage(self, name: str, function: Callable[..., Any], inputs: Any, config: Any, cotangents: Any) -> Result:
         c = configuration(config)
-        key = f"{name}/{relevant(name, config)}"
+        key = f"{name}/{self.backend}/{relevant(name, config)}"
         told = {**config, "backend": self.backend}
         if name == "layer":
             told["module"] = _module(c, self.backend)
@@ -139,7 +142,9 @@ class TorchImplementation:
         module = _module(configuration(config), self.backend)
         c = module.config  # the very object: a kept graph says whether it is, and modules are shared by equal ones
         told = {**config, "branch": "mlp_dense", "module": module}
-        run_site = self._run(f"stack/{relevant('stack', config)}", lambda values: _layer(values, c, told))
+        run_site = self._run(
+            f"stack/{self.backend}/{relevant('stack', config)}", lambda values: _layer(values, c, told)
+        )
 
         def body(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             constants, weights = branch.split(values)
@@ -224,14 +229,22 @@ def eager() -> TorchImplementation:
 def compiled() -> TorchImplementation:
     from conformance.adapters.torch_graphs import Graphs  # here, since Dynamo takes seconds to import
 
-    return TorchImplementation("torch-compile", Graphs(), "captured by Dynamo and AOTAutograd")
+    _can_compile()
+    return TorchImplementation("torch-compile", Graphs(SOURCES), "captured by Dynamo and AOTAutograd")
 
 
 def inductor() -> TorchImplementation:
     def by_inductor(function: FunctionType, key: str) -> Callable[..., Any]:
         return torch.compile(function, fullgraph=True, dynamic=False)
 
+    _can_compile()
     return TorchImplementation("torch-inductor", by_inductor, "inductor")
+
+
+def _can_compile() -> None:
+    if torch._dynamo.config.disable or torch.compile(_can_compile, backend="eager") is _can_compile:
+        how = "TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE"
+        raise ImportError(f"torch.compile is switched off, by {how}: unset it, or run torch, which is eager")
 
 
 def triton() -> TorchImplementation:

@@ -46,6 +46,7 @@ def refusing_layouts() -> Generator[None]:
         raise
 
 
+@np.errstate(all="ignore")  # Triton's interpreter computes in NumPy, which warns where a GPU does not
 def vector_jacobian(
     stage: str, function: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], inputs: Arrays,
     cotangents: Arrays | None,

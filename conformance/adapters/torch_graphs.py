@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import io
 import marshal
+import os
 import sys
+import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -27,6 +28,7 @@ from functorch.compile import default_partition  # pyright: ignore[reportPrivate
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.output_code import OutputCode
 
+from conformance.adapters.sources import Sources
 from conformance.files import atomic, kept
 
 Tensors = dict[str, torch.Tensor]
@@ -35,8 +37,8 @@ SEEN = (["2", "13"],)
 """Versions of PyTorch whose graphs are known to be the same when they are read back; others keep none."""
 LARGEST = 1 << 29
 """Bytes of graphs that a process finds on disk at most; the oldest go."""
-CODE = ("torch_impl", "conformance.adapters")
-"""Packages whose code is captured."""
+NOT_A_LEAF = "The .grad attribute of a Tensor that is not a leaf"
+"""So PyTorch begins to warn where Dynamo looks at every attribute of a tensor that it is handed."""
 
 
 class Program(OutputCode):
@@ -98,10 +100,16 @@ def capturing() -> Callable[..., Any]:
 
 
 class Graphs:
-    """Captures functions of tensors, and keeps their graphs in the user's cache where that can be done."""
+    """Captures functions of tensors, and keeps their graphs in the user's cache where that can be done.
 
-    def __init__(self):
-        self._folder = kept.folder("torch") if torch.__version__.split(".")[:2] in SEEN else None
+    Args:
+        sources: all code that may be captured, from before it was imported.
+    """
+
+    def __init__(self, sources: Sources):
+        self._sources = sources
+        keeps = torch.__version__.split(".")[:2] in SEEN and not _told_to_keep_nothing()
+        self._folder = kept.folder("torch") if keeps else None
         if self._folder is not None:
             kept.make_room(self._folder, LARGEST)
 
@@ -113,14 +121,20 @@ class Graphs:
         """
         if self._folder is None:
             return torch.compile(function, fullgraph=True, dynamic=False, backend=capturing())
-        return _Kept(function, f"{_made_from()}\n{key}", self._folder)
+        made_from = f"{torch.__version__} {sys.version}\n{self._sources.digest}"
+        return _Kept(function, f"{made_from}\n{key}", self._folder, self._sources)
+
+
+def _told_to_keep_nothing() -> bool:
+    """Whether the user has switched all of PyTorch's caches off, without which it refuses to keep a graph."""
+    return bool(getattr(torch.compiler.config, "force_disable_caches", False))
 
 
 class _Kept:
     """A function whose graphs are looked for on disk before they are captured, and written there."""
 
-    def __init__(self, function: FunctionType, key: str, folder: Path):
-        self._function, self._key, self._folder = function, key, folder
+    def __init__(self, function: FunctionType, key: str, folder: Path, sources: Sources):
+        self._function, self._key, self._folder, self._sources = function, key, folder, sources
         # What the closure holds, modules above all, is handed over when a graph is read, and isn't written.
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         self._closure = {name: cell.cell_contents for name, cell in cells}
@@ -141,13 +155,20 @@ class _Kept:
             graph: Any = torch.compiler.load_compiled_function(
                 content, f_globals=self._function.__globals__, external_data=self._closure
             )
-            return graph if graph.guard_check(tensors) else None
+            if not graph.guard_check(tensors):
+                return None
+            os.utime(place)  # what is read is young, and stays when room is made
+            return graph
         except Exception:  # whatever a file that isn't whole makes of it: the graph is captured anew
             return None
 
     def _capture(self, place: Path, tensors: Tensors) -> Any:
         compiled: Any = torch.compile(self._function, fullgraph=True, dynamic=False, backend=capturing())
-        graph = compiled.aot_compile(((tensors,), {}))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", NOT_A_LEAF)
+            graph = compiled.aot_compile(((tensors,), {}))
+        if not self._sources.unchanged():  # other processes would take it for a graph of what the files are now
+            return graph
         try:
             content = type(graph).serialize(graph, self._closure).serialized_data
             atomic.write(place, zlib.compress(content, 1))
@@ -171,18 +192,3 @@ def kind_of(tensors: Tensors) -> str:
         described.append((name, str(t.dtype), *layout, t.requires_grad, t.is_leaf))
     process = torch.is_grad_enabled(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     return repr((process, described))
-
-
-@functools.cache
-def _made_from() -> str:
-    """What every graph is made from: a hash of the code that may be captured, and the versions of what captures it."""
-    digest = hashlib.sha256(f"{torch.__version__} {sys.version}".encode())
-    for path in _files(CODE):
-        digest.update(str(path).encode() + b"\n" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def _files(packages: Iterable[str]) -> list[Path]:
-    specs = [importlib.util.find_spec(package) for package in packages]
-    folders = [Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()]
-    return sorted(path for folder in folders for path in folder.rglob("*.py"))

@@ -25,7 +25,7 @@ NAMED = 3
 
 
 class Guard:
-    """Accompanies one implementation in its process.
+    """Accompanies the implementations of a process, one after the other.
 
     Raises:
         CaseError: the manifest can't be read.

@@ -142,7 +142,7 @@ def _next_task(tasks: list[_Task], running: list[_Task]) -> _Task | None:
     """The first that has no worker; then the one with most to do, where a second worker pays."""
     idle = _idle(tasks, running)
     if idle:
-        # one that another worker goes on with, in a process that has imported what it needs, waits where others do not
+        # One for which a running process has imported what it needs had better wait for that process.
         unlike = (task for task in idle if not any(together(task.reference, other.reference) for other in running))
         return next(unlike, idle[0])
     longest = max((task for task in tasks if task.queue), key=lambda task: task.left, default=None)

@@ -1,4 +1,4 @@
-"""A worker process of the runner: it sets one implementation up and runs the items that it is handed, one at a time."""
+"""A worker process of the runner: it sets an implementation up and runs its items, handed to it one by one."""
 
 from __future__ import annotations
 

@@ -78,8 +78,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 def load(package: str, module: str, real: Sequence[str] = (), absent: Sequence[str] = ()) -> ModuleType:
     """A module of a fetched package.
 
-    A process holds one version of a package: the suite runs each implementation in a process of its own. Where a module
-    that is wanted was stood in for before, the package is imported anew; those who hold the old modules keep them.
+    A process holds one version of a package: implementations share one only where `registry.together` says so. Where a
+    module that is wanted was stood in for before, the package is imported anew; who holds the old modules keeps them.
 
     Args:
         package: name and version, one of `fetch.PACKAGES`.

@@ -143,14 +143,37 @@ def test_a_process_that_ends_leaves_the_caches_as_they_are(arguments, expected):
 LOWERING = """
 import jax
 import conformance.adapters.jax_gradients as gradients
-gradients.leave_places_out()
-print(jax.jit(lambda x: x + 1).lower(2.0).as_text(debug_info=True))
+lowered = lambda: jax.jit(lambda x: x + 1).lower(2.0).as_text(debug_info=True)
+with gradients.compiled_cheaply():
+    inside = lowered()
+jax.clear_caches()
+print("<string>" in inside, "<string>" in lowered(), "stablehlo.add" in inside)
 """
 
 
 @pytest.mark.parametrize(("asked", "named"), [({}, False), ({"JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "10"}, True)])
-def test_programs_name_lines_of_python_only_where_that_is_asked_for(asked, named):
+def test_programs_of_a_call_name_lines_of_python_only_where_that_is_asked_for(asked, named):
     environment = {k: v for k, v in os.environ.items() if k != "JAX_TRACEBACK_IN_LOCATIONS_LIMIT"} | asked
     run = [sys.executable, "-c", LOWERING]
     text = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
-    assert "stablehlo.add" in text and ("<string>" in text) is named
+    assert text.split() == [str(named), "True", "True"]
+
+
+ORDER = """
+import os, sys
+from conformance.implementations.registry import load
+for name in sys.argv[1:]:
+    load(name)
+import jax
+print(os.environ.get("XLA_FLAGS", ""), jax.config.jax_compilation_cache_dir)
+"""
+
+
+@pytest.mark.skipif(jax.__version_info__[:2] not in gradients.SEEN, reason="this XLA may not know the options")
+def test_programs_are_made_and_found_alike_in_either_order_of_two_implementations():
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    seen: set[str] = set()
+    for names in (("jax", "jax-jit"), ("jax-jit", "jax")):
+        run = [sys.executable, "-c", ORDER, *names]
+        seen.add(subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(seen) == 1 and "xla_cpu_use_fusion_emitters=false" in seen.pop()

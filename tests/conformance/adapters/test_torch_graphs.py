@@ -13,6 +13,7 @@ import pytest
 
 torch: Any = pytest.importorskip("torch", reason="PyTorch is not installed")
 graphs = importlib.import_module("conformance.adapters.torch_graphs")
+Sources = importlib.import_module("conformance.adapters.sources").Sources
 pytestmark = pytest.mark.skipif(
     torch.__version__.split(".")[:2] not in graphs.SEEN, reason="graphs of this PyTorch aren't kept"
 )
@@ -22,6 +23,13 @@ pytestmark = pytest.mark.skipif(
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "mhc-conformance" / "torch"
+
+
+SOURCES = Sources(("torch_impl",))
+
+
+def keeping(sources: Any = SOURCES) -> Any:
+    return graphs.Graphs(sources)
 
 
 @pytest.fixture
@@ -59,9 +67,9 @@ def agrees(actual: tuple[Any, Any], expected: tuple[Any, Any] = EXPECTED) -> boo
 
 
 def test_a_graph_is_captured_once_and_read_by_the_next(folder, captures):
-    first = called(graphs.Graphs()(stage(2.0), "one"), X)
+    first = called(keeping()(stage(2.0), "one"), X)
     assert agrees(first) and len(captures) == len(list(folder.iterdir())) == 1
-    read = called(graphs.Graphs()(stage(2.0), "one"), X)
+    read = called(keeping()(stage(2.0), "one"), X)
     assert len(captures) == 1 and all(torch.equal(a, b) for a, b in zip(first, read, strict=True))
 
 
@@ -71,12 +79,12 @@ from tests.conformance.adapters import test_torch_graphs as those
 def refuse(*given, **named): raise AssertionError("captured")
 torch.compile = refuse
 torch.set_num_threads(int(sys.argv[1]))
-assert those.agrees(those.called(those.graphs.Graphs()(those.stage(2.0), "one"), those.X))
+assert those.agrees(those.called(those.keeping()(those.stage(2.0), "one"), those.X))
 """
 
 
 def test_another_process_reads_it_without_capturing_anything(folder):
-    called(graphs.Graphs()(stage(2.0), "one"), X)
+    called(keeping()(stage(2.0), "one"), X)
     subprocess.run([sys.executable, "-c", READER, str(torch.get_num_threads())], env=dict(os.environ), check=True)
 
 
@@ -85,65 +93,109 @@ def test_a_process_with_other_threads_keeps_another_graph_and_leaves_this_one(fo
     try:
         for number in (1, 2, 1, 2):
             torch.set_num_threads(number)
-            assert agrees(called(graphs.Graphs()(stage(2.0), "one"), X))
+            assert agrees(called(keeping()(stage(2.0), "one"), X))
     finally:
         torch.set_num_threads(threads)
     assert len(captures) == 2 == len(list(folder.iterdir()))
 
 
 def test_another_key_another_kind_of_tensors_and_other_code_are_other_graphs(folder, captures, monkeypatch):
-    function = graphs.Graphs()(stage(2.0), "one")
+    function = keeping()(stage(2.0), "one")
     called(function, X)
     for number, x in enumerate((X[:2], X.double(), X.T.contiguous().T), start=2):
         called(function, x)
         assert len(captures) == number
     assert not function({"x": X})["out"].requires_grad and len(captures) == 5
-    called(graphs.Graphs()(stage(2.0), "two"), X)
+    called(keeping()(stage(2.0), "two"), X)
     assert len(captures) == 6
-    monkeypatch.setattr(graphs, "_made_from", lambda: "other code")
-    called(graphs.Graphs()(stage(2.0), "one"), X)
-    assert len(captures) == 7 == len(list(folder.iterdir()))
-
-
-def test_what_graphs_are_made_from_is_every_line_of_the_packages(tmp_path, monkeypatch):
-    package = tmp_path / "captured_code"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "inner.py").write_text("a = 1\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(graphs, "CODE", ("captured_code",))
-    seen = {graphs._made_from.__wrapped__()}
-    (package / "inner.py").write_text("a = 2\n")
-    seen.add(graphs._made_from.__wrapped__())
+    called(keeping(Sources(("conformance.adapters",)))(stage(2.0), "one"), X)
     monkeypatch.setattr(torch, "__version__", "2.13.1")
-    seen.add(graphs._made_from.__wrapped__())
-    assert len(seen) == 3
+    called(keeping()(stage(2.0), "one"), X)
+    assert len(captures) == 8 == len(list(folder.iterdir()))
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A file of a package that can be imported."""
+    place = tmp_path / "captured_code"
+    place.mkdir()
+    (place / "__init__.py").write_text("")
+    (place / "inner.py").write_text("a = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return place / "inner.py"
+
+
+def test_what_graphs_are_made_from_is_every_line_of_the_packages(package):
+    first = Sources(["captured_code"])
+    assert first.digest == Sources(["captured_code"]).digest and first.unchanged()
+    package.write_text("a = 2\n")
+    assert first.digest != Sources(["captured_code"]).digest
+
+
+def test_a_graph_of_code_whose_file_has_changed_since_is_not_kept(folder, captures, package):
+    sources = Sources(["captured_code"])
+    called(keeping(sources)(stage(2.0), "one"), X)
+    assert len(list(folder.iterdir())) == 1
+    os.utime(package, (1, 1))
+    assert agrees(called(keeping(sources)(stage(2.0), "two"), X))
+    assert len(captures) == 2 and len(list(folder.iterdir())) == 1
 
 
 def test_torch_impl_and_the_adapters_are_what_is_captured():
-    files = {f"{path.parent.name}/{path.name}" for path in graphs._files(graphs.CODE)}
+    sources = importlib.import_module("conformance.adapters.torch_adapter").SOURCES
+    files = {"/".join(path.split(os.sep)[-2:]) for path, *_ in sources._state()}
     assert {"torch_impl/residual.py", "lean/reading.py", "adapters/torch_adapter.py", "adapters/branch.py"} <= files
+
+
+def test_a_graph_that_is_read_is_young_again(folder):
+    called(keeping()(stage(2.0), "one"), X)
+    (file,) = folder.iterdir()
+    os.utime(file, (1, 1))
+    called(keeping()(stage(2.0), "one"), X)
+    assert file.stat().st_mtime > 1
+
+
+def test_where_the_user_has_switched_caches_off_nothing_is_kept(folder):
+    run = [sys.executable, "-m", "conformance.cli", "run", "--impl", "torch-compile", "--case", "smoke-paper-2"]
+    environment = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    subprocess.run([*run, "--stage", "post", "--sizes", "none"], env=environment, capture_output=True, check=True)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("switch", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+@pytest.mark.parametrize("name", ["torch-compile", "torch-inductor"])
+def test_compiling_that_is_switched_off_is_said_at_once(name, switch):
+    run = [sys.executable, "-m", "conformance.cli", "run", "--stage", "expand", "--impl", name]
+    ended = subprocess.run(run, env={**os.environ, switch: "1"}, capture_output=True, text=True)
+    assert ended.returncode == 3 and ended.stdout == "" and len(ended.stderr.strip().splitlines()) == 1
+    assert switch in ended.stderr and name in ended.stderr
+
+
+def test_pytorch_does_not_warn_of_what_dynamo_looks_at(folder, recwarn):
+    x = X.clone().requires_grad_() * 1  # not a leaf
+    keeping()(stage(2.0), "one")({"x": x})
+    assert not [warning for warning in recwarn if "leaf" in str(warning.message)]
 
 
 @pytest.mark.parametrize("broken", [b"", b"nonsense", None])
 def test_a_file_that_isnt_whole_is_made_anew(folder, captures, broken):
-    called(graphs.Graphs()(stage(2.0), "one"), X)
+    called(keeping()(stage(2.0), "one"), X)
     (file,) = folder.iterdir()
     whole = file.read_bytes()
     file.write_bytes(whole[:-50] if broken is None else broken)
-    assert agrees(called(graphs.Graphs()(stage(2.0), "one"), X)) and len(captures) == 2
-    assert agrees(called(graphs.Graphs()(stage(2.0), "one"), X)) and len(captures) == 2
+    assert agrees(called(keeping()(stage(2.0), "one"), X)) and len(captures) == 2
+    assert agrees(called(keeping()(stage(2.0), "one"), X)) and len(captures) == 2
 
 
 def test_a_graph_of_something_else_is_not_run_though_its_key_is_the_same(folder, captures):
-    called(graphs.Graphs()(stage(2.0), "one"), X)
-    out, _ = called(graphs.Graphs()(stage(3.0), "one"), X)
+    called(keeping()(stage(2.0), "one"), X)
+    out, _ = called(keeping()(stage(3.0), "one"), X)
     assert torch.allclose(out, torch.sin(X * 3).sum(-1)) and len(captures) == 2
 
 
 def test_a_graph_that_changes_under_its_function_is_captured_anew(folder, captures):
     body = stage(2.0)
-    function = graphs.Graphs()(body, "one")
+    function = keeping()(body, "one")
     called(function, X)
     assert body.__closure__ is not None
     body.__closure__[0].cell_contents["factor"] = 3.0
@@ -153,13 +205,13 @@ def test_a_graph_that_changes_under_its_function_is_captured_anew(folder, captur
 
 @pytest.mark.parametrize("extra", [1.0, 5.0])
 def test_a_tensor_that_the_function_holds_is_never_an_old_one(folder, extra):
-    called(graphs.Graphs()(stage(2.0, extra=torch.ones(3)), "one"), X)
-    out, _ = called(graphs.Graphs()(stage(2.0, extra=torch.full((3,), extra)), "one"), X)
+    called(keeping()(stage(2.0, extra=torch.ones(3)), "one"), X)
+    out, _ = called(keeping()(stage(2.0, extra=torch.full((3,), extra)), "one"), X)
     assert torch.allclose(out, EXPECTED[0] + extra)
 
 
 def test_where_nothing_can_be_written_it_runs_all_the_same(folder, monkeypatch):
-    function = graphs.Graphs()(stage(2.0), "one")
+    function = keeping()(stage(2.0), "one")
 
     def full(*given: Any) -> None:
         raise OSError("no space left on the device")
@@ -171,7 +223,8 @@ def test_where_nothing_can_be_written_it_runs_all_the_same(folder, monkeypatch):
 def test_without_a_home_nothing_is_kept(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert agrees(called(graphs.Graphs()(stage(2.0), "one"), X))
+    assert keeping()._folder is None
+    assert agrees(called(keeping()(stage(2.0), "one"), X))
 
 
 def test_the_oldest_graphs_go_where_they_take_too_much(folder, monkeypatch):
@@ -180,7 +233,7 @@ def test_the_oldest_graphs_go_where_they_take_too_much(folder, monkeypatch):
         (folder / str(age)).write_bytes(bytes(20))
         os.utime(folder / str(age), (1000 - age, 1000 - age))
     monkeypatch.setattr(graphs, "LARGEST", 50)
-    graphs.Graphs()
+    keeping()
     assert [path.name for path in folder.iterdir()] == ["0"]
 
 
