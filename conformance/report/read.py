@@ -259,12 +259,15 @@ def read_run(path: Path) -> Run:
             run.diagnoses.append(entry)
         elif isinstance(entry, Footer):
             footer = entry
+            if own:
+                item = ", ".join(own[-1].item)
+                raise ReportError(f"{place}: expected the line that ends the item {item}, got the footer")
         else:
             own.append(entry)
     if footer is None:
         run.cut = f"cut off after {len(run.items)} items: the run didn't end"
-    elif own or footer.lines != counted:
-        raise ReportError(f"{path}: expected a footer that counts {counted + len(own)} lines, got {footer.lines}")
+    elif footer.lines != counted:
+        raise ReportError(f"{path}: expected a footer that counts {counted} lines, got {footer.lines}")
     elif footer.interrupted:
         run.cut = f"interrupted after {len(run.items)} items"
     after = {"corpus": footer.corpus, "altered": footer.altered} if footer and footer.altered else {}

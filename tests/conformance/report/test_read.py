@@ -122,6 +122,15 @@ def test_a_run_that_was_interrupted_says_so(tmp_path):
     assert any("interrupted after 1 items" in line for line in {**summary([run], None)}["warnings"])
 
 
+def test_an_item_that_nothing_ends_before_the_footer_is_named(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (HEADER, CHECK, footer(1))))
+    with pytest.raises(ReportError) as caught:
+        read_run(path)
+    item = "mine, smoke, reduce, float32-float32"
+    assert str(caught.value) == f"{path}: line 3: expected the line that ends the item {item}, got the footer"
+
+
 def test_a_footer_that_does_not_count_what_is_there_is_told(tmp_path):
     path = written(tmp_path / "run.jsonl", HEADER, CHECK, footer(3))
     with pytest.raises(ReportError) as caught:
