@@ -29,10 +29,14 @@ class Sources:
 
     def unchanged(self) -> bool:
         """Whether the files are those of before, by their times and sizes."""
-        return self._state() == self._seen
+        try:
+            return self._state() == self._seen
+        except OSError:  # one goes while it is looked at
+            return False
 
     def _state(self) -> list[tuple[str, int, int]]:
         specs = [importlib.util.find_spec(package) for package in self._packages]
         folders = [Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()]
-        files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+        # An editor's lock is a link to nothing, and may be called like a file of Python.
+        files = sorted(path for folder in folders for path in folder.rglob("*.py") if path.is_file())
         return [(str(path), (stat := path.stat()).st_mtime_ns, stat.st_size) for path in files]

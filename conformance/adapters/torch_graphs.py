@@ -8,6 +8,7 @@ arguments and on what a closure holds are checked at every call all the same.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -103,7 +104,7 @@ class Graphs:
     """Captures functions of tensors, and keeps their graphs in the user's cache where that can be done.
 
     Args:
-        sources: all code that may be captured, from before it was imported.
+        sources: all code that may be captured, as it was imported.
     """
 
     def __init__(self, sources: Sources):
@@ -157,7 +158,8 @@ class _Kept:
             )
             if not graph.guard_check(tensors):
                 return None
-            os.utime(place)  # what is read is young, and stays when room is made
+            with contextlib.suppress(OSError):  # the folder may be another user's
+                os.utime(place)  # what is read is young, and stays when room is made
             return graph
         except Exception:  # whatever a file that isn't whole makes of it: the graph is captured anew
             return None

@@ -128,8 +128,10 @@ def package(tmp_path, monkeypatch):
 def test_what_graphs_are_made_from_is_every_line_of_the_packages(package):
     first = Sources(["captured_code"])
     assert first.digest == Sources(["captured_code"]).digest and first.unchanged()
+    (package.parent / ".#inner.py").symlink_to("nobody@nowhere")  # an editor's lock
+    assert first.digest == Sources(["captured_code"]).digest and first.unchanged()
     package.write_text("a = 2\n")
-    assert first.digest != Sources(["captured_code"]).digest
+    assert first.digest != Sources(["captured_code"]).digest and not first.unchanged()
 
 
 def test_a_graph_of_code_whose_file_has_changed_since_is_not_kept(folder, captures, package):
@@ -153,6 +155,16 @@ def test_a_graph_that_is_read_is_young_again(folder):
     os.utime(file, (1, 1))
     called(keeping()(stage(2.0), "one"), X)
     assert file.stat().st_mtime > 1
+
+
+def test_a_graph_whose_file_cannot_be_touched_is_read_all_the_same(folder, captures, monkeypatch):
+    called(keeping()(stage(2.0), "one"), X)
+
+    def another_users(*given: Any) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(os, "utime", another_users)
+    assert agrees(called(keeping()(stage(2.0), "one"), X)) and len(captures) == 1
 
 
 def test_where_the_user_has_switched_caches_off_nothing_is_kept(folder):
