@@ -286,3 +286,17 @@ def test_a_stage_holds_its_modules_own_configuration_in_every_call(monkeypatch, 
         with pytest.raises(ZeroDivisionError):
             getattr(adapter.eager(), stage)(item.inputs(), item.config, None)
     assert held == [True, True]
+
+
+@pytest.mark.parametrize("stage", ["residual_matrix", "stack"])
+def test_the_key_of_a_graph_has_the_backend(monkeypatch, stage):
+    adapter = importlib.import_module("conformance.adapters.torch_adapter")
+    cases = importlib.import_module("conformance.cases.corpus").load_corpus()
+    item = next(item for case in cases for item in case.items() if item.stage == stage)
+    keys: list[str] = []
+    for backend in ("plain", "lean"):
+        implementation = adapter.TorchImplementation("mine", None, "eager", backend=backend)
+        monkeypatch.setattr(implementation, "_run", lambda key, function: keys.append(key) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            getattr(implementation, stage)(item.inputs(), item.config, None)
+    assert len(set(keys)) == len(keys) == 2
