@@ -9,8 +9,6 @@ with four streams of C channels in bfloat16. By any other backend this is the tw
 
 from __future__ import annotations
 
-from typing import cast
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,7 +20,7 @@ from torch_impl.fused.site import Reading
 from torch_impl.fused.transforms import called
 from torch_impl.projections import Weights, layer_names, packed_gates
 from torch_impl.residual import check_shape, without_autocast
-from torch_impl.streams import expanded
+from torch_impl.streams import expanded, rounded_gates
 
 
 def post_pre(
@@ -53,10 +51,10 @@ def post_pre(
     if backend != "triton":
         return functional.pre(functional.post(y, context), weights, config, carried, backend=backend)
     x, mixer = context.x, context.config
-    functional.check_site(x, weights, config, carried)
+    held, _ = functional.check_site(x, weights, config, carried)
     check_shape("y", y, (config.dim,))
-    held = {name: weights[name] for name in functional.weight_shapes(config)}
-    y, gates, H = expanded(y, x, context.post, context.H, mixer)
+    gates, H = rounded_gates(x, context.post, context.H, mixer)
+    y, gates, H = expanded(y, x, gates, None if mixer.mix == "identity" else H)
     others = (y, gates, *(() if H is None else (H,)), *held.values(), *(() if carried is None else (carried,)))
     name = functional.engine_of(backend, x, others, config, context.shards)
     with without_autocast(x.device):
@@ -64,6 +62,5 @@ def post_pre(
         scale, shift = packed_gates(x, held, names, config)
         phis = [held[phi] for phi, _, _ in names]
         inputs = (y, x, gates, H, mixer, carried, Reading(config, name), scale, shift, held.get("mhc_norm.scale"))
-        results = called(Crossing, TracedCrossing, *inputs, *phis)
-    u, own, post, H, x, _ = cast(tuple[Tensor, ...], results)
+        u, own, post, H, x, _ = called(Crossing, TracedCrossing, *inputs, *phis)
     return u, Context(x, post, H, config, None, backend), own if carried is not None else None

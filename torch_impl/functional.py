@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -39,7 +39,7 @@ from torch_impl.projections import (
     SHARDED,
     Shards,
     Weights,
-    check_weights,
+    checked_weights,
     coefficient_dtype,
     gates_and_matrix,
     head_shapes,
@@ -127,8 +127,9 @@ def post_mix(
     name = chosen(backend, x, others, "shards of dim" if shards else "", lambda: kernels.hindrance(x, config, shards))
     if not name:
         return mixed(y, x, post, matrix, str(config.mix), rounded)
-    y, post, matrix = expanded(y, x, post, H, config)
-    return cast(Tensor, called(Mixing, TracedMixing, y, x, post, matrix, config.mix, rounded, name))
+    y, post, matrix = expanded(y, x, post, matrix)
+    with without_autocast(x.device):
+        return called(Mixing, TracedMixing, y, x, post, matrix, config.mix, rounded, name)
 
 
 def engine_of(backend: str, x: Tensor, others: Iterable[Tensor], config: MHCConfig, shards: Shards | None) -> str:
@@ -167,8 +168,7 @@ def coefficients(
     """
     dim, norm = local_dim(config, shards), "mhc_norm.scale"
     check_shape("x", x, (config.streams, dim))
-    check_weights(weights, weight_shapes(config), dim)
-    held = {name: weights[name] for name in weight_shapes(config)}
+    held = checked_weights(weights, weight_shapes(config), dim)
     name = engine_of(backend, x, held.values(), config, shards)
     if name:
         _, pre, post, H, _ = read_site(x, held, layer_names(config), held.get(norm), Reading(config, name, u=False))
@@ -200,16 +200,17 @@ def residual_matrix(
     if not name:
         return plain_matrix(logits, config)
     check_shape("logits", logits, (config.streams, config.streams))
-    return cast(Tensor, called(Balancing, TracedBalancing, logits, config, name))
+    with without_autocast(logits.device):
+        return called(Balancing, TracedBalancing, logits, config, name)
 
 
 def check_site(
     x: Tensor, weights: Weights, config: MHCConfig, carried: Tensor | None, shards: Shards | None = None
-) -> Tensor | None:
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """Checks what `pre` is given.
 
     Returns:
-        The gates that u is read with where they are carried, else None.
+        The weights of the configuration, and the gates that u is read with where they are carried, else None.
 
     Raises:
         ValueError: as `pre`.
@@ -218,8 +219,8 @@ def check_site(
     check_shape("x", x, (config.streams, dim))
     if carried is not None and config.pre_from != "previous":
         raise ValueError("carried goes with pre_from='previous' alone: this configuration reads with its own pre")
-    check_weights(weights, weight_shapes(config), dim)
-    return check_carried(x, carried) if config.pre_from == "previous" else None
+    held = checked_weights(weights, weight_shapes(config), dim)
+    return held, check_carried(x, carried) if config.pre_from == "previous" else None
 
 
 def pre(
@@ -253,8 +254,7 @@ def pre(
         ValueError: x, a weight or ``carried`` isn't what the configuration needs, or a backend that can't be had.
     """
     previous = config.pre_from == "previous"
-    read = check_site(x, weights, config, carried, shards)
-    held = {name: weights[name] for name in weight_shapes(config)}
+    held, read = check_site(x, weights, config, carried, shards)
     given = held.values() if read is None else (*held.values(), read)
     name = engine_of(backend, x, given, config, shards)
     if name:
@@ -313,9 +313,8 @@ def head(
     """
     dim = local_dim(config, shards)
     check_shape("x", x, (config.streams, dim))
-    check_weights(weights, head_shapes(config), dim)
-    held, names = {name: weights[name] for name in head_shapes(config)}, [("head_fn", "head_scale", "head_base")]
-    own = _of_head(config)
+    held = checked_weights(weights, head_shapes(config), dim)
+    names, own = [("head_fn", "head_scale", "head_base")], _of_head(config)
     name = engine_of(backend, x, held.values(), own, shards)
     if name:
         return read_site(x, held, names, None, Reading(own, name, head=True))[0]

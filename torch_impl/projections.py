@@ -55,18 +55,21 @@ def local_dim(config: MHCConfig, shards: Shards | None) -> int:
     return config.dim // shards.count if shards else config.dim
 
 
-def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], dim: int) -> None:
-    """Checks that these weights are there, in these shapes, ``dim`` of them where dim is split.
+def checked_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], dim: int) -> dict[str, Tensor]:
+    """The weights of these names, once they are known to have these shapes, with ``dim`` for a dim that is split.
 
     Raises:
         ValueError: one is missing or has another shape; it names it.
     """
+    held: dict[str, Tensor] = {}
     for name, whole in shapes.items():
         shape = (whole[0], dim, *whole[2:]) if name in SHARDED else whole
         if name not in weights:
             raise ValueError(f"weights must have {name} {list(shape)}, got {sorted(weights)}")
-        if tuple(weights[name].shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)}, got {list(weights[name].shape)}")
+        held[name] = weights[name]
+        if held[name].shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(held[name].shape)}")
+    return held
 
 
 def weight_shapes(config: MHCConfig) -> dict[str, tuple[int, ...]]:
@@ -130,43 +133,43 @@ def contract(phi: Tensor, x: Tensor) -> Tensor:
     return x.to(wide).flatten(-2) @ phi.to(wide).flatten(0, 1)  # as an einsum it copies x transposed
 
 
-def joined(phis: Sequence[Tensor], norm: Tensor | None, wide: torch.dtype) -> Tensor:
-    """All projections side by side, times the norm's weight: ``[n * dim, m]``."""
-    phi = torch.cat([in_dtype(value, wide) for value in phis], -1)  # [n, dim, m]
-    return (phi if norm is None else phi * norm.to(wide).unsqueeze(-1)).flatten(0, 1)
-
-
-def rounded_weights(
+def side_by_side(
     x: Tensor, phis: Sequence[Tensor], norm: Tensor | None, config: MHCConfig
-) -> tuple[list[Tensor], Tensor | None]:
-    """The projections and the norm's weight as they are computed with: wide, rounded first where coefficients are."""
+) -> tuple[Tensor, Tensor | None]:
+    """All projections ``[n, dim, m]`` and the norm's weight ``[n, dim]`` as they are computed with: wide, rounded first
+    where coefficients are.
+    """
     rounded = rounding(x, config)
-    return [rounded(phi) for phi in phis], None if norm is None else rounded(norm)
+    return rounded(torch.cat(list(phis), -1)), None if norm is None else rounded(norm)
 
 
-def of_joined(
-    dmatrix: Tensor | None, norm: Tensor | None, phis: Sequence[Tensor], held: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-) -> Iterator[Tensor | None]:  # fmt: skip
-    """The cotangents of the norm's weight and of each projection, from that of `joined`, ``[m, n * dim]``.
+def times_norm(phi: Tensor, norm: Tensor | None) -> Tensor:
+    """The projections ``[n, dim, m]`` times the norm's weight, as one matrix ``[n * dim, m]``."""
+    return (phi if norm is None else phi * norm.unsqueeze(-1)).flatten(0, 1)
+
+
+def of_weights(
+    dmatrix: Tensor | None, phi: Tensor, norm: Tensor | None, held: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    """The cotangents of the norm's weight and of each projection, from that of `times_norm`, ``[m, n * dim]``.
 
     Args:
-        norm, phis: what was joined.
+        phi, norm: what was multiplied.
         held: the weights that they were made of, norm's first, whose dtypes the cotangents have.
     """
     if dmatrix is None:
         yield from (None for _ in wanted)
         return
-    of_phi = dmatrix.t().reshape(*phis[0].shape[:2], -1)  # [n, dim, m]
+    of_phi = dmatrix.t().reshape(phi.shape)  # [n, dim, m]
     if norm is None:
         yield None
     else:
         assert held[0] is not None
-        yield (of_phi * torch.cat(list(phis), -1)).sum(-1).to(held[0].dtype)
+        yield (of_phi * phi).sum(-1).to(held[0].dtype)
         of_phi = of_phi * norm.unsqueeze(-1)
-    for phi, part in zip(held[1:], of_phi.split([phi.shape[-1] for phi in phis], -1), strict=True):
-        assert phi is not None
-        yield part.to(phi.dtype).contiguous()
+    phis = [value for value in held[1:] if value is not None]
+    for value, part in zip(phis, of_phi.split([value.shape[-1] for value in phis], -1), strict=True):
+        yield part.to(value.dtype).contiguous()
 
 
 class Packed(NamedTuple):
@@ -186,7 +189,7 @@ def rounding(x: Tensor, config: MHCConfig) -> Callable[[Tensor], Tensor]:
     """
     dtype, wide = coefficient_dtype(x, config), wide_dtype(x.dtype)
     if dtype == wide:
-        return lambda value: in_dtype(value, wide)
+        return lambda value: value if value.dtype == wide else value.to(wide)
     return lambda value: in_dtype(in_dtype(value, dtype), wide)
 
 
@@ -194,9 +197,8 @@ def packed(
     x: Tensor, weights: Weights, names: Sequence[tuple[str, str, str]], norm: Tensor | None, config: MHCConfig
 ) -> Packed:
     """The weights of every ``(phi, scale, shift)``."""
-    rounded = rounding(x, config)
-    phi = torch.cat([rounded(weights[name]) for name, _, _ in names], -1)  # [n, dim, m]
-    return Packed(phi, None if norm is None else rounded(norm), *packed_gates(x, weights, names, config))
+    phi, norm = side_by_side(x, [weights[name] for name, _, _ in names], norm, config)
+    return Packed(phi, norm, *packed_gates(x, weights, names, config))
 
 
 def packed_gates(

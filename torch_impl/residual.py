@@ -53,7 +53,7 @@ def check_shape(name: str, value: Tensor, tail: tuple[int, ...]) -> None:
     Raises:
         ValueError: they aren't ``tail``.
     """
-    if tuple(value.shape[value.ndim - len(tail) :]) != tail or value.ndim < len(tail):
+    if value.shape[-len(tail) :] != tail:
         raise ValueError(f"{name} must end in {list(tail)}, got {list(value.shape)}")
 
 

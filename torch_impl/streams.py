@@ -42,16 +42,14 @@ def rounded_gates(x: Tensor, post: Tensor, H: Tensor, config: MHCConfig) -> tupl
     return (in_dtype(post, x.dtype), in_dtype(H, x.dtype)) if config.mixing == "activation" else (post, H)
 
 
-def expanded(y: Tensor, x: Tensor, post: Tensor, H: Tensor, config: MHCConfig) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, post and H as an engine takes them: for each token of x, and no H where it is the identity.
+def expanded(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, post and H, None for the identity, with an entry for each token of x.
 
     Raises:
         RuntimeError: one of them doesn't broadcast to x.
     """
-    post, H = rounded_gates(x, post, H, config)
-    lead, n, dim = x.shape[:-2], x.shape[-2], x.shape[-1]
-    matrix = None if config.mix == "identity" else _expanded(H, (*lead, n, n))
-    return _expanded(y, (*lead, dim)), _expanded(post, (*lead, n)), matrix
+    lead, n, dim = x.shape[:-2], x.shape[-2:-1], x.shape[-1:]
+    return _expanded(y, lead + dim), _expanded(post, lead + n), None if H is None else _expanded(H, lead + n + n)
 
 
 def _expanded(value: Tensor, shape: tuple[int, ...]) -> Tensor:

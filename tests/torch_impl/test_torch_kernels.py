@@ -387,7 +387,7 @@ def test_operators_do_as_their_schemas_and_fakes_say():
         "read": (x, None, matrix, None, scale, shift, text, True, False),
         "read_back": (x, None, matrix, scale, shift, sums, u, pre, post, H, x, text, False, True, True),
         "mix": (u, x, post, H, "in-out", False),
-        "mix_read": (u, x, post, None, text, None, matrix, scale, shift, text),
+        "mix_read": (u, x, post, H, text, None, matrix, scale, shift, text),
         "mix_back": (u, x, post, H, "in-out", x),
         "balance": (H, text),
         "balance_back": (H, text, H),

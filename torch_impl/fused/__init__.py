@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch_impl.fused.site import Reading
 
 BACKENDS = ("auto", "plain", "lean", "triton")
-KINDS = (Tensor, torch.nn.Parameter)
+KINDS = {Tensor, torch.nn.Parameter}
 
 
 class BackendError(ValueError):
@@ -115,7 +115,8 @@ def chosen(backend: str, x: Tensor, others: Iterable[Tensor], lean: str, triton:
         return ""
     others = tuple(others)
     if backend == "triton":
-        reason = triton() or _subclass(x, others) or _elsewhere(x, others)
+        unseen = torch.compiler.is_compiling()  # then a tensor's class isn't what it will be
+        reason = triton() or ("" if unseen else _subclass(x, others)) or _elsewhere(x, others)
     else:
         reason = lean or _hindrance(x, others)
     if reason and backend != "auto":
@@ -124,7 +125,7 @@ def chosen(backend: str, x: Tensor, others: Iterable[Tensor], lean: str, triton:
 
 
 def _subclass(x: Tensor, others: Iterable[Tensor]) -> str:
-    if torch.compiler.is_compiling() or all(type(value) in KINDS for value in (x, *others)):
+    if {type(x), *map(type, others)} <= KINDS:
         return ""
     return f"a subclass of Tensor ({type(x).__name__})"
 

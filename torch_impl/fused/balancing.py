@@ -17,7 +17,7 @@ class TracedBalancing(Function):
     """H of logits ``[..., n, n]`` in any dtype, which it has too, by a configuration and an engine of that name."""
 
     @staticmethod
-    @transforms.unrounded
+    @transforms.forward
     def forward(logits: Tensor, config: MHCConfig, name: str) -> Tensor:
         return engine(name).balance(logits, config)
 
@@ -29,7 +29,7 @@ class TracedBalancing(Function):
         ctx.save_for_forward(logits)
 
     @staticmethod
-    @transforms.unrounded
+    @transforms.backward
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         (logits,), (cotangent,) = ctx.saved_tensors, cotangents
         if torch.is_grad_enabled():

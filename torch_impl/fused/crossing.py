@@ -23,7 +23,7 @@ class TracedCrossing(Function):
     """
 
     @staticmethod
-    @transforms.unrounded
+    @transforms.forward
     def forward(
         y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mixer: MHCConfig, carried: Tensor | None,
         reading: Reading, scale: Tensor, shift: Tensor, norm: Tensor | None, *phis: Tensor,
@@ -41,7 +41,7 @@ class TracedCrossing(Function):
         ctx.save_for_forward(y, x, post, H, carried, *weights)
 
     @staticmethod
-    @transforms.unrounded
+    @transforms.backward
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         y, x, post, H, carried, *weights, out, sums = ctx.saved_tensors
         if torch.is_grad_enabled():

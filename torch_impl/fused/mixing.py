@@ -19,7 +19,7 @@ class TracedMixing(Function):
     """
 
     @staticmethod
-    @transforms.unrounded
+    @transforms.forward
     def forward(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, rounded: bool, name: str) -> Tensor:
         return engine(name).mix(y, x, post, H, mix, rounded)
 
@@ -31,7 +31,7 @@ class TracedMixing(Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    @transforms.unrounded
+    @transforms.backward
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         (cotangent,) = cotangents
         y, x, post, H = ctx.saved_tensors

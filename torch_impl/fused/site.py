@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class Reading:
 
 Read = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """u, pre, post, H, and x as it is to be used further on."""
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""The same, and the sums."""
 
 
 def read_site(
@@ -74,20 +76,23 @@ def read_site(
     with without_autocast(x.device):
         if reading.engine == "triton":
             x = x.contiguous()  # once, for this kernel and for those that mix x later
-        # To put them side by side takes longer than to multiply by each, but then their gradients come as one.
-        alone = reading.engine == "lean" and not transforms.transformed((x, carried, *weights.values()))
-        scale, shift = (gates_apart if alone else packed_gates)(x, weights, names, reading.config)
         phis = [weights[phi] for phi, _, _ in names]
-        inputs = (x, carried, reading, scale, shift, norm, *phis)
-        return cast(Read, transforms.called(Site, TracedSite, *inputs)[:5])
+        if reading.engine == "lean" and not transforms.transformed((x, carried, *weights.values())):
+            # To put gates side by side takes longer than to multiply by each; but then their gradients come as one.
+            scales, shifts = gates_apart(x, weights, names, reading.config)
+            return shaped(x, engine("lean").read(x, carried, reading, scales, shifts, norm, phis), reading)[:5]
+        gates = packed_gates(x, weights, names, reading.config)
+        return transforms.called(Site, TracedSite, x, carried, reading, *gates, norm, *phis)[:5]
 
 
-def shaped(x: Tensor, read: Sequence[Tensor], reading: Reading) -> tuple[Tensor, ...]:
+def shaped(x: Tensor, read: Sequence[Tensor], reading: Reading) -> Results:
     """What `TracedSite` returns, from x and what an engine computes of it."""
+    u, pre, post, H, sums = read
     lead = x.shape[:-2]
-    u, *small, sums = read
-    u = u.view(*lead, x.shape[-1]) if reading.u else u
-    return u, *(value.view(*lead, *value.shape[1:]) for value in small), x, sums.view(*lead, sums.shape[-1])
+    if len(lead) != 1:
+        pre, post, H = (value.view(lead + value.shape[1:]) for value in (pre, post, H))
+        u, sums = u.view(lead + u.shape[1:]) if reading.u else u, sums.view(lead + sums.shape[1:])
+    return u, pre, post, H, x, sums
 
 
 class TracedSite(Function):
@@ -99,7 +104,7 @@ class TracedSite(Function):
     """
 
     @staticmethod
-    @transforms.unrounded
+    @transforms.forward
     def forward(
         x: Tensor,
         carried: Tensor | None,
@@ -121,7 +126,7 @@ class TracedSite(Function):
         ctx.save_for_forward(x, carried, *weights)
 
     @staticmethod
-    @transforms.unrounded
+    @transforms.backward
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         x, carried, *weights, sums = ctx.saved_tensors
         if torch.is_grad_enabled():

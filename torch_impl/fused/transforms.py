@@ -46,16 +46,23 @@ def transformed(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
 
 
-def unrounded(function: Callable[..., Result]) -> Callable[..., Result]:
-    """A ``forward`` or ``backward`` whose products aren't rounded; a backward pass runs under its caller's autocast."""
+def forward(function: Callable[..., Result]) -> Callable[..., Result]:
+    """A ``forward`` that knows its signature; who calls it turns autocast off.
+
+    `Function.apply` asks for the signature at every call, and working it out takes as long as thirty operators.
+    """
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
+
+
+def backward(function: Callable[..., Result]) -> Callable[..., Result]:
+    """A ``backward`` whose products aren't rounded: it runs under its caller's autocast."""
 
     @functools.wraps(function)
     def wrapped(*arguments: Any) -> Result:
         with without_autocast(next(value.device for value in arguments if isinstance(value, Tensor))):
             return function(*arguments)
 
-    # `Function.apply` asks for it at every call, and working it out takes as long as thirty operators.
-    wrapped.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return wrapped
 
 

@@ -16,7 +16,7 @@ from torch.library import custom_op
 from torch_impl.config import MHCConfig
 from torch_impl.fused.site import Reading
 from torch_impl.kernels import launching
-from torch_impl.projections import coefficient_dtype, joined, of_joined, rounded_weights
+from torch_impl.projections import coefficient_dtype, of_weights, side_by_side, times_norm
 
 
 @functools.cache
@@ -124,9 +124,9 @@ def read(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """u, pre, post, H and the sums of all tokens, flattened."""
     given = None if carried is None else _wide(carried, 1)
-    phis, norm = rounded_weights(x, phis, norm, reading.config)
+    phi, norm = side_by_side(x, phis, norm, reading.config)
     apart = norm if reading.rounds(x) else None
-    matrix = joined(phis, None if reading.rounds(x) else norm, torch.float32)
+    matrix = times_norm(phi, None if reading.rounds(x) else norm)
     apart = None if apart is None else apart.flatten().contiguous()
     return _read(_flat(x, 2), given, matrix, apart, scale, shift, _text(reading.config), reading.u, reading.head)
 
@@ -138,8 +138,8 @@ def read_back(
     """The cotangents of all inputs."""
     scale, shift, *held = weights
     assert scale is not None and shift is not None
-    projections, norm = rounded_weights(x, [phi for phi in held[1:] if phi is not None], held[0], reading.config)
-    matrix = joined(projections, norm, torch.float32)
+    phi, norm = side_by_side(x, [value for value in held[1:] if value is not None], held[0], reading.config)
+    matrix = times_norm(phi, norm)
     axes = (1, 1, 1, 2, 2)  # of u, pre, post, H and x
     packed = [
         None if value is None or (reading.head and index in (2, 3)) else _flat(value, count)
@@ -157,7 +157,7 @@ def read_back(
         None,
         dscale,
         dshift,
-        *of_joined(dmatrix if of_matrix else None, norm, projections, held, wanted[5:]),
+        *of_weights(dmatrix if of_matrix else None, phi, norm, held, wanted[5:]),
     )
 
 
@@ -257,7 +257,7 @@ def mix_read(
         return out, *read(out, carried, reading, scale, shift, norm, phis)
     mixing = (_flat(y, 1), _flat(x, 2), _wide(post, 1), None if H is None else _wide(H, 2), _text(mixer))
     given = None if carried is None else _wide(carried, 1)
-    matrix = joined(phis, norm, torch.float32)
+    matrix = times_norm(*side_by_side(x, phis, norm, reading.config))
     out, *found = _mix_read(*mixing, given, matrix, scale, shift, _text(reading.config))
     return out.view(x.shape), *found
 

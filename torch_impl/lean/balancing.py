@@ -7,7 +7,6 @@ guard may change, the way back is ``dp = (dq - sum(dq * q)) / t``; the sum is le
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,10 +20,10 @@ Totals = tuple[Tensor, Tensor | None]
 """What a pass divided by ``[n, 1, T]`` or ``[1, n, T]``, and where that is the guard's."""
 
 
-def blocks(tokens: int, most: int, device: torch.device) -> Iterator[slice]:
+def blocks(tokens: int, most: int, device: torch.device) -> list[slice]:
     """Ranges of at most so many tokens; all of them on a device where each operator is launched."""
     size = max(1, most) if device.type == "cpu" else max(1, tokens)
-    return (slice(begin, min(tokens, begin + size)) for begin in range(0, tokens, size))
+    return [slice(begin, min(tokens, begin + size)) for begin in range(0, tokens, size)]
 
 
 def block(value: Tensor, part: slice) -> Tensor:
@@ -36,7 +35,7 @@ def block(value: Tensor, part: slice) -> Tensor:
 
 def balanced(logits: Tensor, config: MHCConfig) -> Tensor:
     """H ``[T, n, n]`` of wide logits ``[T, n, n]``; as `residual.sinkhorn` writes it."""
-    held = list(blocks(len(logits), BLOCK, logits.device))
+    held = blocks(logits.shape[0], BLOCK, logits.device)
     if len(held) == 1:
         return _balanced_block(logits, config).contiguous()
     H = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -49,7 +48,8 @@ def _balanced_block(logits: Tensor, config: MHCConfig) -> Tensor:
     """H of a block of tokens, a view of a tensor with the tokens last."""
     p = _start(_limited(_tokens_last(logits), config), config)[0]
     p, lines = _framed(p, config)
-    totals = p.new_empty(1, *p.shape[1:]), p.new_empty(len(p), 1, p.shape[2])  # by axis, written by every pass
+    n, tokens = p.shape[1:]
+    totals = p.new_empty(1, n, tokens), p.new_empty(n, 1, tokens)  # by axis, written by every pass
     clipped, least = config.guard == "clip", config.eps or 0.0
     for axis in _passes(config):
         total = torch.sum(lines[axis], axis, True, out=totals[axis])
@@ -61,7 +61,7 @@ def pulled(logits: Tensor, config: MHCConfig, cotangent: Tensor) -> Tensor:
     """The cotangent of the logits ``[T, n, n]``."""
     result = torch.empty_like(logits, memory_format=torch.contiguous_format)
     axes, eps = _passes(config), _eps(logits, config)
-    for part in blocks(len(logits), BLOCK, logits.device):
+    for part in blocks(logits.shape[0], BLOCK, logits.device):
         raw = _tokens_last(block(logits, part))
         z = _limited(raw, config)
         p, soft = _start(z, config)
@@ -142,7 +142,7 @@ def _framed(p: Tensor, config: MHCConfig) -> tuple[Tensor, tuple[Tensor, Tensor]
     """
     if config.guard not in ("add", "denominator"):
         return p, (p, p)
-    n = len(p)
+    n = p.shape[0]
     whole = p.new_full((n + 1, n + 1, p.shape[2]), config.eps or 0.0)
     inner = whole[:n, :n].copy_(p)
     return inner, (whole[:, :n], whole[:n])

@@ -20,7 +20,7 @@ def parts(tokens: int, width: int, x: Tensor, *, back: bool = False) -> list[sli
     """Blocks of tokens of so many numbers each, forward or on the way back."""
     size = max(1, width * wide_dtype(x.dtype).itemsize)
     most = tokens if tokens * size <= WHOLE_BYTES and not back else BLOCK_BYTES // size
-    return list(blocks(tokens, most, x.device))
+    return blocks(tokens, most, x.device)
 
 
 def place(result: Tensor, part: slice, dtype: torch.dtype) -> Tensor | None:
@@ -44,7 +44,7 @@ def mix(y: Tensor, x: Tensor, post: Tensor, H: Tensor | None, mix: str, rounded:
     n, dim = x.shape[-2:]
     x3, y2, gates, M = _flat(y, x, post, H, mix)
     mixed = _rounded_block if rounded and x.dtype != wide_dtype(x.dtype) else _block
-    held = parts(len(x3), n * dim, x)
+    held = parts(x3.shape[0], n * dim, x)
     if len(held) == 1:
         return mixed(y2, x3, gates, M).contiguous().view(x.shape)
     out = torch.empty_like(x3)
@@ -78,7 +78,7 @@ def mix_back(
     g3 = cotangent.reshape(x3.shape)
     dy, dx, dpost = torch.empty_like(y2), torch.empty_like(x3), torch.empty_like(gates)
     dM = None if M is None else torch.empty(M.shape, dtype=gates.dtype, device=x.device)
-    for part in parts(len(x3), n * dim, x, back=True):
+    for part in parts(x3.shape[0], n * dim, x, back=True):
         g, values = in_dtype(block(g3, part), gates.dtype), in_dtype(block(x3, part), gates.dtype)
         product(block(gates, part).unsqueeze(1), g, dy.unsqueeze(1), part)
         of_gates = g * in_dtype(block(y2, part), gates.dtype).unsqueeze(1)

@@ -12,7 +12,7 @@ from torch_impl.config import MHCConfig
 from torch_impl.fused.site import Reading
 from torch_impl.lean.balancing import balanced, block, pulled
 from torch_impl.lean.mixing import mix, parts, place, product
-from torch_impl.projections import coefficient_dtype, gates_and_matrix, joined, of_joined, over_rms, rounded_weights
+from torch_impl.projections import gates_and_matrix, of_weights, over_rms, side_by_side, times_norm
 from torch_impl.residual import in_dtype, wide_dtype
 
 
@@ -28,35 +28,54 @@ def read(
     """u, pre, post, H and the sums of all tokens, flattened.
 
     Args:
-        scale, shift: ``[m]``, or those of each projection.
+        scale, shift: ``[m]``; or those of each projection, where nothing is kept and the sums may be others.
     """
     c, wide, rounded = reading.config, wide_dtype(x.dtype), reading.rounds(x)
     n, dim = x.shape[-2:]
-    phis, norm = rounded_weights(x, phis, norm, c)
-    flat, matrix = x.reshape(-1, n * dim), joined(phis, None if rounded else norm, wide)
-    (tokens, _), m = flat.shape, matrix.shape[1]
-    sums = torch.empty(tokens, m + 1, dtype=wide, device=x.device)
-    projected, squares = sums[:, :m], sums[:, m:]
+    phi, norm = side_by_side(x, phis, norm, c)
+    flat, matrix = x.reshape(-1, n * dim), times_norm(phi, None if rounded else norm)
+    tokens, m = flat.shape[0], matrix.shape[1]
     given = None if carried is None else in_dtype(carried.reshape(-1, n), wide)
-    held, values = parts(tokens, n * dim, x), flat
-    several = reading.u and len(held) != 1
-    u = torch.empty(tokens if several else 0, dim, dtype=x.dtype, device=x.device)
+    held, columns = parts(tokens, n * dim, x), [phi.shape[-1] for phi in phis]
+    if len(held) == 1:
+        values = in_dtype(flat, wide)
+        projected, squares = _sums(values, matrix, norm, c, x.dtype, rounded)
+        z = _logits(_normed(projected, squares, x, c, rounded), scale, shift, columns)
+        pre, post, H = _small(z, reading, x, rounded)
+        u = x.new_empty(0, dim)
+        if reading.u:
+            gates = in_dtype(pre, wide) if given is None else given
+            u = in_dtype(torch.bmm(gates.unsqueeze(1), values.view(-1, n, dim)), x.dtype).view(tokens, dim)
+        return u, pre, post, H, projected if isinstance(scale, list) else torch.cat([projected, squares], 1)
+    sums = torch.empty(tokens, m + 1, dtype=wide, device=x.device)
+    u = torch.empty(tokens if reading.u else 0, dim, dtype=x.dtype, device=x.device)
     for part in held:
-        values, h, square = in_dtype(block(flat, part), wide), block(projected, part), block(squares, part)
-        # As a product of vectors this takes ten times as long; its root and square round once each.
-        torch.linalg.vector_norm(values, dim=1, keepdim=True, out=square)
-        square.mul_(square)
-        streams = _rounded_norm(values, square, norm, c, x.dtype) if rounded else values
-        torch.mm(streams, matrix, out=h)
-        if several:  # while the block is in its caches
-            gates = _gates(h, square, scale, shift, reading, x) if given is None else given[part]
+        values = in_dtype(flat[part], wide)
+        h, square = _sums(values, matrix, norm, c, x.dtype, rounded, sums[part])
+        if reading.u:  # while the block is in its caches
+            gates = _gates(h, square, scale, shift, x, c, rounded) if given is None else given[part]
             product(gates.unsqueeze(1), values.view(-1, n, dim), u.unsqueeze(1), part)
-    z = _logits(_normed(projected, squares, reading, x), scale, shift, [phi.shape[-1] for phi in phis])
-    pre, post, H = _small(z, reading, x)
-    if reading.u and not several:
-        gates = in_dtype(pre, wide) if given is None else given
-        u = in_dtype(torch.bmm(gates.unsqueeze(1), values.view(-1, n, dim)), x.dtype).view(tokens, dim)
-    return u, pre, post, H, sums
+    z = _logits(_normed(sums[:, :m], sums[:, m:], x, c, rounded), scale, shift, columns)
+    return u, *_small(z, reading, x, rounded), sums
+
+
+def _sums(
+    values: Tensor, matrix: Tensor, norm: Tensor | None, config: MHCConfig, dtype: torch.dtype, rounded: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The projections ``[T, m]`` of a block of wide streams ``[T, n * dim]``, and its sums of squares ``[T, 1]``.
+
+    Args:
+        dtype, rounded: x's, and whether the streams are normed and rounded to it before they are projected.
+        out: ``[T, m + 1]``, where they are written.
+    """
+    m = matrix.shape[1]
+    h, square = (None, None) if out is None else (out[:, :m], out[:, m:])
+    # As a product of vectors this takes ten times as long; its root and square round once each.
+    square = torch.linalg.vector_norm(values, dim=1, keepdim=True, out=square)
+    square.mul_(square)
+    streams = _rounded_norm(values, square, norm, config, dtype) if rounded else values
+    return torch.mm(streams, matrix, out=h), square
 
 
 def mix_read(
@@ -77,11 +96,11 @@ def _rounded_norm(
     return normed.to(dtype).to(values.dtype)
 
 
-def _normed(projected: Tensor, squares: Tensor, reading: Reading, x: Tensor) -> Tensor:
+def _normed(projected: Tensor, squares: Tensor, x: Tensor, config: MHCConfig, rounded: bool) -> Tensor:
     """The projections of the normed streams: rounded, or divided by the root of x's mean square now."""
-    if reading.rounds(x):
+    if rounded:
         return projected.to(x.dtype).to(projected.dtype)
-    return over_rms(projected, squares / (x.shape[-2] * x.shape[-1]), reading.config)
+    return over_rms(projected, squares / (x.shape[-2] * x.shape[-1]), config)
 
 
 def _logits(
@@ -95,33 +114,34 @@ def _logits(
 
 def _gates(
     projected: Tensor, squares: Tensor, scale: Tensor | list[Tensor], shift: Tensor | list[Tensor],
-    reading: Reading, x: Tensor,
+    x: Tensor, config: MHCConfig, rounded: bool,
 ) -> Tensor:  # fmt: skip
     """The gates of u ``[T, n]``, wide."""
     n = x.shape[-2]
     a, b = (value[:n] if isinstance(value, Tensor) else value[0] for value in (scale, shift))
-    gates = torch.addcmul(b, a, _normed(projected[:, :n], squares, reading, x)).sigmoid_().add_(reading.config.pre_eps)
-    return gates.to(x.dtype).to(gates.dtype) if reading.rounds(x) else gates
+    h = _normed(projected[:, :n], squares, x, config, rounded)
+    gates = torch.addcmul(b, a, h).sigmoid_().add_(config.pre_eps)
+    return gates.to(x.dtype).to(gates.dtype) if rounded else gates
 
 
-def _small(z: Sequence[Tensor], reading: Reading, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _small(z: Sequence[Tensor], reading: Reading, x: Tensor, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
     """pre, post and H of the logits of each projection ``[T, columns]``."""
-    config, n, dtype = reading.config, x.shape[-2], coefficient_dtype(x, reading.config)
+    config, n = reading.config, x.shape[-2]
     if reading.head:
         empty = z[0].new_empty(len(z[0]), 0)
         return torch.sigmoid(z[0]) + config.pre_eps, empty, empty
-    if config.residual != "sinkhorn" or _rounded_passes(reading, x):
-        pre, post, H = gates_and_matrix(torch.cat(list(z), 1), config, dtype)
+    if not _in_place(config, rounded):
+        pre, post, H = gates_and_matrix(torch.cat(list(z), 1), config, x.dtype if rounded else z[0].dtype)
         return pre, post, H.contiguous()
     pre, post = torch.sigmoid(z[0]).add_(config.pre_eps), torch.sigmoid(z[1]).mul_(config.post_scale)
     post = post.add_(config.post_eps) if config.post_eps else post
     H = balanced(z[2].view(-1, n, n), config)
-    return in_dtype(pre, dtype), in_dtype(post, dtype), in_dtype(H, dtype)
+    return (pre.to(x.dtype), post.to(x.dtype), H.to(x.dtype)) if rounded else (pre, post, H)
 
 
-def _rounded_passes(reading: Reading, x: Tensor) -> bool:
-    """Whether Sinkhorn's passes are rounded too: then it is the plain one, also on the way back."""
-    return reading.config.matrix == "activation" and reading.rounds(x)
+def _in_place(config: MHCConfig, rounded: bool) -> bool:
+    """Whether H comes from `balanced`: passes that are rounded too are the plain ones, also on the way back."""
+    return config.residual == "sinkhorn" and not (rounded and config.matrix == "activation")
 
 
 def read_back(
@@ -135,24 +155,24 @@ def read_back(
 ) -> tuple[Tensor | None, ...]:
     """The cotangents of all inputs."""
     scale, shift, *held = weights
-    c, wide = reading.config, wide_dtype(x.dtype)
+    c, wide, rounded = reading.config, wide_dtype(x.dtype), reading.rounds(x)
     n, dim = x.shape[-2:]
-    phis, norm = rounded_weights(x, held[1:], held[0], c)
-    flat, matrix = x.reshape(-1, n * dim), joined(phis, norm, wide)
-    tokens, m = len(flat), matrix.shape[1]
+    phi, norm = side_by_side(x, held[1:], held[0], c)
+    flat, matrix = x.reshape(-1, n * dim), times_norm(phi, norm)
+    tokens, m = flat.shape[0], matrix.shape[1]
     sums = sums.reshape(-1, m + 1)
     du, dpre, dpost, dH, further = (
         None if value is None else value.reshape(tokens, *value.shape[x.ndim - 2 :]) for value in cotangents[:5]
     )
-    h = _normed(sums[:, :m], sums[:, m:], reading, x)  # [T, m]
+    h = _normed(sums[:, :m], sums[:, m:], x, c, rounded)  # [T, m]
     z = torch.addcmul(shift, scale, h)
-    dz = _of_small(z, reading, x, dpost, dH)  # [T, m], zero for pre
+    dz = _of_small(z, reading, n, dpost, dH, rounded)  # [T, m], zero for pre
     sigmoid = torch.sigmoid(z[:, :n])
     slope = sigmoid * (1 - sigmoid)
     if dpre is not None:
         dz[:, :n] = dpre * slope
     own = sigmoid + c.pre_eps
-    own = own.to(x.dtype).to(wide) if reading.rounds(x) else own
+    own = own.to(x.dtype).to(wide) if rounded else own
     gates = own if carried is None else carried.reshape(-1, n).to(wide)
     dcarried = None if carried is None else torch.zeros(tokens, n, dtype=wide, device=x.device)
     inverse, of_square = _of_norm(sums, c, n * dim)
@@ -188,7 +208,7 @@ def read_back(
         None,
         (dz * h).sum(0) if wanted[3] else None,
         dz.sum(0) if wanted[4] else None,
-        *of_joined(dmatrix, norm, phis, held, wanted[5:]),
+        *of_weights(dmatrix, phi, norm, held, wanted[5:]),
     )
 
 
@@ -202,16 +222,16 @@ def _of_norm(sums: Tensor, config: MHCConfig, count: int) -> tuple[Tensor, Tenso
     return inverse, torch.where(mean == 0, 0.0, -0.5 * inverse / root / count)
 
 
-def _of_small(z: Tensor, reading: Reading, x: Tensor, dpost: Tensor | None, dH: Tensor | None) -> Tensor:
+def _of_small(z: Tensor, reading: Reading, n: int, dpost: Tensor | None, dH: Tensor | None, rounded: bool) -> Tensor:
     """The cotangent of the logits by way of post and H; zero for those of pre."""
-    dz, config, n = torch.zeros_like(z), reading.config, x.shape[-2]
+    dz, config = torch.zeros_like(z), reading.config
     if dpost is not None and not reading.head:
         sigmoid = torch.sigmoid(z[:, n : 2 * n])
         dz[:, n : 2 * n] = config.post_scale * dpost * sigmoid * (1 - sigmoid)
     if dH is None or reading.head or config.residual == "identity":
         return dz
     logits = z[:, 2 * n :]
-    if config.residual == "sinkhorn" and not _rounded_passes(reading, x):
+    if _in_place(config, rounded):
         dz[:, 2 * n :] = pulled(logits.reshape(-1, n, n), config, dH).flatten(1)
     else:
         with torch.enable_grad():
