@@ -39,7 +39,7 @@ from torch_impl.projections import (
     SHARDED,
     Shards,
     Weights,
-    checked_weights,
+    check_weights,
     coefficient_dtype,
     gates_and_matrix,
     head_shapes,
@@ -134,9 +134,12 @@ def post_mix(
 
 def engine_of(backend: str, x: Tensor, others: Iterable[Tensor], config: MHCConfig, shards: Shards | None) -> str:
     """The engine that a site or a head takes (`fused.chosen`)."""
-    narrow = coefficient_dtype(x, config) != wide_dtype(x.dtype)
-    rounded = "passes of Sinkhorn that are rounded to x's dtype" if narrow and config.matrix == "activation" else ""
-    triton = lambda: rounded or kernels.hindrance(x, config, shards)  # noqa: E731
+
+    def triton() -> str:
+        if config.matrix == "activation" and coefficient_dtype(x, config) != wide_dtype(x.dtype):
+            return "passes of Sinkhorn that are rounded to x's dtype"
+        return kernels.hindrance(x, config, shards)
+
     return chosen(backend, x, others, "shards of dim" if shards else "", triton)
 
 
@@ -168,7 +171,7 @@ def coefficients(
     """
     dim, norm = local_dim(config, shards), "mhc_norm.scale"
     check_shape("x", x, (config.streams, dim))
-    held = checked_weights(weights, weight_shapes(config), dim)
+    held = check_weights(weights, weight_shapes(config), dim)
     name = engine_of(backend, x, held.values(), config, shards)
     if name:
         _, pre, post, H, _ = read_site(x, held, layer_names(config), held.get(norm), Reading(config, name, u=False))
@@ -219,7 +222,7 @@ def check_site(
     check_shape("x", x, (config.streams, dim))
     if carried is not None and config.pre_from != "previous":
         raise ValueError("carried goes with pre_from='previous' alone: this configuration reads with its own pre")
-    held = checked_weights(weights, weight_shapes(config), dim)
+    held = check_weights(weights, weight_shapes(config), dim)
     return held, check_carried(x, carried) if config.pre_from == "previous" else None
 
 
@@ -313,7 +316,7 @@ def head(
     """
     dim = local_dim(config, shards)
     check_shape("x", x, (config.streams, dim))
-    held = checked_weights(weights, head_shapes(config), dim)
+    held = check_weights(weights, head_shapes(config), dim)
     names, own = [("head_fn", "head_scale", "head_base")], _of_head(config)
     name = engine_of(backend, x, held.values(), own, shards)
     if name:

@@ -21,6 +21,7 @@ from torch_impl.config import MHCConfig
 from torch_impl.residual import in_dtype, residual_matrix, wide_dtype
 
 Weights = Mapping[str, Tensor]
+NAMES = [(f"{kind}_alpha", f"{kind}_alpha_scale", f"{kind}_beta") for kind in ("pre", "post", "res")]
 SHARDED = ("mhc_norm.scale", "pre_alpha", "post_alpha", "res_alpha", "head_fn")  # [streams, dim, ...]: split with dim
 
 
@@ -55,7 +56,7 @@ def local_dim(config: MHCConfig, shards: Shards | None) -> int:
     return config.dim // shards.count if shards else config.dim
 
 
-def checked_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], dim: int) -> dict[str, Tensor]:
+def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], dim: int) -> dict[str, Tensor]:
     """The weights of these names, once they are known to have these shapes, with ``dim`` for a dim that is split.
 
     Raises:
@@ -74,15 +75,11 @@ def checked_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], dim
 
 def weight_shapes(config: MHCConfig) -> dict[str, tuple[int, ...]]:
     """Name and in-memory shape of each weight of the layer."""
-    n, dim = config.streams, config.dim
+    n, dim, columns = config.streams, config.dim, config.residual_columns
     shapes: dict[str, tuple[int, ...]] = {"mhc_norm.scale": (n, dim)} if config.norm_weight else {}
-    beta = {"pre": (n,), "post": (n,), "res": (n, n) if config.residual == "sinkhorn" else (config.residual_columns,)}
-    columns = {"pre": n, "post": n, "res": config.residual_columns}
-    for kind in ("pre", "post", "res"):
-        if columns[kind]:
-            shapes[f"{kind}_alpha"] = (n, dim, columns[kind])
-            shapes[f"{kind}_alpha_scale"] = (1,)
-            shapes[f"{kind}_beta"] = beta[kind]
+    of_H = (n, n) if config.residual == "sinkhorn" else (columns,)
+    for (phi, scale, shift), count, beta in zip(layer_names(config), (n, n, columns), ((n,), (n,), of_H), strict=False):
+        shapes[phi], shapes[scale], shapes[shift] = (n, dim, count), (1,), beta
     return shapes
 
 
@@ -246,8 +243,7 @@ def _projected(x: Tensor, phi: Tensor, norm: Tensor | None, config: MHCConfig, s
 
 def layer_names(config: MHCConfig) -> list[tuple[str, str, str]]:
     """The names of (phi, scale, shift) of every projection of a layer."""
-    kinds = ("pre", "post", "res") if config.residual_columns else ("pre", "post")
-    return [(f"{kind}_alpha", f"{kind}_alpha_scale", f"{kind}_beta") for kind in kinds]
+    return NAMES[: 2 if config.residual == "identity" else 3]
 
 
 def gates_and_matrix(z: Tensor, config: MHCConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

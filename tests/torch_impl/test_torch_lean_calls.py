@@ -22,7 +22,7 @@ def test_few_tokens_are_one_block_and_many_are_several():
     assert [len(mixing.parts(tokens, 4 * 4096, x, back=True)) for tokens in (32, 64)] == [1, 2]
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 132), (torch.bfloat16, 140)])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 128), (torch.bfloat16, 136)])
 @pytest.mark.parametrize("dim", [1280, 4096])
 def test_a_forward_pass_of_64_tokens_dispatches_fewer_operators_than_the_layer_written_plainly(dim, dtype, most):
     """Such a call takes as long as its operators are many: a slice of all tokens counts like a sum."""

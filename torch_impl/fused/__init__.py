@@ -121,7 +121,9 @@ def chosen(backend: str, x: Tensor, others: Iterable[Tensor], lean: str, triton:
         reason = lean or _hindrance(x, others)
     if reason and backend != "auto":
         raise BackendError(f"backend={backend!r} doesn't go with {reason}: take 'auto', which finds a path that does")
-    return "" if reason else "triton" if backend == "triton" else "lean"
+    if reason:
+        return ""
+    return "triton" if backend == "triton" else "lean"
 
 
 def _subclass(x: Tensor, others: Iterable[Tensor]) -> str:

@@ -29,8 +29,8 @@ class TracedCrossing(Function):
         reading: Reading, scale: Tensor, shift: Tensor, norm: Tensor | None, *phis: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         mixing = (y, x, post, H, mixer)
-        out, *read = engine(reading.engine).mix_read(*mixing, carried, reading, scale, shift, norm, phis)
-        return site.shaped(out, read, reading)
+        out, *read, sums = engine(reading.engine).mix_read(*mixing, carried, reading, scale, shift, norm, phis)
+        return *site.shaped(out, read, reading), site.leading(out, sums)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

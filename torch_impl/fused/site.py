@@ -60,8 +60,6 @@ class Reading:
 
 Read = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """u, pre, post, H, and x as it is to be used further on."""
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""The same, and the sums."""
 
 
 def read_site(
@@ -80,19 +78,24 @@ def read_site(
         if reading.engine == "lean" and not transforms.transformed((x, carried, *weights.values())):
             # To put gates side by side takes longer than to multiply by each; but then their gradients come as one.
             scales, shifts = gates_apart(x, weights, names, reading.config)
-            return shaped(x, engine("lean").read(x, carried, reading, scales, shifts, norm, phis), reading)[:5]
+            *read, _ = engine("lean").read(x, carried, reading, scales, shifts, norm, phis)
+            return shaped(x, read, reading)
         gates = packed_gates(x, weights, names, reading.config)
         return transforms.called(Site, TracedSite, x, carried, reading, *gates, norm, *phis)[:5]
 
 
-def shaped(x: Tensor, read: Sequence[Tensor], reading: Reading) -> Results:
-    """What `TracedSite` returns, from x and what an engine computes of it."""
-    u, pre, post, H, sums = read
-    lead = x.shape[:-2]
-    if len(lead) != 1:
-        pre, post, H = (value.view(lead + value.shape[1:]) for value in (pre, post, H))
-        u, sums = u.view(lead + u.shape[1:]) if reading.u else u, sums.view(lead + sums.shape[1:])
-    return u, pre, post, H, x, sums
+def shaped(x: Tensor, read: Sequence[Tensor], reading: Reading) -> Read:
+    """u, pre, post and H of an engine with x's leading axes, and x."""
+    u, pre, post, H = read
+    if x.ndim != 3:
+        u = leading(x, u) if reading.u else u
+        pre, post, H = leading(x, pre), leading(x, post), leading(x, H)
+    return u, pre, post, H, x
+
+
+def leading(x: Tensor, value: Tensor) -> Tensor:
+    """A value ``[T, ...]`` of the tokens of x, with the leading axes of x."""
+    return value.view(x.shape[:-2] + value.shape[1:])
 
 
 class TracedSite(Function):
@@ -114,8 +117,8 @@ class TracedSite(Function):
         norm: Tensor | None,
         *phis: Tensor,
     ) -> tuple[Tensor, ...]:
-        read = engine(reading.engine).read(x, carried, reading, scale, shift, norm, phis)
-        return shaped(x.view_as(x), read, reading)
+        *read, sums = engine(reading.engine).read(x, carried, reading, scale, shift, norm, phis)
+        return *shaped(x.view_as(x), read, reading), leading(x, sums)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -47,8 +47,13 @@ def balanced(logits: Tensor, config: MHCConfig) -> Tensor:
 def _balanced_block(logits: Tensor, config: MHCConfig) -> Tensor:
     """H of a block of tokens, a view of a tensor with the tokens last."""
     p = _start(_limited(_tokens_last(logits), config), config)[0]
-    p, lines = _framed(p, config)
     n, tokens = p.shape[1:]
+    lines = p, p  # what is summed along the first and along the second axis
+    if config.guard in ("add", "denominator"):
+        # eps is the last term of every sum, in a further line that no pass changes: an operator less in each pass.
+        whole = torch.nn.functional.pad(p, (0, 0, 0, 1, 0, 1), value=config.eps or 0.0)
+        lines = whole.narrow(1, 0, n), whole.narrow(0, 0, n)
+        p = lines[0].narrow(0, 0, n)
     totals = p.new_empty(1, n, tokens), p.new_empty(n, 1, tokens)  # by axis, written by every pass
     clipped, least = config.guard == "clip", config.eps or 0.0
     for axis in _passes(config):
@@ -132,20 +137,6 @@ def _of_start(g: Tensor, z: Tensor, p: Tensor, soft: Tensor | None, config: MHCC
 def _eps(logits: Tensor, config: MHCConfig) -> Tensor:
     """The eps of the guard as a tensor: a number is made one, and converted, at each pass."""
     return torch.full((), config.eps or 0.0, dtype=logits.dtype, device=logits.device)
-
-
-def _framed(p: Tensor, config: MHCConfig) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """p ``[n, n, T]``, and what is summed along its first and along its second axis.
-
-    Where eps is added to every sum it is the last term of each: a further line that no pass changes. That is an
-    operator less in each of some forty passes.
-    """
-    if config.guard not in ("add", "denominator"):
-        return p, (p, p)
-    n = p.shape[0]
-    whole = p.new_full((n + 1, n + 1, p.shape[2]), config.eps or 0.0)
-    inner = whole[:n, :n].copy_(p)
-    return inner, (whole[:, :n], whole[:n])
 
 
 def _total(p: Tensor, axis: int, eps: Tensor, config: MHCConfig) -> Totals:

@@ -42,10 +42,11 @@ def read(
         projected, squares = _sums(values, matrix, norm, c, x.dtype, rounded)
         z = _logits(_normed(projected, squares, x, c, rounded), scale, shift, columns)
         pre, post, H = _small(z, reading, x, rounded)
-        u = x.new_empty(0, dim)
         if reading.u:
             gates = in_dtype(pre, wide) if given is None else given
             u = in_dtype(torch.bmm(gates.unsqueeze(1), values.view(-1, n, dim)), x.dtype).view(tokens, dim)
+        else:
+            u = x.new_empty(0, dim)
         return u, pre, post, H, projected if isinstance(scale, list) else torch.cat([projected, squares], 1)
     sums = torch.empty(tokens, m + 1, dtype=wide, device=x.device)
     u = torch.empty(tokens if reading.u else 0, dim, dtype=x.dtype, device=x.device)
