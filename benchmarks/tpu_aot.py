@@ -6,6 +6,7 @@ Programs, each with x in bfloat16 and weights in float32:
 * ``both``: one layer and its gradients, of x and of every weight;
 * ``stack``: four by `jax.lax.scan` under `jax.checkpoint` with `sharding.keep_coefficients`, and gradients; two a
   round, as a transformer's layer has (with one, x is copied in each round, since it is carried from one to the next);
+* ``unrolled``: the same scan with all four in one round;
 * ``line``: the same four one after the other, without a scan: what XLA then doesn't copy to and from stacked buffers;
 * ``line-inputs``: by `sharding.keep_inputs`, which keeps u too;
 * ``model``: 43 layers of two sites on 256 chips, Flax NNX modules (`sharded_init.stack`), with gradients.
@@ -69,15 +70,15 @@ def layer(x: jax.Array, weights: functional.Weights, config: MHCConfig, backend:
     return post(lax.optimization_barrier(u), context)
 
 
-def layers(x: jax.Array, weights: functional.Weights, config: MHCConfig, backend: str = "plain") -> jax.Array:
-    """As many sites as the weights have on their first axis."""
+def layers(x: jax.Array, weights: functional.Weights, config: MHCConfig, backend: str, unroll: int) -> jax.Array:
+    """As many sites as the weights have on their first axis, so many a round."""
 
     # inside a scan nothing is there to be merged with what is computed again (documentation of `jax.checkpoint`)
     @partial(jax.checkpoint, policy=sharding.keep_coefficients, prevent_cse=False)
     def step(x: jax.Array, weights: functional.Weights) -> tuple[jax.Array, None]:
         return layer(x, weights, config, backend), None
 
-    return lax.scan(step, x, weights, unroll=2)[0]
+    return lax.scan(step, x, weights, unroll=unroll)[0]
 
 
 def line(x: jax.Array, weights: functional.Weights, config: MHCConfig, backend: str, policy: Any) -> jax.Array:
@@ -106,7 +107,8 @@ def compiled(program: Program) -> Compiled:
     devices = topologies.get_topology_desc(program.topology, platform="tpu").devices[: program.devices]
     config, shapes = program.config, functional.weight_shapes(program.config)
     functions: dict[str, Callable[..., jax.Array]] = {
-        "stack": layers,
+        "stack": partial(layers, unroll=2),
+        "unrolled": partial(layers, unroll=STACKED),
         "line": partial(line, policy=sharding.keep_coefficients),
         "line-inputs": partial(line, policy=sharding.keep_inputs),
     }
@@ -265,7 +267,12 @@ def kernel_table(held: dict[str, dict[str, Any]]) -> str:
             title += ", maxtext's dialect" if dialect == "maxtext" else ""
             lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += ["", "| one v5e, (4, 4096, 4, 7168), four checkpointed sites | kernels | plain path |", "|---|---|---|"]
-    titles = {"stack": "in a scan", "line": "one after the other", "line-inputs": "one after the other, u kept too"}
+    titles = {
+        "stack": "in a scan",
+        "unrolled": "in a scan, all in one round",
+        "line": "one after the other",
+        "line-inputs": "one after the other, u kept too",
+    }
     for kind, title in titles.items():
         made = [Program("v5e", 1, "deepseek-v4", SHAPES[-1], kind, backend) for backend in ("pallas", "plain")]
         found = [held.get(one.name) for one in made]

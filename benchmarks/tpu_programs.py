@@ -10,7 +10,7 @@ from typing import Any
 from jax_impl import MHCConfig
 
 KINDS = ("forward", "both", "stack")
-LINES = ("line", "line-inputs")
+LINES = ("unrolled", "line", "line-inputs")
 STACKED = 4
 SHAPES = ((1, 4096, 4, 2048), (1, 4096, 4, 4096), (4, 4096, 4, 7168))
 WIDTHS = (1280, 2048, 4096, 7168)
@@ -37,7 +37,7 @@ MESHES = {
 
 @dataclass(frozen=True)
 class Program:
-    """What is compiled: ``kind`` is ``forward``, ``both``, ``stack``, ``line`` or ``line-inputs``."""
+    """What is compiled: ``kind`` is ``forward``, ``both``, ``stack``, ``unrolled``, ``line`` or ``line-inputs``."""
 
     generation: str
     devices: int
