@@ -64,7 +64,7 @@ def test_a_layer_moves_little_more_than_the_mathematics(devices, shape, kind, bo
     ],
 )
 def test_the_kernels_move_the_floor_of_a_site_and_little_more(generation, kind, bound):
-    """What was asked for is 14.7, 39 and 165; a scan of two rounds copies x to a stacked buffer and back, 80 units in all."""
+    """What was asked for is 14.7, 39 and 165; a scan of two rounds copies x to a buffer and back, 80 units in all."""
     program = Program(generation, 1, "deepseek-v4", LARGE, kind, "pallas")
     found = total(compiled(program).module) / program.unit
     assert found <= bound, f"{program.name}: {found:.2f} units, at most {bound}"
