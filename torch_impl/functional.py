@@ -19,7 +19,6 @@ not ``float32``. PyTorch's default is off; nothing here changes the setting.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ from torch_impl.ends import check_carried
 from torch_impl.fused import chosen
 from torch_impl.fused.balancing import Balancing, TracedBalancing
 from torch_impl.fused.mixing import Mixing, TracedMixing
-from torch_impl.fused.site import Reading, read_site
+from torch_impl.fused.site import Reading, of_head, read_site
 from torch_impl.fused.transforms import called
 from torch_impl.projections import (
     SHARDED,
@@ -200,10 +199,10 @@ def residual_matrix(
     narrow = config.matrix == "activation" and logits.dtype != wide_dtype(logits.dtype)
     reason = "passes in a narrow dtype" if narrow else "" if config.residual == "sinkhorn" else "this residual matrix"
     name = chosen(backend, logits, (), reason, lambda: reason or kernels.hindrance(logits, config))
-    if not name:
-        return plain_matrix(logits, config)
-    check_shape("logits", logits, (config.streams, config.streams))
     with without_autocast(logits.device):
+        if not name:
+            return plain_matrix(logits, config)
+        check_shape("logits", logits, (config.streams, config.streams))
         return called(Balancing, TracedBalancing, logits, config, name)
 
 
@@ -317,16 +316,10 @@ def head(
     dim = local_dim(config, shards)
     check_shape("x", x, (config.streams, dim))
     held = check_weights(weights, head_shapes(config), dim)
-    names, own = [("head_fn", "head_scale", "head_base")], _of_head(config)
+    names, own = [("head_fn", "head_scale", "head_base")], of_head(config)
     name = engine_of(backend, x, held.values(), own, shards)
     if name:
-        return read_site(x, held, names, None, Reading(own, name, head=True))[0]
+        return read_site(x, held, names, None, Reading(config, name, head=True))[0]
     with without_autocast(x.device):
         gates = torch.sigmoid(logits(x, packed(x, held, names, None, own), own, shards)) + config.pre_eps  # [..., n]
     return pre_mix(x, shards.share(gates) if shards else gates)
-
-
-def _of_head(config: MHCConfig) -> MHCConfig:
-    """The configuration that the head's norm and projection follow."""
-    eps = config.norm_eps if config.head_norm_eps is None else config.head_norm_eps
-    return dataclasses.replace(config, coefficients="float32", matrix="float32", norm_eps=eps)

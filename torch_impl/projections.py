@@ -137,7 +137,11 @@ def side_by_side(
     where coefficients are.
     """
     rounded = rounding(x, config)
-    return rounded(torch.cat(list(phis), -1)), None if norm is None else rounded(norm)
+    if all(phi.dtype == phis[0].dtype for phi in phis):
+        phi = rounded(torch.cat(list(phis), -1))
+    else:  # not every pair of dtypes has a common one
+        phi = torch.cat([rounded(phi) for phi in phis], -1)
+    return phi, None if norm is None else rounded(norm)
 
 
 def times_norm(phi: Tensor, norm: Tensor | None) -> Tensor:

@@ -304,7 +304,7 @@ def test_what_kernels_do_not_serve_is_refused_by_name():
 
 COMPILED = """
 import torch
-from torch_impl import HyperConnectionType, ManifoldConstrainedHyperConnections, MHCConfig
+from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, coefficients
 
 def run(module, x):
     return module(lambda u: u, lambda inputs: inputs.sin(), x, HyperConnectionType.MLP_DENSE)[0]
@@ -314,9 +314,13 @@ class Model(torch.nn.Module):
         super().__init__()
         config = MHCConfig.from_dialect("deepseek-v4", streams=4, dim=24)
         self.site = ManifoldConstrainedHyperConnections(config, device=DEVICE, backend="triton")
+        self.head = HyperHead(config, device=DEVICE, backend="triton")
 
     def forward(self, x):
-        return run(self.site, x)
+        return self.head(run(self.site, x))
+
+def gates(x):
+    return coefficients(x, model.site.weights(), model.site.config, backend="triton")[0]
 
 model = Model()
 x = torch.randn(2, 3, 4, 24, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
@@ -324,6 +328,9 @@ compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 inputs = (x, *model.parameters())
 for one, other in zip(*(torch.autograd.grad(f(x).square().sum(), inputs) for f in (compiled, model)), strict=True):
     assert torch.equal(one, other)
+compiled = torch.compile(gates, fullgraph=True, backend="aot_eager")  # with a u that is empty
+one, other = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, gates))
+assert torch.equal(one, other)
 exported = torch.export.export(model, (x.detach(),))
 assert torch.equal(exported.module()(x), model(x))
 targets = {str(node.target) for part in exported.graph_module.modules() for node in part.graph.nodes}

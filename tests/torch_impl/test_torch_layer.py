@@ -62,7 +62,7 @@ def test_strides_do_not_matter():
 COMPILED = """
 import sys
 import torch
-from torch_impl import HyperConnectionType, ManifoldConstrainedHyperConnections, MHCConfig
+from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig
 
 def run(module, x):
     return module(lambda u: u, lambda inputs: 2 * inputs, x, HyperConnectionType.MLP_DENSE)[0]
@@ -72,6 +72,10 @@ for name in sys.argv[1:]:
     x = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(1))
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(module, x), run(module, x), rtol=1e-5, atol=1e-6)
+    head = HyperHead(module.config)
+    for dynamic in (False, True):
+        compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        torch.testing.assert_close(compiled(x), head(x), rtol=1e-5, atol=1e-6)
     print(name)
 """
 
@@ -102,6 +106,16 @@ def test_autocast_leaves_the_coefficients_alone():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = torch_impl.coefficients(x, module.weights(), module.config)
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(plain, cast, strict=True))
+
+
+def test_projections_may_have_dtypes_that_have_none_in_common():
+    config = MHCConfig.from_dialect("deepseek-v4", streams=3, dim=5)
+    weights, x = layer().weights(), streams()
+    mixed = {**weights, "pre_alpha": weights["pre_alpha"].detach().to(torch.float8_e4m3fn)}
+    same = {**weights, "pre_alpha": mixed["pre_alpha"].float()}
+    for backend in ("plain", "lean"):
+        one, other = (torch_impl.coefficients(x, held, config, backend=backend)[0] for held in (mixed, same))
+        assert torch.equal(one, other)
 
 
 def test_state_dict_deepcopy_and_meta_construction():

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.sites.contenders import Ours, Written, drawn
-from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig
+from torch_impl import HyperConnectionType, HyperHead, ManifoldConstrainedHyperConnections, MHCConfig, residual_matrix
 from torch_impl.fused import transforms
 from torch_impl.fused.site import Site
 from torch_impl.lean import mixing
@@ -42,9 +42,9 @@ def dispatched(module, x) -> int:
     return sum(event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::") for event in events)
 
 
-def layer(dtype=torch.float32, n=4, dim=64, backend="auto"):
+def layer(name="deepseek-v4", dtype=torch.float32, n=4, dim=64, backend="auto"):
     torch.manual_seed(0)
-    config = MHCConfig.from_dialect("deepseek-v4", streams=n, dim=dim)
+    config = MHCConfig.from_dialect(name, streams=n, dim=dim)
     return ManifoldConstrainedHyperConnections(config, dtype=dtype, backend=backend)
 
 
@@ -77,14 +77,15 @@ def test_what_is_kept_beside_x_and_y_is_a_few_numbers_a_token(dtype):
 def test_autocast_checkpoints_and_meta():
     module = layer()
     x = torch.randn(2, 3, 4, 64, requires_grad=True)
-    plain = torch.autograd.grad(run(module, x).square().sum(), x)[0]
+    whole = run(module, x)
+    plain = torch.autograd.grad(whole.square().sum(), x)[0]
     for reentrant in (True, False):
         x.grad = None  # the reentrant kind goes with backward alone
         checkpoint(run, module, x, use_reentrant=reentrant).square().sum().backward()
         assert x.grad is not None
         assert torch.equal(x.grad, plain)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(run(module, x), run(module, x)) and run(module, x).dtype == torch.float32
+        assert torch.equal(run(module, x), whole) and run(module, x).dtype == torch.float32
         assert torch.equal(torch.autograd.grad(run(module, x).square().sum(), x)[0], plain)
     empty = ManifoldConstrainedHyperConnections(module.config, device="meta")
     there = torch.empty(2, 3, 4, 64, device="meta", requires_grad=True)
@@ -93,6 +94,24 @@ def test_autocast_checkpoints_and_meta():
     fake = mode.from_tensor(x.detach())
     with mode:
         assert run(layer(), fake).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["deepseek-v4", "mhc-lite"])
+def test_autocast_rounds_no_matrix_and_no_tangent(name):
+    config = MHCConfig.from_dialect(name, streams=3, dim=5)
+    module, x, logits = layer(name, n=3, dim=5), torch.randn(2, 4, 3, 5), torch.randn(2, config.residual_columns)
+    logits = logits.unflatten(-1, (3, 3)) if config.residual == "sinkhorn" else logits
+
+    def results():
+        pushed = torch.func.jvp(lambda x: run(module, x), (x,), (x,))
+        curved = torch.func.hessian(lambda x: run(module, x).sum())(x)
+        return residual_matrix(logits, config), *pushed, curved
+
+    plain = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = results()
+    for one, other in zip(plain, cast, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_the_default_is_lean_in_eager_calls_alone(monkeypatch):

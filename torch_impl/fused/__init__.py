@@ -46,7 +46,8 @@ class Engine(Protocol):
         """u ``[T, dim]``, pre, post ``[T, n]``, H ``[T, n, n]`` and the sums ``[T, m + 1]``; empty where not wanted.
 
         Args:
-            scale, shift: ``[m]``; where nothing is differentiated, the lean path gets those of each projection.
+            scale, shift: ``[m]``; where nothing is differentiated, the lean path gets those of each projection, and
+                what it returns in place of the sums isn't used.
         """
         ...
 
@@ -115,7 +116,7 @@ def chosen(backend: str, x: Tensor, others: Iterable[Tensor], lean: str, triton:
         return ""
     others = tuple(others)
     if backend == "triton":
-        unseen = torch.compiler.is_compiling()  # then a tensor's class isn't what it will be
+        unseen = torch.compiler.is_compiling()  # a traced tensor has a class of the compiler
         reason = triton() or ("" if unseen else _subclass(x, others)) or _elsewhere(x, others)
     else:
         reason = lean or _hindrance(x, others)

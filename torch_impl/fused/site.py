@@ -14,6 +14,8 @@ x is an output too: what is computed of it afterwards sends its cotangent here, 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,26 +34,44 @@ from torch_impl.projections import (
     gates_apart,
     logits,
     packed_gates,
-    rounding,
+    side_by_side,
 )
 from torch_impl.residual import wide_dtype, without_autocast
 from torch_impl.streams import weighted
 
 
+@functools.cache
+def _of_head(config: MHCConfig) -> MHCConfig:
+    eps = config.norm_eps if config.head_norm_eps is None else config.head_norm_eps
+    return dataclasses.replace(config, coefficients="float32", matrix="float32", norm_eps=eps)
+
+
+@torch.compiler.assume_constant_result  # what checks a configuration can't be traced
+def of_head(config: MHCConfig) -> MHCConfig:
+    """The configuration that the norm and the projection of a head follow."""
+    return _of_head(config)
+
+
 @dataclass(frozen=True)
 class Reading:
-    """What a site computes of x.
+    """What a site or a head computes of x.
 
     Attributes:
+        layer: its configuration.
         engine: what computes it (`fused.engine`).
         u: whether u is wanted, by the gates that are carried where there are any, else by the site's own.
         head: the projections are those of the head's gates alone.
     """
 
-    config: MHCConfig
+    layer: MHCConfig
     engine: str
     u: bool = True
     head: bool = False
+
+    @property
+    def config(self) -> MHCConfig:
+        """The configuration that the norm and the projections follow."""
+        return of_head(self.layer) if self.head else self.layer
 
     def rounds(self, x: Tensor) -> bool:
         """Whether coefficients of x are rounded to its dtype, and the normed streams before them."""
@@ -112,8 +132,8 @@ class TracedSite(Function):
         x: Tensor,
         carried: Tensor | None,
         reading: Reading,
-        scale: Tensor | list[Tensor],
-        shift: Tensor | list[Tensor],
+        scale: Tensor,
+        shift: Tensor,
         norm: Tensor | None,
         *phis: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -135,8 +155,12 @@ class TracedSite(Function):
         if torch.is_grad_enabled():
             inputs = (x, carried, ctx.reading, *weights)
             return transforms.pulled_back(twin, inputs, (*cotangents[:-1], None), ctx.needs_input_grad)
+        u, pre, post, H, further, _ = cotangents
+        u = u if ctx.reading.u else None  # a compiled program hands zeros on for an output that is empty
+        post, H = (None, None) if ctx.reading.head else (post, H)
+        received = (u, pre, post, H, further)
         name, wanted = ctx.reading.engine, ctx.needs_input_grad
-        return engine(name).read_back(x, carried, ctx.reading, weights, sums, cotangents, wanted)
+        return engine(name).read_back(x, carried, ctx.reading, weights, sums, received, wanted)
 
 
 class Site(TracedSite):
@@ -164,9 +188,8 @@ def twin(
     *phis: Tensor,
 ) -> tuple[Tensor, ...]:
     """What `TracedSite` computes, by operators."""
-    c, rounded = reading.config, rounding(x, reading.config)
-    phi = torch.cat([rounded(value) for value in phis], -1)  # [n, dim, m]
-    z = logits(x, Packed(phi, None if norm is None else rounded(norm), scale, shift), c, None)  # [..., m]
+    c = reading.config
+    z = logits(x, Packed(*side_by_side(x, phis, norm, c), scale, shift), c, None)  # [..., m]
     if reading.head:
         pre = torch.sigmoid(z) + c.pre_eps
         post = H = z[..., :0]

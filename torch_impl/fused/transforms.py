@@ -47,7 +47,7 @@ def transformed(inputs: Sequence[Any]) -> bool:
 
 
 def forward(function: Callable[..., Result]) -> Callable[..., Result]:
-    """A ``forward`` that knows its signature; who calls it turns autocast off.
+    """A ``forward`` that knows its signature; its caller turns autocast off.
 
     `Function.apply` asks for the signature at every call, and working it out takes as long as thirty operators.
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from torch_impl.config import MHCConfig
-from torch_impl.fused.site import Reading
+from torch_impl.fused.site import Reading, of_head
 from torch_impl.kernels import launching
 from torch_impl.projections import coefficient_dtype, of_weights, side_by_side, times_norm
 
@@ -25,8 +25,8 @@ def _written(config: MHCConfig) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _text(config: MHCConfig) -> str:
-    return _written(config)
+def _text(config: MHCConfig, head: bool = False) -> str:
+    return _written(of_head(config) if head else config)
 
 
 @functools.cache
@@ -128,7 +128,8 @@ def read(
     apart = norm if reading.rounds(x) else None
     matrix = times_norm(phi, None if reading.rounds(x) else norm)
     apart = None if apart is None else apart.flatten().contiguous()
-    return _read(_flat(x, 2), given, matrix, apart, scale, shift, _text(reading.config), reading.u, reading.head)
+    text = _text(reading.layer, reading.head)
+    return _read(_flat(x, 2), given, matrix, apart, scale, shift, text, reading.u, reading.head)
 
 
 def read_back(
@@ -141,14 +142,12 @@ def read_back(
     phi, norm = side_by_side(x, [value for value in held[1:] if value is not None], held[0], reading.config)
     matrix = times_norm(phi, norm)
     axes = (1, 1, 1, 2, 2)  # of u, pre, post, H and x
-    packed = [
-        None if value is None or (reading.head and index in (2, 3)) else _flat(value, count)
-        for index, (value, count) in enumerate(zip(cotangents[:5], axes, strict=True))
-    ]
+    packed = [None if value is None else _flat(value, count) for value, count in zip(cotangents[:5], axes, strict=True)]
     given = None if carried is None else _wide(carried, 1)
     of_matrix = any(wanted[5:])
     dx, dcarried, dmatrix, dscale, dshift = _read_back(
-        _flat(x, 2), given, matrix, scale, shift, _flat(sums, 1), *packed, _text(reading.config), reading.head,
+        _flat(x, 2), given, matrix, scale, shift, _flat(sums, 1), *packed, _text(reading.layer, reading.head),
+        reading.head,
         wanted[0], of_matrix,
     )  # fmt: skip
     return (
@@ -258,7 +257,7 @@ def mix_read(
     mixing = (_flat(y, 1), _flat(x, 2), _wide(post, 1), None if H is None else _wide(H, 2), _text(mixer))
     given = None if carried is None else _wide(carried, 1)
     matrix = times_norm(*side_by_side(x, phis, norm, reading.config))
-    out, *found = _mix_read(*mixing, given, matrix, scale, shift, _text(reading.config))
+    out, *found = _mix_read(*mixing, given, matrix, scale, shift, _text(reading.layer))
     return out.view(x.shape), *found
 
 

@@ -28,7 +28,8 @@ def read(
     """u, pre, post, H and the sums of all tokens, flattened.
 
     Args:
-        scale, shift: ``[m]``; or those of each projection, where nothing is kept and the sums may be others.
+        scale, shift: ``[m]``; or those of each projection, where nobody asks for a derivative: the last result is then
+            not meant to be used.
     """
     c, wide, rounded = reading.config, wide_dtype(x.dtype), reading.rounds(x)
     n, dim = x.shape[-2:]
@@ -226,10 +227,10 @@ def _of_norm(sums: Tensor, config: MHCConfig, count: int) -> tuple[Tensor, Tenso
 def _of_small(z: Tensor, reading: Reading, n: int, dpost: Tensor | None, dH: Tensor | None, rounded: bool) -> Tensor:
     """The cotangent of the logits by way of post and H; zero for those of pre."""
     dz, config = torch.zeros_like(z), reading.config
-    if dpost is not None and not reading.head:
+    if dpost is not None:
         sigmoid = torch.sigmoid(z[:, n : 2 * n])
         dz[:, n : 2 * n] = config.post_scale * dpost * sigmoid * (1 - sigmoid)
-    if dH is None or reading.head or config.residual == "identity":
+    if dH is None or config.residual == "identity":
         return dz
     logits = z[:, 2 * n :]
     if _in_place(config, rounded):

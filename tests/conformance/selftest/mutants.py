@@ -18,7 +18,7 @@ MISTAKES = {
         "jax": ("residual", "whole, start = config.iterations or 0", "whole, start = (config.iterations or 0) - 1"),
     },
     "clip for add": {
-        "torch": ("lean.balancing", "return total.add_(eps), None", "return total.clamp_(min=eps), None"),
+        "torch": ("lean.balancing", "value=config.eps or 0.0", "value=0.0"),  # no sum is below eps
         "torch, plain": ("residual", "total = total + eps", "total = total.clamp(min=eps)"),
         "jax": ("residual", "total = total + eps", "total = jnp.maximum(total, eps)"),
     },
@@ -33,7 +33,7 @@ MISTAKES = {
         "jax": ("projections", "+ config.pre_eps", "+ 0 * config.pre_eps"),
     },
     "post_scale 1": {
-        "torch": ("lean.reading", "config.post_scale * torch.sigmoid", "1 * torch.sigmoid"),
+        "torch": ("lean.reading", "mul_(config.post_scale)", "mul_(1)"),
         "torch, plain": ("projections", "config.post_scale *", "1 *"),
         "jax": ("projections", "config.post_scale *", "1 *"),
     },
@@ -41,29 +41,17 @@ MISTAKES = {
 """The file of the package, what it has, and what is put there instead; of PyTorch's two paths, where they differ."""
 SINGLE_PASS = {
     "reads with its own pre": {
-        "torch": ("functional", "Reading(config), read)", "Reading(config), None)"),
+        "torch": ("functional", "Reading(config, name), read)", "Reading(config, name), None)"),
         "torch, plain": ("functional", "gates = own if read is None else read", "gates = own"),
-        "jax": (
-            "functional",
-            "return pre_mix(x, _check_carried(x, carried, shards)), context",
-            "return pre_mix(x, gates), context",
-        ),
+        "jax": ("functional", "pre_mix(x, own if carried is None else carried)", "pre_mix(x, own)"),
     },
     "starts with all streams": {
-        "torch": ("functional", "torch.arange(x.shape[-2], device=x.device) == 0", "torch.arange(x.shape[-2]) >= 0"),
-        "jax": ("functional", "jnp.arange(x.shape[-2]) == 0", "jnp.arange(x.shape[-2]) >= 0"),
+        "torch": ("ends", "torch.arange(x.shape[-2], device=x.device) == 0", "torch.arange(x.shape[-2]) >= 0"),
+        "jax": ("ends", "jnp.arange(x.shape[-2]) == 0", "jnp.arange(x.shape[-2]) >= 0"),
     },
     "carried gradient cut": {
-        "torch": (
-            "functional",
-            "_check_carried(x, carried) if previous",
-            "_check_carried(x, carried).detach() if previous",
-        ),
-        "jax": (
-            "functional",
-            "_check_carried(x, carried, shards)), context",
-            "jax.lax.stop_gradient(carried)), context",
-        ),
+        "torch": ("ends", "    return carried\n", "    return carried.detach()\n"),
+        "jax": ("ends", "if shards else carried", "if shards else __import__('jax').lax.stop_gradient(carried)"),
     },
 }
 """The same for a dialect whose sites read with the pre of the site before."""

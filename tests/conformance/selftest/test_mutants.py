@@ -44,6 +44,15 @@ def test_a_planted_mistake_is_killed_by_three_cases_in_every_dtype(framework, mi
     assert all(len(cases) >= 3 for cases in found.values()), found
 
 
+@pytest.mark.parametrize("mistake", [*MISTAKES, *SINGLE_PASS])
+@pytest.mark.parametrize("framework", ["torch", PLAIN, "jax"])
+def test_every_mistake_can_be_planted_still(framework, mistake):
+    """Without running it: the test above is slow, and a mistake whose place is gone would be found late."""
+    pytest.importorskip(framework.partition(",")[0], reason=f"{framework} is not installed")
+    with planted(framework, mistake):
+        pass
+
+
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_the_originals_are_back_afterwards(framework):
     pytest.importorskip(framework, reason=f"{framework} is not installed")
