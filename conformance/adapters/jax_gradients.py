@@ -12,6 +12,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -129,6 +130,25 @@ def leave_caches() -> None:
         atexit.unregister(importlib.import_module("jax._src.api").clean_up)
 
 
+MAPPED, MOST_MAPPED = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+"""Where Linux lists the parts of a process's memory, and says how many of them it may have."""
+
+
+def programs_have_room() -> bool:
+    """Whether the process may map as many parts of memory again as it has now.
+
+    XLA maps a few parts for each of its programs: code that runs operation by operation comes to tens of thousands, and
+    the process dies of the first that the system refuses.
+    """
+    try:
+        most = int(MOST_MAPPED.read_text())
+        with MAPPED.open("rb") as parts:
+            held = sum(1 for _ in parts)
+    except (OSError, ValueError):  # another system
+        return True
+    return 2 * held < most
+
+
 class StageCalls:
     """Calls stages of JAX code on NumPy arrays, eagerly or compiled once for each function that differs.
 
@@ -139,6 +159,7 @@ class StageCalls:
     def __init__(self, jit: bool):
         self._jit = jit
         self._last: tuple[Any, Callable[..., Any]] = (None, dict)
+        self._graphs = 0
 
     def __call__(
         self,
@@ -159,6 +180,9 @@ class StageCalls:
             unasked = () if self._jit else tuple(name for name in inputs if not asked_for(name))
             key = (stage, relevant(stage, config), wide, unasked)
             if self._last[0] != key:  # items of one graph come together; the executables of the others are let go
+                self._graphs += 1
+                if self._graphs % 16 == 0 and not programs_have_room():  # to count takes 20 ms
+                    jax.clear_caches()
                 run = vector_jacobian(function, (*STAGES[stage].constants, *unasked))
                 self._last = (key, self._compiled(run) if self._jit else run)
             # XLA has no strided arrays: a copy in order is what any caller gets.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 jax: Any = pytest.importorskip("jax", reason="JAX is not installed")
@@ -54,6 +55,25 @@ def test_the_oldest_programs_go_where_they_take_too_much(updates, tmp_path, monk
     (folder / "new-cache").write_bytes(bytes(1))
     gradients.keep_programs()
     assert {path.name for path in folder.iterdir()} == {"new-cache", "0-cache", "1-cache"}
+
+
+def test_programs_go_before_the_system_refuses_to_map_more(tmp_path, monkeypatch):
+    """With Linux's default of 65,530 parts a run of all cases, compiled with XLA's own options, died on the way."""
+    parts, most, cleared = tmp_path / "maps", tmp_path / "most", list[int]()
+    monkeypatch.setattr(gradients, "MAPPED", parts)
+    monkeypatch.setattr(gradients, "MOST_MAPPED", most)
+    monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(1))
+    assert gradients.programs_have_room()  # there are no such files
+    parts.write_text("one\ntwo\nthree\n")
+    most.write_text("7\n")
+    assert gradients.programs_have_room()
+    calls = gradients.StageCalls(jit=False)
+    arrays = [np.zeros((1, 2, 2), dtype) for dtype in (np.float32, np.float64)] * 8  # each asks for another graph
+    for count, limit in ((0, "7"), (1, "6")):
+        most.write_text(limit)
+        for logits in arrays:
+            calls("residual_matrix", {}, lambda values: {"H": values["logits"]}, {"logits": logits}, None)
+        assert len(cleared) == count
 
 
 SINE = """
