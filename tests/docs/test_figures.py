@@ -48,7 +48,7 @@ def test_the_memory_traffic_on_one_chip() -> None:
 
 def test_the_memory_traffic_of_the_kernels() -> None:
     programs = recorded("tpu-aot.json")["programs"]
-    kinds = ("forward", "both", "stack", "line", "line-inputs")
+    kinds = ("forward", "both", "stack", "unrolled", "line", "line-inputs")
     entries = [programs[f"v5e/1/deepseek-v4/4x4096x4x7168/{kind}/pallas"] for kind in kinds]
     expected = [[f"{entry['moved units']:.1f}", str(entry["floor units"])] for entry in entries]
     assert [row[1:] for row in rows("What the kernels of `jax_impl` move")] == expected

@@ -40,16 +40,20 @@ from torch_impl.residual import wide_dtype, without_autocast
 from torch_impl.streams import weighted
 
 
-@functools.cache
-def _of_head(config: MHCConfig) -> MHCConfig:
-    eps = config.norm_eps if config.head_norm_eps is None else config.head_norm_eps
-    return dataclasses.replace(config, coefficients="float32", matrix="float32", norm_eps=eps)
-
-
-@torch.compiler.assume_constant_result  # what checks a configuration can't be traced
 def of_head(config: MHCConfig) -> MHCConfig:
     """The configuration that the norm and the projection of a head follow."""
-    return _of_head(config)
+    if torch.compiler.is_compiling():
+        from torch_impl.fused import constant
+
+        return constant.of_head(config)
+    return made_of_head(config)
+
+
+@functools.cache
+def made_of_head(config: MHCConfig) -> MHCConfig:
+    """`of_head`, which a compiler can't trace."""
+    eps = config.norm_eps if config.head_norm_eps is None else config.head_norm_eps
+    return dataclasses.replace(config, coefficients="float32", matrix="float32", norm_eps=eps)
 
 
 @dataclass(frozen=True)

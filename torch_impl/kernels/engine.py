@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from torch_impl.config import MHCConfig
-from torch_impl.fused.site import Reading, of_head
+from torch_impl.fused.site import Reading, made_of_head
 from torch_impl.kernels import launching
 from torch_impl.projections import coefficient_dtype, of_weights, side_by_side, times_norm
 
@@ -26,7 +26,7 @@ def _written(config: MHCConfig) -> str:
 
 @torch.compiler.assume_constant_result
 def _text(config: MHCConfig, head: bool = False) -> str:
-    return _written(of_head(config) if head else config)
+    return _written(made_of_head(config) if head else config)
 
 
 @functools.cache
