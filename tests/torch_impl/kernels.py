@@ -14,6 +14,8 @@ BASE: dict[str, Any] = {"streams": 4, "dim": 24, "norm_eps": 1e-6}
 
 
 Given = tuple[MHCConfig, dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]
+ROUNDING = {"coefficients": "activation", "mixing": "activation"}
+"""What rounds coefficients to the dtype of x."""
 
 
 def site(changes: dict[str, Any], lead: tuple[int, ...] = (2, 9), dtype: torch.dtype = torch.float32) -> Given:
