@@ -147,8 +147,7 @@ def read_back(
     of_matrix = any(wanted[5:])
     dx, dcarried, dmatrix, dscale, dshift = _read_back(
         _flat(x, 2), given, matrix, scale, shift, _flat(sums, 1), *packed, _text(reading.layer, reading.head),
-        reading.head,
-        wanted[0], of_matrix,
+        reading.head, wanted[0], of_matrix,
     )  # fmt: skip
     return (
         dx.view(x.shape) if wanted[0] else None,
